@@ -1,0 +1,9 @@
+"""Fused kernels for mixtures of LoRA experts with different ranks and rectified gates (RoDE, arXiv 2407.12730)."""
+
+from __future__ import annotations
+
+from rode_kernels.backends import BackendStatus, backends
+from rode_kernels.module import RectifiedMixture
+from rode_kernels.op import gated_mixture, rectified_mixture
+
+__all__ = ["BackendStatus", "RectifiedMixture", "backends", "gated_mixture", "rectified_mixture"]

@@ -1,0 +1,193 @@
+"""The native CPU backend: hands pointers of torch tensors to the C++ core (`csrc/cpu`)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import lru_cache
+
+import torch  # before the native module: both then share torch's OpenMP runtime
+from torch import Tensor
+
+from rode_kernels.mixture import Mixture
+from rode_kernels.reference import accumulation_dtype, rounded
+
+try:
+    import rode_kernels._native as _native
+except ImportError as error:
+    _native = None
+    _why_not: ImportError | None = error
+else:
+    _why_not = None
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+@lru_cache(maxsize=1)
+def status() -> tuple[bool, str]:
+    """Whether native code is here, and a line that says what it runs with or why it is missing."""
+    if _native is None:
+        if isinstance(_why_not, ModuleNotFoundError):
+            return False, (
+                "no native code in this install (built with RODE_NATIVE=off or without a C++ compiler); "
+                "reinstall with a compiler to get it"
+            )
+        return False, f"the native module does not load: {_why_not}"
+    try:
+        _native.set_isa(os.environ.get("RODE_CPU_ISA", ""))
+    except ValueError as error:
+        return False, f"RODE_CPU_ISA: {error}"
+    if not _native.has_openmp():
+        warnings.warn(
+            "rode_kernels: built without OpenMP, the cpu backend uses one thread",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        threads = "one thread (built without OpenMP)"
+    else:
+        _warn_of_two_openmp_runtimes()
+        threads = "OpenMP"
+    return True, f"C++ with {_native.isa()} instructions, {threads}"
+
+
+def _warn_of_two_openmp_runtimes() -> None:
+    if not sys.platform.startswith("linux"):
+        return
+    with open("/proc/self/maps") as maps:
+        files = {line.split()[-1] for line in maps if ".so" in line}
+    runtimes = sorted(f for f in files if os.path.basename(f).startswith(("libgomp", "libomp", "libiomp")))
+    if len(runtimes) > 1:
+        warnings.warn(
+            f"rode_kernels: {len(runtimes)} OpenMP runtimes in this process ({', '.join(runtimes)}); "
+            "import torch first, or threads may be oversubscribed",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _strided(t: Tensor | None) -> tuple[int, int, int]:
+    """(address, row stride, column stride) of a 2-D tensor; strides in elements."""
+    return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _problem(
+    x: Tensor, out_features: int, mixture: Mixture, seed: Tensor | None, dropout_p: float, dense: bool
+):
+    return _native.Problem(
+        dtype=_DTYPES[x.dtype],
+        tokens=x.shape[0],
+        in_features=x.shape[1],
+        out_features=out_features,
+        ranks=mixture.ranks,
+        scaling=mixture.scaling_with_dropout(dropout_p),
+        dropout_p=dropout_p,
+        seed=_address(seed),
+        dense=dense,
+        threads=torch.get_num_threads(),
+    )
+
+
+def forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    gates: Tensor | None,
+    base: Tensor | None,
+    seed: Tensor | None,
+    mixture: Mixture,
+    dropout_p: float,
+    dense: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; closed experts are skipped."""
+    wide = accumulation_dtype(x.dtype)
+    M, O = x.shape[0], B.shape[0]
+    y = base if inplace else torch.empty(M, O, dtype=x.dtype, device=x.device)
+    u = torch.empty(M, mixture.total_rank, dtype=wide, device=x.device)
+    if router_weight is None:
+        g, Wr, br = gates.contiguous(), None, None
+    else:
+        g = torch.empty(M, mixture.num_experts, dtype=wide, device=x.device)
+        Wr = rounded(router_weight, x.dtype).contiguous()
+        br = None if router_bias is None else router_bias.to(wide).contiguous()
+    A_rows = rounded(A, x.dtype).contiguous()  # (R, K)
+    B_rows = rounded(B, x.dtype).t().contiguous()  # (R, O): a column of B becomes a row to add
+    _native.forward(
+        _problem(x, O, mixture, seed, dropout_p, dense),
+        _strided(x),
+        _strided(base),
+        _strided(y),
+        _address(A_rows),
+        _address(B_rows),
+        _address(Wr),
+        _address(br),
+        _address(u),
+        _address(g),
+    )
+    return y, u, g
+
+
+def backward(
+    dy: Tensor | None,
+    dgates: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    seed: Tensor | None,
+    mixture: Mixture,
+    dropout_p: float,
+    dense: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """As `reference.backward`; closed experts are skipped."""
+    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+    wide = accumulation_dtype(x.dtype)
+    (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = wide) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
+
+    A_rows = rounded(A, x.dtype).contiguous() if need_x else None
+    B_rows = rounded(B, x.dtype).t().contiguous()
+    Wr = rounded(router_weight, x.dtype).contiguous() if router_weight is not None else None
+    dgates = None if dgates is None else dgates.to(wide).contiguous()
+    v, du = empty(need_B, M, R), empty(True, M, R)
+    dh = empty(True, M, N)  # gradient of the router's logits, or of the gates where no router is
+    dx = empty(need_x, M, K, dtype=x.dtype)
+    dA, dB_rows, dWr, dbr = (
+        empty(need_A, R, K),
+        empty(need_B, R, O),
+        empty(need_router, N, K),
+        empty(need_bias, N),
+    )
+    _native.backward(
+        _problem(x, O, mixture, seed, dropout_p, dense),
+        _strided(dy),
+        _strided(x),
+        _strided(dx),
+        _address(dgates),
+        _address(u),
+        _address(g),
+        _address(A_rows),
+        _address(B_rows),
+        _address(Wr),
+        _address(v),
+        _address(du),
+        _address(dh),
+        _address(dA),
+        _address(dB_rows),
+        _address(dWr),
+        _address(dbr),
+    )
+    dB = dB_rows.t() if need_B else None
+    return dx, dA, dB, dWr, dbr, dh if need_gates else None

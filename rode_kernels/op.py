@@ -1,0 +1,369 @@
+"""The public functions, their registration with torch.library, and the autograd Functions.
+
+One operator serves both entry points: `rode::mixture` returns (y, u, g), for backward may save only inputs and outputs.
+`rode::mixture_` accumulates into base; `rode::mixture_backward` is every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rode_kernels.backends import select_backend
+from rode_kernels.mixture import (
+    GATE_GRADS,
+    Mixture,
+    check_inplace,
+    check_inputs,
+    check_x,
+    make_mixture,
+    normalize_seed,
+)
+from rode_kernels.reference import accumulation_dtype
+
+_STATIC = "int[] ranks, float[] scaling, float dropout_p, bool dense, str backend"
+_lib = torch.library.Library("rode", "DEF")
+_lib.define(
+    "mixture(Tensor x, Tensor A, Tensor B, Tensor? router_weight, Tensor? router_bias, Tensor? gates, Tensor? base, "
+    f"Tensor? seed, {_STATIC}) -> (Tensor y, Tensor u, Tensor g)"
+)
+_lib.define(
+    "mixture_(Tensor x, Tensor A, Tensor B, Tensor? router_weight, Tensor? router_bias, Tensor? gates, "
+    f"Tensor(a!) base, Tensor? seed, {_STATIC}) -> (Tensor u, Tensor g)"
+)
+_lib.define(
+    "mixture_backward(Tensor? dy, Tensor? dgates, Tensor x, Tensor u, Tensor g, Tensor A, Tensor B, "
+    f"Tensor? router_weight, Tensor? seed, {_STATIC}, bool[] needs) "
+    "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dWr, Tensor dbr, Tensor dgates)"
+)
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """(..., C) as (M, C): a view where strides allow one."""
+    return None if t is None else t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(0, t.shape[-1])
+
+
+def _wide_gates(gates: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if gates is None else _rows(gates).to(accumulation_dtype(x.dtype))
+
+
+def _forward(
+    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
+):
+    run = select_backend(backend, x.device.type)
+    mixture = make_mixture(tuple(ranks), tuple(scaling))
+    gates = _wide_gates(gates, x)
+    y, u, g = run.forward(
+        _rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed, mixture, dropout_p, dense, False
+    )
+    if g is gates:  # an operator's output may not be its input
+        g = g.clone()
+    return y.view(*x.shape[:-1], B.shape[0]), u, g
+
+
+def _forward_inplace(
+    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
+):
+    run = select_backend(backend, x.device.type)
+    mixture = make_mixture(tuple(ranks), tuple(scaling))
+    gates, rows = _wide_gates(gates, x), _rows(base)
+    _, u, g = run.forward(
+        _rows(x), A, B, router_weight, router_bias, gates, rows, seed, mixture, dropout_p, dense, True
+    )
+    if rows.data_ptr() != base.data_ptr():  # strides that do not flatten: the sum went into a copy
+        base.copy_(rows.view(base.shape))
+    return u, g.clone() if g is gates else g
+
+
+def _backward(
+    dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
+):
+    run = select_backend(backend, x.device.type)
+    mixture = make_mixture(tuple(ranks), tuple(scaling))
+    grads = run.backward(
+        _rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed, mixture, dropout_p, dense, tuple(needs)
+    )
+    like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
+    dx, *rest = (
+        x.new_empty(0) if grad is None else grad.to(grad.dtype if t is None else t.dtype).contiguous()
+        for grad, t in zip(grads, like, strict=True)
+    )
+    return dx.view(x.shape) if needs[0] else dx, *rest
+
+
+def _fake(x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend):
+    u, g = _fake_saved(x, ranks)
+    return x.new_empty(*x.shape[:-1], B.shape[0]), u, g
+
+
+def _fake_inplace(
+    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
+):
+    return _fake_saved(x, ranks)
+
+
+def _fake_saved(x: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    tokens, wide = x.shape[:-1].numel(), accumulation_dtype(x.dtype)
+    return x.new_empty(tokens, sum(ranks), dtype=wide), x.new_empty(tokens, len(ranks), dtype=wide)
+
+
+def _fake_backward(
+    dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
+):
+    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+    nothing = (0,)
+    return (
+        x.new_empty(x.shape if need_x else nothing),
+        A.new_empty(A.shape) if need_A else x.new_empty(nothing),
+        B.new_empty(B.shape) if need_B else x.new_empty(nothing),
+        router_weight.new_empty(router_weight.shape) if need_router else x.new_empty(nothing),
+        g.new_empty(len(ranks)) if need_bias else x.new_empty(nothing),
+        g.new_empty(g.shape) if need_gates else x.new_empty(nothing),
+    )
+
+
+for _name, _run, _fake_run in (
+    ("mixture", _forward, _fake),
+    ("mixture_", _forward_inplace, _fake_inplace),
+    ("mixture_backward", _backward, _fake_backward),
+):
+    _lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rode::{_name}", _fake_run, lib=_lib)
+
+_op, _op_inplace, _op_backward = (
+    torch.ops.rode.mixture,
+    torch.ops.rode.mixture_,
+    torch.ops.rode.mixture_backward,
+)
+_TENSORS = 8  # of the operator's arguments, the first that are tensors
+
+
+def _save(ctx, u: Tensor, g: Tensor, args: tuple) -> None:
+    """Keeps x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask."""
+    x, A, B, router_weight, router_bias, gates, base, seed, *static = args
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(u)
+    ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
+    ctx.static = static
+    ctx.bias_dtype = None if router_bias is None else router_bias.dtype
+    ctx.gates = None if gates is None else (gates.shape, gates.dtype)
+
+
+def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of the operator's eight tensor arguments."""
+    x, u, g, A, B, router_weight, seed = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:6]]
+    grads = _op_backward(dy, dgates, x, u, g, A, B, router_weight, seed, *ctx.static, needs)
+    dx, dA, dB, dWr, dbr, dg = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    if dbr is not None:
+        dbr = dbr.to(ctx.bias_dtype)
+    if dg is not None:
+        shape, dtype = ctx.gates
+        dg = dg.to(dtype).view(shape)
+    return dx, dA, dB, dWr, dbr, dg, dy if ctx.needs_input_grad[6] else None, None
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, u, g = _op(*args)
+        _save(ctx, u, g, args)
+        if args[3] is None:  # given gates are returned by nobody
+            ctx.mark_non_differentiable(g)
+        return y, u, g
+
+    @staticmethod
+    def backward(ctx, dy, _du, dgates):
+        static = (None,) * len(ctx.static)
+        if dy is None and dgates is None:
+            return (None,) * _TENSORS + static
+        return _gradients(ctx, dy, dgates) + static
+
+
+class _MixtureInplace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        base = args[6]
+        with torch._C._AutoDispatchBelowAutograd():
+            u, g = _op_inplace(*args)
+        ctx.mark_dirty(base)
+        _save(ctx, u, g, args)
+        return base, u, g
+
+    @staticmethod
+    def backward(ctx, dy, du, dgates):
+        return _Mixture.backward(ctx, dy, du, dgates)
+
+
+class _MixtureBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op_backward(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "rode_kernels: double backward is not supported; for second derivatives write the formula in PyTorch, "
+            "or call backward with create_graph=False"
+        )
+
+
+def _needs_autograd(args: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
+def _autograd(*args):
+    if _needs_autograd(args):
+        return _Mixture.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*args)
+
+
+def _autograd_backward(*args):
+    if _needs_autograd(args):
+        return _MixtureBackward.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op_backward(*args)
+
+
+_lib.impl("mixture", _autograd, "Autograd")
+_lib.impl("mixture_backward", _autograd_backward, "Autograd")
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast x, base and parameters that are neither float32 nor of that dtype are cast, as for F.linear."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), *(t if t is None or t.dtype == torch.float32 else t.to(dtype) for t in others)
+
+
+def _run(
+    x,
+    A,
+    B,
+    router_weight,
+    router_bias,
+    gates,
+    base,
+    mixture: Mixture,
+    dropout_p,
+    seed,
+    inplace,
+    dense,
+    backend,
+) -> tuple[Tensor, Tensor]:
+    check_x(x)
+    x, A, B, router_weight, router_bias = _autocast(x, A, B, router_weight, router_bias)
+    if base is not None and not inplace and torch.is_autocast_enabled(x.device.type):
+        base = base.to(x.dtype)
+    check_inputs(mixture, x, A, B, router_weight, router_bias, gates, base, dropout_p)
+    if gates is not None:
+        gates = gates.expand(*x.shape[:-1], mixture.num_experts)
+    seed = normalize_seed(seed, dropout_p, x)
+    static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
+    if inplace:
+        check_inplace(base, x)
+    if inplace and not torch.compiler.is_compiling():
+        args = (x, A, B, router_weight, router_bias, gates, base, seed, *static)
+        if _needs_autograd(args):
+            y, _, g = _MixtureInplace.apply(*args)
+            return y, g
+        _, g = _op_inplace(*args)
+        return base, g
+    y, _, g = _op(x, A, B, router_weight, router_bias, gates, base, seed, *static)
+    return y, g
+
+
+def rectified_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    base: Tensor | None = None,
+    inplace: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Sum of LoRA experts of different ranks under a ReLU-gated router (RoDE, arXiv 2407.12730, Eq. 3-5).
+
+    ``y = base + sum_i scaling_i * relu(h_i) * B_i A_i drop(x)`` with ``h = x Wr^T + br``. An expert whose gate is zero for a
+    token is skipped for it, forward and backward.
+
+    Args:
+        x: (..., in_features); float64, float32, float16 or bfloat16.
+        A: (R, in_features), the experts' down projections stacked in expert order; R = sum(ranks).
+        B: (out_features, R), the up projections side by side.
+        router_weight: (N, in_features). router_bias: (N,) or None.
+        ranks: rank of each of the N experts. scaling: one finite float per expert (alpha / r_i in the paper).
+        base: (..., out_features) in x's dtype, usually the frozen layer's output; None counts as zeros.
+        inplace: accumulate into base and return it (under torch.compile a new tensor is returned).
+        dropout_p: probability with which elements of the experts' input (not the router's) are dropped.
+        seed: int, one-element int64 tensor on x's device, or None (drawn from torch's generator if dropout_p > 0).
+        return_gates: also return the gates.
+        backend: a name from `backends()`; default: RODE_BACKEND, else the best for x's device.
+
+    A, B, router_weight and router_bias have x's dtype, or float32 where x has 16 bits: they are rounded once to x's dtype, sums are
+    float32 (float64 for float64), gradients come back in the parameter's dtype. Autocast applies as to `F.linear`.
+
+    Returns:
+        y (..., out_features) in x's dtype; with return_gates also the gates (..., N) in float32 (float64 for float64), through
+        which gradients flow.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what was wanted.
+    """
+    mixture = make_mixture(ranks, scaling)
+    y, g = _run(
+        x, A, B, router_weight, router_bias, None, base, mixture, dropout_p, seed, inplace, False, backend
+    )
+    return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
+
+
+def gated_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gates: Tensor,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    base: Tensor | None = None,
+    inplace: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    gate_grad: str = "open",
+    backend: str | None = None,
+) -> Tensor:
+    """Sum of LoRA experts under gates computed elsewhere: softmax, top-k, a task's weights, ...
+
+    ``y = base + sum_i scaling_i * gates_i * B_i A_i drop(x)``; tokens for which gates_i is exactly 0 skip expert i.
+
+    Args:
+        gates: (..., N), any floating dtype, any sign; broadcasts over x's leading dimensions.
+        gate_grad: "open" defines the gradient as 0 where gates are 0, which is exact for relu, top-k and threshold
+            routers; "all" computes scaling_i <t_i, u_i> everywhere, for gates that rest at 0 and must be able to reopen.
+
+    The other arguments, dtypes and errors are those of `rectified_mixture`.
+
+    Returns:
+        y (..., out_features) in x's dtype.
+    """
+    if gate_grad not in GATE_GRADS:
+        raise ValueError(f"gate_grad: expected 'open' or 'all', got {gate_grad!r}")
+    if gates is None:
+        raise TypeError("gates: expected a torch.Tensor, got NoneType")
+    mixture = make_mixture(ranks, scaling)
+    dense = gate_grad == "all"
+    return _run(x, A, B, None, None, gates, base, mixture, dropout_p, seed, inplace, dense, backend)[0]
