@@ -1,0 +1,315 @@
+"""The food record: one JSON object per line, checked on the way in and on the way out.
+
+`docs/records.md` describes the format for whoever writes such a file. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "val", "test")
+NUTRITION_FIELDS = ("mass", "energy", "fat", "protein", "carb")
+"""The five numbers of a dish in the order of the paper's tables: g, kcal, g, g, g."""
+
+
+class RecordError(ValueError):
+    """A record that does not fit the schema. The message is one line: where, which field, what it got."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its unit, e.g. `Quantity(480.0, "mg")`."""
+
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Nutrition:
+    """What a dish, or one ingredient as it is on the plate, contains. None means unknown, 0 means none.
+
+    Attributes:
+        mass: grams.
+        energy: kilocalories.
+        fat: grams.
+        protein: grams.
+        carb: grams of carbohydrate.
+        micronutrients: name -> quantity; any name, any unit.
+    """
+
+    mass: float | None = None
+    energy: float | None = None
+    fat: float | None = None
+    protein: float | None = None
+    carb: float | None = None
+    micronutrients: Mapping[str, Quantity] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """True if all five of `NUTRITION_FIELDS` are known."""
+        return all(getattr(self, name) is not None for name in NUTRITION_FIELDS)
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One ingredient: `amount` and `unit` as the recipe states them, `mass` in grams where it is known.
+
+    `nutrition` is that of the whole `mass`, not of 100 g.
+    """
+
+    name: str
+    amount: float | None = None
+    unit: str | None = None
+    mass: float | None = None
+    nutrition: Nutrition | None = None
+
+
+@dataclass(frozen=True)
+class FoodRecord:
+    """One food sample.
+
+    `image` is absolute after `read_records`; in the file it may be relative to the file's folder.
+    `split` None means that the source has none: `rode.data.mixture.hash_split` makes one.
+    """
+
+    id: str
+    image: str
+    source: str
+    title: str | None = None
+    category: str | None = None
+    ingredients: tuple[Ingredient, ...] = ()
+    instructions: tuple[str, ...] = ()
+    nutrition: Nutrition | None = None
+    split: str | None = None
+
+
+def _show(value: Any) -> str:
+    """A value as an error message shows it: JSON where it can be, and never longer than a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _object(value: Any, known: tuple[str, ...], path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RecordError(f"{path or 'record'}: expected an object, got {_show(value)}")
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+            raise RecordError(f"{_join(path, key)}: unknown field; {hint}")
+    return value
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _text(obj: dict[str, Any], key: str, path: str, *, required: bool = False) -> str | None:
+    value = obj.get(key)
+    if value is None and not required:
+        return None
+    if value is None:
+        raise RecordError(f"{_join(path, key)}: missing; expected a non-empty string")
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(f"{_join(path, key)}: expected a non-empty string, got {_show(value)}")
+    return value
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RecordError(f"{path}: expected a number, got {_show(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
+        raise RecordError(f"{path}: expected a finite number >= 0, got {_show(value)}")
+    return number
+
+
+def _optional_number(obj: dict[str, Any], key: str, path: str) -> float | None:
+    return None if obj.get(key) is None else _number(obj[key], _join(path, key))
+
+
+def _list(obj: dict[str, Any], key: str) -> list[Any]:
+    value = obj.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RecordError(f"{key}: expected a list, got {_show(value)}")
+    return value
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(cls))
+
+
+def _nutrition(value: Any, path: str) -> Nutrition | None:
+    if value is None:
+        return None
+    obj = _object(value, _names(Nutrition), path)
+    micro_path = _join(path, "micronutrients")
+    micro = obj.get("micronutrients") or {}
+    if not isinstance(micro, dict):
+        raise RecordError(f"{micro_path}: expected an object, got {_show(micro)}")
+    quantities = {}
+    for name, entry in micro.items():
+        at = f"{micro_path}.{name}"
+        entry = _object(entry, _names(Quantity), at)
+        unit = _text(entry, "unit", at, required=True)
+        quantities[name] = Quantity(_number(entry.get("value"), at + ".value"), unit or "")
+    numbers = {name: _optional_number(obj, name, path) for name in NUTRITION_FIELDS}
+    return Nutrition(**numbers, micronutrients=quantities)
+
+
+def _ingredient(value: Any, path: str) -> Ingredient:
+    obj = _object(value, _names(Ingredient), path)
+    return Ingredient(
+        name=_text(obj, "name", path, required=True) or "",
+        amount=_optional_number(obj, "amount", path),
+        unit=_text(obj, "unit", path),
+        mass=_optional_number(obj, "mass", path),
+        nutrition=_nutrition(obj.get("nutrition"), _join(path, "nutrition")),
+    )
+
+
+def record_from_json(value: Any) -> FoodRecord:
+    """Builds a record from a decoded JSON object; `image` is taken as it stands.
+
+    Raises:
+        RecordError: naming the field, what it got and what was wanted.
+    """
+    obj = _object(value, _names(FoodRecord), "")
+    split = obj.get("split")
+    if split is not None and split not in SPLITS:
+        raise RecordError(f"split: expected one of {', '.join(SPLITS)} or null, got {_show(split)}")
+    instructions = _list(obj, "instructions")
+    for i, step in enumerate(instructions):
+        if not isinstance(step, str) or not step.strip():
+            raise RecordError(f"instructions[{i}]: expected a non-empty string, got {_show(step)}")
+    return FoodRecord(
+        id=_text(obj, "id", "", required=True) or "",
+        image=_text(obj, "image", "", required=True) or "",
+        source=_text(obj, "source", "", required=True) or "",
+        title=_text(obj, "title", ""),
+        category=_text(obj, "category", ""),
+        ingredients=tuple(
+            _ingredient(entry, f"ingredients[{i}]") for i, entry in enumerate(_list(obj, "ingredients"))
+        ),
+        instructions=tuple(instructions),
+        nutrition=_nutrition(obj.get("nutrition"), "nutrition"),
+        split=split,
+    )
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        entries = ((f.name, _to_json(getattr(value, f.name))) for f in fields(value))
+        return {name: entry for name, entry in entries if entry not in (None, [], {})}
+    if isinstance(value, Mapping):
+        return {key: _to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_to_json(entry) for entry in value]
+    # 320.0 is written as 320: shorter, and equal when read back
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def record_to_json(record: FoodRecord) -> dict[str, Any]:
+    """The record as a JSON-able dict, unknown fields left out; `record_from_json` undoes it."""
+    return _to_json(record)
+
+
+def _reject_constant(name: str) -> float:
+    raise RecordError(f"{name} is not a JSON number")
+
+
+def read_records(path: str | os.PathLike[str], *, split: str | None = None) -> Iterator[FoodRecord]:
+    """Reads a JSONL file record by record; never holds more than one (and the ids seen).
+
+    Args:
+        path: the file, UTF-8. Empty lines are skipped.
+        split: only records of this split; every line is checked all the same.
+
+    Raises:
+        RecordError: `file.jsonl:12: ingredients[2].amount: expected a number, got "two"`. Also for an id
+            that stands twice, and for a record without a split where `split` is asked for.
+    """
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    path = Path(path)
+    folder = path.resolve().parent
+    first_line: dict[str, int] = {}
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            try:
+                # utf-8-sig: a byte-order mark, as some editors write it, is no part of the first object
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not line:
+                    continue
+                record = record_from_json(json.loads(line, parse_constant=_reject_constant))
+                if record.id in first_line:
+                    raise RecordError(f"id: {record.id!r} stands on line {first_line[record.id]} already")
+                first_line[record.id] = number
+                if split is not None and record.split is None:
+                    raise RecordError(f"split: missing, but split {split!r} was asked for")
+            except RecordError as error:
+                raise RecordError(f"{path}:{number}: {error}") from None
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            if split is None or record.split == split:
+                # absolute stays absolute: Path's "/" drops the left side then
+                yield _with_image(record, str(folder / record.image))
+
+
+def _with_image(record: FoodRecord, image: str) -> FoodRecord:
+    return FoodRecord(**{**{f.name: getattr(record, f.name) for f in fields(record)}, "image": image})
+
+
+def write_records(path: str | os.PathLike[str], records: Iterable[FoodRecord]) -> int:
+    """Writes records as JSONL, aside and then renamed, so that a reader never sees half a file.
+
+    An absolute image path inside the file's folder is written relative to it, so that the folder can be
+    moved; a relative one is taken as relative to the file's folder already.
+
+    Returns:
+        How many records were written.
+
+    Raises:
+        RecordError: for a record that `read_records` would refuse; the file is left as it was.
+    """
+    path = Path(path)
+    folder = path.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    seen: set[str] = set()
+    try:
+        with aside.open("w", encoding="utf-8", newline="\n") as out:
+            for record in records:
+                image = Path(record.image)
+                if image.is_absolute() and image.is_relative_to(folder):
+                    record = _with_image(record, image.relative_to(folder).as_posix())
+                obj = record_to_json(record)
+                try:
+                    record_from_json(obj)
+                    if record.id in seen:
+                        raise RecordError("id: stands twice")
+                except RecordError as error:
+                    raise RecordError(f"record {record.id!r}: {error}") from None
+                seen.add(record.id)
+                out.write(json.dumps(obj, ensure_ascii=False) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return len(seen)

@@ -1,0 +1,223 @@
+"""Questions and answers made from records: ingredients, recipe, nutrition, category.
+
+Answers are short and regular, for each answer token costs a decoding step; `parse_answer` undoes them and
+also takes what a model makes of them (extra words, other units, another order).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rode.data.nutrition_text import format_nutrition, parse_nutrition
+from rode.data.records import NUTRITION_FIELDS, FoodRecord
+
+TASKS = ("ingredients", "recipe", "nutrition", "category")
+WORDINGS = ("first", "all", "random")
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "ingredients": (
+        "What ingredients are in this dish?",
+        "List the ingredients of this food.",
+        "Which ingredients can you recognise in the picture?",
+        "Name everything that this dish is made of.",
+        "What was used to make this food?",
+    ),
+    "recipe": (
+        "How is this dish made?",
+        "Write the cooking instructions for this dish.",
+        "Give a recipe for the food in the picture.",
+        "What are the steps to prepare this food?",
+        "Explain how to cook this dish.",
+    ),
+    "nutrition": (
+        "What is the nutrition of this dish?",
+        "Estimate the mass, energy, fat, protein and carbohydrate of this food.",
+        "How much energy and which nutrients does this dish contain?",
+        "Give the nutrition facts of the food in the picture.",
+        "State the weight, calories and macronutrients of this dish.",
+    ),
+    "category": (
+        "What kind of dish is this?",
+        "Which category does this food belong to?",
+        "Classify the food in the picture.",
+        "Name the category of this dish.",
+        "What type of food is shown?",
+    ),
+}
+"""Wordings of each task's question; the first one is used for evaluation."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about one picture.
+
+    Attributes:
+        record_id: the record's id.
+        image: absolute path.
+        task: one of `TASKS`.
+        question: without prompt template or image token.
+        answer: the target text.
+        reference: the truth that metrics compare with, JSON-able: ingredients and recipe: list of str;
+            nutrition: the five of `NUTRITION_FIELDS`, not rounded; category: str.
+        source: by which metrics are kept apart.
+        split: "train", "val", "test" or None.
+    """
+
+    record_id: str
+    image: str
+    task: str
+    question: str
+    answer: str
+    reference: Any
+    source: str
+    split: str | None
+
+
+def stable_hash(*parts: object) -> int:
+    """64 bits of SHA-256: the same in every process and on every machine, unlike Python's `hash`."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+
+
+def question(task: str, index: int = 0) -> str:
+    """The task's question in wording `index` (counted modulo the number of wordings)."""
+    _check_task(task)
+    return QUESTIONS[task][index % len(QUESTIONS[task])]
+
+
+def make_examples(
+    record: FoodRecord, tasks: Iterable[str] = TASKS, *, wording: str = "first", seed: int = 0
+) -> list[Example]:
+    """The questions that a record can answer; a task whose truth it lacks yields none.
+
+    Args:
+        record: as `read_records` gives it; its image must be an absolute path.
+        tasks: which tasks, in which order.
+        wording: "first" (evaluation), "all" (one example per wording) or "random": one, chosen by a hash of
+            (seed, record id, task), so that it depends neither on order nor on process.
+        seed: for "random".
+
+    Raises:
+        ValueError: for an unknown task or wording, or a relative image path.
+    """
+    if wording not in WORDINGS:
+        raise ValueError(f"wording: expected one of {', '.join(WORDINGS)}, got {wording!r}")
+    if not os.path.isabs(record.image):
+        raise ValueError(
+            f"record {record.id!r}: image {record.image!r} is relative; read_records makes it absolute"
+        )
+    examples = []
+    for task in tasks:
+        truth = _truth(task, record)
+        if truth is None:
+            continue
+        answer, reference = truth
+        wordings = QUESTIONS[task]
+        if wording == "all":
+            chosen = wordings
+        else:
+            index = stable_hash(seed, record.id, task) % len(wordings) if wording == "random" else 0
+            chosen = (wordings[index],)
+        for text in chosen:
+            examples.append(
+                Example(record.id, record.image, task, text, answer, reference, record.source, record.split)
+            )
+    return examples
+
+
+def _truth(task: str, record: FoodRecord) -> tuple[str, Any] | None:
+    """(answer, reference) of a task, or None where the record lacks it."""
+    _check_task(task)
+    if task == "ingredients":
+        names = ingredient_names(record)
+        return (", ".join(names), names) if names else None
+    if task == "recipe":
+        # through the parser, so that the reference is what a perfect answer parses to
+        steps = _parse_recipe("\n".join(" ".join(step.split()) for step in record.instructions))
+        return ("\n".join(steps), steps) if steps else None
+    if task == "nutrition":
+        if record.nutrition is None or not record.nutrition.complete:
+            return None
+        values = {name: getattr(record.nutrition, name) for name in NUTRITION_FIELDS}
+        return format_nutrition(values), values
+    category = None if record.category is None else _parse_category(record.category)
+    return None if category is None else (category, category)
+
+
+def ingredient_names(record: FoodRecord) -> list[str]:
+    """Names in the record's order as the answer writes them: no commas or semicolons, each name once."""
+    names: dict[str, str] = {}
+    for ingredient in record.ingredients:
+        # through the parser's own cleaning, so that answer -> parse gives the same names
+        name = _clean_item(re.sub(r"[,;\n|]", " ", ingredient.name))
+        if name:
+            names.setdefault(name.casefold(), name)
+    return list(names.values())
+
+
+def parse_answer(task: str, text: str) -> Any | None:
+    """Reads a model's answer; None if nothing of use is in it.
+
+    Returns:
+        ingredients: list of names (each once). recipe: list of steps. nutrition: dict of the five fields in
+        g and kcal, None for a field that was not found. category: str, lower case.
+    """
+    _check_task(task)
+    parsers = {"ingredients": _parse_ingredients, "recipe": _parse_recipe, "category": _parse_category}
+    return parse_nutrition(text) if task == "nutrition" else parsers[task](text) or None
+
+
+_LEAD_IN = re.compile(
+    r"^\W*(?:(?:sure|certainly|of course)\W+)?"
+    r"(?:[^,:;\n]{0,60}?\bingredients?\b[^,:;\n]{0,40}?(?:\b(?:are|is|include|includes)\b\s*:?|:)"
+    r"|(?:this|the|it)\b[^,:;\n]{0,40}?\b(?:contains|includes|is made (?:of|from|with)|consists of)\b\s*:?)",
+    re.IGNORECASE,
+)
+_BULLET = re.compile(r"^\s*(?:[-*•·]+\s+|\(?\d{1,3}[.)]\s+|step\s+\d{1,3}\s*[:.)-]\s*)", re.IGNORECASE)
+
+
+def _clean_item(text: str) -> str:
+    text = _BULLET.sub("", " ".join(text.split()))
+    text = re.sub(r"^(?:and|or)\s+", "", text, flags=re.IGNORECASE)
+    return text.strip(" .:*\"'")
+
+
+def _parse_ingredients(text: str) -> list[str]:
+    """Splits on commas, semicolons and lines. A bare "and" splits the last item only where a lead-in shows
+    that the answer is prose: "salt and pepper" in a plain list is one name."""
+    rest = _LEAD_IN.sub("", text, count=1)
+    items = [item for item in re.split(r"[,;\n|]", rest) if item.strip()]
+    if items and rest != text:
+        items[-1:] = re.split(r"\s+and\s+", items[-1].split(". ")[0])
+    names: dict[str, str] = {}
+    for item in items:
+        name = _clean_item(item)
+        if re.search(r"\w", name):
+            names.setdefault(name.casefold(), name)
+    return list(names.values())
+
+
+def _parse_recipe(text: str) -> list[str]:
+    # some models number the steps within one line
+    lines = re.split(r"\n|(?<=[.!?])\s+(?=\d{1,2}[.)]\s)", text)
+    steps = (" ".join(_BULLET.sub("", line).split()) for line in lines)
+    return [step for step in steps if re.search(r"\w", step)]
+
+
+def _parse_category(text: str) -> str | None:
+    text = " ".join(text.replace("_", " ").split()).strip(" .!:*\"'").lower()
+    text = re.sub(
+        r"^(?:(?:the|this|it|its)\b[^,.:]{0,40}?\b(?:is|belongs to|shows)\b\s*:?|category\s*:)\s*", "", text
+    )
+    text = re.sub(r"^(?:an?|the)\s+", "", text).strip(" .!:*\"'")
+    return text or None
