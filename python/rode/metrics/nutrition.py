@@ -1,0 +1,79 @@
+"""Nutrition estimation: mean absolute error as a percentage of the mean truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rode.data.records import NUTRITION_FIELDS
+
+Values = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class PMAE:
+    """Percent throughout; None where it is undefined (every truth is 0, or no answer was parsed).
+
+    Attributes:
+        fields: pMAE of each of `NUTRITION_FIELDS`.
+        mean: the plain mean of the five.
+        parse_rate: share of the answers that gave all five numbers.
+        parsed_fields, parsed_mean: the same over those answers alone. They flatter a model that
+            answers only where it is easy: read them beside `parse_rate`.
+    """
+
+    fields: dict[str, float | None]
+    mean: float | None
+    parse_rate: float
+    parsed_fields: dict[str, float | None]
+    parsed_mean: float | None
+
+
+def pmae(predicted: Sequence[Values | None], true: Sequence[Values]) -> PMAE:
+    """100 * mean(abs(pred - true)) / mean(true) for each field.
+
+    A number that the answer does not give, or an answer that could not be read at all, counts as a
+    prediction of 0, that is as an error of the whole truth, so that silence cannot win.
+
+    Args:
+        predicted: `parse_answer("nutrition", ...)` of each answer: g and kcal, None where not found.
+        true: the five numbers of each dish.
+
+    Raises:
+        ValueError: if the lengths differ or are 0.
+    """
+    if len(predicted) != len(true) or not true:
+        raise ValueError(
+            f"predicted and true: expected equal lengths > 0, got {len(predicted)} and {len(true)}"
+        )
+    answers = [answer or {} for answer in predicted]
+    pairs = list(zip(answers, true, strict=True))
+    parsed = [pair for pair in pairs if all(pair[0].get(name) is not None for name in NUTRITION_FIELDS)]
+    fields, parsed_fields = _fields(pairs), _fields(parsed)
+    return PMAE(fields, _mean(fields), 100 * len(parsed) / len(pairs), parsed_fields, _mean(parsed_fields))
+
+
+def _fields(pairs: Sequence[tuple[Values, Values]]) -> dict[str, float | None]:
+    out: dict[str, float | None] = {}
+    for name in NUTRITION_FIELDS:
+        truth = sum(true[name] for _, true in pairs)
+        error = sum(abs((answer.get(name) or 0.0) - true[name]) for answer, true in pairs)
+        out[name] = 100 * error / truth if truth else None
+    return out
+
+
+def _mean(fields: Mapping[str, float | None]) -> float | None:
+    values = [value for value in fields.values() if value is not None]
+    return sum(values) / len(values) if len(values) == len(fields) else None
+
+
+def mean_baseline(train: Sequence[Values], test: Sequence[Values]) -> PMAE:
+    """What always answering the training split's mean scores on `test`: the number a model has to beat.
+
+    Raises:
+        ValueError: if either is empty.
+    """
+    if not train:
+        raise ValueError("train: expected at least one dish, got none")
+    mean = {name: sum(values[name] for values in train) / len(train) for name in NUTRITION_FIELDS}
+    return pmae([mean] * len(test), test)

@@ -1,0 +1,110 @@
+"""All metrics from `predictions.jsonl` alone: no model, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rode.data.tasks import TASKS, parse_answer
+from rode.metrics.ingredients import ingredient_iou, normalise_name
+from rode.metrics.nutrition import pmae
+from rode.metrics.text import rouge_l, sacrebleu
+
+Row = Mapping[str, Any]
+ROW_KEYS = ("id", "source", "task", "answer", "truth", "reference")
+
+
+def read_predictions(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a predictions file.
+
+    Raises:
+        ValueError: for a line that is not a JSON object; names file and line.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: expected an object, got {line.strip()[:60]}")
+            yield row
+
+
+def category_accuracy(predicted: Iterable[str | None], true: Iterable[str]) -> float:
+    """Percent of categories named exactly, after `normalise_name`; None counts as wrong."""
+    hits = [
+        normalise_name(answer or "") == normalise_name(truth)
+        for answer, truth in zip(predicted, true, strict=True)
+    ]
+    if not hits:
+        raise ValueError("predicted: expected at least one category, got none")
+    return 100 * sum(hits) / len(hits)
+
+
+def score(rows: Iterable[Row]) -> dict[str, dict[str, float | str | None]]:
+    """Every metric that the rows allow, for each source and for "all" together.
+
+    Args:
+        rows: {"id", "source", "task", "question", "answer" (the model's text), "truth" (the target text),
+            "reference" (the structured truth of `rode.data.tasks.Example`)}; `question` is not read.
+
+    Returns:
+        {source: {metric: value}}, "all" first. In percent, as in the paper's tables. By task:
+        ingredients: `ingredient_iou` (over the whole set, primary), `ingredient_iou_mean` (per image);
+        recipe: `sacrebleu`, `sacrebleu_signature` (a string), `rouge_l`;
+        nutrition: `pmae_mass`, `pmae_energy`, `pmae_fat`, `pmae_protein`, `pmae_carb`, `pmae` (their mean),
+        `parse_rate`, `pmae_parsed` (over the parsed answers; None if there are none);
+        category: `category_accuracy`;
+        and `n_<task>`, the number of answers. See `rode.metrics.nutrition.pmae` for unparsed answers.
+
+    Raises:
+        ValueError: for a row that lacks a key, has an unknown task, or whose source is named "all".
+        ImportError: if there are recipe rows and `rode[metrics]` is not installed.
+    """
+    groups: dict[str, list[Row]] = {"all": []}
+    for number, row in enumerate(rows, start=1):
+        missing = [key for key in ROW_KEYS if key not in row]
+        if missing:
+            raise ValueError(f"prediction {number}: missing {', '.join(missing)}")
+        if row["task"] not in TASKS:
+            raise ValueError(
+                f"prediction {number}: task: expected one of {', '.join(TASKS)}, got {row['task']!r}"
+            )
+        if row["source"] == "all":
+            raise ValueError(
+                f'prediction {number}: source: "all" stands for the sum of all; rename the source'
+            )
+        groups["all"].append(row)
+        groups.setdefault(row["source"], []).append(row)
+    return {name: _score(group) for name, group in groups.items()}
+
+
+def _score(rows: list[Row]) -> dict[str, float | str | None]:
+    out: dict[str, float | str | None] = {}
+    for task in TASKS:
+        mine = [row for row in rows if row["task"] == task]
+        if not mine:
+            continue
+        out[f"n_{task}"] = len(mine)
+        answers = [parse_answer(task, row["answer"]) for row in mine]
+        references = [row["reference"] for row in mine]
+        if task == "ingredients":
+            iou = ingredient_iou(answers, references)
+            out |= {"ingredient_iou": iou.overall, "ingredient_iou_mean": iou.mean}
+        elif task == "recipe":
+            texts, truths = [row["answer"] for row in mine], [row["truth"] for row in mine]
+            out["sacrebleu"], out["sacrebleu_signature"] = sacrebleu(texts, truths)
+            out["rouge_l"] = rouge_l(texts, truths)
+        elif task == "nutrition":
+            result = pmae(answers, references)
+            out |= {f"pmae_{name}": value for name, value in result.fields.items()}
+            out |= {"pmae": result.mean, "parse_rate": result.parse_rate, "pmae_parsed": result.parsed_mean}
+        else:
+            out["category_accuracy"] = category_accuracy(answers, references)
+    return out
