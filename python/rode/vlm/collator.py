@@ -1,0 +1,97 @@
+"""Batches: right-padded with labels for training, left-padded for generation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rode.vlm.prompts import PromptEncoder
+
+logger = logging.getLogger(__name__)
+IGNORE = -100  # what cross-entropy leaves out
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
+    """Rows of unequal length to an int64 tensor (rows, longest)."""
+    width = max(len(row) for row in rows)
+    filled = [[value] * (width - len(r)) for r in rows]
+    joined = [[*f, *r] if side == "left" else [*r, *f] for f, r in zip(filled, rows, strict=True)]
+    return torch.tensor(joined, dtype=torch.int64)
+
+
+def _pad_id(encoder: PromptEncoder) -> int:
+    tokenizer = encoder.processor.tokenizer
+    # Padding is masked everywhere, so any id will do where a tokenizer (Llama's) names none.
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+class TrainingCollator:
+    """Examples to a batch for training.
+
+    `labels` are -100 on picture, prompt and padding, and the token id on the answer and its EOS. `truncated` (one
+    int64) counts the answers that were cut.
+
+    Args:
+        encoder: turns questions and answers into ids.
+        source: `PixelSource` or `FeatureSource`.
+    """
+
+    def __init__(self, encoder: PromptEncoder, source: Any) -> None:
+        self.encoder, self.source = encoder, source
+        self._warned = False
+
+    def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+        pictures, encoded = [], []
+        for example in examples:
+            try:
+                pictures.append(self.source(example.image))
+            except OSError as error:  # gone or spoiled since the check before the run
+                raise OSError(f"record {example.record_id}: {error}") from error
+            tokens = self.source.image_tokens(pictures[-1])
+            encoded.append(self.encoder.encode(example.question, example.answer, tokens, example.record_id))
+        cut = [example.record_id for example, e in zip(examples, encoded, strict=True) if e.truncated]
+        if cut and not self._warned:
+            self._warned = True
+            logger.warning(
+                "record %s: the answer was cut to fit max_length=%s; further ones are counted as truncated_answers",
+                cut[0],
+                self.encoder.max_length,
+            )
+        return {
+            "input_ids": _pad([e.input_ids for e in encoded], _pad_id(self.encoder), "right"),
+            "attention_mask": _pad([[1] * len(e.input_ids) for e in encoded], 0, "right"),
+            "labels": _pad(
+                [[IGNORE] * e.prompt_length + e.input_ids[e.prompt_length :] for e in encoded],
+                IGNORE,
+                "right",
+            ),
+            "pixel_values": torch.stack(pictures),
+            "truncated": torch.tensor(len(cut)),
+        }
+
+
+class GenerationCollator:
+    """Pictures and questions to a left-padded batch: every answer begins in the same column.
+
+    Args:
+        encoder: turns questions into ids, exactly as in training.
+        source: `PixelSource` or `FeatureSource`, or any function from a picture to its tensor with `image_tokens`.
+    """
+
+    def __init__(self, encoder: PromptEncoder, source: Callable[[str], torch.Tensor]) -> None:
+        self.encoder, self.source = encoder, source
+
+    def __call__(self, images: Sequence[str], questions: Sequence[str]) -> dict[str, torch.Tensor]:
+        pictures = [self.source(image) for image in images]
+        rows = [
+            self.encoder.encode_prompt(question, self.source.image_tokens(picture))
+            for question, picture in zip(questions, pictures, strict=True)
+        ]
+        return {
+            "input_ids": _pad(rows, _pad_id(self.encoder), "left"),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, "left"),
+            "pixel_values": torch.stack(pictures),
+        }

@@ -1,0 +1,81 @@
+"""Opening pictures, and finding out before a run which of them cannot be opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from PIL import Image, ImageOps
+
+
+class HasImage(Protocol):
+    """What is needed of an example here (`rode.data.Example` has it)."""
+
+    record_id: str
+    image: str
+
+
+E = TypeVar("E", bound=HasImage)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode a picture to RGB, turned upright as its EXIF orientation says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the file is no picture that Pillow knows, or is cut short.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such picture")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
+        raise OSError(f"{path}: not a readable picture ({error})") from error
+
+
+def image_problems(paths: Iterable[str | Path], workers: int = 8) -> dict[str, str]:
+    """Decode every picture once; the message for each that fails, by path. Decoding is the only sure test: a
+    picture cut short has a sound header."""
+
+    def problem(path: str) -> str | None:
+        try:
+            open_image(path)
+        except OSError as error:
+            return str(error)
+        return None
+
+    unique = list(dict.fromkeys(str(path) for path in paths))
+    with ThreadPoolExecutor(workers) as pool:
+        return {
+            path: message for path, message in zip(unique, pool.map(problem, unique), strict=True) if message
+        }
+
+
+def drop_bad_images(examples: Sequence[E], on_bad_image: str = "error") -> tuple[list[E], list[str]]:
+    """Split off the examples whose picture cannot be read.
+
+    Args:
+        examples: anything with `record_id` and `image`.
+        on_bad_image: "error" raises on the first bad picture, "skip" leaves its examples out.
+
+    Returns:
+        The usable examples in their order, and one line per record left out.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image: expected 'error' or 'skip', got {on_bad_image!r}")
+    problems = image_problems(example.image for example in examples)
+    lines = list(
+        dict.fromkeys(
+            f"record {example.record_id}: {problems[example.image]}"
+            for example in examples
+            if example.image in problems
+        )
+    )
+    if lines and on_bad_image == "error":
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise OSError(f"{lines[0]}{more}; mend the picture, or set data.on_bad_image=skip")
+    return [example for example in examples if example.image not in problems], lines

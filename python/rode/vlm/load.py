@@ -1,0 +1,164 @@
+"""Loading a LLaVA checkpoint, a stage-1 projector and an adapter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROJECTOR_FILE = "projector.safetensors"
+# Tokens that a tower puts before its patches (CLS, registers), by model type.
+_EXTRA_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the process's own GPU if torch sees one, else the CPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def load_vlm(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    attention: str | None = None,
+    projector: str | Path | None = None,
+) -> tuple[Any, Any]:
+    """Load a LLaVA and its processor.
+
+    Args:
+        path: a checkpoint directory as `save_pretrained` writes it, or a hub name "owner/name".
+        dtype: "float32", "bfloat16" or "float16"; what the frozen weights are held in.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        attention: transformers' `attn_implementation`; None for its own choice.
+        projector: a `projector.safetensors` of stage 1, or the folder that holds it; replaces the checkpoint's.
+
+    Returns:
+        (LlavaForConditionalGeneration in eval mode, LlavaProcessor).
+
+    Raises:
+        FileNotFoundError: no such directory. ValueError: not a LLaVA, or processor and model do not fit.
+    """
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    path = os.path.expanduser(str(path))
+    if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise FileNotFoundError(f"{path}: no such model directory (nor a hub name like owner/name)")
+    torch_dtype, where = pick_dtype(dtype), pick_device(device)
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llava":
+        raise ValueError(f"{path}: expected a model of type 'llava', got {config.model_type!r}")
+    processor = AutoProcessor.from_pretrained(path)
+    if not hasattr(processor, "replace_image_token"):
+        raise ValueError(
+            f"{path}: expected a LLaVA processor, got {type(processor).__name__}; is a file missing?"
+        )
+    extra = {} if attention is None else {"attn_implementation": attention}
+    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch_dtype, **extra).to(where).eval()
+    fit_processor(processor, model.config)
+    if projector is not None:
+        load_projector(model, projector)
+    match_projector_input(model)
+    return model, processor
+
+
+def fit_processor(processor: Any, config: Any) -> None:
+    """Make the processor count a picture's tokens as the model does: older checkpoints lack the fields for it."""
+    vision = config.vision_config
+    wanted = {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": _EXTRA_TOKENS.get(
+            vision.model_type, processor.num_additional_image_tokens
+        ),
+    }
+    for name, value in wanted.items():
+        if (got := getattr(processor, name)) != value:
+            logger.warning(
+                "the processor's %s is %r; the model's configuration says %r, which is used", name, got, value
+            )
+            setattr(processor, name, value)
+
+
+def get_projector(model: Any) -> torch.nn.Module:
+    """The module between tower and language model, under PEFT or not."""
+    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return llava.model.multi_modal_projector
+
+
+def _match_input(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    dtype = next(module.parameters()).dtype
+    return (args[0].to(dtype), *args[1:])
+
+
+def match_projector_input(model: Any) -> None:
+    """Let the projector be float32 (when it is trained) between a tower and a language model in 16 bit: its input is
+    cast here, its output by LLaVA itself."""
+    projector = get_projector(model)
+    if _match_input not in projector._forward_pre_hooks.values():
+        projector.register_forward_pre_hook(_match_input)
+
+
+def save_projector(model: Any, directory: str | Path) -> Path:
+    """Write `projector.safetensors` (aside, then renamed); its path."""
+    file = Path(directory) / PROJECTOR_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in get_projector(model).state_dict().items()},
+        aside,
+    )
+    os.replace(aside, file)
+    return file
+
+
+def load_projector(model: Any, path: str | Path) -> None:
+    """Load a projector of the same shape, in the precision in which it was saved (float32 from stage 1)."""
+    file = Path(path) / PROJECTOR_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such projector; `rode train` with stage: projector writes one")
+    state, projector = load_file(file), get_projector(model)
+    own = projector.state_dict()
+    if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
+        shapes = [{n: tuple(t.shape) for n, t in s.items()} for s in (own, state)]
+        raise ValueError(f"{file}: the model's projector has {shapes[0]}, the file {shapes[1]}")
+    projector.to(next(iter(state.values())).dtype).load_state_dict(state)
+
+
+def load_adapter(model: Any, directory: str | Path) -> Any:
+    """Put a saved adapter on a model, for inference: a PeftModel in eval mode.
+
+    An adapter that was trained with the projector carries it and gets it back in float32.
+    """
+    from peft import PeftModel
+
+    import rode.tuner  # noqa: F401  (registers the RODE method with PEFT)
+
+    file = Path(directory) / "adapter_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
+    if json.loads(file.read_text()).get("modules_to_save"):
+        get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
+    return PeftModel.from_pretrained(model, str(directory)).eval()
