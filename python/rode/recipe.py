@@ -1,0 +1,315 @@
+"""The recipe: one YAML file for an experiment, checked field by field when it is read.
+
+Paths in a recipe are relative to the working directory; `~` and `$VARIABLES` are expanded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
+ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used. One line: which key, what it got, what was wanted."""
+
+
+@dataclass
+class ModelConfig:
+    """Which LLaVA, and how it is held."""
+
+    path: str
+    """Checkpoint directory, or hub name "owner/name"."""
+    projector: str | None = None
+    """`projector.safetensors` of a stage-1 run, or its folder; replaces the checkpoint's projector."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What frozen weights are held in. Trained ones are float32."""
+    device: str = "auto"
+    attention: str | None = None
+    """transformers' attn_implementation; null for its own choice."""
+    prompt: Literal["vicuna", "chat_template", "auto"] = "auto"
+    vision_features: Literal["live", "memory", "disk"] = "live"
+    """"memory" and "disk" compute the frozen tower once for each picture; "live" at every step."""
+    features_dir: str = "runs/features"
+    """Where "disk" keeps them."""
+
+
+@dataclass
+class SourceConfig:
+    """One file of records."""
+
+    path: str
+    name: str | None = None
+    """By which metrics are kept apart; null for what the records say."""
+    weight: float = 1.0
+    """Examples of this source per epoch, as a multiple of what it has."""
+    tasks: list[TaskName] = field(default_factory=lambda: list(ALL_TASKS))
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig]
+    wording: Literal["first", "all", "random"] = "random"
+    """Wordings of a question in training; evaluation always asks the first."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A picture that cannot be read: stop, or leave its record out and say so."""
+
+
+@dataclass
+class TrainingConfig:
+    """Reaches transformers' TrainingArguments through `rode.train.training_arguments`."""
+
+    learning_rate: float = 3e-4
+    projector_learning_rate: float | None = None
+    """Stage "adapter": train the projector too, at this rate. Null: it stays frozen."""
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up. "linear" is DeepSpeed's WarmupDecayLR."""
+    warmup_steps: int = 100
+    batch_size: int = 4
+    """Per device."""
+    gradient_accumulation: int = 10
+    devices: int = 1
+    """How many devices the numbers above are meant for; a run on another number says what the batch comes to."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Optimizer steps; null for `epochs`."""
+    max_length: int | None = None
+    """Tokens of prompt, picture and answer together; null for no limit."""
+    on_long_answer: Literal["truncate", "error"] = "truncate"
+    group_by_length: bool = False
+    """Batch examples of like length: less padding, a less random order."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int = 2
+    workers: int = 0
+    """Data-loader processes per device."""
+
+
+@dataclass
+class EvaluationConfig:
+    split: Literal["train", "val", "test"] = "test"
+    batch_size: int = 8
+    max_new_tokens: int = 256
+    limit: int | None = None
+    """Examples of each source; null for all."""
+
+
+@dataclass
+class Recipe:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    stage: Literal["adapter", "projector"] = "adapter"
+    """"projector" is LLaVA's stage 1: the projector alone. "adapter" trains what `adapter` says."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Fields of `rode.tuner.RodeConfig`."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str | None = None
+    """Null for runs/NAME."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir or Path("runs") / self.name)
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """The end of an error message about an unknown word."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join("null" if h is type(None) else _describe(h) for h in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list of {_describe(get_args(hint)[0])}"
+    if get_origin(hint) is dict or is_dataclass(hint):
+        return "a mapping"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value`, as YAML gave it, checked against a type hint and made into it."""
+    if is_dataclass(hint):
+        return _build(hint, value, where)
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        inner = [h for h in get_args(hint) if h is not type(None)]
+        return None if value is None else _convert(inner[0], value, where)
+    if origin is list and isinstance(value, list):
+        return [_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return dict(value)
+    if origin is Literal and value in get_args(hint):
+        return value
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return os.path.expanduser(os.path.expandvars(value)) if hint is str else value
+    raise RecipeError(f"{where}: expected {_describe(hint)}, got {value!r}")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    prefix = f"{where}." if where else ""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where or 'recipe'}: expected a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise RecipeError(f"{prefix}{key}: no such key; {did_you_mean(str(key), hints)}")
+    for f in fields(cls):
+        if f.name not in values and f.default is f.default_factory:  # both MISSING: required
+            raise RecipeError(f"{prefix}{f.name}: missing; expected {_describe(hints[f.name])}")
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+_POSITIVE = (
+    "batch_size",
+    "gradient_accumulation",
+    "devices",
+    "epochs",
+    "logging_steps",
+    "save_steps",
+    "learning_rate",
+)
+
+
+def _check(recipe: Recipe) -> None:
+    """What types cannot say."""
+    training = recipe.training
+    for name in _POSITIVE:
+        if getattr(training, name) <= 0:
+            raise RecipeError(f"training.{name}: expected more than 0, got {getattr(training, name)}")
+    for name in ("max_steps", "max_length"):
+        if getattr(training, name) is not None and getattr(training, name) < 1:
+            raise RecipeError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
+    if len(training.betas) != 2:
+        raise RecipeError(f"training.betas: expected two numbers, got {training.betas}")
+    if not recipe.data.sources:
+        raise RecipeError("data.sources: expected at least one source, got none")
+    for i, source in enumerate(recipe.data.sources):
+        if source.weight <= 0:
+            raise RecipeError(f"data.sources[{i}].weight: expected more than 0, got {source.weight}")
+    if recipe.stage == "projector":
+        if recipe.adapter:
+            raise RecipeError("adapter: stage 'projector' trains no adapter; leave it out")
+        if training.projector_learning_rate is not None:
+            raise RecipeError(
+                "training.projector_learning_rate: in stage 'projector' it is training.learning_rate"
+            )
+    else:
+        adapter_config(recipe)
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The `rode.tuner.RodeConfig` that the recipe's `adapter` describes, every key checked."""
+    from rode.tuner import RodeConfig
+
+    known = {f.name for f in fields(RodeConfig)} - {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+    }
+    for key in recipe.adapter:
+        if key not in known:
+            raise RecipeError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
+    values = {"task_type": "CAUSAL_LM", **recipe.adapter}
+    if recipe.training.projector_learning_rate is not None:
+        values["modules_to_save"] = [*(values.get("modules_to_save") or []), "multi_modal_projector"]
+    try:
+        return RodeConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"adapter: {error}") from error
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """A recipe from plain values, checked. Raises RecipeError."""
+    recipe = _build(Recipe, values, "")
+    _check(recipe)
+    return recipe
+
+
+def _override(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {assignment!r}: expected key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {assignment!r}: {text!r} is not YAML") from error
+    *path, last = key.split(".")
+    node: Any = values
+
+    def index(part: str) -> Any:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise RecipeError(f"override {assignment!r}: {part!r} is no index into a list of {len(node)}")
+            return int(part)
+        if not isinstance(node, dict):
+            raise RecipeError(f"override {assignment!r}: {part!r} is inside {node!r}, which is no mapping")
+        return part
+
+    for part in path:
+        at = index(part)
+        if isinstance(node, dict) and node.get(at) is None:
+            node[at] = {}
+        node = node[at]
+    node[index(last)] = value
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: the YAML file.
+        overrides: "training.max_steps=20", "data.sources.0.path=my.jsonl": values as YAML.
+
+    Raises:
+        FileNotFoundError; RecipeError for unknown keys, wrong types and impossible values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    try:
+        for assignment in overrides:
+            _override(values, assignment)
+        return recipe_from_dict(values)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,200 @@
+"""`rode train`: from a recipe to a trained adapter (or projector)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.integrations import TensorBoardCallback
+
+from rode.data import Example
+from rode.recipe import Recipe, adapter_config, dump_recipe
+from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
+from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
+from rode.vlm.load import get_projector, match_projector_input
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, tensorboard/,
+            checkpoint-N/.
+        model: the trained model, in eval mode (a PeftModel in stage "adapter").
+        processor: its processor.
+        metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
+            truncated_answers.
+        history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
+        interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
+        checkpoint: the latest checkpoint, or None.
+        skipped: one line for each record left out for its picture.
+    """
+
+    output_dir: Path
+    model: Any
+    processor: Any
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    interrupted: bool
+    checkpoint: Path | None
+    skipped: list[str]
+
+
+def training_examples(recipe: Recipe) -> list[Example]:
+    """The training split of every source, weighted, in the recipe's wording."""
+    from rode.data.mixture import load_examples
+
+    sources = [vars(source) for source in recipe.data.sources]
+    examples = load_examples(sources, "train", wording=recipe.data.wording, seed=recipe.training.seed)
+    if not examples:
+        files = ", ".join(source.path for source in recipe.data.sources)
+        raise ValueError(f'no example in the training split of {files}; do the records say "split": "train"?')
+    return examples
+
+
+def make_trainable(model: Any, recipe: Recipe) -> Any:
+    """Freeze the model and add what the recipe trains, in float32: a PeftModel in stage "adapter", else the model.
+
+    Everything random in it follows `training.seed`.
+    """
+    from peft import get_peft_model
+
+    match_projector_input(model)
+    if recipe.stage == "projector":
+        model.requires_grad_(False)
+        get_projector(model).float().requires_grad_(True)
+        return model
+    config = adapter_config(recipe)
+    if config.modules_to_save:
+        get_projector(model).float()
+    set_seed(recipe.training.seed)
+    return get_peft_model(model, config)
+
+
+def image_source(
+    recipe: Recipe, model: Any, processor: Any, examples: Sequence[Example], progress: bool
+) -> Any:
+    """Pictures as the recipe wants them: read at every step, or the tower's features computed now."""
+    if recipe.model.vision_features == "live":
+        return PixelSource(processor)
+    directory = recipe.model.features_dir if recipe.model.vision_features == "disk" else None
+    source = FeatureSource(model, processor, directory)
+    source.precompute([example.image for example in examples], progress)
+    return source
+
+
+def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
+    latest = latest_checkpoint(recipe.run_dir)
+    if resume is True:
+        if latest is None:
+            raise FileNotFoundError(f"{recipe.run_dir}: no checkpoint to resume from; leave --resume out")
+        return latest
+    if resume:
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"{resume}: no checkpoint (trainer_state.json is missing)")
+        return Path(resume)
+    if latest is not None:
+        raise FileExistsError(
+            f"{recipe.run_dir} holds {latest.name}: pass --resume, or set another output_dir"
+        )
+    return None
+
+
+def train(
+    recipe: Recipe,
+    *,
+    examples: Sequence[Example] | None = None,
+    model: Any = None,
+    processor: Any = None,
+    source: Any = None,
+    resume: bool | str | os.PathLike[str] = False,
+    progress: bool = True,
+) -> TrainResult:
+    """Train what the recipe says and write it to `recipe.run_dir`.
+
+    Args:
+        recipe: see `rode.recipe`.
+        examples: in place of the recipe's data sources.
+        model, processor: a LLaVA already loaded, in place of `recipe.model.path`; the model is changed.
+        source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
+        resume: True for the latest checkpoint in `run_dir`, or a checkpoint's path.
+        progress: show bars.
+
+    Raises:
+        FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
+        FileNotFoundError, OSError, ValueError: inputs, with the record or key named.
+        KeyboardInterrupt: a second Ctrl-C.
+    """
+    run_dir = recipe.run_dir
+    start = _starting_point(recipe, resume)
+    arguments = training_arguments(recipe, progress)
+    examples = training_examples(recipe) if examples is None else list(examples)
+    examples, skipped = drop_bad_images(examples, recipe.data.on_bad_image)
+    for line in skipped:
+        logger.warning("left out: %s", line)
+    if not examples:
+        raise ValueError("no example to train on" + (": every picture was left out" if skipped else ""))
+    if (model is None) != (processor is None):
+        raise ValueError("model and processor: expected both or neither")
+    if model is None:
+        m = recipe.model
+        model, processor = load_vlm(
+            m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
+        )
+    source = source or image_source(recipe, model, processor, examples, progress)
+    model = make_trainable(model, recipe)
+    training = recipe.training
+    encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write(run_dir / "recipe.yaml", dump_recipe(recipe))
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    stop = StopOnInterrupt()
+    trainer = AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=TrainingCollator(encoder, source),
+        callbacks=[stop, TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard")))],
+        projector_rate=training.projector_learning_rate,
+        # Characters stand in for tokens: only the order matters.
+        lengths=[len(e.question) + len(e.answer) for e in examples] if training.group_by_length else None,
+        projector_only=recipe.stage == "projector",
+    )
+    with stop:
+        output = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    model.eval()
+    history = trainer.state.log_history
+    metrics = {
+        "train_loss": output.training_loss,
+        "train_runtime": output.metrics["train_runtime"],
+        "steps": trainer.state.global_step,
+        "examples": len(examples),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "skipped_records": len(skipped),
+        "truncated_answers": int(trainer.truncated_answers),
+    }
+    if trainer.is_world_process_zero():
+        _write(run_dir / "history.json", json.dumps(history, indent=1))
+    if not stop.asked:
+        trainer.save_model(str(run_dir))
+    return TrainResult(
+        run_dir, model, processor, metrics, history, stop.asked, latest_checkpoint(run_dir), skipped
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)

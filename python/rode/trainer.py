@@ -1,0 +1,227 @@
+"""transformers' Trainer with the few things that differ here: the loss on answers, learning rates by group, an order of
+examples that depends on seed and epoch alone, small checkpoints, and Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from rode.vlm.load import PROJECTOR_FILE, load_projector, save_projector
+from rode.vlm.loss import answer_loss
+
+logger = logging.getLogger(__name__)
+PROJECTOR = "multi_modal_projector"  # its name in every LLaVA
+
+
+class EpochSampler(Sampler[int]):
+    """A random order that is a function of (seed, epoch), so that a resumed run finds its place in any epoch.
+
+    Args:
+        size: number of examples.
+        seed: any int.
+        lengths: of the examples, to put like by like within groups of `batch_size` x 50; None for a plain shuffle.
+        batch_size: of the groups.
+    """
+
+    def __init__(
+        self, size: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1
+    ) -> None:
+        self.size, self.seed, self.lengths, self.batch_size, self.epoch = size, seed, lengths, batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        if self.lengths is None:
+            return iter(torch.randperm(self.size, generator=generator).tolist())
+        return iter(get_length_grouped_indices(list(self.lengths), self.batch_size, generator=generator))
+
+
+class AnswerTrainer(Trainer):
+    """Trains on answers. `projector_rate` is the learning rate of the projector's parameters (None: the common one);
+    `lengths` groups examples; `projector_only` makes checkpoints hold the projector instead of an adapter."""
+
+    def __init__(
+        self,
+        *args: Any,
+        projector_rate: float | None = None,
+        lengths: Sequence[int] | None = None,
+        projector_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # compute_loss divides by the tokens of the whole accumulated batch: a mean over tokens, not over batches.
+        self.model_accepts_loss_kwargs = True
+        self.projector_rate, self.lengths, self.projector_only = projector_rate, lengths, projector_only
+        self.head = self.model.get_output_embeddings()
+        self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        self.truncated_answers += inputs.pop("truncated")
+        loss = answer_loss(model, self.head, inputs, labels, num_items_in_batch)
+        # The count spans all processes while DDP averages gradients over them.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if cut := int(self.truncated_answers):
+            logs["truncated_answers"] = cut
+        super().log(logs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(len(self.train_dataset), self.args.seed, self.lengths, batch)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            rates = {False: self.args.learning_rate, True: self.projector_rate or self.args.learning_rate}
+            groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+            for name, parameter in (model or self.model).named_parameters():
+                if parameter.requires_grad:
+                    # The usual rule: matrices decay, biases and norms do not.
+                    projector, decays = PROJECTOR in name, parameter.ndim > 1
+                    group = groups.setdefault(
+                        (projector, decays),
+                        {
+                            "params": [],
+                            "lr": rates[projector],
+                            "weight_decay": self.args.weight_decay * decays,
+                        },
+                    )
+                    group["params"].append(parameter)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(list(groups.values()), **options)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.projector_only:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_projector(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.projector_only:
+            load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends training after the optimizer step under way, with a checkpoint; the second
+    stops at once. Use as a context manager around `train`."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
+
+    def __enter__(self) -> StopOnInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: whoever runs us there keeps the signals
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = torch.tensor(self.asked, device=args.device, dtype=torch.int32)
+        if args.world_size > 1:  # all processes stop at the same step, or the others would wait for ever
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        if self.asked or (args.world_size > 1 and bool(asked)):
+            self.asked = control.should_save = control.should_training_stop = True
+
+
+def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
+    """transformers' TrainingArguments of a recipe."""
+    t = recipe.training
+    schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]
+    arguments = TrainingArguments(
+        output_dir=str(recipe.run_dir),
+        per_device_train_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation,
+        num_train_epochs=t.epochs,
+        max_steps=t.max_steps or -1,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=t.warmup_steps,
+        optim="adamw_torch",
+        weight_decay=t.weight_decay,
+        adam_beta1=t.betas[0],
+        adam_beta2=t.betas[1],
+        adam_epsilon=t.epsilon,
+        max_grad_norm=t.max_grad_norm,
+        activation_checkpointing=t.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        # Frozen weights are held in model.dtype and trained ones in float32: no autocast, which would cast the frozen
+        # ones again at every step.
+        bf16=False,
+        fp16=False,
+        seed=t.seed,
+        data_seed=t.seed,
+        logging_steps=t.logging_steps,
+        logging_first_step=True,
+        save_steps=t.save_steps,
+        save_total_limit=t.save_total_limit,
+        dataloader_num_workers=t.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,
+        report_to="none",  # TensorBoard is added as a callback, in a folder of its own
+        disable_tqdm=not progress,
+        use_cpu=recipe.model.device == "cpu",
+    )
+    if arguments.n_gpu > 1:
+        # Several visible GPUs and one process would make Trainer use DataParallel, which cannot share frozen weights.
+        arguments._n_gpu = 1
+    world = arguments.world_size
+    if world != t.devices:
+        logger.warning(
+            "the recipe means %d device(s) and a global batch of %d; on %d it is %d",
+            t.devices,
+            t.batch_size * t.gradient_accumulation * t.devices,
+            world,
+            t.batch_size * t.gradient_accumulation * world,
+        )
+    return arguments
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint-N with the largest N that was written whole, or None."""
+    found = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(directory).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return max(found)[1] if found else None
