@@ -1,0 +1,87 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+#ifdef RODE_X86
+#define RODE_FOR_EACH_ISA(F) F(avx512) F(avx2) F(generic)
+#else
+#define RODE_FOR_EACH_ISA(F) F(generic)
+#endif
+
+namespace rode {
+
+#define RODE_DECLARE(NAME)                                            \
+  namespace NAME {                                                    \
+  void forward(const Problem&, const Forward&);                       \
+  void backward(const Problem&, const Backward&);                     \
+  void keep_mask(const Dropout&, uint64_t, int64_t, float*);          \
+  }
+RODE_FOR_EACH_ISA(RODE_DECLARE)
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  void (*forward)(const Problem&, const Forward&);
+  void (*backward)(const Problem&, const Backward&);
+  void (*keep_mask)(const Dropout&, uint64_t, int64_t, float*);
+};
+
+[[maybe_unused]] bool has_avx512() {
+#ifdef RODE_X86
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool has_avx2() {
+#ifdef RODE_X86
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+bool has_generic() { return true; }
+
+#define RODE_ROW(NAME) {#NAME, has_##NAME, NAME::forward, NAME::backward, NAME::keep_mask},
+const Isa kIsas[] = {RODE_FOR_EACH_ISA(RODE_ROW)};  // best first
+const Isa* chosen = nullptr;
+
+const Isa& current() {
+  if (chosen == nullptr) set_isa("");
+  return *chosen;
+}
+
+}  // namespace
+
+void set_isa(const std::string& name) {
+  std::string names;
+  for (const Isa& isa : kIsas) {
+    names += std::string(names.empty() ? "" : ", ") + isa.name;
+    if (!name.empty() && name != isa.name) continue;
+    if (isa.supported()) {
+      chosen = &isa;
+      return;
+    }
+    if (!name.empty()) throw std::invalid_argument("this processor does not support '" + name + "'");
+  }
+  throw std::invalid_argument("expected one of " + names + ", got '" + name + "'");
+}
+
+const char* isa() { return current().name; }
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+void forward(const Problem& p, const Forward& a) { current().forward(p, a); }
+void backward(const Problem& p, const Backward& a) { current().backward(p, a); }
+void keep_mask(const Dropout& d, uint64_t first, int64_t n, float* out) { current().keep_mask(d, first, n, out); }
+
+}  // namespace rode

@@ -1,0 +1,21 @@
+// Picks the instruction set at run time: the same wheel serves every x86-64 (or other) processor.
+#pragma once
+
+#include <string>
+
+#include "../rode.h"
+
+namespace rode {
+
+// Chooses by name ("avx512", "avx2", "generic"), or the best one of this processor for "". Throws std::invalid_argument for a
+// name that was not built or that the processor lacks.
+void set_isa(const std::string& name);
+const char* isa();
+bool has_openmp();
+
+void forward(const Problem& problem, const Forward& arrays);
+void backward(const Problem& problem, const Backward& arrays);
+// 1 where dropout keeps element first + i of x, else 0.
+void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out);
+
+}  // namespace rode

@@ -1,0 +1,84 @@
+// Reading a matrix of any dtype and strides as rows of the accumulation type, and lists of the tokens that an expert is open for.
+#pragma once
+
+#include "../rode.h"
+#include "simd.h"
+// philox.h uses memcpy
+#include "philox.h"
+
+namespace {
+
+// out[i] = element (m, first + i) in the accumulation type.
+template <class T>
+void widen_row(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n, typename AccumulationOf<T>::type* out) {
+  const T* p = static_cast<const T*>(matrix.data) + m * matrix.row + first * matrix.column;
+  if (matrix.column == 1)
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(p[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(p[i * matrix.column]);
+}
+
+// Whether rows can be used where they stand.
+template <class T>
+bool is_direct(const rode::Matrix& matrix) {
+  using C = typename AccumulationOf<T>::type;
+  return sizeof(T) == sizeof(C) && matrix.column == 1;
+}
+
+// rows[i] = columns [first, first + n) of token m0 + i, for `tokens` tokens: in place where it can be, else widened into `scratch`.
+template <class T, class C>
+void gather_rows(const rode::Matrix& matrix, int64_t m0, int64_t tokens, int64_t first, int64_t n, C* scratch,
+                 const C** rows) {
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (is_direct<T>(matrix)) {
+      rows[i] = static_cast<const C*>(matrix.data) + (m0 + i) * matrix.row + first;
+    } else {
+      widen_row<T>(matrix, m0 + i, first, n, scratch + i * n);
+      rows[i] = scratch + i * n;
+    }
+  }
+}
+
+template <class C>
+bool any_open(const C* gates, int64_t experts) {
+  for (int64_t i = 0; i < experts; ++i)
+    if (gates[i] != 0) return true;
+  return false;
+}
+
+// No thread is woken for nothing.
+inline int thread_count(const rode::Problem& p, int64_t units) {
+  const int64_t threads = units < p.threads ? units : p.threads;
+  return threads < 1 ? 1 : static_cast<int>(threads);
+}
+
+// Tokens of a block that stay in cache while all experts are computed for them.
+constexpr int64_t kBlockTokens = 16;
+// Columns that are finished at a time while rows of A or B stream by.
+constexpr int64_t kChunk = 256;
+
+// For each token in turn, out[expert's columns] = <rows[token], weights of the expert> where the expert is open (or `dense`).
+// Skipped pairs leave `out` alone. weights (R, n).
+template <class C>
+void dots_where_open(const rode::Problem& p, const C* gates, const C* const* rows, int64_t tokens, const C* weights,
+                     int64_t n, C* out) {
+  const C* chosen[kBlockTokens];
+  int64_t index[kBlockTokens];
+  C result[kBlockTokens * kTileRows];
+  for (int64_t e = 0; e < p.experts; ++e) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < tokens; ++i)
+      if (p.dense || gates[i * p.experts + e] != 0) {
+        index[count] = i;
+        chosen[count++] = rows[i];
+      }
+    for (int64_t j = p.offsets[e]; j < p.offsets[e + 1] && count > 0; j += kTileRows) {
+      const int64_t width = p.offsets[e + 1] - j < kTileRows ? p.offsets[e + 1] - j : kTileRows;
+      dots(chosen, count, weights + j * n, width, n, result, static_cast<int64_t>(kTileRows));
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t r = 0; r < width; ++r) out[index[i] * p.total_rank + j + r] = result[i * kTileRows + r];
+    }
+  }
+}
+
+}  // namespace
