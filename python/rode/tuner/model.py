@@ -1,0 +1,182 @@
+"""`RodeModel`: puts the layers into a model, under PEFT's conventions."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from rode.tuner.config import RodeConfig
+from rode.tuner.layer import Linear, RodeLayer
+from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
+
+
+class RodeModel(BaseTuner):
+    """A model whose linear layers carry mixtures of LoRA experts of different ranks (RoDE, arXiv 2407.12730).
+
+    Usually made by `get_peft_model`; `import rode` (or `rode.tuner`) registers the method with PEFT first.
+
+    Args:
+        model: the model to adapt; frozen, and changed in place.
+        config: a [`RodeConfig`].
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, for loading into.
+
+    Example:
+        ```py
+        >>> from peft import get_peft_model
+        >>> from rode import RodeConfig
+
+        >>> model = get_peft_model(model, RodeConfig(ranks=(2, 4, 8, 16)))
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix: str = "rode_"
+    tuner_layer_cls = RodeLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {"llama": list(DEFAULT_NAMES)}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; no match at all is a ValueError that lists near misses."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise NoMatchingPeftModuleError(self._no_match(model, adapter_name, str(error))) from None
+        config = self.peft_config[adapter_name]
+        # Bare names match a tower as a matter of course; of a regex it may not be what was meant.
+        if isinstance(config.target_modules, str) and (held := self._held_back(model, config)):
+            warnings.warn(
+                f"target_modules matches {len(held)} modules of the vision tower or projector, such as {held[0]}; they are "
+                "left alone. To adapt them too, name the tower in target_modules; to silence this, let the regex name the "
+                "language model.",
+                stacklevel=2,
+            )
+
+    def _no_match(self, model: nn.Module, adapter_name: str, reason: str) -> str:
+        config = self.peft_config[adapter_name]
+        text = f"{reason} RodeConfig.target_modules={config.target_modules!r} matches no layer that may be adapted."
+        if held := self._held_back(model, config):
+            text += (
+                f" {len(held)} matches lie in the vision tower or projector, such as {held[0]}: those are adapted only where "
+                "target_modules names the tower."
+            )
+        misses = near_misses(model, config.target_modules, closed=self._closed)
+        return f"{text} Near misses: {'; '.join(misses) or 'none, the model has no linear layer'}."
+
+    def _held_back(self, model: nn.Module, config: RodeConfig) -> list[str]:
+        return [
+            name
+            for name, _ in model.named_modules()
+            if under(name, self._closed)
+            and (found := check_target_module_exists(config, name))
+            and not isinstance(found, _ExcludedModule)
+        ]
+
+    def _prepare_adapter_config(self, peft_config: RodeConfig, model_config: dict[str, Any]) -> RodeConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(self.model, peft_config)
+        return peft_config
+
+    def _prepare_model(self, peft_config: RodeConfig, model: nn.Module) -> None:
+        """Settles which towers are closed to this adapter, before PEFT asks about the first module."""
+        targets = peft_config.target_modules
+        roots = towers(model)
+        opened = named_towers(targets, roots)
+        self._closed = tuple(root for root in roots if root not in opened)
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            # PEFT's list of every linear layer, less the towers': what is saved then says what was adapted.
+            names = _maybe_include_all_linear_layers(peft_config, model).target_modules
+            peft_config.target_modules = {name for name in names if not under(name, self._closed)}
+
+    def _check_target_module_exists(self, peft_config: RodeConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        excluded = isinstance(found, _ExcludedModule)
+        return False if found and not excluded and under(key, self._closed) else found
+
+    def _create_and_replace(
+        self,
+        config: RodeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        ranks = config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.ranks)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, current_key), config.alpha)
+        if isinstance(target, RodeLayer):
+            target.update_layer(adapter_name, ranks, alpha, config, inference_mode=config.inference_mode)
+            return
+        _check_supported(target, current_key)
+        layer = Linear(target, adapter_name, ranks, alpha, config, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trainable by itself
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are float32 from the start; `autocast_adapter_dtype=False` asks for the base layer's dtype instead."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, RodeLayer):
+                    module._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, for adapters with gate="none"; refuses the others before any layer is changed."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, RodeLayer):
+                module.check_mergeable(module.active_adapters if adapter_names is None else adapter_names)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: RoDE runs one set of adapters for the whole batch; call set_adapter and split the batch"
+            )
+        return nullcontext()
+
+
+def _check_supported(target: nn.Module, name: str) -> None:
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would do nothing; "
+            "exclude it by exclude_modules"
+        )
+    backend = resolve_quantization_backend(base) if not isinstance(base, nn.Linear) else None
+    sizes = (getattr(base, "in_features", None), getattr(base, "out_features", None))
+    if (backend is None or backend.layer_type != "linear") and not all(isinstance(n, int) for n in sizes):
+        raise TypeError(
+            f"{name}: expected a linear layer (nn.Linear, a quantised one, or any with in_features and out_features), "
+            f"got {type(base).__name__}; leave it out by exclude_modules"
+        )

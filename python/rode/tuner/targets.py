@@ -1,0 +1,100 @@
+"""Which modules an adapter goes on: the language model's, and never a vision tower that nobody named."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+
+from rode.tuner.config import RodeConfig
+
+DEFAULT_NAMES = ("q_proj", "v_proj")
+# One regex for the LLaVA family, whose CLIP and SigLIP towers have a q_proj and a v_proj too.
+VISION_LANGUAGE_REGEX = r".*(language_model|text_model).*\.(q_proj|v_proj)"
+
+# Roots of what turns pictures or sound into the language model's inputs, as transformers and LLaVA's own code name them.
+_TOWERS = frozenset(
+    (
+        "vision_tower",
+        "vision_model",
+        "visual",
+        "vision_encoder",
+        "vision_backbone",
+        "image_encoder",
+        "audio_tower",
+    )
+    + ("multi_modal_projector", "mm_projector", "connector", "aligner", "embed_vision", "embed_audio")
+)
+_NAMES_A_TOWER = re.compile(r"vision|visual|image|audio")
+
+
+def towers(model: nn.Module) -> tuple[str, ...]:
+    """Names of a multi-modal model's towers and projectors; empty for a plain language model or a plain vision model."""
+    config = getattr(model, "config", None)
+    multi_modal = any(
+        getattr(config, key, None) is not None for key in ("vision_config", "mm_vision_tower", "audio_config")
+    )
+    names = [name for name, _ in model.named_modules() if name]
+    if not multi_modal:  # a model without a transformers configuration
+        multi_modal = any(name.rpartition(".")[2] == "language_model" for name in names)
+    if not multi_modal:
+        return ()
+    found: list[str] = []
+    for name in names:  # parents come before children
+        if name.rpartition(".")[2] in _TOWERS and not under(name, found):
+            found.append(name)
+    return tuple(found)
+
+
+def under(name: str, roots: tuple[str, ...] | list[str]) -> str | None:
+    """The root that `name` is or lies below, else None."""
+    return next((root for root in roots if name == root or name.startswith(root + ".")), None)
+
+
+def default_targets(model: nn.Module, config: RodeConfig) -> str | set[str]:
+    """q_proj and v_proj (the paper's Fig. 4); in a multi-modal model those of its language model."""
+    if towers(model) and config.layers_to_transform is None:
+        return VISION_LANGUAGE_REGEX
+    return set(DEFAULT_NAMES)
+
+
+def named_towers(target_modules: str | set[str], roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The towers that target_modules asks for by name, as `.*vision_tower.*q_proj` does and `q_proj` or `.*q_proj` do not."""
+    entries = (target_modules,) if isinstance(target_modules, str) else target_modules
+    # A negative look-ahead names a tower in order to leave it out.
+    entries = [re.sub(r"\(\?<?![^)]*\)", "", entry) for entry in entries]
+    return tuple(
+        root
+        for root in roots
+        if any(
+            (last := root.rpartition(".")[2]) in entry
+            or (_NAMES_A_TOWER.search(last) and _NAMES_A_TOWER.search(entry))
+            for entry in entries
+        )
+    )
+
+
+def near_misses(
+    model: nn.Module, target_modules: str | set[str], closed: tuple[str, ...] = (), limit: int = 6
+) -> list[str]:
+    """Names of linear layers outside of `closed` that resemble what target_modules asked for, best first."""
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "in_features", None), int)
+        and not name.endswith("base_layer")
+        and not under(name, closed)
+    ]
+    if isinstance(target_modules, str):
+        wanted = re.findall(r"\w{2,}", target_modules.replace(r"\.", " "))
+    else:
+        wanted = sorted(target_modules)
+    tails: dict[str, str] = {}  # the end of a name, and one whole name that ends so
+    for name in linear:
+        tails.setdefault(name.rpartition(".")[2], name)
+    close: list[str] = []
+    for word in wanted:
+        tail = word.rpartition(".")[2]
+        close += [t for t in difflib.get_close_matches(tail, tails, n=3, cutoff=0.5) if t not in close]
+    return [f"{tail} (as in {tails[tail]})" for tail in (close or sorted(tails))[:limit]]
