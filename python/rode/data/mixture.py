@@ -1,0 +1,173 @@
+"""Several files of records as one stream of examples, each source with its weight and its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rode.data.records import SPLITS, FoodRecord, RecordError, read_records
+from rode.data.tasks import TASKS, Example, make_examples, stable_hash
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of records.
+
+    Attributes:
+        path: JSONL file, see `docs/records.md`.
+        name: by which metrics are kept apart; None for the `source` that each record states.
+        weight: passes over this source's examples per epoch: 1 each once, 0.5 half of them (the other half
+            in the next epoch), 3 each three times, 0 leaves the source out.
+        tasks: which questions to ask.
+        split_fractions: {"train": 0.8, "val": 0.1, "test": 0.1}, for records that state no split
+            (`hash_split` with seed 0, so that it never moves with a training seed); None: such a record is
+            an error.
+    """
+
+    path: str
+    name: str | None = None
+    weight: float = 1.0
+    tasks: Sequence[str] = TASKS
+    split_fractions: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight of {self.path}: expected a finite number >= 0, got {self.weight!r}")
+        if self.name == "all":
+            raise ValueError('name: "all" stands for all sources together in the metrics; choose another')
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"tasks of {self.path}: expected some of {', '.join(TASKS)}, got {task!r}")
+        if self.split_fractions is not None:
+            _check_fractions(self.split_fractions)
+
+
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    for split, share in fractions.items():
+        if split not in SPLITS:
+            raise ValueError(f"split fractions: expected some of {', '.join(SPLITS)}, got {split!r}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"split fractions: {split}: expected 0 to 1, got {share!r}")
+    total = sum(fractions.values())
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"split fractions: expected a sum of 1, got {total:g}")
+
+
+def hash_split(id: str, fractions: Mapping[str, float], seed: int = 0) -> str:
+    """The split of a record by the hash of its id: adding records never moves another one.
+
+    Args:
+        id: the record's id.
+        fractions: share of each split, summing to 1; a split left out gets none.
+        seed: another seed, another split.
+    """
+    _check_fractions(fractions)
+    point = stable_hash(seed, id, "split") / 2**64
+    present = [split for split in SPLITS if fractions.get(split)]
+    for split in present:
+        point -= fractions[split]
+        if point < 0:
+            return split
+    return present[-1]  # the shares' sum may fall short of 1 by rounding
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The examples of all sources and the plan by which an epoch draws from them.
+
+    Attributes:
+        examples: source by source, each in its file's order.
+        counts: how many of them each source has.
+        weights: passes per epoch of each source.
+        seed: of the plan.
+    """
+
+    examples: list[Example]
+    counts: list[int]
+    weights: list[float]
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """Examples in one epoch."""
+        return sum(self._draws())
+
+    def _draws(self) -> list[int]:
+        return [round(weight * count) for weight, count in zip(self.weights, self.counts, strict=True)]
+
+    def plan(self, epoch: int = 0) -> list[int]:
+        """Indices into `examples` for one epoch, shuffled; a function of (seed, epoch) alone.
+
+        Each source is an endless row of shuffled passes over its examples, and each epoch takes the next
+        `weight * count` of them: no example comes up twice more often than another.
+        """
+        indices: list[int] = []
+        first = 0
+        for number, (count, draw) in enumerate(zip(self.counts, self._draws(), strict=True)):
+            position, stop = epoch * draw, (epoch + 1) * draw
+            while position < stop:
+                turn, offset = divmod(position, count)
+                order = list(range(first, first + count))
+                random.Random(stable_hash(self.seed, "pass", number, turn)).shuffle(order)
+                taken = order[offset : offset + stop - position]
+                indices += taken
+                position += len(taken)
+            first += count
+        random.Random(stable_hash(self.seed, "epoch", epoch)).shuffle(indices)
+        return indices
+
+
+def load_examples(sources: Iterable[Source], split: str, *, wording: str = "first", seed: int = 0) -> Mixture:
+    """Reads the records of one split and asks each its questions.
+
+    Args:
+        sources: see `Source`; one of weight 0 is not read.
+        split: "train", "val" or "test".
+        wording: see `rode.data.tasks.make_examples`.
+        seed: of the wording and of the epochs' order.
+
+    Raises:
+        RecordError: for a record that does not fit the schema, or has no split where none is made.
+        ValueError: if the split is empty: in training for any one source, else for all of them together.
+        OSError: for a file that cannot be read.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    examples: list[Example] = []
+    counts, weights, paths = [], [], []
+    for source in sources:
+        if source.weight == 0:
+            continue
+        before = len(examples)
+        for record in _records(source, split):
+            for example in make_examples(record, source.tasks, wording=wording, seed=seed):
+                if source.name is not None:
+                    example = dataclasses.replace(example, source=source.name)
+                examples.append(example)
+        counts.append(len(examples) - before)
+        weights.append(source.weight)
+        paths.append(str(source.path))
+        if split == "train" and not counts[-1]:
+            raise ValueError(
+                f"{source.path}: no example of split 'train' for {', '.join(source.tasks)}; "
+                "give it weight 0 or other tasks"
+            )
+    if not examples:
+        raise ValueError(f"no example of split {split!r} in {', '.join(paths) or 'no sources'}")
+    return Mixture(examples, counts, weights, seed)
+
+
+def _records(source: Source, split: str) -> Iterable[FoodRecord]:
+    for record in read_records(source.path):
+        if record.split is None:
+            if source.split_fractions is None:
+                raise RecordError(
+                    f"{os.fspath(source.path)}: record {record.id!r} has no split; "
+                    "write one, or give the source split_fractions"
+                )
+            record = dataclasses.replace(record, split=hash_split(record.id, source.split_fractions))
+        if record.split == split:
+            yield record
