@@ -68,10 +68,11 @@ def tiny_model(tower: str = "clip", seed: int = 0, vision_feature_layer: int | l
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH,
     }
-    if tower == "clip":
-        vision = CLIPVisionConfig(intermediate_size=32, **common)
-    else:
-        vision = Dinov2Config(mlp_ratio=2, **common)
+    vision = (
+        CLIPVisionConfig(intermediate_size=32, **common)
+        if tower == "clip"
+        else Dinov2Config(mlp_ratio=2, **common)
+    )
     text = LlamaConfig(
         vocab_size=264,
         hidden_size=32,

@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from rode.data.mixture import Source
+
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
@@ -51,8 +53,10 @@ class SourceConfig:
     name: str | None = None
     """By which metrics are kept apart; null for what the records say."""
     weight: float = 1.0
-    """Examples of this source per epoch, as a multiple of what it has."""
+    """Passes over this source per epoch: 0.5 half of it (the other half in the next epoch), 0 leaves it out."""
     tasks: list[TaskName] = field(default_factory=lambda: list(ALL_TASKS))
+    split_fractions: dict[str, float] | None = None
+    """{train: 0.8, val: 0.1, test: 0.1} for records that state no split: a hash of the id decides."""
 
 
 @dataclass
@@ -149,6 +153,8 @@ def _describe(hint: Any) -> str:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value`, as YAML gave it, checked against a type hint and made into it."""
+    if hint is Any:
+        return value
     if is_dataclass(hint):
         return _build(hint, value, where)
     origin = get_origin(hint)
@@ -158,7 +164,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return dict(value)
+        return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal and value in get_args(hint):
         return value
     if hint is float:
@@ -213,8 +219,10 @@ def _check(recipe: Recipe) -> None:
     if not recipe.data.sources:
         raise RecipeError("data.sources: expected at least one source, got none")
     for i, source in enumerate(recipe.data.sources):
-        if source.weight <= 0:
-            raise RecipeError(f"data.sources[{i}].weight: expected more than 0, got {source.weight}")
+        try:
+            Source(**vars(source))
+        except ValueError as error:
+            raise RecipeError(f"data.sources[{i}]: {error}") from error
     if recipe.stage == "projector":
         if recipe.adapter:
             raise RecipeError("adapter: stage 'projector' trains no adapter; leave it out")

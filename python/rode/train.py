@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,6 +15,8 @@ from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
 from rode.data import Example
+from rode.data.mixture import Mixture, Source, load_examples
+from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
@@ -49,16 +52,26 @@ class TrainResult:
     skipped: list[str]
 
 
-def training_examples(recipe: Recipe) -> list[Example]:
-    """The training split of every source, weighted, in the recipe's wording."""
-    from rode.data.mixture import load_examples
+def data_sources(recipe: Recipe) -> list[Source]:
+    """The recipe's sources as `rode.data.mixture` wants them."""
+    return [Source(**vars(source)) for source in recipe.data.sources]
 
-    sources = [vars(source) for source in recipe.data.sources]
-    examples = load_examples(sources, "train", wording=recipe.data.wording, seed=recipe.training.seed)
-    if not examples:
-        files = ", ".join(source.path for source in recipe.data.sources)
-        raise ValueError(f'no example in the training split of {files}; do the records say "split": "train"?')
-    return examples
+
+def _usable(examples: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
+    """The mixture without the examples whose picture cannot be read; see `drop_bad_images`."""
+    kept, skipped = drop_bad_images(examples.examples, on_bad_image)
+    if not skipped:
+        return examples, skipped
+    for line in skipped:
+        logger.warning("left out: %s", line)
+    if not kept:
+        raise ValueError(f"no example left to train on: all {len(skipped)} pictures were left out")
+    whole = set(map(id, kept))
+    counts, first = [], 0
+    for count in examples.counts:
+        counts.append(sum(id(example) in whole for example in examples.examples[first : first + count]))
+        first += count
+    return dataclasses.replace(examples, examples=kept, counts=counts), skipped
 
 
 def make_trainable(model: Any, recipe: Recipe) -> Any:
@@ -137,12 +150,15 @@ def train(
     run_dir = recipe.run_dir
     start = _starting_point(recipe, resume)
     arguments = training_arguments(recipe, progress)
-    examples = training_examples(recipe) if examples is None else list(examples)
-    examples, skipped = drop_bad_images(examples, recipe.data.on_bad_image)
-    for line in skipped:
-        logger.warning("left out: %s", line)
-    if not examples:
-        raise ValueError("no example to train on" + (": every picture was left out" if skipped else ""))
+    seed = recipe.training.seed
+    if examples is None:
+        mixture = load_examples(data_sources(recipe), "train", wording=recipe.data.wording, seed=seed)
+    else:
+        mixture = Mixture(list(examples), [len(examples)], [1.0], seed)
+    mixture, skipped = _usable(mixture, recipe.data.on_bad_image)
+    examples = mixture.examples
+    if not len(mixture):
+        raise ValueError("no example to train on")
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
     if model is None:
@@ -155,7 +171,7 @@ def train(
     training = recipe.training
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write(run_dir / "recipe.yaml", dump_recipe(recipe))
+    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
 
     from torch.utils.tensorboard import SummaryWriter
 
@@ -166,6 +182,7 @@ def train(
         train_dataset=examples,
         data_collator=TrainingCollator(encoder, source),
         callbacks=[stop, TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard")))],
+        plan=mixture.plan,
         projector_rate=training.projector_learning_rate,
         # Characters stand in for tokens: only the order matters.
         lengths=[len(e.question) + len(e.answer) for e in examples] if training.group_by_length else None,
@@ -185,16 +202,9 @@ def train(
         "truncated_answers": int(trainer.truncated_answers),
     }
     if trainer.is_world_process_zero():
-        _write(run_dir / "history.json", json.dumps(history, indent=1))
+        write_text(run_dir / "history.json", json.dumps(history, indent=1))
     if not stop.asked:
         trainer.save_model(str(run_dir))
     return TrainResult(
         run_dir, model, processor, metrics, history, stop.asked, latest_checkpoint(run_dir), skipped
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

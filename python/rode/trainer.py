@@ -6,14 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from rode.vlm.load import PROJECTOR_FILE, load_projector, save_projector
 from rode.vlm.loss import answer_loss
@@ -23,19 +22,19 @@ PROJECTOR = "multi_modal_projector"  # its name in every LLaVA
 
 
 class EpochSampler(Sampler[int]):
-    """A random order that is a function of (seed, epoch), so that a resumed run finds its place in any epoch.
+    """The order of examples as a function of the epoch alone, so that a resumed run finds its place in any epoch.
 
     Args:
-        size: number of examples.
-        seed: any int.
-        lengths: of the examples, to put like by like within groups of `batch_size` x 50; None for a plain shuffle.
-        batch_size: of the groups.
+        plan: epoch -> indices (`rode.data.mixture.Mixture.plan`); as many in every epoch.
+        lengths: of the examples, to put like beside like within stretches of 50 batches; None to keep the plan's order.
+        batch_size: examples of one optimizer step.
     """
 
     def __init__(
-        self, size: int, seed: int, lengths: Sequence[int] | None = None, batch_size: int = 1
+        self, plan: Callable[[int], list[int]], lengths: Sequence[int] | None = None, batch_size: int = 1
     ) -> None:
-        self.size, self.seed, self.lengths, self.batch_size, self.epoch = size, seed, lengths, batch_size, 0
+        self.plan, self.lengths, self.batch_size, self.epoch = plan, lengths, batch_size, 0
+        self.size = len(plan(0))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -44,19 +43,22 @@ class EpochSampler(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        if self.lengths is None:
-            return iter(torch.randperm(self.size, generator=generator).tolist())
-        return iter(get_length_grouped_indices(list(self.lengths), self.batch_size, generator=generator))
+        order = self.plan(self.epoch)
+        if self.lengths is not None:
+            stretch = 50 * self.batch_size
+            parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
+            order = [i for part in parts for i in sorted(part, key=self.lengths.__getitem__, reverse=True)]
+        return iter(order)
 
 
 class AnswerTrainer(Trainer):
-    """Trains on answers. `projector_rate` is the learning rate of the projector's parameters (None: the common one);
+    """Trains on answers, in the order of `plan` (see `EpochSampler`). `projector_rate` is the learning rate of the projector's parameters (None: the common one);
     `lengths` groups examples; `projector_only` makes checkpoints hold the projector instead of an adapter."""
 
     def __init__(
         self,
         *args: Any,
+        plan: Callable[[int], list[int]],
         projector_rate: float | None = None,
         lengths: Sequence[int] | None = None,
         projector_only: bool = False,
@@ -65,7 +67,8 @@ class AnswerTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # compute_loss divides by the tokens of the whole accumulated batch: a mean over tokens, not over batches.
         self.model_accepts_loss_kwargs = True
-        self.projector_rate, self.lengths, self.projector_only = projector_rate, lengths, projector_only
+        self.plan, self.lengths = plan, lengths
+        self.projector_rate, self.projector_only = projector_rate, projector_only
         self.head = self.model.get_output_embeddings()
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
@@ -92,7 +95,7 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(len(self.train_dataset), self.args.seed, self.lengths, batch)
+        return EpochSampler(self.plan, self.lengths, batch)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -1,0 +1,137 @@
+"""`rode evaluate`: answers on held-out records, and metrics from the answers.
+
+`predictions.jsonl` holds everything the metrics need, so that they can be computed anew without the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rode.data import Example
+from rode.data.mixture import Source, load_examples
+from rode.files import write_text
+from rode.metrics import read_predictions, score
+
+Scores = dict[str, dict[str, Any]]
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    out_dir: str | os.PathLike[str],
+    *,
+    prompt: str = "auto",
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    source: Any = None,
+    progress: bool = True,
+) -> Scores:
+    """Ask every example's question and score the answers.
+
+    Writes `predictions.jsonl` (a line for each example: id, source, task, question, image, answer, truth, reference)
+    and `metrics.json` (what is returned) to `out_dir`.
+
+    Args:
+        model, processor, prompt, batch_size, max_new_tokens, source, progress: see `rode.generate.answer`.
+        examples: at least one.
+
+    Returns:
+        {"all" or source: {metric: value}}, see `rode.metrics.score`.
+    """
+    from rode.generate import answer
+
+    if not examples:
+        raise ValueError("examples: expected at least one to evaluate, got none")
+    # Like with like: a batch decodes until its longest answer ends, and tasks differ most in that.
+    order = sorted(range(len(examples)), key=lambda i: (examples[i].task, len(examples[i].question), i))
+    answers = answer(
+        model,
+        processor,
+        [examples[i].image for i in order],
+        [examples[i].question for i in order],
+        prompt=prompt,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        source=source,
+        progress=progress,
+    )
+    by_index = dict(zip(order, answers, strict=True))
+    rows = [
+        {
+            "id": example.record_id,
+            "source": example.source,
+            "task": example.task,
+            "question": example.question,
+            "image": example.image,
+            "answer": by_index[i],
+            "truth": example.answer,
+            "reference": example.reference,
+        }
+        for i, example in enumerate(examples)
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(Path(out_dir) / "predictions.jsonl", "".join(lines))
+    return _write_scores(Path(out_dir), score(rows))
+
+
+def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None = None) -> list[Example]:
+    """The questions of one split, each in its first wording, every source once whatever its weight.
+
+    Args:
+        sources: files of records.
+        split: "train", "val" or "test".
+        limit: the most examples of each file; they are the first records', all tasks alike.
+    """
+    examples: list[Example] = []
+    for source in sources:
+        found = load_examples([dataclasses.replace(source, weight=1.0)], split).examples
+        examples += found[:limit]
+    return examples
+
+
+def rescore(predictions: str | os.PathLike[str]) -> Scores:
+    """Metrics of a predictions file, written to `metrics.json` beside it. No model is needed."""
+    path = Path(predictions)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such predictions file")
+    rows = list(read_predictions(path))
+    if not rows:
+        raise ValueError(f"{path}: no predictions in it")
+    return _write_scores(path.parent, score(rows))
+
+
+def _write_scores(directory: Path, scores: Scores) -> Scores:
+    write_text(directory / "metrics.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    return scores
+
+
+def format_scores(scores: Scores) -> str:
+    """A table for the terminal: a line for each metric, a column for "all" and each source.
+
+    A lone source is the same as "all" and gets no column of its own.
+    """
+    columns = ["all"] if len(scores) == 2 else list(scores)
+    names = list(dict.fromkeys(name for column in columns for name in scores[column]))
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    notes = [name for name in names if any(isinstance(scores[column].get(name), str) for column in columns)]
+    table = [["", *columns]]
+    table += [[n, *(cell(scores[column].get(n)) for column in columns)] for n in names if n not in notes]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([*lines, *(f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"])])

@@ -1,0 +1,85 @@
+"""`rode generate`: answers to questions about pictures, batched and greedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
+
+
+def _end_tokens(model: Any, processor: Any) -> list[int]:
+    """Every id that ends an answer: the tokenizer's EOS, which training teaches, and those the checkpoint names."""
+    named = model.generation_config.eos_token_id
+    named = [] if named is None else named if isinstance(named, list) else [named]
+    return sorted({processor.tokenizer.eos_token_id, *named})
+
+
+@torch.inference_mode()
+def answer(
+    model: Any,
+    processor: Any,
+    images: Sequence[str],
+    questions: Sequence[str],
+    *,
+    prompt: str = "auto",
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    source: Any = None,
+    progress: bool = False,
+) -> list[str]:
+    """Answer each question about the picture beside it.
+
+    Decoding is greedy. Questions of one batch are padded on the left, so an answer does not depend on its neighbours
+    but for the rounding of batched products.
+
+    Args:
+        model: a LLaVA, with or without adapter.
+        processor: its processor.
+        images: paths, as many as questions.
+        questions: without image token or template.
+        prompt: "vicuna", "chat_template" or "auto"; must be what the adapter was trained with.
+        max_new_tokens: the longest answer, in tokens.
+        batch_size: questions at a time.
+        source: where pictures come from; None reads them (`PixelSource`).
+        progress: show a bar.
+
+    Returns:
+        The answers in the order of the questions, without special tokens, stripped.
+
+    Raises:
+        OSError: a picture that cannot be read. ValueError: unequal numbers of images and questions.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"images and questions: expected as many, got {len(images)} and {len(questions)}")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"batch_size and max_new_tokens: expected at least 1, got {batch_size}, {max_new_tokens}"
+        )
+    encoder = PromptEncoder(processor, prompt)
+    collate = GenerationCollator(encoder, source or PixelSource(processor))
+    tokenizer = processor.tokenizer
+    ends = _end_tokens(model, processor)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    model.eval()
+    answers: list[str] = []
+    bar = tqdm(total=len(images), desc="answers", unit="answer", disable=not progress)
+    for start in range(0, len(images), batch_size):
+        batch = collate(images[start : start + batch_size], questions[start : start + batch_size])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
+        answers += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        bar.update(len(ids))
+    bar.close()
+    return answers
