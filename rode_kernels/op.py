@@ -142,7 +142,7 @@ _TENSORS = 8  # of the operator's arguments, the first that are tensors
 
 def _save(ctx, u: Tensor, g: Tensor, args: tuple) -> None:
     """Keeps x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask."""
-    x, A, B, router_weight, router_bias, gates, base, seed, *static = args
+    x, A, B, router_weight, router_bias, gates, _base, seed, *static = args
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(u)
     ctx.save_for_backward(x, u, g, A, B, router_weight, seed)

@@ -163,7 +163,7 @@ def backward(
         rows = slice(offsets[i], offsets[i + 1])
         open_ = (g[:, i] != 0).nonzero().squeeze(1)
         asked = torch.arange(M, device=x.device) if dense else open_
-        t_asked = (dy[asked] @ B_wide[:, rows]).to(x.dtype).to(accumulate)  # (asked, r_i)
+        t_asked = dy[asked] @ B_wide[:, rows]  # (asked, r_i)
         dg[asked, i] = scaling[i] * (t_asked * u[asked, rows]).sum(1)
         t = t_asked[open_] if dense else t_asked
         g_open = g[open_, i, None]

@@ -44,9 +44,8 @@ class TokenPass {
       const bool open = g[e] != 0;
       C dg = 0;
       for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; ++j) {
-        const C t_j = round_to<T>(t[j]);
-        if (open || p.dense) dg += t_j * u[j];
-        du[j] = open ? round_to<T>(scaling * g[e] * t_j) : C(0);  // select, never 0 * infinity
+        if (open || p.dense) dg += t[j] * u[j];
+        du[j] = open ? round_to<T>(scaling * g[e] * t[j]) : C(0);  // select, never 0 * infinity
         if (v != nullptr) v[j] = open ? round_to<T>(scaling * g[e] * u[j]) : C(0);
       }
       dg *= scaling;

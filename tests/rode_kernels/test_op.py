@@ -1,0 +1,293 @@
+"""Conformance: values and gradients of both entry points against float64, at every edge of the contract."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mixture_oracle import check, operation, oracle, random_problem
+
+from rode_kernels import gated_mixture, rectified_mixture
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MIXED = [(d, None) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
+SHAPES = {
+    "zero tokens": dict(tokens=(0,)),
+    "one token": dict(tokens=(1,)),
+    "three leading dimensions": dict(tokens=(2, 3, 5)),
+    "no leading dimension": dict(tokens=()),
+    "one expert": dict(ranks=(8,)),
+    "rank 1": dict(ranks=(1,)),
+    "odd ranks": dict(ranks=(3, 1, 7, 5), tokens=(33,)),
+    "64 experts": dict(ranks=(2,) * 64, tokens=(19,)),
+    "R = 1000": dict(ranks=(500, 300, 200), tokens=(9,), K=64, O=48),
+    "all closed": dict(open_share=0.0),
+    "all open": dict(open_share=1.0),
+    "K = 1": dict(K=1),
+    "O = 1": dict(O=1),
+    "K and O odd": dict(K=101, O=77, tokens=(45,)),
+    "wider than a chunk": dict(K=300, O=519, tokens=(40,)),
+    "more tokens than a sum": dict(tokens=(530,), K=70, O=130),
+    "no base": dict(base=False),
+    "no bias": dict(bias=False),
+    "negative, large and tiny ranks apart": dict(ranks=(64, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(backend, shape, router, dtype):
+    check(random_problem(dtype=dtype, router=router, **SHAPES[shape]), backend=backend)
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+def test_parameter_dtypes(backend, router, dtype, parameter_dtype):
+    p = random_problem((64,), K=96, O=80, dtype=dtype, parameter_dtype=parameter_dtype, router=router)
+    check(p, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_grad_all_reaches_closed_gates(backend, dtype):
+    p = random_problem((40,), router=False, gate_grad="all", dtype=dtype, open_share=0.3)
+    result = check(p, backend=backend)
+    assert (result.grads["gates"][p.gates == 0] != 0).all()
+
+
+def test_gate_grad_open_is_zero_where_closed(backend):
+    p = random_problem((40,), router=False, open_share=0.3)
+    result = check(p, backend=backend)
+    assert (result.grads["gates"][p.gates == 0] == 0).all()
+
+
+def test_closed_gates_give_exact_zeros(backend):
+    p = random_problem((50,), base=False, open_share=0.5, dgates=False)
+    p.router_bias[1] = -1e9
+    result = operation(p, backend=backend)
+    rows = slice(p.ranks[0], p.ranks[0] + p.ranks[1])
+    assert (result.gates[:, 1] == 0).all()
+    assert (result.grads["A"][rows] == 0).all()
+    assert (result.grads["B"][:, rows] == 0).all()
+    assert (result.grads["router_weight"][1] == 0).all()
+    assert result.grads["router_bias"][1] == 0
+
+
+def test_all_closed_leaves_base_untouched(backend):
+    p = random_problem((50,))
+    p.router_bias.fill_(-1e9)
+    result = operation(p, backend=backend)
+    assert torch.equal(result.y, p.base)
+    assert all((g == 0).all() for n, g in result.grads.items() if n != "base")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "reversed leading dimensions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(backend, layout, dtype):
+    p = random_problem((6, 8), K=24, O=20, dtype=dtype)
+
+    def restride(t):
+        if layout == "transposed":  # last dimension is not the fast one
+            return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+        if layout == "sliced":
+            return torch.cat([t, t], -1)[..., : t.shape[-1]]
+        if layout == "expanded":
+            return t[:1].expand_as(t)
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    for name in ("x", "base", "dy"):
+        setattr(p, name, restride(getattr(p, name)))
+    p.A = p.A.t().contiguous().t()
+    p.B = p.B.t().contiguous().t()
+    check(p, backend=backend)
+
+
+def test_expanded_scalar_gradient(backend):
+    """The gradient of sum() has stride 0 everywhere."""
+    p = random_problem((30,), dgates=False)
+    p.dy = torch.ones(()).expand(30, 20)
+    check(p, backend=backend)
+
+
+@pytest.mark.parametrize("needs", ["x", "A", "B", "router_weight", "router_bias", "base", "gates"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_partial_gradients_equal_full_ones(backend, needs, dropout):
+    p = random_problem((30,), router=needs != "gates", dropout_p=dropout, dropout_seed=5)
+    full, part = operation(p, backend=backend), operation(p, backend=backend, needs=(needs,))
+    assert torch.equal(part.grads[needs], full.grads[needs])
+
+
+def test_gradient_of_gates_alone(backend):
+    p = random_problem((30,))
+    leaves = {n: t.clone().requires_grad_() for n, t in p.tensors.items() if n != "base"}
+    _, g = rectified_mixture(
+        *leaves.values(), ranks=p.ranks, scaling=p.scaling, return_gates=True, backend=backend
+    )
+    dx, dWr = torch.autograd.grad(g, [leaves["x"], leaves["router_weight"]], p.dgates)
+    dh = p.dgates.double() * (g > 0)
+    torch.testing.assert_close(dx.double(), dh @ p.router_weight.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dWr.double(), dh.t() @ p.x.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_non_finite_values_of_closed_experts_reach_nothing(backend, value):
+    """u_i, t_i of a closed expert may be anything: select, never multiplication with 0."""
+    p = random_problem((20,), dgates=False)
+    p.router_bias[2] = -1e9
+    rows = slice(sum(p.ranks[:2]), sum(p.ranks[:3]))
+    clean = operation(p, backend=backend)
+    p.A[rows], p.B[:, rows] = value, value
+    dirty = operation(p, backend=backend)
+    assert torch.equal(clean.y, dirty.y)
+    for name, grad in clean.grads.items():
+        assert torch.equal(grad, dirty.grads[name]), name
+
+
+def test_non_finite_dy_reaches_only_its_own_token(backend):
+    p = random_problem((20,), dgates=False)
+    clean = operation(p, backend=backend)
+    p.dy[3] = float("nan")
+    dirty = operation(p, backend=backend)
+    others = torch.arange(20) != 3
+    assert torch.equal(clean.grads["x"][others], dirty.grads["x"][others])
+
+
+def test_nan_input_is_not_swallowed(backend):
+    p = random_problem((4,))
+    p.x[1, 2] = float("nan")
+    y = operation(p, backend=backend).y
+    assert y[1].isnan().all()
+    assert y[[0, 2, 3]].isfinite().all()
+
+
+def test_token_bits_do_not_depend_on_company(backend):
+    """A token's result has the same bits alone as among others: batching does not change an answer."""
+    if backend == "reference":
+        pytest.skip("plain PyTorch picks its matrix product by shape")
+    p = random_problem((37,), K=50, O=300, dtype=torch.bfloat16)
+    kwargs = dict(ranks=p.ranks, scaling=p.scaling, backend=backend)
+    whole = rectified_mixture(p.x, p.A, p.B, p.router_weight, p.router_bias, base=p.base, **kwargs)
+    for m in (0, 5, 36):
+        one = slice(m, m + 1)
+        alone = rectified_mixture(
+            p.x[one], p.A, p.B, p.router_weight, p.router_bias, base=p.base[one], **kwargs
+        )
+        assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+def test_bits_do_not_depend_on_threads_or_run(backend, router):
+    if backend == "reference":
+        pytest.skip("plain PyTorch makes no such promise")
+    p = random_problem((700,), K=300, O=260, router=router, dropout_p=0.1, dropout_seed=3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5, 5):
+            torch.set_num_threads(threads)
+            results.append(operation(p, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(other.y, results[0].y)
+        for name, grad in results[0].grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_problems(backend, data):
+    lead = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=2), label="tokens")
+    ranks = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=8), label="ranks")
+    dtype, parameter_dtype = data.draw(st.sampled_from(MIXED), label="dtypes")
+    p = random_problem(
+        tuple(lead),
+        K=data.draw(st.integers(1, 150), label="K"),
+        O=data.draw(st.integers(1, 150), label="O"),
+        ranks=tuple(ranks),
+        dtype=dtype,
+        parameter_dtype=parameter_dtype,
+        router=data.draw(st.booleans(), label="router"),
+        base=data.draw(st.booleans(), label="base"),
+        bias=data.draw(st.booleans(), label="bias"),
+        open_share=data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), label="open"),
+        seed=data.draw(st.integers(0, 10**6), label="seed"),
+    )
+    check(p, backend=backend, inplace=p.base is not None and data.draw(st.booleans(), label="inplace"))
+
+
+def test_gates_broadcast(backend):
+    p = random_problem((3, 5), router=False)
+    for shape in [(4,), (1, 4), (5, 4), (3, 1, 4), (1, 1, 4)]:
+        p.gates = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        check(p, backend=backend)
+
+
+@pytest.mark.parametrize("gates_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gates_of_another_dtype(backend, gates_dtype):
+    p = random_problem((30,), router=False, dtype=torch.bfloat16)
+    gates = p.gates.to(gates_dtype).requires_grad_()
+    y = gated_mixture(p.x, p.A, p.B, gates, ranks=p.ranks, scaling=p.scaling, base=p.base, backend=backend)
+    p.gates = gates.detach()
+    truth = oracle(p)
+    assert (y.double() - truth.y).abs().max() <= 2 * 2**-8 * truth.y.abs().max()
+    (grad,) = torch.autograd.grad(y, gates, p.dy)
+    assert grad.dtype == gates_dtype
+    assert (grad.double() - truth.grads["gates"]).abs().max() <= 2**-6 * truth.grads["gates"].abs().max()
+
+
+def test_index_arithmetic_past_two_to_the_31():
+    """x and dy of more than 2^31 elements, without the memory: one row, expanded."""
+    K, M = 2**17, 2**14 + 3
+    row = torch.randn(1, K, generator=torch.Generator().manual_seed(0))
+    x = row.expand(M, K)
+    assert x.numel() > 2**31
+    A, B = torch.randn(1, K) / K**0.5, torch.randn(1, 1)
+    gates = torch.zeros(M, 1)
+    gates[[0, M - 1]] = 1.0
+    kwargs = dict(ranks=(1,), scaling=(1.0,), backend="cpu", dropout_p=0.5, seed=9)
+    y = gated_mixture(x, A, B, gates, **kwargs)
+    assert (y[1:-1] == 0).all()
+    from rode_kernels import _native
+
+    for m in (0, M - 1):
+        keep = torch.tensor(_native.keep_mask(9, 0.5, m * K, K))
+        want = (row.double() * keep.double() * 2) @ A.double().t() @ B.double().t()
+        torch.testing.assert_close(y[m].double(), want[0], rtol=1e-4, atol=1e-5)
+    # and outputs of more than 2^31 elements, in place over a row of stride 0 is refused; two bytes each suffice
+    wide = torch.zeros(2**11 + 1, 2**20, dtype=torch.bfloat16)
+    gates = torch.zeros(2**11 + 1, 1)
+    gates[-1] = 1.0
+    B = torch.ones(2**20, 1, dtype=torch.bfloat16)
+    A = torch.ones(1, 1, dtype=torch.bfloat16)
+    ones = torch.ones(2**11 + 1, 1, dtype=torch.bfloat16)
+    gated_mixture(ones, A, B, gates, ranks=(1,), scaling=(3.0,), base=wide, inplace=True, backend="cpu")
+    assert (wide[-1] == 3).all()
+    assert (wide[0] == 0).all()
+    assert (wide[-2] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_other_instruction_sets(isa):
+    """The same suite's core on the code paths that this processor would not pick."""
+    env = dict(os.environ, RODE_CPU_ISA=isa, RODE_BACKEND="")
+    probe = "import sys; from rode_kernels import backends; sys.exit(0 if backends()['cpu'].available else 5)"
+    if subprocess.run([sys.executable, "-c", probe], env=env).returncode:
+        pytest.skip(f"no {isa} code on this machine")
+    tests = [
+        f"{__file__}::test_parameter_dtypes",
+        f"{__file__}::test_random_problems",
+        f"{__file__}::test_strides",
+    ]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *tests],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
