@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +31,46 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     source: Any = None,
+    gate_statistics: bool = True,
     progress: bool = True,
 ) -> Scores:
     """Ask every example's question and score the answers.
 
     Writes `predictions.jsonl` (a line for each example: id, source, task, question, image, answer, truth, reference)
-    and `metrics.json` (what is returned) to `out_dir`.
+    and `metrics.json` (what is returned) to `out_dir`; for an adapter with a router also `gates.json`, how far its
+    gates opened (`rode.tuner.GateReport`).
 
     Args:
         model, processor, prompt, batch_size, max_new_tokens, source, progress: see `rode.generate.answer`.
         examples: at least one.
+        gate_statistics: False does without gates.json, and without the counting.
 
     Returns:
         {"all" or source: {metric: value}}, see `rode.metrics.score`.
     """
     from rode.generate import answer
+    from rode.tuner import GateStatistics
 
     if not examples:
         raise ValueError("examples: expected at least one to evaluate, got none")
     # Like with like: a batch decodes until its longest answer ends, and tasks differ most in that.
     order = sorted(range(len(examples)), key=lambda i: (examples[i].task, len(examples[i].question), i))
-    answers = answer(
-        model,
-        processor,
-        [examples[i].image for i in order],
-        [examples[i].question for i in order],
-        prompt=prompt,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        source=source,
-        progress=progress,
-    )
+    config = getattr(model, "active_peft_config", None)
+    routed = gate_statistics and getattr(config, "gate", "none") != "none"
+    with GateStatistics().attach(model) if routed else nullcontext() as statistics:
+        answers = answer(
+            model,
+            processor,
+            [examples[i].image for i in order],
+            [examples[i].question for i in order],
+            prompt=prompt,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            source=source,
+            progress=progress,
+        )
+    if statistics is not None:
+        write_text(Path(out_dir) / "gates.json", json.dumps(statistics.report().to_dict(), indent=1))
     by_index = dict(zip(order, answers, strict=True))
     rows = [
         {

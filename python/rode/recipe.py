@@ -98,6 +98,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     seed: int = 0
     logging_steps: int = 10
+    gate_statistics: bool = True
+    """Log how far the gates open, by kind of token and by expert."""
     save_steps: int = 500
     save_total_limit: int = 2
     workers: int = 0

@@ -19,6 +19,7 @@ from rode.data.mixture import Mixture, Source, load_examples
 from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
+from rode.tuner import GateStatistics
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
 
@@ -176,6 +177,8 @@ def train(
     from torch.utils.tensorboard import SummaryWriter
 
     stop = StopOnInterrupt()
+    routed = recipe.stage == "adapter" and model.active_peft_config.gate != "none"
+    statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
@@ -187,9 +190,14 @@ def train(
         # Characters stand in for tokens: only the order matters.
         lengths=[len(e.question) + len(e.answer) for e in examples] if training.group_by_length else None,
         projector_only=recipe.stage == "projector",
+        statistics=statistics,
     )
-    with stop:
-        output = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    try:
+        with stop:
+            output = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    finally:
+        if statistics is not None:
+            statistics.detach()
     model.eval()
     history = trainer.state.log_history
     metrics = {

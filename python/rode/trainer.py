@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from rode.tuner import GateStatistics
 from rode.vlm.load import PROJECTOR_FILE, load_projector, save_projector
 from rode.vlm.loss import answer_loss
 
@@ -51,9 +52,31 @@ class EpochSampler(Sampler[int]):
         return iter(order)
 
 
+def parameter_groups(
+    model: torch.nn.Module, learning_rate: float, projector_rate: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer takes them: the projector's have a rate of their own, and of all of them
+    matrices decay while biases and norms do not."""
+    rates = {False: learning_rate, True: learning_rate if projector_rate is None else projector_rate}
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projector, decays = PROJECTOR in name, parameter.ndim > 1
+            options = {"lr": rates[projector], "weight_decay": weight_decay if decays else 0.0}
+            groups.setdefault((projector, decays), {"params": [], **options})["params"].append(parameter)
+    return list(groups.values())
+
+
 class AnswerTrainer(Trainer):
-    """Trains on answers, in the order of `plan` (see `EpochSampler`). `projector_rate` is the learning rate of the projector's parameters (None: the common one);
-    `lengths` groups examples; `projector_only` makes checkpoints hold the projector instead of an adapter."""
+    """Trains on answers.
+
+    Args:
+        plan: order of the examples, see `EpochSampler`.
+        lengths: of the examples, to batch like with like; None for the plan's order.
+        projector_rate: learning rate of the projector's parameters; None for the common one.
+        projector_only: checkpoints hold the projector instead of an adapter.
+        statistics: gates counted between two log lines and logged with them.
+    """
 
     def __init__(
         self,
@@ -62,6 +85,7 @@ class AnswerTrainer(Trainer):
         projector_rate: float | None = None,
         lengths: Sequence[int] | None = None,
         projector_only: bool = False,
+        statistics: GateStatistics | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -69,6 +93,7 @@ class AnswerTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
+        self.statistics = statistics
         self.head = self.model.get_output_embeddings()
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
@@ -91,6 +116,9 @@ class AnswerTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if cut := int(self.truncated_answers):
             logs["truncated_answers"] = cut
+        if self.statistics is not None and "loss" in logs:
+            logs.update(self.statistics.report().scalars())
+            self.statistics.reset()
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -99,23 +127,11 @@ class AnswerTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            rates = {False: self.args.learning_rate, True: self.projector_rate or self.args.learning_rate}
-            groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-            for name, parameter in (model or self.model).named_parameters():
-                if parameter.requires_grad:
-                    # The usual rule: matrices decay, biases and norms do not.
-                    projector, decays = PROJECTOR in name, parameter.ndim > 1
-                    group = groups.setdefault(
-                        (projector, decays),
-                        {
-                            "params": [],
-                            "lr": rates[projector],
-                            "weight_decay": self.args.weight_decay * decays,
-                        },
-                    )
-                    group["params"].append(parameter)
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(list(groups.values()), **options)
+            groups = parameter_groups(
+                model or self.model, self.args.learning_rate, self.projector_rate, self.args.weight_decay
+            )
+            self.optimizer = cls(groups, **options)
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
