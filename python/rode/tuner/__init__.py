@@ -8,6 +8,7 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
+from rode.tuner.statistics import GateReport, GateStatistics, LayerGates
 
 
 def register() -> None:
@@ -22,4 +23,14 @@ def register() -> None:
 
 register()
 
-__all__ = ["RODE", "Linear", "RodeConfig", "RodeLayer", "RodeModel", "register"]
+__all__ = [
+    "RODE",
+    "GateReport",
+    "GateStatistics",
+    "LayerGates",
+    "Linear",
+    "RodeConfig",
+    "RodeLayer",
+    "RodeModel",
+    "register",
+]

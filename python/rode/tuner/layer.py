@@ -147,7 +147,7 @@ class Linear(nn.Module, RodeLayer):
             "scaling": self.rode_scaling[adapter],
             "dropout_p": self.rode_dropout[adapter] if self.training else 0.0,
             "base": result if same else None,
-            "inplace": same and self._owns_result(),
+            "inplace": same and self._owns(result),
         }
         A, B = (_parameter(p[adapter], inputs) for p in (self.rode_A, self.rode_B))
         gate = self.rode_gate[adapter]
@@ -164,13 +164,17 @@ class Linear(nn.Module, RodeLayer):
                 gates = COMPUTED_GATES[gate](router_logits(x, router, bias))
                 y = gated_mixture(inputs, A, B, gates, **options)
             if self.gate_recorder is not None:
-                self.gate_recorder.record(adapter, gates.detach())
+                self.gate_recorder.record(adapter, options["ranks"], gates.detach())
         return y if same else result + y.to(result.dtype)
 
-    def _owns_result(self) -> bool:
+    def _owns(self, result: Tensor) -> bool:
         """Whether nobody else can hold the base layer's output: nn.Linear keeps none, a hook or another class might."""
         base = self.base_layer
-        return type(base) is nn.Linear and not base._forward_hooks
+        if type(base) is not nn.Linear or base._forward_hooks:
+            return False
+        # With a bias and three dimensions F.linear returns a view, which autograd lets no such function write to; compiled code
+        # is functional anyway.
+        return not torch.compiler.is_compiling() and not result._is_view()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

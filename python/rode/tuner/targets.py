@@ -13,18 +13,9 @@ DEFAULT_NAMES = ("q_proj", "v_proj")
 # One regex for the LLaVA family, whose CLIP and SigLIP towers have a q_proj and a v_proj too.
 VISION_LANGUAGE_REGEX = r".*(language_model|text_model).*\.(q_proj|v_proj)"
 
-# Roots of what turns pictures or sound into the language model's inputs, as transformers and LLaVA's own code name them.
-_TOWERS = frozenset(
-    (
-        "vision_tower",
-        "vision_model",
-        "visual",
-        "vision_encoder",
-        "vision_backbone",
-        "image_encoder",
-        "audio_tower",
-    )
-    + ("multi_modal_projector", "mm_projector", "connector", "aligner", "embed_vision", "embed_audio")
+# Last part of the names of what turns pictures or sound into the language model's inputs, in transformers and LLaVA's own code.
+_TOWER = re.compile(
+    r"(vision|visual|image|audio)(_(?!language)\w+)?|(multi_modal|mm)_projector|connector|aligner|embed_(vision|audio)"
 )
 _NAMES_A_TOWER = re.compile(r"vision|visual|image|audio")
 
@@ -42,7 +33,7 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         return ()
     found: list[str] = []
     for name in names:  # parents come before children
-        if name.rpartition(".")[2] in _TOWERS and not under(name, found):
+        if _TOWER.fullmatch(name.rpartition(".")[2]) and not under(name, found):
             found.append(name)
     return tuple(found)
 

@@ -1,0 +1,267 @@
+"""How far the gates open: by layer, expert and kind of token, counted on the device while a model runs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rode.tuner.layer import RodeLayer
+from rode.tuner.targets import towers, under
+
+KINDS = ("image", "text")
+
+
+class _TokenKinds:
+    """What each token of the running forward pass is; shared by all recorders, None between passes."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None  # (2, batch, tokens) bool: image, text; padding is neither
+
+
+class GateRecorder:
+    """Sums of one layer's gates, on the device. A layer calls `record` while statistics are attached."""
+
+    def __init__(self, name: str, kinds: _TokenKinds, in_tower: bool) -> None:
+        self.name, self._kinds, self._in_tower = name, kinds, in_tower
+        self.ranks: dict[str, tuple[int, ...]] = {}
+        self.sums: dict[str, Tensor] = {}  # adapter -> (2, 1 + 2 N) float64: tokens, open gates, gates
+
+    @torch.no_grad()
+    def record(self, adapter: str, ranks: tuple[int, ...], gates: Tensor) -> None:
+        """Adds gates (..., N). Outside of a forward pass, as when checkpointing computes a layer again, nothing counts."""
+        rows = self._kinds.rows
+        if rows is None:
+            return
+        if self._in_tower:  # its tokens are patches, and not those of input_ids
+            rows = torch.stack((gates.new_ones(gates.shape[:-1]), gates.new_zeros(gates.shape[:-1]))).bool()
+        if rows.shape[1:] != gates.shape[:-1]:
+            raise ValueError(
+                f"GateStatistics: layer {self.name} saw tokens of shape {tuple(gates.shape[:-1])}, but input_ids has shape "
+                f"{tuple(rows.shape[1:])}; call detach() before running such a model, or adapt other layers"
+            )
+        # (tokens, 1 + 2 N); torch.where and a float64 sum, for a product under autocast would round the counts, and a
+        # non-finite gate of padding would reach every sum
+        values = torch.cat((torch.ones_like(gates[..., :1]), (gates > 0).to(gates.dtype), gates), dim=-1)
+        sums = torch.where(rows[..., None], values, 0).flatten(1, -2).sum(1, dtype=torch.float64)
+        if adapter not in self.sums:
+            self.ranks[adapter] = ranks
+            with torch.inference_mode(False):  # a tensor that later passes of any mode may add to
+                self.sums[adapter] = torch.zeros(sums.shape, dtype=sums.dtype, device=sums.device)
+        self.sums[adapter] += sums
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """Gates of one adapted layer.
+
+    Attributes:
+        name: of the layer. block: number of its transformer block (the first number in the name), or None.
+        adapter, ranks: whose gates, and the rank of each expert.
+        tokens: tokens seen, by kind ("image", "text", "all").
+        open_rate: by kind, for each expert the share of tokens whose gate is above 0; None where no such token was seen.
+        mean_gate: by kind, for each expert the mean gate over all those tokens, closed ones included; None likewise.
+    """
+
+    name: str
+    block: int | None
+    adapter: str
+    ranks: tuple[int, ...]
+    tokens: dict[str, int]
+    open_rate: dict[str, tuple[float, ...] | None]
+    mean_gate: dict[str, tuple[float, ...] | None]
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What was counted, on the host.
+
+    Attributes:
+        layers: one entry for each adapted layer and adapter that saw a token, in the model's order.
+    """
+
+    layers: tuple[LayerGates, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def heat_map(
+        self, value: str = "mean_gate", kind: str = "all"
+    ) -> tuple[list[int], list[list[float | None]]]:
+        """A row for each transformer block, a column for each expert (Fig. 6 of the paper): the mean over the block's layers.
+
+        Args:
+            value: "mean_gate" or "open_rate". kind: "image", "text" or "all".
+
+        Returns:
+            The blocks' numbers, and the rows in their order. Layers outside of blocks are left out. Where layers of a block have
+            fewer experts than others, the mean is over those that have the expert.
+        """
+        blocks: dict[int, list[tuple[float, ...]]] = {}
+        for layer in self.layers:
+            if layer.block is not None and (row := getattr(layer, value)[kind]) is not None:
+                blocks.setdefault(layer.block, []).append(row)
+        numbers = sorted(blocks)
+        width = max((len(row) for rows in blocks.values() for row in rows), default=0)
+        return numbers, [
+            [_mean([r[i] for r in blocks[n] if i < len(r)]) for i in range(width)] for n in numbers
+        ]
+
+    def scalars(self, prefix: str = "gates") -> dict[str, float]:
+        """Means over layers for a training log: open rate by kind, and open rate and gate of each expert over all tokens."""
+        out: dict[str, float] = {}
+        for kind in KINDS:
+            rows = [layer.open_rate[kind] for layer in self.layers if layer.open_rate[kind] is not None]
+            if rows:
+                out[f"{prefix}/open_{kind}"] = _mean([rate for row in rows for rate in row])
+        for value, short in (("open_rate", "open"), ("mean_gate", "mean")):
+            columns: dict[str, list[float]] = {}
+            for layer in self.layers:
+                for i, number in enumerate(getattr(layer, value)["all"] or ()):
+                    columns.setdefault(f"{prefix}/{short}_expert{i}_rank{layer.ranks[i]}", []).append(number)
+            out |= {name: _mean(numbers) for name, numbers in columns.items()}
+        return out
+
+
+class GateStatistics:
+    """Open rate and mean gate by layer, expert and kind of token (image, text; padding counts as neither).
+
+    Counting adds a few small device operations to each adapted layer and never waits for the device; `report` does. Layers that
+    gradient checkpointing runs a second time are counted once. Under DDP each process counts its own tokens.
+
+    Args:
+        image_token_id: the placeholder of image tokens in input_ids. Default: what the model's configuration says; a model
+            that has none has text tokens only.
+
+    Example:
+        ```py
+        >>> with GateStatistics().attach(model) as statistics:
+        ...     model.generate(**inputs)
+        >>> statistics.report().heat_map()
+        ```
+    """
+
+    def __init__(self, image_token_id: int | None = None) -> None:
+        self.image_token_id = image_token_id
+        self._kinds = _TokenKinds()
+        self._layers: list[tuple[RodeLayer, GateRecorder]] = []
+        self._hooks: list[Any] = []
+
+    def attach(self, model: nn.Module) -> GateStatistics:
+        """Starts counting from zero in `model` (a PeftModel, or a model with adapters injected).
+
+        Raises:
+            ValueError: the model has no RoDE layer, or statistics are attached already.
+        """
+        if self._hooks:
+            raise ValueError("GateStatistics: already attached; call detach() first")
+        if hasattr(model, "get_base_model"):  # generate() enters below a PeftModel's own forward
+            model = model.get_base_model()
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, RodeLayer)]
+        if not layers:
+            raise ValueError("GateStatistics: the model has no RoDE layer; apply a RodeConfig first")
+        if any(layer.gate_recorder is not None for _, layer in layers):
+            raise ValueError(
+                "GateStatistics: other statistics are attached to this model; detach() those first"
+            )
+        if self.image_token_id is None:
+            config = getattr(model, "config", None)
+            names = ("image_token_id", "image_token_index")
+            self.image_token_id = next(
+                (v for n in names if (v := getattr(config, n, None)) is not None), None
+            )
+        roots = towers(model)
+        self._layers = []
+        for name, layer in layers:
+            layer.gate_recorder = GateRecorder(name, self._kinds, under(name, roots) is not None)
+            self._layers.append((layer, layer.gate_recorder))
+        parameters = inspect.signature(model.forward)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = parameters.bind_partial(*args, **kwargs).arguments
+            given = {**given, **given.get("kwargs", {})}
+            self._begin(given.get("input_ids"), given.get("attention_mask"))
+
+        def after(*_: object) -> None:
+            self._kinds.rows = None
+
+        self._hooks = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        ]
+        return self
+
+    @torch.no_grad()
+    def _begin(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        if input_ids is None:
+            raise ValueError(
+                "GateStatistics: the model was called without input_ids, so image and text tokens cannot be told apart; pass "
+                "input_ids, or detach()"
+            )
+        token = self.image_token_id
+        image = torch.zeros_like(input_ids).bool() if token is None else input_ids == token
+        rows = torch.stack((image, ~image))
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+                raise ValueError(
+                    "GateStatistics: expected attention_mask of shape (batch, tokens), got "
+                    f"{getattr(attention_mask, 'shape', type(attention_mask).__name__)}; use a dynamic cache, or detach()"
+                )
+            # With a key-value cache the mask covers the past too.
+            rows = rows & attention_mask[:, -input_ids.shape[1] :].bool()
+        self._kinds.rows = rows
+
+    def detach(self) -> None:
+        """Stops counting and leaves the model as it was; the counts stay."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer, _ in self._layers:
+            layer.gate_recorder = None
+        self._hooks = []
+        self._kinds.rows = None
+
+    def reset(self) -> None:
+        """Sets all counts to zero."""
+        for _, recorder in self._layers:
+            recorder.sums.clear()
+
+    def __enter__(self) -> GateStatistics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def report(self) -> GateReport:
+        """Fetches the counts from the device; may be called while attached, and after."""
+        return GateReport(
+            tuple(
+                _layer_gates(recorder.name, adapter, recorder.ranks[adapter], sums.cpu())
+                for _, recorder in self._layers
+                for adapter, sums in recorder.sums.items()
+            )
+        )
+
+
+def _layer_gates(name: str, adapter: str, ranks: tuple[int, ...], sums: Tensor) -> LayerGates:
+    experts = len(ranks)
+    by_kind = dict(zip((*KINDS, "all"), (*sums, sums.sum(0)), strict=True))
+    shares = {kind: (row[1:] / row[0]).tolist() if row[0] > 0 else None for kind, row in by_kind.items()}
+    number = re.search(r"\.(\d+)\.", name)
+    return LayerGates(
+        name=name,
+        block=None if number is None else int(number[1]),
+        adapter=adapter,
+        ranks=ranks,
+        tokens={kind: int(row[0]) for kind, row in by_kind.items()},
+        open_rate={kind: None if row is None else tuple(row[:experts]) for kind, row in shares.items()},
+        mean_gate={kind: None if row is None else tuple(row[experts:]) for kind, row in shares.items()},
+    )
+
+
+def _mean(numbers: list[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
