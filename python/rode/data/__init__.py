@@ -1,5 +1,7 @@
-"""Food records, the tasks made from them, and mixtures of sources."""
+"""Food records, the tasks made from them, and mixtures of sources. Nothing here imports torch."""
 
+from rode.data.images import ImageError, check_image
+from rode.data.mixture import Mixture, Source, hash_split, load_examples
 from rode.data.records import (
     NUTRITION_FIELDS,
     SPLITS,
@@ -19,10 +21,16 @@ __all__ = [
     "TASKS",
     "Example",
     "FoodRecord",
+    "ImageError",
     "Ingredient",
+    "Mixture",
     "Nutrition",
     "Quantity",
     "RecordError",
+    "Source",
+    "check_image",
+    "hash_split",
+    "load_examples",
     "make_examples",
     "parse_answer",
     "question",

@@ -41,7 +41,7 @@ _UNIT_WORDS["bunch"] += " bunches"
 _UNIT_WORDS["leaf"] += " leaves"
 _UNITS = {word: unit for unit, words in _UNIT_WORDS.items() for word in words.split()}
 # units that may be meant without a number: "pinch of salt"
-_BARE = "can|jar|tin|bottle|glass|bunch|handful|pinch|dash|drop"
+_BARE = r"(?:can|jar|tin|bottle|glass|drop)(?= of\b)|bunch|handful|pinch|dash"
 _COUNT_WORDS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "half": 0.5}
 
 _ALONE = ("a", "an", "one", "two", "half", "half a")  # number words that count without a unit
@@ -53,7 +53,7 @@ _UNIT = r"(?P<unit>" + "|".join(sorted(_UNITS, key=len, reverse=True)) + r")(?![
 _LEADING = re.compile(rf"\s*{_AMOUNT}\s*(?:(?:metric|heaped|level|large|small|medium)\s+)?(?:{_UNIT})?", re.I)
 _TRAILING = re.compile(rf"^(?P<name>\D*?[^\W\d_])[\s:=–-]+{_AMOUNT}\s*(?:{_UNIT})?(?P<rest>.*)$", re.I)
 _SIZE = re.compile(rf"\s*-?\s*(?:{_ONE})\s*-?\s*(?:g|ml|oz|ounces?)\b\.?", re.I)
-_BARE_UNIT = re.compile(rf"\s*(?P<unit>{_BARE})\s+of\b", re.I)
+_BARE_UNIT = re.compile(rf"\s*(?P<unit>{_BARE})\b(?:\s+of\b)?", re.I)
 
 _APPROXIMATE = re.compile(r"^\s*(?:~|≈|about\b|approx(?:imately|\.)?|around\b|ca\.?\s)\s*", re.I)
 _PREPARATION = (
@@ -84,6 +84,7 @@ def parse_ingredient_line(line: str) -> Ingredient | None:
     # a line that begins with "or" is another way to do the line before
     if _HEADING.match(text) or re.match(r"or\b", text, re.I) or not re.search(r"[^\W\d_]", text):
         return None
+    each = re.match(rf"{_ONE} ?\([^)]*\) ?{_UNIT}", text, re.I) is not None  # "2 (6 oz) cans": 6 oz each
     asides = re.findall(r"\(([^)]*)\)?", text)
     text = re.sub(r"\s*\([^)]*\)?\s*", " ", text).strip()
     amount, unit, rest = _take_amount(_APPROXIMATE.sub("", text))
@@ -99,7 +100,7 @@ def parse_ingredient_line(line: str) -> Ingredient | None:
     named = None if unit else _NAMED_UNIT.match(name)
     if named:  # "2 garlic cloves" are 2 cloves of garlic
         name, unit = named["name"], _unit(named["unit"])
-    return Ingredient(name, amount, unit, _mass(amount, unit, asides))
+    return Ingredient(name, amount, unit, _mass(amount, unit, asides, each=each))
 
 
 def _plain(line: str) -> str:
@@ -156,13 +157,13 @@ def _unit(word: str | None) -> str | None:
     return None if word is None else _UNITS[word.lower()]
 
 
-def _mass(amount: float | None, unit: str | None, asides: list[str]) -> float | None:
+def _mass(amount: float | None, unit: str | None, asides: list[str], *, each: bool) -> float | None:
     if amount is not None and unit in _GRAMS:
         return amount * _GRAMS[unit]
     for aside in asides:
         value, aside_unit, _ = _take_amount(_APPROXIMATE.sub("", aside.strip()))
         if value is not None and aside_unit in _GRAMS:
-            return value * _GRAMS[aside_unit]
+            return value * _GRAMS[aside_unit] * (amount if each and amount is not None else 1.0)
     return None
 
 

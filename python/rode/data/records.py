@@ -104,7 +104,7 @@ def _object(value: Any, known: tuple[str, ...], path: str) -> dict[str, Any]:
         raise RecordError(f"{path or 'record'}: expected an object, got {_show(value)}")
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
             raise RecordError(f"{_join(path, key)}: unknown field; {hint}")
     return value
@@ -159,7 +159,7 @@ def _nutrition(value: Any, path: str) -> Nutrition | None:
         return None
     obj = _object(value, _names(Nutrition), path)
     micro_path = _join(path, "micronutrients")
-    micro = obj.get("micronutrients") or {}
+    micro = {} if obj.get("micronutrients") is None else obj["micronutrients"]
     if not isinstance(micro, dict):
         raise RecordError(f"{micro_path}: expected an object, got {_show(micro)}")
     quantities = {}
@@ -193,6 +193,8 @@ def record_from_json(value: Any) -> FoodRecord:
     split = obj.get("split")
     if split is not None and split not in SPLITS:
         raise RecordError(f"split: expected one of {', '.join(SPLITS)} or null, got {_show(split)}")
+    if obj.get("source") == "all":
+        raise RecordError('source: "all" stands for all sources together in the metrics; choose another name')
     instructions = _list(obj, "instructions")
     for i, step in enumerate(instructions):
         if not isinstance(step, str) or not step.strip():
@@ -214,8 +216,10 @@ def record_from_json(value: Any) -> FoodRecord:
 
 def _to_json(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
-        entries = ((f.name, _to_json(getattr(value, f.name))) for f in fields(value))
-        return {name: entry for name, entry in entries if entry not in (None, [], {})}
+        entries = ((f.name, getattr(value, f.name)) for f in fields(value))
+        # not by truth: 0 is known, and an empty Nutrition is not None
+        unknown = (None, (), {})
+        return {name: _to_json(entry) for name, entry in entries if entry not in unknown}
     if isinstance(value, Mapping):
         return {key: _to_json(entry) for key, entry in value.items()}
     if isinstance(value, (tuple, list)):

@@ -189,21 +189,21 @@ _BULLET = re.compile(r"^\s*(?:[-*•·]+\s+|\(?\d{1,3}[.)]\s+|step\s+\d{1,3}\s*[
 def _clean_item(text: str) -> str:
     text = _BULLET.sub("", " ".join(text.split()))
     text = re.sub(r"^(?:and|or)\s+", "", text, flags=re.IGNORECASE)
-    return text.strip(" .:*\"'")
+    text = text.strip(" .:*\"'")
+    return text if re.search(r"\w", text) else ""
 
 
 def _parse_ingredients(text: str) -> list[str]:
     """Splits on commas, semicolons and lines. A bare "and" splits the last item only where a lead-in shows
-    that the answer is prose: "salt and pepper" in a plain list is one name."""
-    rest = _LEAD_IN.sub("", text, count=1)
+    that the answer is a sentence: "salt and pepper" in a plain list is one name."""
+    lead_in = _LEAD_IN.match(text)
+    rest = text[lead_in.end() :] if lead_in else text
     items = [item for item in re.split(r"[,;\n|]", rest) if item.strip()]
-    if items and rest != text:
+    if items and lead_in and not lead_in[0].endswith(":") and "\n" not in rest.strip():
         items[-1:] = re.split(r"\s+and\s+", items[-1].split(". ")[0])
     names: dict[str, str] = {}
-    for item in items:
-        name = _clean_item(item)
-        if re.search(r"\w", name):
-            names.setdefault(name.casefold(), name)
+    for name in filter(None, map(_clean_item, items)):
+        names.setdefault(name.casefold(), name)
     return list(names.values())
 
 

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rode.data.convert import convert
+from rode.data.images import ImageError, check_image
+from rode.data.records import FoodRecord, Ingredient, Nutrition, RecordError, read_records
+from rode.data.tasks import make_examples, parse_answer
+
+
+def picture(path: Path, size: int = 64) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((size, size), 60).convert("RGB").save(path)
+    return path
+
+
+def recipe(name: str, **changes: object) -> dict:
+    return {
+        "id": f"pdr_{name}",
+        "title": name.title(),
+        "image": f"images/{name}.jpg",
+        "category": "soup",
+        "ingredients": ["300g (2/3 lb) leeks", "1 onion, diced", "For the top", "Salt"],
+        "amounts": None,
+        "instructions": ["Boil the [stock](/stock).", "**Serve** hot."],
+        "kcal_estimate": 500.0,
+        **changes,
+    }
+
+
+def photos(folder: Path, *entries: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "photos.json").write_text(json.dumps(list(entries)), encoding="utf-8")
+    for entry in entries:
+        picture(folder / entry["image"])
+    return folder
+
+
+def test_food_photos(tmp_path: Path) -> None:
+    listed = recipe(
+        "shrimp",
+        id="htc_shrimp",
+        ingredients=["Shrimp", "Scallion, Ginger", "Garlic (fresh, peeled)", "Clay Pot (or an iron pot)"],
+        amounts=["Shrimp 250g", "Ginger: 2 slices", "Water 1L"],
+    )
+    source = photos(tmp_path / "in", recipe("leek"), listed)
+    done = convert("food-photos", source, tmp_path / "out.jsonl", fractions={"train": 1.0})
+    assert (done.written, done.left_out) == ({"train": 2}, {})
+    assert str(done) == "wrote 2 records (2 train)"
+    leek, shrimp = read_records(tmp_path / "out.jsonl")
+    assert leek == FoodRecord(
+        id="pdr_leek",
+        image=str(tmp_path / "in" / "images" / "leek.jpg"),
+        source="pdr",
+        title="Leek",
+        category="soup",
+        ingredients=(Ingredient("leeks", 300.0, "g", 300.0), Ingredient("onion", 1.0), Ingredient("salt")),
+        instructions=("Boil the stock.", "Serve hot."),
+        nutrition=None,  # the estimate's basis is unknown
+        split="train",
+    )
+    assert shrimp.source == "htc"
+    assert shrimp.ingredients == (
+        Ingredient("shrimp", 250.0, "g", 250.0),
+        Ingredient("scallion"),
+        Ingredient("ginger", 2.0, "slice"),
+        Ingredient("garlic"),
+    )
+    # pictures below the file's folder are named relative to it
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["image"] == "in/images/leek.jpg"
+
+
+def test_nutrition5k(tmp_path: Path) -> None:
+    def dish(name: str, mass: float) -> dict:
+        values = {"kcal": 122.5, "mass_g": mass, "fat_g": 7.5, "carb_g": 0.0, "protein_g": 12.5}
+        return {
+            "dish_id": name,
+            "cafe": "c",
+            **values,
+            "ingredients": [{"id": "i", "name": "beef", **values}],
+        }
+
+    picture(tmp_path / "sample_images" / "d1.jpg")
+    picture(tmp_path / "sample_images" / "d2.jpg")
+    lines = [dish("d1", 49.0), dish("d2", 0.0), dish("d3", 49.0)]
+    (tmp_path / "dishes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl", fractions={"test": 1.0})
+    assert str(done) == "wrote 1 records (1 test); left out 1 with no mass, 1 with no picture"
+    (record,) = read_records(tmp_path / "out.jsonl")
+    nutrition = Nutrition(mass=49.0, energy=122.5, fat=7.5, protein=12.5, carb=0.0)
+    assert record.nutrition == nutrition
+    assert record.ingredients == (Ingredient("beef", 49.0, "g", 49.0, nutrition),)
+    (tmp_path / "dishes.jsonl").write_text(json.dumps(lines[0] | {"kcal": None}) + "\n")
+    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: not a dish"):
+        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl")
+    (tmp_path / "dishes.jsonl").write_text('{"dish_id": "d1"}\n')
+    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: mass_g: missing"):
+        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl")
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "cut short":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.write_bytes(b"" if how == "empty" else b"<html>not found</html>")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "is missing"),
+        ("cut short", "cannot be decoded"),
+        ("empty", "is not a picture that Pillow knows"),
+        ("text", "is not a picture that Pillow knows"),
+    ],
+)
+def test_a_bad_image_names_its_record(tmp_path: Path, how: str, message: str) -> None:
+    source = photos(tmp_path / "in", recipe("good"), recipe("bad"))
+    damage(source / "images" / "bad.jpg", how)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(ImageError, match=rf"record 'pdr_bad': image .*bad\.jpg {message}"):
+        convert("food-photos", source, out)
+    assert not out.exists()
+    done = convert("food-photos", source, out, on_bad_image="skip")
+    assert (sum(done.written.values()), done.left_out) == (1, {"a missing or corrupt image": 1})
+    assert [record.id for record in read_records(out)] == ["pdr_good"]
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kind: expected one of food-photos, nutrition5k-jsonl, got 'x'"):
+        convert("x", tmp_path, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"source: .*absent is not a folder"):
+        convert("food-photos", tmp_path / "absent", tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="on_bad_image: expected error or skip, got 'ignore'"):
+        convert("food-photos", tmp_path, tmp_path / "out.jsonl", on_bad_image="ignore")
+    source = photos(tmp_path / "in", recipe("a"))
+    (source / "photos.json").write_text(json.dumps([recipe("a", title=None)]))
+    with pytest.raises(RecordError, match=r"photos\.json: entry 0: title: expected a str"):
+        convert("food-photos", source, tmp_path / "out.jsonl")
+
+
+@pytest.mark.data
+def test_real_photographs(rode_data: Path, tmp_path: Path) -> None:
+    done = convert("food-photos", rode_data / "food_photos", tmp_path / "photos.jsonl")
+    assert sum(done.written.values()) == 201
+    assert set(done.written) == {"train", "val", "test"}
+    records = {record.id: record for record in read_records(tmp_path / "photos.jsonl")}
+    assert [i.name for i in records["pdr_aelplermagronen"].ingredients] == [
+        "bacon cubes",
+        "onions",
+        "potatoes",
+        "milk",
+        "macaroni",
+        "soft cheese",
+        "apple sauce",
+    ]
+    names = Counter(i.name for record in records.values() for i in record.ingredients)
+    assert {name for name, _ in names.most_common(5)} >= {"salt", "garlic", "light soy sauce"}
+    # a name is a name: next to none is a sentence, or holds an amount
+    assert sum(len(name.split()) > 4 for name in names) < 0.03 * len(names)
+    assert sum(any(c.isdigit() for c in name) for name in names) < 0.03 * len(names)
+    assert sum(i.amount is not None for r in records.values() for i in r.ingredients) > 1000
+    for record in records.values():
+        check_image(record)
+        tasks = {example.task for example in make_examples(record)}
+        assert tasks == {"ingredients", "recipe", "category"}
+        for example in make_examples(record):
+            assert parse_answer(example.task, example.answer) == example.reference
+
+
+@pytest.mark.data
+def test_real_weighed_plates(rode_data: Path, tmp_path: Path) -> None:
+    done = convert("nutrition5k-jsonl", rode_data / "nutrition5k", tmp_path / "n5k.jsonl")
+    records = list(read_records(tmp_path / "n5k.jsonl"))
+    assert len(records) == sum(done.written.values()) == 4
+    assert sum(done.left_out.values()) + len(records) == 5006
+    for record in records:
+        assert record.nutrition is not None
+        for name in ("mass", "energy", "fat", "protein", "carb"):
+            parts = sum(getattr(i.nutrition, name) for i in record.ingredients if i.nutrition)
+            assert parts == pytest.approx(getattr(record.nutrition, name), rel=0.02, abs=0.1)
+        (example,) = make_examples(record, ["nutrition"])
+        parsed = parse_answer("nutrition", example.answer)
+        assert parsed == pytest.approx(example.reference, rel=0.05, abs=0.05)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rode.data.ingredient_lines import parse_ingredient_line
+
+LB, OZ = 453.59237, 28.349523125
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "amount", "unit", "mass"),
+    [
+        ("~200g (7 oz) smoked bacon cubes", "smoked bacon cubes", 200, "g", 200),
+        ("2 onions (medium size)", "onions", 2, None, None),
+        ("1 - 2L (1/4 - 1/2 gal) milk", "milk", 1.5, "l", None),
+        ("a jar of plum jam", "plum jam", 1, "jar", None),
+        ("1½ cups all-purpose flour, sifted", "all-purpose flour", 1.5, "cup", None),
+        ("½-1 teaspoon chilli flakes.", "chilli flakes", 0.75, "tsp", None),
+        ("1 1/2 lbs ground beef", "ground beef", 1.5, "lb", 1.5 * LB),
+        ("1 pound (450g) spaghetti (or a similar shape)", "spaghetti", 1, "lb", LB),
+        ("5-6 cloves of garlic, minced", "garlic", 5.5, "clove", None),
+        ("2 garlic cloves", "garlic", 2, "clove", None),
+        ("3 14oz cans of chopped tomatoes", "tomatoes", 3, "can", None),
+        ("2 (6 oz) cans tuna", "tuna", 2, "can", 12 * OZ),
+        ("Rice (80 grams)", "rice", 80, "g", 80),
+        ("Egg (3)", "egg", 3, None, None),
+        ("Onion (Half)", "onion", 0.5, None, None),
+        ("Cooking Oil: 10-20ml", "cooking oil", 15, "ml", None),
+        ("Chicken = Half (about 700g)", "chicken", 0.5, None, 700),
+        ("Salt - 1 1/2 teaspoons", "salt", 1.5, "tsp", None),
+        ("Five Spice Powder 20 g", "five spice powder", 20, "g", 20),
+        ("Five Spice Powder", "five spice powder", None, None, None),
+        ("1 or 2 lemons", "lemons", 1.5, None, None),
+        ("[Chicken stock](/stock) 2 dl", "chicken stock", 2, "dl", None),
+        ("Pinch of sea salt", "sea salt", 1, "pinch", None),
+        ("Handful fresh basil (optional)", "basil", 1, "handful", None),
+        ("Glass noodles", "glass noodles", None, None, None),
+        ("1,5 kg potatoes", "potatoes", 1.5, "kg", 1500),
+        ("0 % fat yoghurt", "0 % fat yoghurt", None, None, None),
+        ("1 large carrot, peeled and diced", "carrot", 1, None, None),
+        ("- 4 Tbsp butter or margarine", "butter", 4, "tbsp", None),
+        ("Oil for frying", "oil", None, None, None),
+        ("Pepper to taste", "pepper", None, None, None),
+        ("3 tomatoes per person", "tomatoes", 3, None, None),
+        ("Crème fraîche", "crème fraîche", None, None, None),
+    ],
+)
+def test_lines(line: str, name: str, amount: float | None, unit: str | None, mass: float | None) -> None:
+    found = parse_ingredient_line(line)
+    assert found is not None
+    assert (found.name, found.amount, found.unit) == (name, amount, unit)
+    assert found.mass == (None if mass is None else pytest.approx(mass))
+
+
+@pytest.mark.parametrize(
+    "line", ["For the sauce", "For the sauce:", "Dressing:", "or 400 g of beans", "", "1/2", "---"]
+)
+def test_lines_that_are_no_ingredient(line: str) -> None:
+    assert parse_ingredient_line(line) is None
+
+
+PIECES = ["1", "2/0", "½", "g", "(", ")", "%", "a", "half", "or", "-", "of", "can", "salt", ":", "~", ","]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40) | st.lists(st.sampled_from(PIECES), max_size=9).map(" ".join))
+def test_any_line_gives_a_usable_ingredient_or_none(line: str) -> None:
+    found = parse_ingredient_line(line)
+    if found is not None:
+        assert found.name.strip() == found.name != ""
+        assert found.amount is None or 0 <= found.amount < float("inf")
