@@ -64,7 +64,7 @@ def score(rows: Iterable[Row]) -> dict[str, dict[str, float | str | None]]:
         and `n_<task>`, the number of answers. See `rode.metrics.nutrition.pmae` for unparsed answers.
 
     Raises:
-        ValueError: for a row that lacks a key, has an unknown task, or whose source is named "all".
+        ValueError: for a row that lacks a key, has an unknown task or an answer that is no text, or whose source is named "all".
         ImportError: if there are recipe rows and `rode[metrics]` is not installed.
     """
     groups: dict[str, list[Row]] = {"all": []}
@@ -76,6 +76,8 @@ def score(rows: Iterable[Row]) -> dict[str, dict[str, float | str | None]]:
             raise ValueError(
                 f"prediction {number}: task: expected one of {', '.join(TASKS)}, got {row['task']!r}"
             )
+        if not isinstance(row["answer"], str):
+            raise ValueError(f"prediction {number}: answer: expected text, got {row['answer']!r}")
         if row["source"] == "all":
             raise ValueError(
                 f'prediction {number}: source: "all" stands for the sum of all; rename the source'
