@@ -230,7 +230,7 @@ class Linear(nn.Module, RodeLayer):
 def _autocast(x: Tensor) -> Tensor:
     """x as F.linear would see it."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
 
