@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ def test_a_file_survives_reading_and_writing(tmp_path: Path) -> None:
         "nutrition": {"energy": 0},
         "split": "test",
     }
+
+
+def test_who_is_reading_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write_records(path, [FoodRecord("a", "a.jpg", "s")])
+    with path.open() as reader:
+        write_records(path, [FoodRecord("b", "b.jpg", "s")])
+        assert json.loads(reader.read())["id"] == "a"
+    assert [record.id for record in read_records(path)] == ["b"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -184,6 +194,14 @@ def test_the_documented_example_is_a_record(tmp_path: Path) -> None:
     parts = [i.nutrition for i in record.ingredients if i.nutrition]
     for name in ("mass", "energy", "fat", "protein", "carb"):
         assert sum(getattr(p, name) for p in parts) == pytest.approx(getattr(record.nutrition, name))
+
+
+def test_every_field_is_documented() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    for cls in (FoodRecord, Ingredient, Nutrition, Quantity):
+        for field in fields(cls):
+            mark = f'"{field.name}"' if cls is Quantity else f"`{field.name}`"
+            assert mark in text, f"{cls.__name__}.{field.name} is not in {DOCS.name}"
 
 
 def test_the_documented_python_runs(tmp_path: Path) -> None:

@@ -274,6 +274,13 @@ def test_scores_are_kept_apart_by_source() -> None:
     json.dumps(scores, allow_nan=False)
 
 
+def test_every_metric_is_documented() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "records.md").read_text(encoding="utf-8")
+    for name in score(ROWS)["all"]:
+        between = name in ("pmae_energy", "pmae_fat", "pmae_protein")  # `pmae_mass` ... `pmae_carb`
+        assert between or name.startswith("n_") or f"`{name}`" in text, name
+
+
 def test_scores_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
