@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from rode.data.records import (
     record_to_json,
     write_records,
 )
+from rode.data.tasks import make_examples
 
 MINIMAL = {"id": "a", "image": "a.jpg", "source": "s"}
 DOCS = Path(__file__).parents[3] / "docs" / "records.md"
@@ -184,7 +185,7 @@ def test_reading_is_streaming(tmp_path: Path) -> None:
     assert next(read_records(path)).id == "a"
 
 
-def test_the_documented_example_is_a_record(tmp_path: Path) -> None:
+def test_the_documented_example_is_a_record() -> None:
     example = re.search(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert example is not None
     record = record_from_json(json.loads(example[1]))
@@ -194,6 +195,11 @@ def test_the_documented_example_is_a_record(tmp_path: Path) -> None:
     parts = [i.nutrition for i in record.ingredients if i.nutrition]
     for name in ("mass", "energy", "fat", "protein", "carb"):
         assert sum(getattr(p, name) for p in parts) == pytest.approx(getattr(record.nutrition, name))
+    # and the answers that it shows are the ones that the record gives
+    examples = make_examples(replace(record, image="/a.jpg"), ["ingredients", "nutrition", "category"])
+    assert len(examples) == 3
+    for example in examples:
+        assert f"`{example.answer}`" in DOCS.read_text(encoding="utf-8")
 
 
 def test_every_field_is_documented() -> None:
