@@ -81,6 +81,7 @@ def tiny_model(tower: str = "clip", seed: int = 0, vision_feature_layer: int | l
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
+        initializer_range=0.2,  # wide, so that a frozen random model has something to say and an adapter something to steer
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,

@@ -1,0 +1,239 @@
+"""The command: help, exit codes, errors in one line, and the way from records to an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rode.cli import main
+from rode.trainer import latest_checkpoint
+
+RECIPE = """
+name: cli
+output_dir: {out}
+model: {{path: {model}, device: cpu, dtype: float32, prompt: vicuna, vision_features: memory}}
+data: {{sources: [{{path: {records}}}]}}
+adapter: {{ranks: [2, 3]}}
+training: {{batch_size: 4, gradient_accumulation: 1, warmup_steps: 1, max_steps: 2, save_steps: 100}}
+evaluation: {{max_new_tokens: 3}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, llava_dir, food):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(out=tmp_path / "run", model=llava_dir, records=food / "records.jsonl"))
+    return str(file)
+
+
+def fails(capsys, argv, message, code=1):
+    assert main(argv) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("rode: ")
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["generate"], ["data"], ["data", "convert"]]
+)
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as exit:
+        main([*command, "--help"])
+    assert exit.value.code == 0
+    assert "usage: rode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["generate", "--image", "a.png"],
+        ["generate", "--image", "a.png", "--task", "soup"],
+        ["generate", "--image", "a.png", "--task", "recipe", "--question", "What?"],
+        ["evaluate", "r.yaml", "--limit", "0"],
+        ["evaluate", "r.yaml", "--split", "dev"],
+    ],
+)
+def test_wrong_usage_is_2(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    assert exit.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
+    image = str(food / "1.png")
+    fails(capsys, ["train", "none.yaml"], "none.yaml: no such recipe")
+    fails(
+        capsys,
+        ["train", recipe, "training.max_stepz=1"],
+        "training.max_stepz: no such key; did you mean max_steps",
+    )
+    fails(capsys, ["train", recipe, "--resume"], "no checkpoint to resume from; leave --resume out")
+    fails(capsys, ["train", recipe, "--resume", str(tmp_path)], "trainer_state.json is missing")
+    fails(capsys, ["train", recipe, "model.path=/nowhere"], "/nowhere: no such model directory")
+    fails(capsys, ["train", recipe, "data.sources.0.path=/nowhere.jsonl"], "/nowhere.jsonl")
+    fails(capsys, ["evaluate", recipe, "--quiet"], "no adapter here")
+    fails(capsys, ["evaluate"], "nothing to evaluate on: give a RECIPE")
+    fails(capsys, ["evaluate", "--data", str(food / "records.jsonl")], "no model: give --model DIR")
+    fails(capsys, ["evaluate", recipe, "--predictions", "p.jsonl"], "leave out recipe")
+    fails(capsys, ["evaluate", "--predictions", "/nowhere/p.jsonl"], "no such predictions file")
+    fails(capsys, ["generate", "--image", "gone.png", "--task", "recipe"], "gone.png: no such picture")
+    fails(capsys, ["generate", "--image", image, "--task", "recipe"], "no model: give --model DIR")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(
+        '{"id": "a", "image": "a.png", "source": "s", "ingredients": [{"name": "x", "amount": "two"}]}\n'
+    )
+    fails(
+        capsys,
+        ["train", recipe, f"data.sources.0.path={bad}"],
+        "bad.jsonl:1: ingredients[0].amount: expected a number",
+    )
+    fails(
+        capsys,
+        ["data", "convert", "food-photos", "/nowhere", str(tmp_path / "o.jsonl")],
+        "/nowhere is not a folder",
+    )
+    with pytest.raises(FileNotFoundError):
+        main(["train", "none.yaml", "--debug"])
+
+
+def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):
+    run = tmp_path / "run"
+    assert main(["train", recipe, "--quiet"]) == 0
+    assert f"adapter in {run}: 2 steps on 48 examples" in capsys.readouterr().out
+    fails(capsys, ["train", recipe], "holds checkpoint-2: pass --resume, or set another output_dir")
+    assert main(["train", recipe, "training.max_steps=3", "--resume", "--quiet"]) == 0
+    assert "3 steps" in capsys.readouterr().out
+
+    assert main(["evaluate", recipe, "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert table.split()[:3] == ["all", "left", "right"] or table.split()[:3] == ["all", "right", "left"]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert metrics["all"]["n_nutrition"] == 4
+    assert main(["evaluate", "--predictions", str(run / "evaluation" / "predictions.jsonl")]) == 0
+    assert capsys.readouterr().out.splitlines() == table.splitlines()[:-1]
+
+    assert main(["evaluate", recipe, "--untrained", "--tasks", "category", "--limit", "2", "--quiet"]) == 0
+    rows = (run / "untrained" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(row)["task"] for row in rows] == ["category"] * 2
+    out = tmp_path / "elsewhere"
+    argv = [
+        "evaluate",
+        "--adapter",
+        str(run / "checkpoint-3"),
+        "--data",
+        str(food / "records.jsonl"),
+        "--split",
+        "train",
+    ]
+    assert main([*argv, "--tasks", "nutrition", "--max-new-tokens", "2", "--out", str(out), "--quiet"]) == 0
+    assert json.loads((out / "metrics.json").read_text())["all"]["n_nutrition"] == 12
+    capsys.readouterr()
+
+    images = [str(food / "1.png"), str(food / "2.png")]
+    argv = [
+        "generate",
+        "--adapter",
+        str(run),
+        "--task",
+        "nutrition",
+        "--max-new-tokens",
+        "4",
+        "--json",
+        "--quiet",
+    ]
+    assert main([*argv, "--image", *images]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == images
+    assert set(rows[0]) == {"image", "question", "answer", "task", "parsed"}
+
+
+def test_stage_1_then_its_projector(capsys, recipe, tmp_path, food, llava_dir):
+    values = yaml.safe_load(Path(recipe).read_text())
+    del values["adapter"]
+    stage1 = tmp_path / "stage1.yaml"
+    stage1.write_text(
+        yaml.safe_dump({**values, "stage": "projector", "output_dir": str(tmp_path / "stage1")})
+    )
+    assert main(["train", str(stage1), "--quiet"]) == 0
+    assert (tmp_path / "stage1" / "projector.safetensors").is_file()
+    assert main(["evaluate", str(stage1), "--limit", "2", "--quiet"]) == 0
+    assert main(["train", recipe, f"model.projector={tmp_path / 'stage1'}", "--quiet"]) == 0
+    projector = str(tmp_path / "stage1")
+    argv = [
+        "generate",
+        "--model",
+        str(llava_dir),
+        "--projector",
+        projector,
+        "--device",
+        "cpu",
+        "--prompt",
+        "vicuna",
+    ]
+    assert (
+        main([*argv, "--image", str(food / "1.png"), "--question", "Is it hot?", "--max-new-tokens", "2"])
+        == 0
+    )
+
+
+def test_what_was_taught_is_said(capsys, taught):
+    result, examples = taught
+    argv = [
+        "generate",
+        "--adapter",
+        str(result.output_dir),
+        "--image",
+        examples[1].image,
+        "--question",
+        "What is it?",
+    ]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == examples[1].answer + "\n"
+
+
+def test_bad_pictures_in_evaluation(capsys, recipe, tmp_path, food, llava_dir):
+    lines = (food / "records.jsonl").read_text().splitlines()
+    records = tmp_path / "records.jsonl"
+    broken = {**json.loads(lines[12]), "image": "gone.png"}
+    whole = {**json.loads(lines[13]), "image": str(food / "13.png")}
+    records.write_text(f"{json.dumps(broken)}\n{json.dumps(whole)}\n")
+    argv = ["evaluate", "--model", str(llava_dir), "--data", str(records), "--tasks", "category", "--quiet"]
+    argv += ["--max-new-tokens", "2", "--out", str(tmp_path / "out"), "--prompt", "vicuna"]
+    fails(capsys, argv, f"record dish12: {tmp_path / 'gone.png'}: no such picture")
+    assert main([*argv, "--on-bad-image", "skip"]) == 0
+    said = capsys.readouterr()
+    assert "left out: record dish12" in said.err
+    assert "records left out: 1" in said.out
+
+
+def test_interrupted_is_130(capsys, recipe, tmp_path):
+    def interrupt():
+        while latest_checkpoint(tmp_path / "run") is None:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert main(["train", recipe, "training.max_steps=500", "training.save_steps=2", "--quiet"]) == 130
+    thread.join()
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+def test_interrupted_before_training_is_130(capsys, monkeypatch, recipe):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rode.train.load_vlm", stop)
+    assert main(["train", recipe]) == 130
+    assert capsys.readouterr().err.strip().endswith("rode: interrupted")

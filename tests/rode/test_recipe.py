@@ -1,0 +1,212 @@
+"""Recipes: what is refused and how it is said; the paper's run, number for number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from rode.recipe import RecipeError, adapter_config, dump_recipe, load_recipe, recipe_from_dict
+from rode.trainer import parameter_groups, training_arguments
+from rode.tuner import RodeLayer
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    get_scheduler,
+)
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+MINIMAL = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "r.jsonl"}]}}
+
+
+def write(folder, changes="", base=MINIMAL):
+    file = folder / "r.yaml"
+    file.write_text(yaml.safe_dump(base) + changes)
+    return file
+
+
+BAD = [
+    ("training: {learning_rte: 1}", r"training.learning_rte: no such key; did you mean learning_rate"),
+    ("adaptr: {}", r"adaptr: no such key; did you mean adapter"),
+    ("adapter: {rank: [2]}", r"adapter.rank: no such key; did you mean ranks"),
+    ("adapter: {ranks: [2, 0]}", r"adapter: ranks: expected positive whole numbers, got 0"),
+    ("adapter: {gate: relo}", r"adapter: gate: expected one of .*got 'relo'"),
+    ("training: {learning_rate: fast}", r"training.learning_rate: expected a number, got 'fast'"),
+    ("training: {batch_size: 4.5}", r"training.batch_size: expected a whole number, got 4.5"),
+    ("training: {batch_size: true}", r"training.batch_size: expected a whole number, got True"),
+    ("training: {batch_size: 0}", r"training.batch_size: expected more than 0, got 0"),
+    ("training: {betas: 0.9}", r"training.betas: expected a list of a number, got 0.9"),
+    ("training: {betas: [0.9]}", r"training.betas: expected two numbers"),
+    ("training: {max_steps: 0}", r"training.max_steps: expected at least 1 or null, got 0"),
+    ("training: 3", r"training: expected a mapping, got 3"),
+    ("stage: both", r"stage: expected one of adapter, projector, got 'both'"),
+    ("stage: projector\nadapter: {ranks: [2]}", r"adapter: stage 'projector' trains no adapter"),
+    ("evaluation: {split: dev}", r"evaluation.split: expected one of train, val, test, got 'dev'"),
+    ("model: {dtype: bfloat16}", r"model.path: missing; expected text"),
+    ("data: {sources: []}", r"data.sources: expected at least one source"),
+    (
+        "data: {sources: [{path: a, weight: -1}]}",
+        r"data.sources\[0\]: weight of a: expected a finite number >= 0",
+    ),
+    (
+        "data: {sources: [{path: a, tasks: [cook]}]}",
+        r"data.sources\[0\].tasks\[0\]: expected one of .*got 'cook'",
+    ),
+    ("data: {sources: [{path: a, split_fractions: {train: 2}}]}", r"data.sources\[0\]: split fractions"),
+    ("- [", r"not YAML"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_what_is_refused(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        load_recipe(write(tmp_path, changes))
+    assert str(error.value).startswith(str(tmp_path / "r.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_overrides(tmp_path):
+    file = write(tmp_path)
+    recipe = load_recipe(
+        file,
+        [
+            "training.learning_rate=1e-2",
+            "data.sources.0.tasks=[recipe]",
+            "adapter.ranks=[3, 5]",
+            "output_dir=x",
+            "model.projector=null",
+        ],
+    )
+    assert recipe.training.learning_rate == 0.01  # YAML 1.1 reads 1e-2 as text
+    assert recipe.data.sources[0].tasks == ["recipe"]
+    assert adapter_config(recipe).ranks == (3, 5)
+    assert recipe.run_dir == Path("x")
+    assert load_recipe(file).run_dir == Path("runs/a")
+    for override, message in [
+        ("training.sed=1", "did you mean seed"),
+        ("training.seed", "expected key.sub=value"),
+        ("data.sources.1.path=x", "no index into a list of 1"),
+        ("name.x=1", "which is no mapping"),
+        ("training.seed=[", "is not YAML"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(file, [override])
+    with pytest.raises(FileNotFoundError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_paths_are_expanded(monkeypatch):
+    monkeypatch.setenv("MODELS", "/big")
+    assert recipe_from_dict({**MINIMAL, "model": {"path": "$MODELS/llava"}}).model.path == "/big/llava"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_loads_and_comes_back(file, tmp_path):
+    recipe = load_recipe(file)
+    assert recipe.name == file.stem
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.fixture(scope="module")
+def llava_7b():
+    """llava-1.5-7b's layout without its weights."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    with torch.device("meta"):
+        return lambda: LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+
+
+def adapted(recipe, model):
+    with torch.device("meta"):
+        return get_peft_model(model, adapter_config(recipe))
+
+
+def test_the_papers_run(llava_7b, tmp_path, caplog):
+    recipe = load_recipe(RECIPES / "unifood-rode-7b.yaml", [f"output_dir={tmp_path}", "model.device=cpu"])
+    with torch.device("meta"):
+        model = adapted(recipe, llava_7b())
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RodeLayer)}
+    names = {
+        f"base_model.model.model.language_model.layers.{i}.self_attn.{p}_proj"
+        for i in range(32)
+        for p in "qv"
+    }
+    assert set(layers) == names
+    for layer in layers.values():
+        assert layer.rode_ranks["default"] == (2, 4, 8, 16)
+        assert layer.rode_scaling["default"] == (8.0, 4.0, 2.0, 1.0)  # alpha 16 / rank
+        assert layer.rode_dropout["default"] == 0.05
+        assert layer.rode_gate["default"] == "relu"
+    # each of 64 layers: A 30 x 4096, B 4096 x 30, router 4 x 4096, no bias
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 64 * (30 * 4096 + 4096 * 30 + 4 * 4096) == 16_777_216
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+    arguments = training_arguments(recipe, progress=False)
+    expected = {
+        "learning_rate": 3e-4,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 100,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 10,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+    }
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    assert recipe.training.devices * 4 * 10 == 160
+    assert (recipe.model.dtype, recipe.model.prompt, recipe.stage) == ("bfloat16", "vicuna", "adapter")
+    assert recipe.training.projector_learning_rate is None
+    # one device here: the recipe says that it means four
+    assert "a global batch of 160; on 1 it is 40" in caplog.text
+
+    groups = parameter_groups(model, arguments.learning_rate, None, arguments.weight_decay)
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(3e-4, 0.0, 64 * 3)]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, 2500)
+    rates = []
+    for _ in range(2500):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    # WarmupDecayLR, linear: up over 100 steps, then down to 0 at the last
+    assert rates[0] == 0.0
+    assert rates[50] == pytest.approx(1.5e-4)
+    assert rates[100] == pytest.approx(3e-4)
+    assert rates[1300] == pytest.approx(1.5e-4)
+    assert schedule.get_last_lr()[0] == 0.0
+
+
+def test_foodlmm_is_one_lora_of_rank_8_and_nothing_else_differs(llava_7b):
+    recipe = load_recipe(RECIPES / "unifood-foodlmm-7b.yaml")
+    with torch.device("meta"):
+        model = adapted(recipe, llava_7b())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 64 * (8 * 4096 * 2)
+    other = load_recipe(RECIPES / "unifood-rode-7b.yaml")
+    assert (recipe.training, recipe.data, recipe.model, recipe.evaluation) == (
+        other.training,
+        other.data,
+        other.model,
+        other.evaluation,
+    )
+    assert {k: v for k, v in recipe.adapter.items() if k not in ("ranks", "gate")} == {
+        k: v for k, v in other.adapter.items() if k not in ("ranks", "gate")
+    }
