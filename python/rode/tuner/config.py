@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -16,6 +17,15 @@ from rode.tuner.peft_type import RODE
 GATES = ("relu", "softmax", "top1", "none")
 ROUTER_INITS = ("kaiming", "normal", "open")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/sum r", "1/r")
+
+_LOADING = """This is a RoDE adapter: `import rode` tells PEFT what that is, and must come first.
+
+```py
+import rode
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/of/this/adapter")
+```"""
 
 
 @dataclass
@@ -163,6 +173,20 @@ class RodeConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets as sorted lists, so that one configuration has one JSON text."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; a model card beside it learns that `import rode` must come before loading."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            if _LOADING not in text:
+                gap = "Use the code below to get started with the model.\n\n[More Information Needed]"  # of PEFT's card
+                found = gap in text
+                text = text.replace(gap, _LOADING, 1) if found else f"{text.rstrip()}\n\n{_LOADING}\n"
+                aside = card.with_suffix(".md.new")
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(card)
 
 
 def _is_real(value: object) -> bool:

@@ -207,6 +207,34 @@ def test_other_linear_layers_and_output_dtypes(mlp):
     assert not torch.equal(y, base)
 
 
+@pytest.mark.parametrize("gate", ["relu", "none"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_layers(bits, gate):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32)
+    quantised = (
+        bnb.nn.Linear4bit(64, 32) if bits == 4 else bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    )
+    quantised.load_state_dict(linear.state_dict())
+    config = RodeConfig(ranks=(2, 4), gate=gate, dropout=0.0, init_weights=False, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(quantised.to("cpu")), config)
+    layer = model.base_model.model[0]
+    x = torch.randn(5, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    y.sum().backward()
+    assert all(p.grad.count_nonzero() > 0 for p in layer.parameters() if p.requires_grad)
+    assert x.grad.count_nonzero() > 0
+    if gate == "none":
+        want = x.double() @ layer.get_delta_weight("default").double().T
+        torch.testing.assert_close((y - base).double(), want, rtol=0.02, atol=0.05)
+        model.merge_adapter()
+        assert (model(x) - y).abs().mean() < 0.2 * (y - base).abs().mean()  # rounded to few bits again
+        model.unmerge_adapter()
+
+
 def test_hooks_on_the_base_layer_see_its_own_output(mlp):
     _, layer = adapted(mlp)
     seen = []

@@ -95,6 +95,23 @@ def test_only_the_adapter_is_trained_and_saved(mlp, tmp_path):
     assert torch.equal(saved["base_model.model.lin1.rode_A"], model.base_model.model.lin1.rode_A["default"])
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_model_card_says_to_import_rode(mlp, tmp_path, twice):
+    model = make(mlp)
+    if twice:
+        (tmp_path / "README.md").write_text("# Mine\n")
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import rode\nfrom peft import PeftModel") == 1
+    assert ("# Mine" in card) == twice
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
 def test_adapters_stay_float32_on_a_16_bit_base(mlp, tmp_path):
     model = make(mlp, torch.bfloat16, ranks=(2, 4))
     model.save_pretrained(tmp_path)
