@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,18 +24,24 @@ PROJECTOR = "multi_modal_projector"  # its name in every LLaVA
 
 
 class EpochSampler(Sampler[int]):
-    """The order of examples as a function of the epoch alone, so that a resumed run finds its place in any epoch.
+    """The order of items as a function of the epoch alone, so that a resumed run finds its place in any epoch.
 
     Args:
         plan: epoch -> indices (`rode.data.mixture.Mixture.plan`); as many in every epoch.
-        lengths: of the examples, to put like beside like within stretches of 50 batches; None to keep the plan's order.
-        batch_size: examples of one optimizer step.
+        lengths: of the items, to batch like with like: stretches of 50 batches are sorted and cut into batches, and
+            the batches of the epoch shuffled. None keeps the plan's order.
+        batch_size: items of one batch of one device.
+        seed: of the batches' order.
     """
 
     def __init__(
-        self, plan: Callable[[int], list[int]], lengths: Sequence[int] | None = None, batch_size: int = 1
+        self,
+        plan: Callable[[int], list[int]],
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        seed: int = 0,
     ) -> None:
-        self.plan, self.lengths, self.batch_size, self.epoch = plan, lengths, batch_size, 0
+        self.plan, self.lengths, self.batch_size, self.seed, self.epoch = plan, lengths, batch_size, seed, 0
         self.size = len(plan(0))
 
     def set_epoch(self, epoch: int) -> None:
@@ -45,11 +52,17 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.plan(self.epoch)
-        if self.lengths is not None:
-            stretch = 50 * self.batch_size
-            parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
-            order = [i for part in parts for i in sorted(part, key=self.lengths.__getitem__, reverse=True)]
-        return iter(order)
+        if self.lengths is None:
+            return iter(order)
+        stretch = 50 * self.batch_size
+        parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
+        order = [i for part in parts for i in sorted(part, key=self.lengths.__getitem__)]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # Sorted batches in a row would teach short answers first and long ones last. A batch cut short stays last,
+        # or those after it would straddle.
+        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        random.Random(f"{self.seed} {self.epoch}").shuffle(batches)
+        return iter([i for batch in [*batches, *short] for i in batch])
 
 
 def parameter_groups(
@@ -122,8 +135,7 @@ class AnswerTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochSampler(self.plan, self.lengths, batch)
+        return EpochSampler(self.plan, self.lengths, self.args.train_batch_size, self.args.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

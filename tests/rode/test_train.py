@@ -273,10 +273,14 @@ def test_the_order_is_the_plans_and_like_stands_by_like():
     sampler.set_epoch(4)
     assert list(sampler) == mixture.plan(4)
     lengths = [i % 7 for i in range(100)]
-    grouped = EpochSampler(mixture.plan, lengths, batch_size=1)
-    grouped.set_epoch(4)
-    order = list(grouped)
-    assert sorted(order) == list(range(100))
-    for part in (order[:50], order[50:]):
-        assert [lengths[i] for i in part] == sorted((lengths[i] for i in part), reverse=True)
-    assert set(order[:50]) == set(mixture.plan(4)[:50])
+    grouped = EpochSampler(mixture.plan, lengths, batch_size=8, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        grouped.set_epoch(epoch)
+        orders.append(list(grouped))
+        assert sorted(orders[-1]) == list(range(100))
+        batches = [[lengths[i] for i in orders[-1][k : k + 8]] for k in range(0, 100, 8)]
+        assert all(max(batch) - min(batch) <= 1 for batch in batches)
+        means = [sum(batch) / len(batch) for batch in batches]
+        assert means not in (sorted(means), sorted(means, reverse=True))
+    assert orders[0] == orders[2] != orders[1]
