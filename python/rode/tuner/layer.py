@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,20 @@ class RodeLayer(BaseTunerLayer):
         if adapter_name in self.rode_router:
             bias = self.rode_router_bias.get(adapter_name)
             init_router_(self.rode_router[adapter_name], bias, config.router_init)
+
+    @torch.no_grad()
+    def concatenate(self, adapters: Sequence[str], into: str) -> None:
+        """Fills the adapter `into` with the experts of `adapters`, side by side."""
+        self.rode_A[into].copy_(torch.cat([self.rode_A[name] for name in adapters]))
+        self.rode_B[into].copy_(torch.cat([self.rode_B[name] for name in adapters], dim=1))
+        if into in self.rode_router:
+            self.rode_router[into].copy_(torch.cat([self.rode_router[name] for name in adapters]))
+        if into in self.rode_router_bias:
+            rows = [
+                self.rode_router_bias.get(name, self.rode_A[name].new_zeros(len(self.rode_ranks[name])))
+                for name in adapters
+            ]
+            self.rode_router_bias[into].copy_(torch.cat(rows))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`sum_i scaling_i B_i A_i` (out_features, in_features), in the parameters' dtype; for constant gates only."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -157,6 +159,65 @@ class RodeModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, RodeLayer):
                 module.check_mergeable(module.active_adapters if adapter_names is None else adapter_names)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Adds the adapter whose output is `sum_a weights_a * output_a`: all experts side by side, the weights in their scaling.
+
+        This is exact, and possible where one expert's gate does not depend on the others: gate "relu" or "none".
+
+        Args:
+            adapters: names of adapters that agree in gate, dropout and targets and have no patterns or modules_to_save.
+            weights: one finite factor per adapter. adapter_name: of the new adapter, which is not activated.
+
+        Raises:
+            ValueError: naming what is unknown, or what the adapters do not agree in.
+        """
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"weights: expected one per adapter, got {len(weights)} for {len(adapters)}")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"adapters: {unknown} not in the model, which has {sorted(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: {adapter_name!r} is in the model already")
+        configs = [self.peft_config[name] for name in adapters]
+        first = configs[0]
+        shared = (
+            "gate",
+            "dropout",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        )
+        for field in shared:
+            if any(getattr(config, field) != getattr(first, field) for config in configs):
+                raise ValueError(f"adapters {list(adapters)} differ in {field}; they cannot become one")
+        if first.gate not in ("relu", "none"):
+            raise ValueError(
+                f"gate={first.gate!r}: the gates of one adapter depend on each other; keep the adapters apart"
+            )
+        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+            if any(getattr(config, field) for config in configs):
+                raise ValueError(f"adapters {list(adapters)}: {field} cannot be carried over to one adapter")
+        scaling = [
+            weight * factor
+            for config, weight in zip(configs, weights, strict=True)
+            for factor in config.expert_scaling(config.ranks, config.alpha)
+        ]
+        router_bias = any(config.router_bias for config in configs)
+        self.peft_config[adapter_name] = replace(
+            first,
+            ranks=tuple(rank for config in configs for rank in config.ranks),
+            scaling=tuple(scaling),
+            router_bias=router_bias,
+            router_init="kaiming",
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self.model.modules():
+            if isinstance(layer, RodeLayer) and adapter_name in layer.rode_A:
+                layer.concatenate(adapters, adapter_name)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:

@@ -172,6 +172,41 @@ def test_second_adapter_loads_beside_the_first(mlp, tmp_path):
     assert torch.equal(one(x64()), want)
 
 
+@pytest.mark.parametrize("gate", ["relu", "none"])
+def test_weighted_adapter_is_the_weighted_sum(mlp, tmp_path, gate):
+    model = make(mlp, ranks=(2, 4), gate=gate, router_bias=gate == "relu", target_modules=["lin0"])
+    other = RodeConfig(
+        ranks=(3,), alpha=5, gate=gate, dropout=0.0, init_weights=False, target_modules=["lin0"]
+    )
+    model.add_adapter("other", other)
+    lin0, x = model.base_model.model.lin0, x64()
+    base, outputs = lin0.base_layer(x), []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        outputs.append(lin0(x) - base)
+    model.base_model.add_weighted_adapter(["default", "other"], [0.3, -2.0], "sum")
+    assert model.active_adapters == ["other"]
+    model.set_adapter("sum")
+    torch.testing.assert_close(lin0(x), base + 0.3 * outputs[0] - 2.0 * outputs[1], rtol=1e-12, atol=1e-12)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(PeftModel.from_pretrained(mlp(), tmp_path / "sum")(x), model(x))
+
+
+def test_weighted_adapter_refuses_what_is_no_sum(mlp):
+    model = make(mlp, gate="softmax").base_model
+    with pytest.raises(ValueError, match="depend on each other"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match=r"\['nobody'\] not in the model"):
+        model.add_weighted_adapter(["nobody"], [1.0], "sum")
+    with pytest.raises(ValueError, match="one per adapter, got 2 for 1"):
+        model.add_weighted_adapter(["default"], [1.0, 2.0], "sum")
+    model = make(mlp)
+    model.add_adapter("other", RodeConfig(gate="none", dropout=0.0, target_modules=["lin0", "lin1"]))
+    with pytest.raises(ValueError, match="differ in gate"):
+        model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert set(model.peft_config) == {"default", "other"}
+
+
 def test_injection_without_a_peft_model(mlp):
     model = inject_adapter_in_model(RodeConfig(ranks=(2,), target_modules=["lin0"]), mlp())
     assert isinstance(model.lin0, RodeLayer)
