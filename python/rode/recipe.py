@@ -93,6 +93,9 @@ class TrainingConfig:
     max_length: int | None = None
     """Tokens of prompt, picture and answer together; null for no limit."""
     on_long_answer: Literal["truncate", "error"] = "truncate"
+    questions_per_picture: int = 1
+    """More than 1: up to so many questions about one picture stand behind one prefix and share its tokens; batch_size
+    then counts such packs. The loss is the same, for less work."""
     group_by_length: bool = False
     """Batch examples of like length: less padding, a less random order."""
     gradient_checkpointing: bool = False
@@ -200,6 +203,7 @@ _POSITIVE = (
     "batch_size",
     "gradient_accumulation",
     "devices",
+    "questions_per_picture",
     "epochs",
     "logging_steps",
     "save_steps",

@@ -22,6 +22,7 @@ from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, trai
 from rode.tuner import GateStatistics
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
+from rode.vlm.packing import pack_by_picture
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,18 @@ def _usable(examples: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
     return dataclasses.replace(examples, examples=kept, counts=counts), skipped
 
 
+def _packed(mixture: Mixture, most: int) -> Mixture:
+    """The mixture with the questions about one picture in packs, source by source; weights count packs then."""
+    items: list[Any] = []
+    counts, first = [], 0
+    for count in mixture.counts:
+        packs = pack_by_picture(mixture.examples[first : first + count], most)
+        items += packs
+        counts.append(len(packs))
+        first += count
+    return dataclasses.replace(mixture, examples=items, counts=counts)
+
+
 def make_trainable(model: Any, recipe: Recipe) -> Any:
     """Freeze the model and add what the recipe trains, in float32: a PeftModel in stage "adapter", else the model.
 
@@ -104,6 +117,11 @@ def image_source(
     source = FeatureSource(model, processor, directory)
     source.precompute([example.image for example in examples], progress)
     return source
+
+
+def _length(item: Any) -> int:
+    """Of an example or pack, in characters, which stand in for tokens: only the order matters."""
+    return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
 
 
 def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
@@ -170,6 +188,13 @@ def train(
     source = source or image_source(recipe, model, processor, examples, progress)
     model = make_trainable(model, recipe)
     training = recipe.training
+    items = (
+        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
+    )
+    if items is not mixture and "flash" in str(model.config._attn_implementation):
+        raise ValueError(
+            "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
+        )
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
@@ -182,13 +207,12 @@ def train(
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=examples,
+        train_dataset=items.examples,
         data_collator=TrainingCollator(encoder, source),
         callbacks=[stop, TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard")))],
-        plan=mixture.plan,
+        plan=items.plan,
         projector_rate=training.projector_learning_rate,
-        # Characters stand in for tokens: only the order matters.
-        lengths=[len(e.question) + len(e.answer) for e in examples] if training.group_by_length else None,
+        lengths=list(map(_length, items.examples)) if training.group_by_length else None,
         projector_only=recipe.stage == "projector",
         statistics=statistics,
     )

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rode.tuner import GateStatistics
-from rode.vlm.load import PROJECTOR_FILE, load_projector, save_projector
+from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
 from rode.vlm.loss import answer_loss
+from rode.vlm.packing import packed_attention
 
 logger = logging.getLogger(__name__)
 PROJECTOR = "multi_modal_projector"  # its name in every LLaVA
@@ -108,6 +110,7 @@ class AnswerTrainer(Trainer):
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
         self.head = self.model.get_output_embeddings()
+        self.language_model = get_llava(self.model).model.language_model
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     def compute_loss(
@@ -120,7 +123,9 @@ class AnswerTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         self.truncated_answers += inputs.pop("truncated")
-        loss = answer_loss(model, self.head, inputs, labels, num_items_in_batch)
+        segments = inputs.pop("segments", None)
+        with nullcontext() if segments is None else packed_attention(self.language_model, segments):
+            loss = answer_loss(model, self.head, inputs, labels, num_items_in_batch)
         # The count spans all processes while DDP averages gradients over them.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes

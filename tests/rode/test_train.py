@@ -266,6 +266,27 @@ def test_sources_and_weights_from_records(make_recipe, food, tmp_path):
     assert result.metrics["steps"] == 2 * 18 / 3
 
 
+def test_questions_packed_behind_their_picture(make_recipe, tmp_path):
+    """One epoch of all questions, apart and packed: the same tokens, hence the same first loss."""
+    common = {"max_steps": None, "epochs": 1, "schedule": "constant", "warmup_steps": 0}
+    apart, packed = (
+        train(
+            make_recipe(
+                adapter={"dropout": 0.0},
+                training={**common, "questions_per_picture": count, "batch_size": 48 // count},
+                output_dir=str(tmp_path / str(count)),
+            ),
+            progress=False,
+        )
+        for count in (1, 4)
+    )
+    for result in (apart, packed):
+        assert result.metrics["steps"] == 1
+        assert result.metrics["examples"] == 48
+    assert losses(packed) == pytest.approx(losses(apart), rel=1e-5)
+    assert packed.history[0]["grad_norm"] == pytest.approx(apart.history[0]["grad_norm"], rel=1e-4)
+
+
 def test_the_order_is_the_plans_and_like_stands_by_like():
     mixture = Mixture([None] * 100, [100], [1.0], seed=3)
     sampler = EpochSampler(mixture.plan)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rode.vlm.packing import PADDING, pack
 from rode.vlm.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
@@ -29,10 +30,11 @@ def _pad_id(encoder: PromptEncoder) -> int:
 
 
 class TrainingCollator:
-    """Examples to a batch for training.
+    """Examples, or packs of examples with one picture (`pack_by_picture`), to a batch for training.
 
     `labels` are -100 on picture, prompt and padding, and the token id on the answer and its EOS. `truncated` (one
-    int64) counts the answers that were cut.
+    int64) counts the answers that were cut. A batch with a pack of several questions also has `position_ids` and
+    `segments`, see `rode.vlm.packing`.
 
     Args:
         encoder: turns questions and answers into ids.
@@ -43,16 +45,18 @@ class TrainingCollator:
         self.encoder, self.source = encoder, source
         self._warned = False
 
-    def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
-        pictures, encoded = [], []
-        for example in examples:
+    def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+        packs = [item if isinstance(item, tuple) else (item,) for item in items]
+        pictures, rows, cut = [], [], []
+        for examples in packs:
             try:
-                pictures.append(self.source(example.image))
+                pictures.append(self.source(examples[0].image))
             except OSError as error:  # gone or spoiled since the check before the run
-                raise OSError(f"record {example.record_id}: {error}") from error
+                raise OSError(f"record {examples[0].record_id}: {error}") from error
             tokens = self.source.image_tokens(pictures[-1])
-            encoded.append(self.encoder.encode(example.question, example.answer, tokens, example.record_id))
-        cut = [example.record_id for example, e in zip(examples, encoded, strict=True) if e.truncated]
+            encoded = [self.encoder.encode(e.question, e.answer, tokens, e.record_id) for e in examples]
+            cut += [e.record_id for e, row in zip(examples, encoded, strict=True) if row.truncated]
+            rows.append(pack(encoded, self.encoder.image_token_id))
         if cut and not self._warned:
             self._warned = True
             logger.warning(
@@ -60,17 +64,18 @@ class TrainingCollator:
                 cut[0],
                 self.encoder.max_length,
             )
-        return {
-            "input_ids": _pad([e.input_ids for e in encoded], _pad_id(self.encoder), "right"),
-            "attention_mask": _pad([[1] * len(e.input_ids) for e in encoded], 0, "right"),
-            "labels": _pad(
-                [[IGNORE] * e.prompt_length + e.input_ids[e.prompt_length :] for e in encoded],
-                IGNORE,
-                "right",
-            ),
+        labels = [[t if k else IGNORE for t, k in zip(r.ids, r.learned, strict=True)] for r in rows]
+        batch = {
+            "input_ids": _pad([r.ids for r in rows], _pad_id(self.encoder), "right"),
+            "attention_mask": _pad([[1] * len(r.ids) for r in rows], 0, "right"),
+            "labels": _pad(labels, IGNORE, "right"),
             "pixel_values": torch.stack(pictures),
             "truncated": torch.tensor(len(cut)),
         }
+        if any(len(examples) > 1 for examples in packs):
+            batch["position_ids"] = _pad([r.positions for r in rows], 0, "right")
+            batch["segments"] = _pad([r.segments for r in rows], PADDING, "right")
+        return batch
 
 
 class GenerationCollator:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rode.vlm.images import open_image
+from rode.vlm.load import get_llava
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +45,13 @@ def accept_features(model: Any) -> None:
 
     The class of the tower is extended rather than the tower wrapped: parameter names stay those of the checkpoint.
     """
-    tower = _llava(model).model.vision_tower
+    tower = get_llava(model).model.vision_tower
     if isinstance(tower, _TakesFeatures):
         return
     tower._feature_layers = model.config.vision_feature_layer
     cls = type(tower)
     # torch looks up `forward` on the class; a subclass under the old name keeps repr and config lookups as they were.
     tower.__class__ = type(cls.__name__, (_TakesFeatures, cls), {"__module__": cls.__module__})
-
-
-def _llava(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class PixelSource:
@@ -87,7 +84,7 @@ class FeatureSource:
 
     def __init__(self, model: Any, processor: Any, directory: str | Path | None = None) -> None:
         accept_features(model)
-        self.llava = _llava(model)
+        self.llava = get_llava(model)
         self.pixels = PixelSource(processor)
         self.crop_cls = self.llava.config.vision_feature_select_strategy == "default"
         self.directory = None if directory is None else Path(directory) / self._fingerprint(processor)

@@ -102,10 +102,14 @@ def fit_processor(processor: Any, config: Any) -> None:
             setattr(processor, name, value)
 
 
+def get_llava(model: Any) -> Any:
+    """The LlavaForConditionalGeneration, under PEFT or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def get_projector(model: Any) -> torch.nn.Module:
-    """The module between tower and language model, under PEFT or not."""
-    llava = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return llava.model.multi_modal_projector
+    """The module between tower and language model."""
+    return get_llava(model).model.multi_modal_projector
 
 
 def _match_input(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
