@@ -64,12 +64,14 @@ def _checked(ranks: tuple[object, ...], scaling: tuple[object, ...]) -> Mixture:
     for i, factor in enumerate(scaling):
         if isinstance(factor, bool) or not isinstance(factor, Real):
             raise TypeError(f"scaling[{i}]: expected a float, got {factor!r} ({type(factor).__name__})")
-        if not math.isfinite(factor):
+        if not -math.inf < factor < math.inf:  # comparisons: Dynamo can trace them, math.isfinite it cannot
             raise ValueError(f"scaling[{i}]: expected a finite float, got {factor}")
     return Mixture(tuple(int(r) for r in ranks), tuple(float(s) for s in scaling))
 
 
-_cached = lru_cache(maxsize=1024)(_checked)
+@lru_cache(maxsize=1024)
+def _cached(ranks: tuple[object, ...], scaling: tuple[object, ...], _types: tuple[type, ...]) -> Mixture:
+    return _checked(ranks, scaling)  # types are part of the key: 2.0 equals 2, and only one of them is a rank
 
 
 def make_mixture(ranks: Sequence[int], scaling: Sequence[float]) -> Mixture:
@@ -79,17 +81,17 @@ def make_mixture(ranks: Sequence[int], scaling: Sequence[float]) -> Mixture:
             raise TypeError(
                 f"{name}: expected a tuple with one number per expert, got {type(value).__name__}"
             )
-    check = (
-        _checked if torch.compiler.is_compiling() else _cached
-    )  # Dynamo traces through caches, with a warning
-    return check(tuple(ranks), tuple(scaling))
+    ranks, scaling = tuple(ranks), tuple(scaling)
+    if torch.compiler.is_compiling():  # Dynamo traces through caches, with a warning
+        return _checked(ranks, scaling)
+    return _cached(ranks, scaling, tuple(map(type, ranks + scaling)))
 
 
 def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _tensor(name: str, t: object) -> None:
+def check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
     if t.layout is not torch.strided:
@@ -97,7 +99,7 @@ def _tensor(name: str, t: object) -> None:
 
 
 def _parameter(name: str, t: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    _tensor(name, t)
+    check_tensor(name, t)
     if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected shape {meaning} = {tuple(shape)}, got {_shape(t)}")
     if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
@@ -135,7 +137,7 @@ def check_inputs(
     if gates is not None:
         _check_gates(gates, x, experts)
     if base is not None:
-        _tensor("base", base)
+        check_tensor("base", base)
         want = (*x.shape[:-1], out_features)
         if base.dim() != len(want) or any(h != w for h, w in zip(base.shape, want, strict=True)):
             raise ValueError(f"base: expected shape (..., out_features) = {want}, got {_shape(base)}")
@@ -150,14 +152,15 @@ def check_inputs(
 
 
 def check_x(x: object) -> None:
-    _tensor("x", x)
+    """The first check: the others take x's dtype and shape as the measure."""
+    check_tensor("x", x)
     if x.dtype not in FLOATING:
         names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
         raise TypeError(f"x: expected one of {names}, got {x.dtype}")
 
 
 def _check_gates(gates: Tensor, x: Tensor, experts: int) -> None:
-    _tensor("gates", gates)
+    check_tensor("gates", gates)
     if gates.dtype not in FLOATING:
         raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
     if gates.device != x.device:
@@ -181,6 +184,10 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base is None; pass the tensor to accumulate into")
     if torch.is_grad_enabled() and base.requires_grad and base.is_leaf:
         raise ValueError("inplace=True: base is a leaf tensor that needs grad; pass inplace=False or a clone")
+    if (
+        torch.compiler.is_compiling()
+    ):  # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
+        return
     if torch._debug_has_internal_overlap(base) == 1:
         raise ValueError(
             "inplace=True: base overlaps itself (an expanded tensor); pass inplace=False or a clone"

@@ -6,7 +6,9 @@ One operator serves both entry points: `rode::mixture` returns (y, u, g), for ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from rode_kernels.mixture import (
     Mixture,
     check_inplace,
     check_inputs,
+    check_tensor,
     check_x,
     make_mixture,
     normalize_seed,
@@ -47,6 +50,24 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 def _wide_gates(gates: Tensor | None, x: Tensor) -> Tensor | None:
     return None if gates is None else _rows(gates).to(accumulation_dtype(x.dtype))
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _without_autocast(run: Callable) -> Callable:
+    """Autocast has acted on the public function's arguments; inside, products keep the dtypes of the contract."""
+
+    @wraps(run)
+    def wrapped(*args):
+        x = next(t for t in args if isinstance(t, Tensor))
+        if not _autocast_enabled(x.device.type):
+            return run(*args)
+        with torch.autocast(x.device.type, enabled=False):
+            return run(*args)
+
+    return wrapped
 
 
 def _forward(
@@ -105,7 +126,10 @@ def _fake_inplace(
 
 
 def _fake_saved(x: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    tokens, wide = x.shape[:-1].numel(), accumulation_dtype(x.dtype)
+    tokens, wide = (
+        math.prod(x.shape[:-1]),
+        accumulation_dtype(x.dtype),
+    )  # Size.numel() would fix a dynamic shape
     return x.new_empty(tokens, sum(ranks), dtype=wide), x.new_empty(tokens, len(ranks), dtype=wide)
 
 
@@ -124,13 +148,13 @@ def _fake_backward(
     )
 
 
-for _name, _run, _fake_run in (
+for _name, _implementation, _fake_implementation in (
     ("mixture", _forward, _fake),
     ("mixture_", _forward_inplace, _fake_inplace),
     ("mixture_backward", _backward, _fake_backward),
 ):
-    _lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rode::{_name}", _fake_run, lib=_lib)
+    _lib.impl(_name, _without_autocast(_implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rode::{_name}", _fake_implementation, lib=_lib)
 
 _op, _op_inplace, _op_backward = (
     torch.ops.rode.mixture,
@@ -237,7 +261,7 @@ _lib.impl("mixture_backward", _autograd_backward, "Autograd")
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast x, base and parameters that are neither float32 nor of that dtype are cast, as for F.linear."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not _autocast_enabled(device):
         return x, *others
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), *(t if t is None or t.dtype == torch.float32 else t.to(dtype) for t in others)
@@ -260,7 +284,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     check_x(x)
     x, A, B, router_weight, router_bias = _autocast(x, A, B, router_weight, router_bias)
-    if base is not None and not inplace and torch.is_autocast_enabled(x.device.type):
+    if base is not None and not inplace and _autocast_enabled(x.device.type):
         base = base.to(x.dtype)
     check_inputs(mixture, x, A, B, router_weight, router_bias, gates, base, dropout_p)
     if gates is not None:
@@ -324,6 +348,7 @@ def rectified_mixture(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what was wanted.
     """
+    check_tensor("router_weight", router_weight)
     mixture = make_mixture(ranks, scaling)
     y, g = _run(
         x, A, B, router_weight, router_bias, None, base, mixture, dropout_p, seed, inplace, False, backend
@@ -362,8 +387,7 @@ def gated_mixture(
     """
     if gate_grad not in GATE_GRADS:
         raise ValueError(f"gate_grad: expected 'open' or 'all', got {gate_grad!r}")
-    if gates is None:
-        raise TypeError("gates: expected a torch.Tensor, got NoneType")
+    check_tensor("gates", gates)
     mixture = make_mixture(ranks, scaling)
     dense = gate_grad == "all"
     return _run(x, A, B, None, None, gates, base, mixture, dropout_p, seed, inplace, dense, backend)[0]
