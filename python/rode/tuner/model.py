@@ -125,8 +125,6 @@ class RodeModel(BaseTuner):
             return
         _check_supported(target, current_key)
         layer = Linear(target, adapter_name, ranks, alpha, config, **get_quantization_kwargs(self))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trainable by itself
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -17,7 +17,7 @@ VISION_LANGUAGE_REGEX = r".*(language_model|text_model).*\.(q_proj|v_proj)"
 _TOWER = re.compile(
     r"(vision|visual|image|audio)(_(?!language)\w+)?|(multi_modal|mm)_projector|connector|aligner|embed_(vision|audio)"
 )
-_NAMES_A_TOWER = re.compile(r"vision|visual|image|audio")
+_KINDS = (("vision", "visual", "image"), ("audio",))  # a word of a kind names every tower of that kind
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
@@ -52,18 +52,14 @@ def default_targets(model: nn.Module, config: RodeConfig) -> str | set[str]:
 
 def named_towers(target_modules: str | set[str], roots: tuple[str, ...]) -> tuple[str, ...]:
     """The towers that target_modules asks for by name, as `.*vision_tower.*q_proj` does and `q_proj` or `.*q_proj` do not."""
-    entries = (target_modules,) if isinstance(target_modules, str) else target_modules
-    # A negative look-ahead names a tower in order to leave it out.
-    entries = [re.sub(r"\(\?<?![^)]*\)", "", entry) for entry in entries]
-    return tuple(
-        root
-        for root in roots
-        if any(
-            (last := root.rpartition(".")[2]) in entry
-            or (_NAMES_A_TOWER.search(last) and _NAMES_A_TOWER.search(entry))
-            for entry in entries
-        )
-    )
+    text = target_modules if isinstance(target_modules, str) else " ".join(target_modules)
+    opened = []
+    for root in roots:
+        last = root.rpartition(".")[2]
+        same_kind = any(any(w in last for w in words) and any(w in text for w in words) for words in _KINDS)
+        if last in text or same_kind:
+            opened.append(root)
+    return tuple(opened)
 
 
 def near_misses(

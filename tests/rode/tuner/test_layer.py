@@ -13,10 +13,14 @@ from torch import nn
 RANKS = (2, 1, 3)
 
 
-def adapted(mlp, dtype=torch.float64, **fields):
+def make(mlp, dtype=torch.float64, **fields):
     fields = {"ranks": RANKS, "dropout": 0.0, "init_weights": False, "target_modules": ["lin0"], **fields}
     torch.manual_seed(3)
-    model = get_peft_model(mlp(dtype), RodeConfig(**fields))
+    return get_peft_model(mlp(dtype), RodeConfig(**fields))
+
+
+def adapted(mlp, dtype=torch.float64, **fields):
+    model = make(mlp, dtype, **fields)
     return model, model.base_model.model.lin0
 
 
@@ -96,6 +100,17 @@ def test_top1_keeps_one_gate_and_its_gradient_reaches_all_logits():
     s = soft[0]  # d softmax_1 / d logit_j = s_1 ([j = 1] - s_j)
     want = s[1] * (torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64) - s)
     torch.testing.assert_close(logits.grad[0], want)
+
+
+def test_autocast_does_not_round_router_logits():
+    from rode.tuner.routers import router_logits
+
+    x, weight, bias = torch.randn(5, 64).to(torch.bfloat16), torch.randn(3, 64), torch.randn(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router_logits(x, weight, bias)
+    want = x.double() @ weight.double().T + bias.double()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_adapter_changes_nothing(mlp):
@@ -316,14 +331,19 @@ def test_broken_weights_are_not_merged(mlp):
 
 @pytest.mark.parametrize("gate", ["relu", "softmax", "top1"])
 def test_gates_that_depend_on_the_input_refuse_to_merge(mlp, gate):
-    model, layer = adapted(mlp, gate=gate)
-    model.add_adapter("plain", RodeConfig(ranks=(2,), gate="none", target_modules=["lin0", "lin1"]))
+    model = make(mlp, gate=gate, target_modules=["lin1"])
+    routed = model.base_model.model.lin1
+    plain = RodeConfig(ranks=(2,), gate="none", init_weights=False, target_modules=["lin0", "lin1"])
+    model.add_adapter("plain", plain)
+    layer = model.base_model.model.lin0  # comes first, and could be merged
     weight = layer.base_layer.weight.clone()
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=f"adapter 'default': its {gate} gates depend on the input"):
             merge(adapter_names=["plain", "default"])
     assert torch.equal(layer.base_layer.weight, weight)
     assert not layer.merged
+    with pytest.raises(ValueError, match="cannot be merged"):
+        routed.merge()
 
 
 def test_compiles_without_graph_breaks(mlp):

@@ -147,6 +147,17 @@ def test_transformers_loads_the_adapter(tiny_llava, llava_batch, tmp_path):
     assert torch.equal(bare(**llava_batch).logits, want)
 
 
+def test_transformers_keeps_the_bits_on_a_16_bit_base(tiny_llava, tmp_path):
+    model = get_peft_model(tiny_llava(), RodeConfig(ranks=(2, 4), init_weights=False))
+    model.save_pretrained(tmp_path)
+    want = {name: p for name, p in model.get_base_model().named_parameters() if "rode_" in name}
+    bare = tiny_llava().to(torch.bfloat16)
+    bare.load_adapter(tmp_path)
+    got = {name: p for name, p in bare.named_parameters() if "rode_" in name}
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_generation_after_reload(tiny_llava, llava_batch, tmp_path):
     model = get_peft_model(tiny_llava(), RodeConfig(ranks=(2, 4))).eval()
     train(model, llava_batch, steps=5)
