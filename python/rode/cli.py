@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a path from the latest (put the flag after the recipe)",
+        help="go on from a checkpoint; without a path from the latest",
     )
 
     sub = add("evaluate", "answers and metrics on held-out records", EVALUATE, _evaluate)
@@ -180,6 +180,8 @@ def _train(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        return 0
     what = "projector" if recipe.stage == "projector" else "adapter"
     print(
         f"{what} in {result.output_dir}: {result.metrics['steps']} steps on {result.metrics['examples']} examples, "
@@ -330,6 +332,26 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """argparse gives overrides that stand after an option back as unknown, or to that option: put them right."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if (
+        isinstance(getattr(args, "resume", False), str)
+        and "=" in args.resume
+        and not Path(args.resume).exists()
+    ):
+        args.resume, rest = True, [args.resume, *rest]
+    stray = [
+        word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")
+    ]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code. argparse itself exits with 2 for wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -337,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, debug = _demo, "--debug" in argv
         args: Any = argv[1:]
     else:
-        args = _parser().parse_args(argv)
+        args = _parse(argv)
         run, debug = args.run, args.debug
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("rode").setLevel(logging.INFO)

@@ -166,6 +166,8 @@ def train(
         FileNotFoundError, OSError, ValueError: inputs, with the record or key named.
         KeyboardInterrupt: a second Ctrl-C.
     """
+    if recipe.model.dtype == "float16":
+        raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
     run_dir = recipe.run_dir
     start = _starting_point(recipe, resume)
     arguments = training_arguments(recipe, progress)
@@ -201,7 +203,9 @@ def train(
 
     from torch.utils.tensorboard import SummaryWriter
 
-    stop = StopOnInterrupt()
+    callbacks: list[Any] = [stop := StopOnInterrupt()]
+    if arguments.process_index == 0:
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
     routed = recipe.stage == "adapter" and model.active_peft_config.gate != "none"
     statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
     trainer = AnswerTrainer(
@@ -209,7 +213,7 @@ def train(
         args=arguments,
         train_dataset=items.examples,
         data_collator=TrainingCollator(encoder, source),
-        callbacks=[stop, TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard")))],
+        callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
         lengths=list(map(_length, items.examples)) if training.group_by_length else None,
@@ -231,7 +235,7 @@ def train(
         "examples": len(examples),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "skipped_records": len(skipped),
-        "truncated_answers": int(trainer.truncated_answers),
+        "truncated_answers": trainer.count_truncated(),
     }
     if trainer.is_world_process_zero():
         write_text(run_dir / "history.json", json.dumps(history, indent=1))

@@ -131,8 +131,12 @@ class AnswerTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
+    def count_truncated(self) -> int:
+        """Answers cut so far, on all devices."""
+        return int(self.accelerator.reduce(self.truncated_answers))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if cut := int(self.truncated_answers):
+        if cut := self.count_truncated():
             logs["truncated_answers"] = cut
         if self.statistics is not None and "loss" in logs:
             logs.update(self.statistics.report().scalars())
@@ -227,6 +231,7 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
         data_seed=t.seed,
         logging_steps=t.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
         save_steps=t.save_steps,
         save_total_limit=t.save_total_limit,
         dataloader_num_workers=t.workers,

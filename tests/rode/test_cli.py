@@ -59,6 +59,9 @@ def test_help(capsys, command):
         ["generate", "--image", "a.png"],
         ["generate", "--image", "a.png", "--task", "soup"],
         ["generate", "--image", "a.png", "--task", "recipe", "--question", "What?"],
+        ["train", "r.yaml", "--quiet", "training.seed"],
+        ["train", "r.yaml", "--quick", "training.seed=1"],
+        ["generate", "--image", "a.png", "--task", "recipe", "a=b"],
         ["evaluate", "r.yaml", "--limit", "0"],
         ["evaluate", "r.yaml", "--split", "dev"],
     ],
@@ -109,10 +112,10 @@ def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
 
 def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):
     run = tmp_path / "run"
-    assert main(["train", recipe, "--quiet"]) == 0
+    assert main(["train", recipe, "--quiet", "training.logging_steps=1"]) == 0
     assert f"adapter in {run}: 2 steps on 48 examples" in capsys.readouterr().out
     fails(capsys, ["train", recipe], "holds checkpoint-2: pass --resume, or set another output_dir")
-    assert main(["train", recipe, "training.max_steps=3", "--resume", "--quiet"]) == 0
+    assert main(["train", recipe, "--resume", "training.max_steps=3", "--quiet"]) == 0
     assert "3 steps" in capsys.readouterr().out
 
     assert main(["evaluate", recipe, "--quiet"]) == 0

@@ -6,13 +6,15 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from rode.data.mixture import Mixture
-from rode.recipe import load_recipe
+from rode.recipe import dump_recipe, load_recipe
 from rode.train import train
 from rode.trainer import EpochSampler, latest_checkpoint
 from rode.vlm import FeatureSource, load_vlm
@@ -305,3 +307,45 @@ def test_the_order_is_the_plans_and_like_stands_by_like():
         means = [sum(batch) / len(batch) for batch in batches]
         assert means not in (sorted(means), sorted(means, reverse=True))
     assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
+    """DDP over gloo: the same order, the same mean over tokens, the same weights to rounding; one adapter on disk."""
+    common = {"max_steps": 3, "warmup_steps": 0, "schedule": "constant"}
+    alone = train(make_recipe(adapter={"dropout": 0.0}, training={**common, "batch_size": 4}), progress=False)
+    recipe = make_recipe(
+        adapter={"dropout": 0.0},
+        training={**common, "batch_size": 2, "devices": 2},
+        output_dir=str(tmp_path / "two"),
+    )
+    (tmp_path / "two.yaml").write_text(dump_recipe(recipe))
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "rode",
+        "train",
+        str(tmp_path / "two.yaml"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--quiet"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapter in") == 1
+    history = json.loads((tmp_path / "two" / "history.json").read_text())
+    assert [h["loss"] for h in history if "loss" in h] == pytest.approx(losses(alone), rel=1e-5)
+    for name, tensor in weights(tmp_path / "two").items():
+        torch.testing.assert_close(tensor, weights(alone.output_dir)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_float16_is_refused(make_recipe, examples):
+    with pytest.raises(ValueError, match=r"model.dtype: float16 .* train in bfloat16 or float32"):
+        train(make_recipe(model={"dtype": "float16"}), examples=examples)
