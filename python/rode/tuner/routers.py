@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @torch.no_grad()
@@ -27,11 +28,36 @@ def init_router_(weight: Tensor, bias: Tensor | None, how: str) -> None:
         nn.init.uniform_(bias, -bound, bound)
 
 
+class _Logits(torch.autograd.Function):
+    """F.linear in float32 that keeps x as it came for backward, and no wider copy of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = dh.flatten(0, -2)  # (M, N)
+        with torch.autocast(x.device.type, enabled=False):
+            dx = (dh @ weight.to(dh.dtype)).to(x.dtype) if need_x else None
+            dweight = rows.T @ x.flatten(0, -2).to(dh.dtype) if need_weight else None
+        return (
+            dx,
+            None if dweight is None else dweight.to(weight.dtype),
+            rows.sum(0).to(ctx.bias_dtype) if need_bias else None,
+        )
+
+
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x Wr^T + br` (..., N), in float32 (float64 for float64 x) under autocast too: rounded logits would flip choices."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    """`x Wr^T + br`, x (..., K) to (..., N), in float32 (float64 for float64 x) under autocast too: rounded logits flip choices."""
+    return _Logits.apply(x, weight, bias)
 
 
 def softmax_gates(logits: Tensor) -> Tensor:

@@ -113,6 +113,22 @@ def test_autocast_does_not_round_router_logits():
     torch.testing.assert_close(logits.double(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_router_keeps_no_copy_of_x_for_backward():
+    from rode.tuner.routers import router_logits
+
+    x = torch.randn(2, 50, 64).to(torch.bfloat16).requires_grad_()
+    weight, kept = torch.randn(3, 64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logits = router_logits(x, weight, None)
+    assert sorted(t.data_ptr() for t in kept) == sorted((x.data_ptr(), weight.data_ptr()))
+    dh = torch.randn(2, 50, 3)
+    logits.backward(dh)
+    torch.testing.assert_close(
+        weight.grad, torch.einsum("btn,btk->nk", dh, x.detach().float()), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(x.grad, (dh @ weight.detach()).to(torch.bfloat16))
+
+
 def test_a_new_adapter_changes_nothing(mlp):
     x = torch.randn(4, 12, dtype=torch.float64)
     want = mlp()(x)
@@ -346,8 +362,9 @@ def test_gates_that_depend_on_the_input_refuse_to_merge(mlp, gate):
         routed.merge()
 
 
-def test_compiles_without_graph_breaks(mlp):
-    model, _ = adapted(mlp, torch.float32, target_modules=["lin0", "lin1"])
+@pytest.mark.parametrize("gate", ["relu", "top1"])
+def test_compiles_without_graph_breaks(mlp, gate):
+    model, _ = adapted(mlp, torch.float32, gate=gate, target_modules=["lin0", "lin1"])
     x = torch.randn(4, 12)
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))

@@ -159,7 +159,7 @@ def test_transformers_keeps_the_bits_on_a_16_bit_base(tiny_llava, tmp_path):
 
 
 def test_generation_after_reload(tiny_llava, llava_batch, tmp_path):
-    model = get_peft_model(tiny_llava(), RodeConfig(ranks=(2, 4))).eval()
+    model = get_peft_model(tiny_llava(), RodeConfig(ranks=(2, 4), task_type="CAUSAL_LM")).eval()
     train(model, llava_batch, steps=5)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_llava(), tmp_path)
