@@ -53,7 +53,7 @@ def _wide_gates(gates: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
 
 
 def _without_autocast(run: Callable) -> Callable:
@@ -296,6 +296,9 @@ def _run(
     if inplace and not torch.compiler.is_compiling():
         args = (x, A, B, router_weight, router_bias, gates, base, seed, *static)
         if _needs_autograd(args):
+            if base._is_view():  # a Function with several outputs may not write into a view
+                y, _, g = _op(*args)
+                return base.copy_(y), g
             y, _, g = _MixtureInplace.apply(*args)
             return y, g
         _, g = _op_inplace(*args)
@@ -332,7 +335,8 @@ def rectified_mixture(
         router_weight: (N, in_features). router_bias: (N,) or None.
         ranks: rank of each of the N experts. scaling: one finite float per expert (alpha / r_i in the paper).
         base: (..., out_features) in x's dtype, usually the frozen layer's output; None counts as zeros.
-        inplace: accumulate into base and return it (under torch.compile a new tensor is returned).
+        inplace: accumulate into base and return it. Under torch.compile a new tensor is returned; under autograd a base that is a
+            view (F.linear with a bias returns one for 3-D input) costs a copy.
         dropout_p: probability with which elements of the experts' input (not the router's) are dropped.
         seed: int, one-element int64 tensor on x's device, or None (drawn from torch's generator if dropout_p > 0).
         return_gates: also return the gates.

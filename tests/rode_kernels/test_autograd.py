@@ -234,6 +234,25 @@ def test_inplace_writes_into_base_of_any_strides(backend):
         torch.testing.assert_close(base.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_inplace_into_a_view(backend):
+    """F.linear with a bias and three dimensions returns a view."""
+    p = leaves_of(random_problem((3, 10)))
+    W, b = torch.randn(20, 24, requires_grad=True), torch.randn(20, requires_grad=True)
+    wanted = [p.x, p.A, p.router_weight, W, b]
+
+    def step(inplace):
+        base = torch.nn.functional.linear(p.x, W, b)
+        assert base._is_view()
+        y = call(p, base=base, inplace=inplace, backend=backend)
+        assert (y is base) == inplace
+        return y.square().sum()
+
+    for want, have in zip(
+        torch.autograd.grad(step(False), wanted), torch.autograd.grad(step(True), wanted), strict=True
+    ):
+        assert torch.equal(want, have)
+
+
 def test_inplace_marks_base_as_changed(backend):
     p = random_problem((4,))
     base = p.base.clone().requires_grad_() * 1
