@@ -168,6 +168,10 @@ def train(
     """
     if recipe.model.dtype == "float16":
         raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
     run_dir = recipe.run_dir
     start = _starting_point(recipe, resume)
     arguments = training_arguments(recipe, progress)
@@ -200,9 +204,6 @@ def train(
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-
-    from torch.utils.tensorboard import SummaryWriter
-
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))

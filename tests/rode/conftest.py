@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from rode.data import Example
 from tiny_llava import draw, save_tiny_llava
 

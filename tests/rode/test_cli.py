@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from rode import cli
 from rode.cli import main
 from rode.trainer import latest_checkpoint
 
@@ -48,6 +51,26 @@ def test_help(capsys, command):
         main([*command, "--help"])
     assert exit.value.code == 0
     assert "usage: rode" in capsys.readouterr().out
+
+
+def shown_commands():
+    """Every `rode` command in the help texts and in docs/training.md."""
+    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA]
+    texts.append((Path(__file__).parents[2] / "docs" / "training.md").read_text())
+    lines = [
+        line.split("   ")[0].strip()
+        for text in texts
+        for line in text.splitlines()
+        if line.startswith(("  ", "rode", "torchrun"))
+    ]
+    return [
+        line.partition("-m rode ")[2] or line for line in lines if line.startswith(("rode ", "torchrun "))
+    ]
+
+
+@pytest.mark.parametrize("command", shown_commands())
+def test_what_is_shown_can_be_typed(command):
+    cli._parse(shlex.split(command.removeprefix("rode ")))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from peft import get_peft_model
+
 from rode import RodeConfig
 from rode.data.mixture import Source
 from rode.evaluate import evaluate, evaluation_examples, format_scores, rescore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from rode.generate import answer
 from rode.vlm import FeatureSource, load_adapter, load_vlm
 

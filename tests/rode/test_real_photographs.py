@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from rode.cli import main
 from rode.data import read_records
 

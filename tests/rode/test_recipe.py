@@ -8,9 +8,6 @@ import pytest
 import torch
 import yaml
 from peft import get_peft_model
-from rode.recipe import RecipeError, adapter_config, dump_recipe, load_recipe, recipe_from_dict
-from rode.trainer import parameter_groups, training_arguments
-from rode.tuner import RodeLayer
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,6 +15,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     get_scheduler,
 )
+
+from rode.recipe import RecipeError, adapter_config, dump_recipe, load_recipe, recipe_from_dict
+from rode.trainer import parameter_groups, training_arguments
+from rode.tuner import RodeLayer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 MINIMAL = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "r.jsonl"}]}}

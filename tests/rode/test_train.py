@@ -13,12 +13,13 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from rode.data.mixture import Mixture
 from rode.recipe import dump_recipe, load_recipe
 from rode.train import train
 from rode.trainer import EpochSampler, latest_checkpoint
 from rode.vlm import FeatureSource, load_vlm
-from safetensors.torch import load_file
 
 
 def weights(directory):
@@ -349,3 +350,9 @@ def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
 def test_float16_is_refused(make_recipe, examples):
     with pytest.raises(ValueError, match=r"model.dtype: float16 .* train in bfloat16 or float32"):
         train(make_recipe(model={"dtype": "float16"}), examples=examples)
+
+
+def test_without_tensorboard_it_says_what_to_install(make_recipe, examples, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'rode\[train\]'"):
+        train(make_recipe(), examples=examples)

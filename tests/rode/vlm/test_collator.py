@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+
 from rode.vlm import IGNORE, GenerationCollator, PixelSource, PromptEncoder, TrainingCollator
 from tiny_llava import tiny_processor
 

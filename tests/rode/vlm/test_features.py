@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, accept_features
 from tiny_llava import draw, tiny_model, tiny_processor
 

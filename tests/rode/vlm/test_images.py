@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 from PIL import Image
+
 from rode.vlm import drop_bad_images, open_image
 from tiny_llava import draw
 

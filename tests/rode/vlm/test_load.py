@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from peft import get_peft_model
+
 from rode import RodeConfig
 from rode.vlm import load_adapter, load_projector, load_vlm, save_projector
 from rode.vlm.load import fit_processor, get_projector, match_projector_input

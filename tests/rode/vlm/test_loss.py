@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+
 from rode import RodeConfig
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, answer_loss
 from tiny_llava import tiny_model, tiny_processor

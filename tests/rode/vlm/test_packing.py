@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from peft import get_peft_model
+
 from rode import RodeConfig
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, answer_loss
 from rode.vlm.packing import attention_of, pack_by_picture, packed_attention

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+
 from rode.vlm import PromptEncoder, render_prompt
 from tiny_llava import CHATML, tiny_processor
 
