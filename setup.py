@@ -56,7 +56,7 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
-        print("rode: CPU core built; this version has no GPU kernels", file=sys.stderr)
+        print("rode: this version has no GPU kernels; CPU core only", file=sys.stderr)
 
 
 setup(
