@@ -16,6 +16,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    SiglipVisionConfig,
 )
 
 IMAGE_SIZE = 28
@@ -60,7 +61,7 @@ def tiny_processor(chat_template: str | None = None) -> LlavaProcessor:
 
 
 def tiny_model(tower: str = "clip", seed: int = 0, vision_feature_layer: int | list[int] = -2):
-    """LlavaForConditionalGeneration of some 50k parameters, float32. tower: "clip" or "dinov2"."""
+    """LlavaForConditionalGeneration of some 50k parameters, float32. tower: "clip", "dinov2" or "siglip" (no CLS token)."""
     common = {
         "hidden_size": 16,
         "num_hidden_layers": 3,
@@ -68,11 +69,12 @@ def tiny_model(tower: str = "clip", seed: int = 0, vision_feature_layer: int | l
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH,
     }
-    vision = (
-        CLIPVisionConfig(intermediate_size=32, **common)
-        if tower == "clip"
-        else Dinov2Config(mlp_ratio=2, **common)
-    )
+    towers = {
+        "clip": lambda: CLIPVisionConfig(intermediate_size=32, **common),
+        "dinov2": lambda: Dinov2Config(mlp_ratio=2, **common),
+        "siglip": lambda: SiglipVisionConfig(intermediate_size=32, **common),
+    }
+    vision = towers[tower]()
     text = LlamaConfig(
         vocab_size=264,
         hidden_size=32,
@@ -91,7 +93,7 @@ def tiny_model(tower: str = "clip", seed: int = 0, vision_feature_layer: int | l
         vision_config=vision,
         text_config=text,
         image_token_id=4,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
         vision_feature_layer=vision_feature_layer,
     )
     return LlavaForConditionalGeneration(config).eval()

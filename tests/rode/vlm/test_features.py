@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, accept_features
+from rode.vlm.load import fit_processor
 from tiny_llava import draw, tiny_model, tiny_processor
 
-TOWERS = [("clip", -2), ("clip", [-3, -1]), ("dinov2", -1), ("dinov2", 2)]
+TOWERS = [("clip", -2), ("clip", [-3, -1]), ("dinov2", -1), ("dinov2", 2), ("siglip", -1)]
 
 
 def logits(model, batch):
@@ -24,12 +25,14 @@ def logits(model, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bit_for_bit(tower, layer, dtype, examples):
     model, processor = tiny_model(tower, vision_feature_layer=layer).to(dtype), tiny_processor()
+    fit_processor(processor, model.config)
     encoder = PromptEncoder(processor, "vicuna")
     live = TrainingCollator(encoder, PixelSource(processor))(examples[:1])
     expected = logits(model, live)
     source = FeatureSource(model, processor)
     cached = TrainingCollator(encoder, source)(examples[:1])
-    assert cached["pixel_values"].shape == (1, 5, 16 * (len(layer) if isinstance(layer, list) else 1))
+    tokens = 4 if tower == "siglip" else 5
+    assert cached["pixel_values"].shape == (1, tokens, 16 * (len(layer) if isinstance(layer, list) else 1))
     assert torch.equal(logits(model, cached), expected)
     assert torch.equal(logits(model, live), expected)  # pictures still go through
     other = TrainingCollator(encoder, source)([examples[1]])

@@ -10,12 +10,12 @@ import torch
 from peft import get_peft_model
 
 from rode import RodeConfig
-from rode.vlm import load_adapter, load_projector, load_vlm, save_projector
+from rode.vlm import load_adapter, load_projector, load_vlm, open_image, save_projector
 from rode.vlm.load import fit_processor, get_projector, match_projector_input
 from tiny_llava import save_tiny_llava, tiny_model, tiny_processor
 
 
-@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+@pytest.mark.parametrize("tower", ["clip", "dinov2", "siglip"])
 def test_a_checkpoint_comes_back(tmp_path, tower, examples):
     save_tiny_llava(tmp_path, tower=tower)
     model, processor = load_vlm(tmp_path, dtype="float32", device="cpu")
@@ -23,6 +23,10 @@ def test_a_checkpoint_comes_back(tmp_path, tower, examples):
         assert torch.equal(model.state_dict()[name], tensor), name
     assert not model.training
     assert processor.image_token_id == model.config.image_token_id
+    inputs = processor(images=open_image(examples[0].image), text="<image>\nWhat?", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+    with torch.no_grad():
+        model(**inputs)  # which counts the picture's tokens itself
     half, _ = load_vlm(tmp_path, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
