@@ -32,7 +32,9 @@ def wants_native() -> bool:
         raise SystemExit("RODE_NATIVE=on, but no C++ compiler was found: install g++ or clang++, or set CXX")
     if choice == "off" or found is None or os.name == "nt":
         why = "RODE_NATIVE=off" if choice == "off" else "no C++ compiler found" if not found else "Windows"
-        print(f"rode: {why}: pure-Python install, calls run on the slower 'reference' backend", file=sys.stderr)
+        print(
+            f"rode: {why}: pure-Python install, calls run on the slower 'reference' backend", file=sys.stderr
+        )
         return False
     return True
 

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.slow
 def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
     """A wheel from a copy of the tracked tree, and the build's log."""
     copy = tmp_path / "tree"
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
     for name in filter(None, files):
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,11 @@ def test_wheel_holds_both_packages_and_native_code(tmp_path):
     wheel, log = build(tmp_path, RODE_NATIVE="on")
     names = zipfile.ZipFile(wheel).namelist()
     sources = subprocess.run(
-        ["git", "ls-files", "python/rode", "rode_kernels"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "python/rode", "rode_kernels"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     missing = {s.removeprefix("python/") for s in sources} - set(names)
     assert not missing, "tracked, but not in the wheel"
@@ -48,7 +54,9 @@ def test_wheel_holds_both_packages_and_native_code(tmp_path):
     assert "Collecting torch" not in log
 
 
-@pytest.mark.parametrize("why", [{"RODE_NATIVE": "off"}, {"CXX": "/no/such/compiler"}], ids=["off", "no compiler"])
+@pytest.mark.parametrize(
+    "why", [{"RODE_NATIVE": "off"}, {"CXX": "/no/such/compiler"}], ids=["off", "no compiler"]
+)
 def test_pure_python_wheel_works_on_reference(tmp_path, why):
     wheel, log = build(tmp_path, **why)
     assert "pure-Python install, calls run on the slower 'reference' backend" in log
@@ -64,6 +72,8 @@ y = rode_kernels.rectified_mixture(x, A, B, W, ranks=(2,), scaling=(1.0,))
 assert torch.allclose(y, torch.relu(x @ W.T) * (x @ A.T @ B.T), atol=1e-5)
 """
     env = {**os.environ, "PYTHONPATH": str(target)}
-    run = subprocess.run([sys.executable, "-c", code, str(target)], env=env, cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(target)], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "reference" in run.stderr

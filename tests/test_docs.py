@@ -33,9 +33,9 @@ def test_command(command):
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     elif words[0] == "rode":
-        from rode.cli import _parser
+        from rode.cli import _parse
 
-        _parser().parse_args(words[1:])
+        _parse(words[1:])
         for word in words:
             if word.endswith(".yaml"):
                 assert (ROOT / word).is_file(), word

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixture_oracle import operation, oracle, random_problem
 from torch.utils.checkpoint import checkpoint
 
+from mixture_oracle import operation, oracle, random_problem
 from rode_kernels import gated_mixture, rectified_mixture
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixture_oracle import check, random_problem, with_dropout
 
+from mixture_oracle import check, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.reference import dropout_keep, philox
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from mixture_oracle import Problem, oracle
 
+from mixture_oracle import Problem, oracle
 from rode_kernels import RectifiedMixture
 
 

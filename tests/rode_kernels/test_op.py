@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mixture_oracle import check, operation, oracle, random_problem
 
+from mixture_oracle import check, operation, oracle, random_problem
 from rode_kernels import gated_mixture, rectified_mixture
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

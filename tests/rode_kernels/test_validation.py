@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixture_oracle import random_problem
 
+from mixture_oracle import random_problem
 from rode_kernels import RectifiedMixture, gated_mixture, rectified_mixture
 
 

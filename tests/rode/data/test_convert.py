@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from rode.data.convert import convert
 from rode.data.images import ImageError, check_image
 from rode.data.records import FoodRecord, Ingredient, Nutrition, RecordError, read_records

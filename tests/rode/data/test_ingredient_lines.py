@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rode.data.ingredient_lines import parse_ingredient_line
 
 LB, OZ = 453.59237, 28.349523125

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from rode.data.mixture import Mixture, Source, hash_split, load_examples
 from rode.data.records import FoodRecord, RecordError, write_records
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rode.data.nutrition_text import format_nutrition
 from rode.data.records import FoodRecord, Ingredient, Nutrition
 from rode.data.tasks import QUESTIONS, TASKS, make_examples, parse_answer, question

@@ -7,6 +7,7 @@ import json
 
 import pytest
 from peft import PeftConfig
+
 from rode.tuner import RodeConfig
 
 

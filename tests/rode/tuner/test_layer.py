@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
-from rode.tuner import RodeConfig, RodeLayer
 from torch import nn
+
+from rode.tuner import RodeConfig, RodeLayer
 
 RANKS = (2, 1, 3)
 

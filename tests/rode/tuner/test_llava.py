@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+
 from rode.tuner import RodeConfig
 
 LANGUAGE = [

@@ -10,8 +10,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.error import NoMatchingPeftModuleError
-from rode.tuner import RodeConfig, RodeLayer
 from torch import nn
+
+from rode.tuner import RodeConfig, RodeLayer
 
 CONFIGS = {
     "relu": {"ranks": (2, 4), "router_bias": True},

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
-from rode.tuner import GateStatistics, RodeConfig, RodeLayer
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from rode.tuner import GateStatistics, RodeConfig, RodeLayer
 
 RANKS = (2, 4, 1)
 
