@@ -21,6 +21,7 @@ from rode.vlm.load import get_projector
 
 BATCH = 64
 LEARNING_RATE = 1e-3
+PULL = 10.0  # weight of the distance from words to their nearest patches
 SHARPNESS = 12.0  # logit of a cosine of 1; the offset is learned
 
 
@@ -58,8 +59,8 @@ def align_words(
     """Train the projector, in place and in float32, so that each ingredient of a picture has a patch near its word.
 
     The logit of an ingredient is the largest cosine, over a picture's projected patches, with the word's embedding,
-    both taken from the mean embedding; the loss is binary cross-entropy over all `ingredient_words`, plus the squared
-    relative deviation of the patches' norms from the words'.
+    both taken from the mean embedding. The loss is binary cross-entropy over all `ingredient_words`, plus the distance
+    (1 - cosine) of the words that are there, plus the squared relative deviation of the patches' norms from the words'.
 
     Args:
         model, processor: a LLaVA with a random projector.
@@ -94,10 +95,11 @@ def align_words(
         rows = torch.randint(len(features), (BATCH,), generator=generator)
         patches = projector(features[rows]) - centre
         lengths = patches.norm(dim=-1, keepdim=True)
-        logits = SHARPNESS * ((patches / lengths) @ directions.T).amax(1) + offset  # (batch, words)
-        loss = F.binary_cross_entropy_with_logits(logits, present[rows])
-        # Weighted so that early on the words matter more than the norms.
-        total = 10 * loss + ((lengths / norm - 1) ** 2).mean()
+        cosines = ((patches / lengths) @ directions.T).amax(1)  # (batch, words)
+        loss = F.binary_cross_entropy_with_logits(SHARPNESS * cosines + offset, present[rows])
+        distance = ((1 - cosines) * present[rows]).sum() / present[rows].sum().clamp(min=1)
+        # Weighted so that telling words apart comes first, then coming close to them, then the norms.
+        total = 10 * loss + PULL * distance + ((lengths / norm - 1) ** 2).mean()
         optimizer.zero_grad()
         total.backward()
         optimizer.step()

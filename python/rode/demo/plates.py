@@ -87,8 +87,7 @@ def category(combination: Sequence[str]) -> str:
 def split_combinations(held_out: int, seed: int) -> tuple[list[Combination], list[Combination]]:
     """All combinations of 2 to 4 foods as (for training, held out). The two are disjoint.
 
-    The held-out ones are spread evenly over categories and, within them, over `SIZES`. Every food also stands alone
-    among those for training.
+    The held-out ones are spread evenly over categories and, within them, over `SIZES`.
 
     Raises:
         ValueError: more are asked for than half of what the smallest category has.
@@ -105,7 +104,7 @@ def split_combinations(held_out: int, seed: int) -> tuple[list[Combination], lis
         kind = CATEGORIES[i % len(CATEGORIES)]
         kept.append(_draw([c for c in every if category(c) == kind and c not in kept], rng))
     kept_set = set(kept)
-    return [(name,) for name in foods()] + [c for c in every if c not in kept_set], kept
+    return [c for c in every if c not in kept_set], kept
 
 
 def _draw(combinations: Sequence[Combination], rng: random.Random) -> Combination:
@@ -165,15 +164,12 @@ def make_record(record_id: str, image: str, portions: Sequence[tuple[str, bool]]
     )
 
 
-def make_plates(
-    directory: str | os.PathLike[str], *, train: int, test: int, singles: float = 0.15, seed: int = 0
-) -> Path:
+def make_plates(directory: str | os.PathLike[str], *, train: int, test: int, seed: int = 0) -> Path:
     """Draw plates and write `records.jsonl` and `images/` to `directory`. The same seed draws the same bytes.
 
     Args:
         train: plates of combinations for training, drawn evenly over categories.
         test: plates held out, each of another combination that no training plate has.
-        singles: share of the training plates that hold one food alone.
 
     Returns:
         Path of records.jsonl.
@@ -181,17 +177,13 @@ def make_plates(
     directory = Path(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)
     for_training, held_out = split_combinations(test, seed)
-    alone = [c for c in for_training if len(c) == 1]
     by_kind: dict[str, list[Combination]] = {kind: [] for kind in CATEGORIES}
     for combination in for_training:
-        if len(combination) > 1:
-            by_kind[category(combination)].append(combination)
+        by_kind[category(combination)].append(combination)
     rng = random.Random(f"plates {seed}")
     chosen: list[tuple[str, Combination]] = [("test", c) for c in held_out]
     for _ in range(train):
-        one = rng.random() < singles
-        kind = rng.choice(CATEGORIES)
-        chosen.append(("train", rng.choice(alone) if one else _draw(by_kind[kind], rng)))
+        chosen.append(("train", _draw(by_kind[rng.choice(CATEGORIES)], rng)))
     records: list[FoodRecord] = []
     counts: dict[str, Any] = {"train": itertools.count(), "test": itertools.count()}
     for split, combination in chosen:

@@ -48,12 +48,12 @@ class Sizes:
 
     train_plates: int = 800
     test_records: int = 24
-    align_steps: int = 200
-    projector_steps: int = 60
+    align_steps: int = 250
+    projector_steps: int = 50
     projector_batch: int = 16
-    adapter_steps: int = 110
+    adapter_steps: int = 120
     adapter_batch: int = 6
-    max_new_tokens: int = 64
+    max_new_tokens: int = 40
 
 
 SIZES = Sizes()
@@ -121,7 +121,7 @@ def recipe(
 
     stage_1 = run == "projector"
     training = {
-        "learning_rate": 1e-3,
+        "learning_rate": 1e-3 if stage_1 else 2e-3,
         "schedule": "cosine",
         "warmup_steps": min(5, steps),
         "batch_size": SIZES.projector_batch if stage_1 else SIZES.adapter_batch,
