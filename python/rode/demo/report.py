@@ -110,7 +110,7 @@ def _html_table(outcome: Outcome) -> str:
 
 def line_chart(series: dict[str, list[tuple[float, float]]], x_title: str, y_title: str) -> str:
     """Lines over a common pair of axes from 0. series: name -> (x, y) points, coloured by `COLOURS`."""
-    width, height, left, bottom, top, right = 460, 250, 46, 38, 12, 12
+    width, height, left, bottom, top, right = 460, 262, 46, 38, 24, 12
     points = [p for line in series.values() for p in line]
     x_end, y_end = max(x for x, _ in points), max(y for _, y in points) or 1.0
 
@@ -138,7 +138,7 @@ def line_chart(series: dict[str, list[tuple[float, float]]], x_title: str, y_tit
     out.append(
         f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_title)}</text>'
     )
-    out.append(f'<text x="{left - 38}" y="{top - 2}">{html.escape(y_title)}</text></svg>')
+    out.append(f'<text x="{left - 38}" y="10">{html.escape(y_title)}</text></svg>')
     return "".join(out)
 
 

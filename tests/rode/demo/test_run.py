@@ -48,7 +48,7 @@ def test_table():
 
 def test_charts_draw_their_numbers():
     chart = line_chart({"lora": [(0, 2.0), (10, 1.0)]}, "step", "loss")
-    assert 'points="46.0,12.0 448.0,112.0"' in chart  # the axes' upper left; the right end, half way up
+    assert 'points="46.0,24.0 448.0,124.0"' in chart  # the axes' upper left; the right end, half way up
     cells = heat_map([0, 1], [[0.0, 0.5], [1.0, None]], (2, 8), "gates")
     assert "block 1, rank 2: 1.000" in cells
     assert "block 1, rank 8: not seen" in cells
