@@ -1,7 +1,8 @@
 """Plates: pictures composed of OpenMoji's food drawings, whose ingredients, recipe and nutrition are known exactly.
 
 `foods.csv` holds the foods in cooking order: code point of the drawing, NDB number and values per 100 g from USDA's
-Standard Reference 28 (public domain), a small and a large portion in grams. A portion's size shows in the picture.
+Standard Reference 28 (public domain), and a portion in grams. What varies from plate to plate is which foods it holds and how
+many, their places, the sizes at which they are drawn (as from nearer or farther) and the background.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
 SOURCE = "plates"
 BACKGROUNDS = ((250, 250, 250), (236, 226, 205), (214, 228, 240), (225, 240, 220))
-SMALL, LARGE = 0.62, 0.95
+SMALLEST, LARGEST = 0.75, 0.95
 """Longest side of a drawing as a share of its quarter of the plate."""
-SIZES = {2: 45, 3: 40, 4: 15}
+SIZES = {2: 55, 3: 45}
 """How often a plate holds so many foods, in percent."""
 FRUIT = frozenset({"lemon", "banana", "apple", "strawberry"})
 CATEGORIES = ("seafood", "steak", "breakfast", "dessert", "snack", "salad")
@@ -37,21 +38,20 @@ Combination = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Food:
-    """A row of `foods.csv`. `per_100_g`: grams, kcal, grams, grams, grams; `portions`: small and large, in grams."""
+    """A row of `foods.csv`. `per_100_g`: grams, kcal, grams, grams, grams; `grams`: of one portion."""
 
     name: str
     drawing: str
     ndb_no: str
     usda_description: str
     per_100_g: Nutrition
-    portions: tuple[float, float]
+    grams: float
     step: str
 
-    def portion(self, large: bool) -> Ingredient:
-        """This food as an ingredient, with the nutrition of its grams: value per 100 g times grams / 100."""
-        grams = self.portions[large]
-        values = {f: round(getattr(self.per_100_g, f) * grams / 100, 4) for f in NUTRITION_FIELDS}
-        return Ingredient(self.name, amount=grams, unit="g", mass=grams, nutrition=Nutrition(**values))
+    def portion(self) -> Ingredient:
+        """A portion as an ingredient, with the nutrition of its grams: value per 100 g times grams / 100."""
+        values = {f: round(getattr(self.per_100_g, f) * self.grams / 100, 4) for f in NUTRITION_FIELDS}
+        return Ingredient(self.name, self.grams, "g", mass=self.grams, nutrition=Nutrition(**values))
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ def foods() -> dict[str, Food]:
                 ndb_no=row["ndb_no"],
                 usda_description=row["usda_description"],
                 per_100_g=Nutrition(mass=100.0, **values),
-                portions=(float(row["small_g"]), float(row["large_g"])),
+                grams=float(row["grams"]),
                 step=row["step"],
             )
     return table
@@ -85,7 +85,7 @@ def category(combination: Sequence[str]) -> str:
 
 
 def split_combinations(held_out: int, seed: int) -> tuple[list[Combination], list[Combination]]:
-    """All combinations of 2 to 4 foods as (for training, held out). The two are disjoint.
+    """All combinations of 2 or 3 foods as (for training, held out). The two are disjoint.
 
     The held-out ones are spread evenly over categories and, within them, over `SIZES`.
 
@@ -132,33 +132,32 @@ def drawing(code: str, longest: int) -> Image:
     return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def compose(portions: Sequence[tuple[str, bool]], rng: random.Random) -> Image:
-    """A plate of up to four foods, (name, large?) each, every one somewhere in a quarter of its own."""
+def compose(combination: Combination, rng: random.Random) -> Image:
+    """A plate of up to four foods, every one somewhere in a quarter of its own."""
     from PIL import Image
 
     picture = Image.new("RGB", (PICTURE, PICTURE), rng.choice(BACKGROUNDS))
     quarter = PICTURE // 2
-    for (name, large), place in zip(portions, rng.sample(range(4), len(portions)), strict=True):
-        item = drawing(foods()[name].drawing, round(quarter * (LARGE if large else SMALL)))
+    for name, place in zip(combination, rng.sample(range(4), len(combination)), strict=True):
+        item = drawing(foods()[name].drawing, round(quarter * rng.uniform(SMALLEST, LARGEST)))
         x = place % 2 * quarter + rng.randint(0, quarter - item.width)
         y = place // 2 * quarter + rng.randint(0, quarter - item.height)
         picture.paste(item, (x, y), item)
     return picture
 
 
-def make_record(record_id: str, image: str, portions: Sequence[tuple[str, bool]], split: str) -> FoodRecord:
+def make_record(record_id: str, image: str, combination: Combination, split: str) -> FoodRecord:
     """The record of a plate. The dish's nutrition is the sum over its ingredients."""
-    ingredients = tuple(foods()[name].portion(large) for name, large in portions)
+    ingredients = tuple(foods()[name].portion() for name in combination)
     total = {f: round(sum(getattr(i.nutrition, f) for i in ingredients), 4) for f in NUTRITION_FIELDS}
-    names = [name for name, _ in portions]
     return FoodRecord(
         id=record_id,
         image=image,
         source=SOURCE,
-        title=" and ".join(names),
-        category=category(names),
+        title=" and ".join(combination),
+        category=category(combination),
         ingredients=ingredients,
-        instructions=(*(f"{foods()[name].step} the {name}." for name in names), "Serve."),
+        instructions=(*(f"{foods()[name].step} the {name}." for name in combination), "Serve."),
         nutrition=Nutrition(**total),
         split=split,
     )
@@ -188,9 +187,8 @@ def make_plates(directory: str | os.PathLike[str], *, train: int, test: int, see
     counts: dict[str, Any] = {"train": itertools.count(), "test": itertools.count()}
     for split, combination in chosen:
         record_id = f"{split}-{next(counts[split]):04d}"
-        portions = [(name, rng.random() < 0.5) for name in combination]
-        compose(portions, rng).save(directory / "images" / f"{record_id}.png")
-        records.append(make_record(record_id, f"images/{record_id}.png", portions, split))
+        compose(combination, rng).save(directory / "images" / f"{record_id}.png")
+        records.append(make_record(record_id, f"images/{record_id}.png", combination, split))
     path = directory / "records.jsonl"
     write_records(path, records)
     return path

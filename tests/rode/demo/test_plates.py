@@ -28,25 +28,25 @@ needs_drawings = pytest.mark.skipif(bool(no_drawings), reason=no_drawings or "-"
 
 def test_nutrition_is_the_table_times_the_grams():
     # USDA SR28 per 100 g: beef 13067: 202 kcal, 9.31, 27.55, 0; rice 20045: 130 kcal, 0.28, 2.69, 28.17
-    record = plates.make_record("a", "a.png", [("beef", False), ("rice", True)], "train")
+    record = plates.make_record("a", "a.png", ("beef", "rice"), "train")
     n = record.nutrition
-    assert (n.mass, n.energy) == (100 + 200, 202 + 2 * 130)
-    assert n.fat == pytest.approx(9.31 + 2 * 0.28)
-    assert n.protein == pytest.approx(27.55 + 2 * 2.69)
+    assert (n.mass, n.energy) == (150 + 200, 1.5 * 202 + 2 * 130)
+    assert n.fat == pytest.approx(1.5 * 9.31 + 2 * 0.28)
+    assert n.protein == pytest.approx(1.5 * 27.55 + 2 * 2.69)
     assert n.carb == pytest.approx(0 + 2 * 28.17)
-    assert [(i.name, i.mass) for i in record.ingredients] == [("beef", 100), ("rice", 200)]
+    assert [(i.name, i.mass) for i in record.ingredients] == [("beef", 150), ("rice", 200)]
     assert record.ingredients[1].nutrition.energy == 260
     assert record.instructions == ("Grill the beef.", "Boil the rice.", "Serve.")
     assert record.category == "steak"
 
 
 def test_answers_parse_back():
-    record = plates.make_record("a", "/a.png", [("egg", True), ("bread", False)], "test")
+    record = plates.make_record("a", "/a.png", ("egg", "cheese"), "test")
     for example in make_examples(record):
         parsed = parse_answer(example.task, example.answer)
         if example.task == "nutrition":
             assert parsed["mass"] == 150
-            assert parsed["energy"] == 196 + 0.5 * 266
+            assert parsed["energy"] == 196 + 0.5 * 404
         else:
             assert parsed == example.reference
 
@@ -83,8 +83,8 @@ def test_held_out_combinations_are_disjoint_and_spread(seed):
     train, test = plates.split_combinations(24, seed)
     assert len(test) == len(set(test)) == 24
     assert not set(train) & set(test)
-    # 14 foods: 91 pairs, 364 triples and 1001 quadruples
-    assert len(train) + len(test) == 91 + 364 + 1001
+    # 14 foods: 91 pairs and 364 triples
+    assert len(train) + len(test) == 91 + 364
     assert {k: sum(plates.category(c) == k for c in test) for k in plates.CATEGORIES} == dict.fromkeys(
         plates.CATEGORIES, 4
     )
@@ -92,7 +92,7 @@ def test_held_out_combinations_are_disjoint_and_spread(seed):
 
 
 def test_too_many_held_out():
-    # desserts are fewest: 4 fruits make 11 combinations, of which at most 5 are held out
+    # desserts are fewest: 4 fruits make 10 combinations, of which at most 5 are held out
     with pytest.raises(ValueError, match="1 to 30 combinations, got 31"):
         plates.split_combinations(31, 0)
 
@@ -126,13 +126,17 @@ def test_records_on_disk(tmp_path):
 
 
 @needs_drawings
-def test_a_large_portion_is_drawn_larger():
-    def drawn(large):
-        pixels = numpy.asarray(plates.compose([("tomato", large)], random.Random(5)))
-        background = pixels[0, 0] if tuple(pixels[0, 0]) in plates.BACKGROUNDS else pixels[-1, -1]
-        return (pixels != background).any(-1).sum()
-
-    assert 1.8 < drawn(True) / drawn(False) < 3.0  # (0.95 / 0.62) ** 2 = 2.35
+def test_every_food_of_a_plate_is_drawn_in_a_quarter_of_its_own():
+    rng = random.Random(5)
+    for combination in (("tomato",), ("beef", "rice"), ("egg", "corn", "lemon")):
+        pixels = numpy.asarray(plates.compose(combination, rng))
+        half = plates.PICTURE // 2
+        quarters = [pixels[y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
+        backgrounds = [numpy.array(b) for b in plates.BACKGROUNDS]
+        background = max(backgrounds, key=lambda b: (pixels == b).all(-1).sum())
+        covered = [(q != background).any(-1).mean() for q in quarters]
+        assert sum(share > 0.1 for share in covered) == len(combination)
+        assert sum(share == 0 for share in covered) == 4 - len(combination)
 
 
 def test_missing_package_says_how_to_get_it(monkeypatch):
