@@ -5,8 +5,8 @@ VENV ?= .venv
 SCALE ?= 1
 DATA ?=
 MODEL ?=
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/pytest
-BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+PYTEST = RODE_EMULATE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
 .PHONY: demo test test-long test-full lint format clean
 
@@ -30,7 +30,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info python/*.egg-info rode_kernels/_native*.so demo
+	rm -rf $(VENV) build *.egg-info python/*.egg-info rode_kernels/_*.so demo
 
 # torch first and by version: the package itself admits any torch >= 2.9 and would take the newest, largest build
 $(VENV)/.torch:
@@ -40,7 +40,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	RODE_EMULATE=1 $(VENV)/bin/pip install --quiet --editable ".[dev]"
 	touch $@
 
 # --no-deps: of these wheels only the weight files are read, not the runtimes that they declare

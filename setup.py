@@ -1,6 +1,7 @@
 """Builds the native core with CMake and ninja where a C++ compiler is; metadata stands in pyproject.toml.
 
 RODE_NATIVE=off builds a pure-Python package, RODE_NATIVE=on insists on native code, anything else takes what it finds.
+RODE_EMULATE=1 also builds the CUDA emulator, which only tests use.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DRODE_EMULATE={'ON' if os.environ.get('RODE_EMULATE') == '1' else 'OFF'}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -1,0 +1,288 @@
+// All inline PTX, and the only ways in which a kernel touches memory or another thread. Kernels hold no raw pointers.
+// With RODE_EMULATE the same names come from csrc/emulator, which checks and counts every use: see docs/emulator.md.
+#pragma once
+
+#ifdef RODE_EMULATE
+#include "../emulator/primitives.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "types.cuh"
+
+#define RODE_DEVICE __device__ __forceinline__
+#define RODE_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+
+namespace rode::gpu {
+
+// ---- Where am I
+
+RODE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+RODE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
+RODE_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
+RODE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+RODE_DEVICE Dim block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
+RODE_DEVICE Dim grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+// ---- Memory: addresses that only the functions below follow
+
+template <class T>
+class gmem {
+ public:
+  gmem() = default;
+  // `count` elements stand at `data`; only the emulator looks at it.
+  __host__ __device__ gmem(T* data, int64_t /*count*/) : data_(data) {}
+  template <class U>
+    requires std::is_same_v<T, const U>
+  __host__ __device__ gmem(gmem<U> other) : data_(other.data_) {}
+  __host__ __device__ explicit operator bool() const { return data_ != nullptr; }
+  RODE_DEVICE gmem operator+(int64_t n) const { return gmem(data_ + n, 0); }
+  template <class U>
+  RODE_DEVICE gmem<U> as() const {
+    return gmem<U>(reinterpret_cast<U*>(data_), 0);
+  }
+  template <class V>
+  RODE_DEVICE V* at() const {  // for this header only
+    return reinterpret_cast<V*>(data_);
+  }
+
+ private:
+  template <class U>
+  friend class gmem;
+  T* data_ = nullptr;
+};
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+
+// A 32-bit offset into the block's dynamic shared memory, the only kind that kernels use.
+template <class T>
+class smem {
+ public:
+  RODE_DEVICE explicit smem(unsigned offset) : offset_(offset) {}
+  RODE_DEVICE smem operator+(int n) const { return smem(offset_ + static_cast<unsigned>(n) * unsigned{sizeof(T)}); }
+  template <class U>
+  RODE_DEVICE smem<U> as() const {
+    return smem<U>(offset_);
+  }
+  template <class V>
+  RODE_DEVICE V* at() const {  // for this header only
+    return reinterpret_cast<V*>(dynamic_shared + offset_);
+  }
+  RODE_DEVICE unsigned address() const {  // in the shared window, for this header only
+    return static_cast<unsigned>(__cvta_generic_to_shared(dynamic_shared)) + offset_;
+  }
+
+ private:
+  unsigned offset_;
+};
+
+// `count` elements from byte `offset` of dynamic shared memory; the emulator holds every access to that range.
+template <class T>
+RODE_DEVICE smem<T> shared_array(unsigned offset, int /*count*/) {
+  return smem<T>(offset);
+}
+
+// What a load or store of V through an address of T moves: a T, or a vec that is several of them.
+template <class V, class T>
+using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
+template <class V, class T>
+inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) && sizeof(V) % sizeof(T) == 0 &&
+                                sizeof(V) <= 16 && alignof(V) == sizeof(V);
+
+template <class V = void, class T>
+RODE_DEVICE moved<V, T> load(gmem<T> from, bool when = true) {
+  using R = moved<V, T>;
+  static_assert(movable<R, std::remove_const_t<T>>);
+  R value{};
+  if (when) value = *from.template at<const R>();
+  return value;
+}
+
+template <class T, class V>
+RODE_DEVICE void store(gmem<T> to, V value, bool when = true) {
+  static_assert(movable<V, T>);
+  if (when) *to.template at<V>() = value;
+}
+
+template <class V = void, class T>
+RODE_DEVICE moved<V, T> load(smem<T> from, bool when = true) {
+  using R = moved<V, T>;
+  static_assert(movable<R, T>);
+  R value{};
+  if (when) value = *from.template at<const R>();
+  return value;
+}
+
+template <class T, class V>
+RODE_DEVICE void store(smem<T> to, V value, bool when = true) {
+  static_assert(movable<V, T>);
+  if (when) *to.template at<V>() = value;
+}
+
+// ---- Asynchronous copies: the first `valid` of kBytes come from global memory, the rest become 0
+
+template <int kBytes, class T, class U>
+RODE_DEVICE void cp_async(smem<T> to, gmem<U> from, int valid = kBytes) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  static_assert(std::is_same_v<T, std::remove_const_t<U>>);
+  if constexpr (kBytes == 16) {  // .cg: past L1, which only 16 bytes can
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()),
+                 "l"(__cvta_generic_to_global(from.template at<const void>())), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()),
+                 "l"(__cvta_generic_to_global(from.template at<const void>())), "n"(kBytes), "r"(valid)
+                 : "memory");
+  }
+}
+RODE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's newest groups are still on their way.
+template <int kPending>
+RODE_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Order between threads; every one below is called by all 32 lanes of a warp
+
+RODE_DEVICE void sync_threads() { __syncthreads(); }
+RODE_DEVICE bool sync_threads_or(bool mine) { return __syncthreads_or(mine) != 0; }
+RODE_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+RODE_DEVICE T shuffle(T value, int from_lane) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_sync(0xffffffffu, value, from_lane);
+}
+template <class T>
+RODE_DEVICE T shuffle_xor(T value, int mask) {
+  static_assert(sizeof(T) == 4);
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+RODE_DEVICE unsigned ballot(bool mine) { return __ballot_sync(0xffffffffu, mine); }
+
+// ---- Order between blocks: stores, sync_threads, then one thread: thread_fence, take_ticket, thread_fence
+
+RODE_DEVICE void thread_fence() { __threadfence(); }
+// 0, 1, ... last, and round again: a counter that is left at 0 needs no launch to clear it.
+RODE_DEVICE unsigned take_ticket(gmem<unsigned> counter, unsigned last) {
+  return atomicInc(counter.template at<unsigned>(), last);
+}
+
+// ---- Tensor cores
+
+// N 8x8 matrices of 16-bit values; lane 8 i + j holds the address of row j of matrix i.
+template <int N, bool kTranspose = false, class T>
+RODE_DEVICE void ldmatrix(uint32_t (&r)[N], smem<T> row) {
+  static_assert(N == 1 || N == 2 || N == 4);
+  if constexpr (N == 1 && !kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(row.address()) : "memory");
+  } else if constexpr (N == 1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                 : "=r"(r[0])
+                 : "r"(row.address())
+                 : "memory");
+  } else if constexpr (N == 2 && !kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row.address())
+                 : "memory");
+  } else if constexpr (N == 2) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(row.address())
+                 : "memory");
+  } else if constexpr (!kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row.address())
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row.address())
+                 : "memory");
+  }
+}
+
+// c += a b: m16n8k16 for bf16 and f16, m16n8k8 for tf32 (whose operands come from to_tf32).
+template <class T>
+RODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<T, f16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    static_assert(std::is_same_v<T, tf32>);
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// ---- Conversions, round to nearest even (tf32: ties away from zero)
+
+RODE_DEVICE float to_float(float x) { return x; }
+RODE_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+RODE_DEVICE float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+template <class T>
+RODE_DEVICE T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    T y;
+    if constexpr (std::is_same_v<T, bf16>) {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    } else {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    }
+    return y;
+  }
+}
+// Two 16-bit floats in a register, `low` in the lower half, as fragments hold them.
+template <class T>
+RODE_DEVICE uint32_t pack2(float low, float high) {
+  uint32_t y;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  }
+  return y;
+}
+RODE_DEVICE uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+
+// ---- Launch. The caller has set the device; returns a cudaError_t, 0 when queued.
+
+template <class... P, class... A>
+int launch(const Launch& l, void (*kernel)(P...), A... args) {
+  if (l.shared_bytes > 48 * 1024) {  // above the default, the function must be told; it is cheap and idempotent
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(l.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<dim3(l.grid.x, l.grid.y, l.grid.z), l.threads, l.shared_bytes, static_cast<cudaStream_t>(l.stream)>>>(
+      static_cast<P>(args)...);
+  return cudaGetLastError();
+}
+
+}  // namespace rode::gpu
+#endif

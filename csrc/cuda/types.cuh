@@ -1,0 +1,36 @@
+// What the device header and its emulation share: values without behaviour.
+#pragma once
+
+#include <cstdint>
+
+namespace rode::gpu {
+
+// 16-bit floats as bits: arithmetic is in float32, and cuda_fp16.h does not exist on the host.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+struct tf32;  // names an mma shape; its values stand in 32-bit registers
+
+// N values that one 4, 8 or 16-byte instruction moves.
+template <class T, int N>
+struct alignas(sizeof(T) * N) vec {
+  T v[N];
+};
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// One launch in stream order. Blocks are one-dimensional and whole warps; `kernel` names it in errors.
+struct Launch {
+  const char* kernel;
+  Dim grid;
+  unsigned threads;
+  unsigned shared_bytes = 0;
+  void* stream = nullptr;
+};
+
+}  // namespace rode::gpu

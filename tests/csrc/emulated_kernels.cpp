@@ -1,0 +1,86 @@
+// pybind11: runs the trial's kernels on the emulator, on memory that Python owns.
+#include <pybind11/pybind11.h>
+
+#include "kernels.cuh"
+
+namespace py = pybind11;
+using namespace rode::trial;
+using rode::emulator::machine;
+
+namespace {
+
+template <class T>
+gmem<T> at(uintptr_t address, int64_t count) {
+  return gmem<T>(reinterpret_cast<T*>(address), count);
+}
+
+template <class T>
+void run_product(uintptr_t x, uintptr_t w, uintptr_t partial, uintptr_t tickets, uintptr_t y, Shape p, int copy, Bug bug) {
+  const Dim grid{static_cast<unsigned>((p.M + kTile - 1) / kTile), static_cast<unsigned>((p.N + kTile - 1) / kTile),
+                 static_cast<unsigned>(p.splits)};
+  const auto kernel = copy == 16  ? product<T, 16>
+                      : copy == 8 ? product<T, 8>
+                      : copy == 4 ? product<T, 4>
+                                  : product<T, 2>;
+  const int64_t M = p.M, N = p.N, K = p.K;
+  launch({"product", grid, kThreads, kSharedBytes}, kernel, at<const T>(x, M * K), at<const T>(w, N * K),
+         at<float>(partial, p.splits * M * N), at<unsigned>(tickets, grid.x * grid.y), at<T>(y, M * N), p, bug);
+}
+
+template <class Kernel, class... A>
+void one_warp(Kernel kernel, A... args) {
+  launch({"one_warp", {}, 32, 512}, kernel, args...);
+}
+
+py::dict counts(const rode::emulator::Traffic& t) {
+  using namespace py::literals;
+  return py::dict("accesses"_a = t.accesses, "bytes"_a = t.bytes, "requests"_a = t.requests, "sectors"_a = t.sectors,
+                  "used"_a = t.used, "block_sectors"_a = t.block_sectors, "launch_sectors"_a = t.launch_sectors,
+                  "launch_used"_a = t.launch_used);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulator_trial, m) {
+  py::register_exception<rode::emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
+#define RODE_NAME(name) bugs.append(#name);
+  py::list bugs;
+  RODE_TRIAL_BUGS(RODE_NAME)
+#undef RODE_NAME
+  m.attr("BUGS") = bugs;
+  m.def("reset", [](uint64_t seed) { machine().reset(seed); });
+  m.def("undefined", [](uintptr_t data, size_t bytes) { machine().undefined(reinterpret_cast<void*>(data), bytes); });
+  m.def("traffic", [](uintptr_t data) {
+    const auto* buffer = machine().find(reinterpret_cast<void*>(data));
+    if (!buffer) throw py::key_error("no kernel was given this address");
+    return py::make_tuple(counts(buffer->loads), counts(buffer->stores));
+  });
+  m.def("conflicts", [] { return py::make_tuple(machine().shared_loads.conflicts, machine().shared_stores.conflicts); });
+  m.def("launches", [] { return machine().launches; });
+  m.def("product", [](uintptr_t x, uintptr_t w, uintptr_t partial, uintptr_t tickets, uintptr_t y, int M, int N, int K,
+                      int splits, bool half, int copy, int bug) {
+    const auto run = half ? run_product<f16> : run_product<bf16>;
+    run(x, w, partial, tickets, y, {M, N, K, splits}, copy, static_cast<Bug>(bug));
+  });
+  m.def("mma", [](const std::string& type, uintptr_t a, uintptr_t b, uintptr_t c) {
+    const int depth = type == "tf32" ? 8 : 16;
+    one_warp(type == "tf32" ? one_mma<tf32> : type == "f16" ? one_mma<f16> : one_mma<bf16>, at<const float>(a, 16 * depth),
+             at<const float>(b, 8 * depth), at<float>(c, 128));
+  });
+  m.def("ldmatrix", [](int n, bool transpose, uintptr_t matrices, uintptr_t out) {
+    const auto kernel = transpose ? (n == 1   ? one_ldmatrix<1, true>
+                                     : n == 2 ? one_ldmatrix<2, true>
+                                              : one_ldmatrix<4, true>)
+                                  : (n == 1   ? one_ldmatrix<1, false>
+                                     : n == 2 ? one_ldmatrix<2, false>
+                                              : one_ldmatrix<4, false>);
+    one_warp(kernel, at<const uint16_t>(matrices, n * 64), at<uint16_t>(out, n * 64));
+  });
+  m.def("exchanges", [](uintptr_t in, uintptr_t out) {
+    launch({"exchanges", {}, 64}, exchanges, at<const uint32_t>(in, 64), at<uint32_t>(out, 320));
+  });
+  m.def("round_trip", [](const std::string& type, uintptr_t in, uintptr_t out, int n) {
+    one_warp(type == "tf32" ? round_trip<tf32> : type == "f16" ? round_trip<f16> : round_trip<bf16>,
+             at<const float>(in, n), at<float>(out, n), n);
+  });
+}

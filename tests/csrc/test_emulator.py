@@ -1,0 +1,208 @@
+"""The CUDA emulator: a kernel without mistakes passes, every planted mistake is caught, layouts are the manual's.
+
+The module under test is built with RODE_EMULATE=1, which `make test` sets.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+try:
+    from rode_kernels import _emulator_trial as emulator
+except ImportError as error:
+    if os.environ.get("RODE_EMULATE") == "1":
+        raise
+    pytest.skip(f"needs a build with RODE_EMULATE=1 ({error})", allow_module_level=True)
+
+SEEDS = range(20)
+
+
+class Product:
+    """x W^T on the emulator, and what it should be."""
+
+    def __init__(self, M, N, K, *, splits=1, dtype=torch.bfloat16, defined=False):
+        generator = torch.Generator().manual_seed(M * 10007 + N * 101 + K)
+        self.shape, self.splits = (M, N, K), splits
+        self.x = torch.randn(M, K, generator=generator).to(dtype)
+        self.w = torch.randn(N, K, generator=generator).to(dtype)
+        self.defined = defined  # whether y may be read before it is written
+        self.copy = next(bytes for bytes in (16, 8, 4, 2) if K * 2 % bytes == 0)
+
+    def run(self, seed=0, bug="none"):
+        M, N, K = self.shape
+        self.y = torch.zeros(M, N, dtype=self.x.dtype)
+        partial = torch.empty(self.splits, M, N)
+        tickets = torch.zeros(-(-M // 32) * -(-N // 32), dtype=torch.int32)
+        emulator.reset(seed)
+        for empty in [partial] if self.defined else [self.y, partial]:
+            emulator.undefined(empty.data_ptr(), empty.nbytes)
+        addresses = (t.data_ptr() for t in (self.x, self.w, partial, tickets, self.y))
+        emulator.product(
+            *addresses, M, N, K, self.splits, self.x.dtype == torch.half, self.copy, emulator.BUGS.index(bug)
+        )
+        assert not tickets.any(), "the counters are left as they were found"
+        return self.y
+
+    def assert_right(self):
+        exact = self.x.double() @ self.w.double().T
+        rounding = torch.finfo(self.x.dtype).eps / 2
+        # one rounding to the 16-bit type, and float32 sums of K products
+        sums = self.shape[2] * 2.0**-23 * (self.x.double().abs() @ self.w.double().abs().T)
+        assert ((self.y.double() - exact).abs() <= rounding * exact.abs() + sums).all()
+
+
+# M and N around the tile's edges; K over 1..2 x stages of tiles, whole and ragged, for every width of copy.
+@pytest.mark.parametrize("K", [1, 8, 20, 62, 64, 65, 72, 128, 130, 192, 196, 257, 320, 384, 390])
+@pytest.mark.parametrize(("M", "N"), [(1, 1), (31, 33), (32, 32), (33, 40), (64, 24)])
+def test_a_product_without_mistakes_is_right_at_every_edge(M, N, K):
+    dtype = torch.half if K % 3 == 0 else torch.bfloat16
+    product = Product(M, N, K, dtype=dtype)
+    product.run(seed=K)
+    product.assert_right()
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_a_product_without_mistakes_passes_whatever_the_order_of_warps_and_blocks(splits):
+    product = Product(40, 48, 200, splits=splits)
+    results = {product.run(seed).view(torch.int16).numpy().tobytes() for seed in SEEDS}
+    product.assert_right()
+    assert len(results) == 1
+
+
+# What the message must say, and a product on which the mistake matters.
+# which of them depends on which warp runs first
+RACE = "race in shared memory|an asynchronous copy is on its way|never written"
+CAUGHT = {
+    "missing_wait": ("an asynchronous copy is on its way", {}),
+    "early_wait": (RACE, {}),
+    "off_by_one_wait": ("an asynchronous copy is on its way", {}),
+    "missing_barrier": (RACE, {}),
+    "wrong_stage": (RACE, {}),
+    "missing_sync_warp": (RACE, {}),
+    "global_load_out_of_bounds": ("cp_async from global memory out of bounds", {}),
+    "global_store_out_of_bounds": ("global store out of bounds", {}),
+    "shared_array_out_of_bounds": ("shared_array ends at byte", {}),
+    "shared_load_out_of_bounds": ("ldmatrix out of bounds", {}),
+    "misaligned_copy": ("cp_async from global memory misaligned", {}),
+    "misaligned_store": ("global store misaligned", {}),
+    "undefined_shared_read": ("read of shared memory that was never written", {}),
+    "undefined_global_read": ("read of global memory that was never written", dict(splits=3)),
+    "divergent_barrier": ("divergent barrier|by part of a warp", {}),
+    "barrier_by_part_of_a_warp": ("sync_threads by part of a warp|divergent|sync_warp by part of a warp", {}),
+    "early_return": ("divergent barrier: this warp has exited", dict(N=40)),
+    "divergent_collective": ("ldmatrix by part of a warp", {}),
+    "race_between_warps": ("race in global memory", dict(defined=True)),
+    "race_between_blocks": ("race in global memory.*of another block", dict(splits=3)),
+    "missing_fence": ("race in global memory.*of another block", dict(splits=3)),
+    "missing_barrier_before_ticket": ("race in global memory.*of another block", dict(splits=3)),
+    "exit_in_flight": ("exits with asynchronous copies on their way", {}),
+}
+
+
+@pytest.mark.parametrize("bug", CAUGHT)
+def test_a_planted_mistake_is_caught_on_every_seed(bug):
+    message, shape = CAUGHT[bug]
+    product = Product(**{"M": 40, "N": 48, "K": 300, **shape})
+    for seed in SEEDS:
+        with pytest.raises(emulator.EmulatorError, match=message) as caught:
+            product.run(seed, bug)
+        where = r"\S+kernels\.cuh:\d+: kernel product, block \(\d+, \d+, \d+\), thread \d+: "
+        assert re.match(where, str(caught.value)), caught.value
+    product.run(0)  # and the machine is none the worse for it
+    product.assert_right()
+
+
+def test_every_mistake_is_tried():
+    assert set(emulator.BUGS) == {"none", "dropped_swizzle", *CAUGHT}
+
+
+def test_a_dropped_swizzle_shows_in_the_count_of_bank_conflicts():
+    product = Product(64, 64, 256)
+    product.run()
+    warps = 4 * 4
+    # The main loop has none. Leaving, 8 lanes read 4 rows at a pitch of 48 bytes, of which two meet: once in each phase.
+    assert emulator.conflicts() == (warps * 4, 0)
+    product.run(bug="dropped_swizzle")
+    product.assert_right()
+    # 16 k-steps x 2 ldmatrix x 4 matrices, whose 8 rows then stand in the same banks
+    assert emulator.conflicts() == (warps * (4 + 16 * 2 * 4 * 7), 0)
+
+
+def test_traffic_is_counted_per_request_block_and_launch():
+    M, N, K = 64, 96, 256
+    product = Product(M, N, K)
+    product.run()
+    loads, stores = emulator.traffic(product.x.data_ptr())
+    assert stores["bytes"] == 0
+    assert loads["bytes"] == loads["used"] == 3 * M * K * 2  # each of 3 column tiles reads all of x
+    assert loads["accesses"] == 3 * M * K // 8
+    assert loads["requests"] * 32 == loads["accesses"]
+    loads_w, _ = emulator.traffic(product.w.data_ptr())
+    assert loads_w["bytes"] == 2 * N * K * 2
+    aligned = product.x.data_ptr() % 32 == 0
+    if aligned:
+        assert loads["sectors"] == loads["block_sectors"] == 3 * M * K * 2 // 32
+        assert loads["launch_sectors"] == M * K * 2 // 32
+    assert loads["launch_used"] == M * K * 2
+    _, stored = emulator.traffic(product.y.data_ptr())
+    assert stored["bytes"] == stored["launch_used"] == M * N * 2
+    assert emulator.launches() == 1
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
+def test_mma_is_a_product_with_the_manuals_fragments(kind):
+    depth = 8 if kind == "tf32" else 16
+    a, b, c = torch.randn(16, depth), torch.randn(depth, 8), torch.randn(16, 8)
+    rounded = {
+        "bf16": lambda t: t.bfloat16().double(),
+        "f16": lambda t: t.half().double(),
+        "tf32": lambda t: ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double(),
+    }[kind]
+    exact = c.double() + rounded(a) @ rounded(b)
+    emulator.reset(3)
+    emulator.mma(kind, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    torch.testing.assert_close(c.double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_ldmatrix_gives_each_lane_its_pair(n, transpose):
+    matrices = torch.randperm(n * 64).to(torch.int16).reshape(n, 8, 8)
+    out = torch.empty(n, 32, 2, dtype=torch.int16)
+    emulator.reset(n)
+    emulator.ldmatrix(n, transpose, matrices.data_ptr(), out.data_ptr())
+    # lane l holds elements (l / 4, 2 (l % 4)) and the next one of each matrix
+    expected = (matrices.transpose(1, 2) if transpose else matrices).reshape(n, 32, 2)
+    assert torch.equal(out, expected)
+
+
+def test_shuffles_and_votes():
+    mine, out = torch.arange(100, 164, dtype=torch.int32), torch.empty(5, 64, dtype=torch.int32)
+    mine[40] = 7
+    emulator.reset(0)
+    emulator.exchanges(mine.data_ptr(), out.data_ptr())
+    warps = mine.reshape(2, 32)
+    assert torch.equal(out[0], warps.roll(-5, 1).flatten())
+    assert torch.equal(out[1], warps.roll(16, 1).flatten())
+    bits = ((warps % 3 == 0).long() << torch.arange(32)).sum(1)
+    assert torch.equal(out[2].long() & 0xFFFFFFFF, bits.repeat_interleave(32))
+    assert out[3].eq(1).all()
+    assert torch.equal(out[4], warps[:, :1].expand(2, 32).flatten())
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_conversions_round_as_torch_does(kind):
+    dtype = {"bf16": torch.bfloat16, "f16": torch.half}[kind]
+    large = torch.tensor(
+        [0.0, -0.0, 65504.0, 65519.9, 65520.0, 1e30, -3.4e38, float("inf"), -float("inf"), float("nan")]
+    )
+    small = torch.tensor([1.0, 1 - 2.0**-12, 2.0**-10, 2.0**-11, 1.5 * 2.0**-11, 1e-26]) * 2.0**-14
+    x = torch.cat([large, small, torch.randn(4000) * 10.0 ** torch.randint(-9, 6, (4000,))])
+    y = torch.empty_like(x)
+    emulator.reset(0)
+    emulator.round_trip(kind, x.data_ptr(), y.data_ptr(), x.numel())
+    torch.testing.assert_close(y, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)

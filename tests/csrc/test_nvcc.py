@@ -1,0 +1,46 @@
+"""What stands in for a device: nvcc takes the device header without a warning, and kernels keep to that header."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+HEADER = ROOT / "csrc/cuda/ptx.cuh"
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_nvcc_compiles_every_primitive_without_warning_or_spill(arch, tmp_path):
+    command = [NVCC, "-std=c++20", f"-arch={arch}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
+    source = ROOT / "tests/csrc/kernels.cu"
+    run = subprocess.run(
+        [*command, "-o", str(tmp_path / "kernels.cubin"), str(source)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = run.stdout + run.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 18
+    assert set(spills) == {("0", "0", "0")}
+
+
+# Whatever else reaches memory or other threads would escape the emulator's eyes.
+FORBIDDEN = (
+    r"\basm\b|__shared__|__device__|__global__|\b(threadIdx|blockIdx|blockDim|gridDim)\b|__sync|__shfl|__ballot|__ldg|"
+    r"\batomic[A-Z]|\bcuda[A-Z]|reinterpret_cast|const_cast|\.address\b|\.buffer\b|\.(template )?at<|<<<"
+)
+
+
+def test_kernels_keep_to_the_header():
+    kernels = [*(ROOT / "csrc/cuda").glob("*.cu*"), *(ROOT / "tests/csrc").glob("*.cu*")]
+    kernels = [path for path in kernels if path not in (HEADER, HEADER.with_name("types.cuh"))]
+    assert ROOT / "tests/csrc/kernels.cuh" in kernels
+    for path in kernels:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            code = line.split("//")[0]
+            assert not re.search(FORBIDDEN, code), f"{path.relative_to(ROOT)}:{number}: {line}"
