@@ -11,6 +11,12 @@
 #include <string_view>
 #include <utility>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
+#endif
+
 #if defined(__x86_64__) && !defined(RODE_UCONTEXT)
 // System V: what a call preserves is six registers and the stack pointer (kernels do not change the floating-point mode).
 asm(R"(
@@ -50,17 +56,15 @@ std::string list(uint32_t lanes, int warp) {
 }
 
 bool same(const At& a, const At& b) {
-  return a.line() == b.line() && a.column() == b.column() && std::string_view(a.file_name()) == b.file_name();
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 
 std::string place(const At& at) { return std::string(at.file_name()) + ":" + std::to_string(at.line()); }
 
 }  // namespace
 
-Machine& machine() {
-  static Machine one;
-  return one;
-}
+Machine the_machine;
 
 void Machine::fail(const std::string& what, At at) {
   char where[160];
@@ -182,6 +186,7 @@ void Machine::run_block() {
     warp->synced = block_start_;
     for (Lane& lane : warp->lane) {
       unsigned char* stack = stacks_ + static_cast<size_t>(lane.index) * kStack;
+      ASAN_UNPOISON_MEMORY_REGION(stack + kGuard, kStack - kGuard);  // frames that a failure left behind
       prepare(lane.fiber, stack + kGuard, kStack - kGuard, lane_main);
       lane.fence = lane.groups = 0;
       lane.copies.clear();

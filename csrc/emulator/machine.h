@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../cuda/types.cuh"
@@ -90,7 +91,7 @@ struct Copy {  // one cp.async on its way
   int64_t to;
   uintptr_t from;
   int bytes, valid;
-  uint32_t group;
+  uint32_t group, issued;
   At at;
 };
 
@@ -192,12 +193,12 @@ class Machine {
   std::vector<uint64_t> shared_;  // 64-bit words, for alignment
   std::vector<Cell> shared_cells_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
-  uintptr_t last_page_ = 0;
-  Page* last_ = nullptr;
+  std::pair<uintptr_t, Page*> recent_[64];
   std::map<std::pair<uintptr_t, uintptr_t>, Buffer> buffers_;
 };
 
 // One machine for the process; a launch from a second thread waits.
-Machine& machine();
+extern Machine the_machine;
+inline Machine& machine() { return the_machine; }
 
 }  // namespace rode::emulator

@@ -44,18 +44,19 @@ void Machine::reset(uint64_t seed) {
   shared_loads = shared_stores = {};
   buffers_.clear();
   pages_.clear();
-  last_ = nullptr;
+  std::fill(std::begin(recent_), std::end(recent_), std::pair<uintptr_t, Page*>{});
 }
 
 Page& Machine::page(uintptr_t address) {
   const uintptr_t number = address / kPage;
-  if (!last_ || last_page_ != number) {
+  auto& [known, recent] = recent_[number % std::size(recent_)];
+  if (!recent || known != number) {
     auto& slot = pages_[number];
     if (!slot) slot = std::make_unique<Page>();
-    last_page_ = number;
-    last_ = slot.get();
+    known = number;
+    recent = slot.get();
   }
-  return *last_;
+  return *recent;
 }
 
 void Machine::undefined(void* data, size_t bytes) {
@@ -118,7 +119,13 @@ void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, bool atomic
              verb + " by " + by(who, other_line) + (stamp < block_start_ ? " of another block" : ""),
          at);
   };
+  Cell before, after;
   for (Cell* cell = cells; cell != cells + (bytes + kGrain - 1) / kGrain; ++cell) {
+    if (cell != cells && std::memcmp(cell, &before, sizeof before) == 0) {  // as its neighbour was: what a wide access left
+      *cell = after;
+      continue;
+    }
+    before = *cell;
     if (cell->writer & kInFlight)
       fail(std::string(write ? "write to" : "read of") + " shared memory that an asynchronous copy is on its way to, issued by " +
                by(cell->writer & kThread, cell->written_line),
@@ -132,6 +139,7 @@ void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, bool atomic
       cell->written = now;
       cell->writer = static_cast<uint16_t>(me | (atomic ? kAtomic : 0));
       cell->written_line = line;
+      after = *cell;
       continue;
     }
     uint16_t reader = me;  // unless others read as well since the last event that would order a write after them
@@ -144,6 +152,7 @@ void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, bool atomic
     cell->read = now;
     cell->reader = reader;
     cell->read_line = line;
+    after = *cell;
   }
 }
 
@@ -188,7 +197,7 @@ void Machine::copy(int64_t to, int64_t low, int64_t high, uintptr_t from, Buffer
   check(shared_cells(to), bytes, true, me, false, Space::shared, at);
   for (int i = 0; i < bytes / kGrain; ++i) shared_cells(to)[i].writer |= kInFlight;
   std::memset(shared_bytes(to), 0xff, static_cast<size_t>(bytes));
-  lane_->copies.push_back({to, from, bytes, valid, lane_->groups, at});
+  lane_->copies.push_back({to, from, bytes, valid, lane_->groups, std::max(warp_->synced, lane_->fence), at});
 }
 
 void Machine::commit() { ++lane_->groups; }
@@ -199,6 +208,13 @@ void Machine::wait(uint32_t pending) {
   const auto landed = std::find_if(copies.begin(), copies.end(),
                                    [&](const Copy& c) { return c.group + pending >= lane_->groups; });
   for (auto copy = copies.begin(); copy != landed; ++copy) {
+    if (copy->valid > 0) {  // the source is read until now
+      const Cell* source = global_cells(copy->from);
+      for (int i = 0; i < (copy->valid + kGrain - 1) / kGrain; ++i)
+        if (source[i].written > copy->issued)
+          fail("overwritten while this copy was on its way, by " + by(source[i].writer & kThread, source[i].written_line), copy->at);
+      check(global_cells(copy->from), copy->valid, false, static_cast<uint16_t>(thread()), false, Space::global, copy->at);
+    }
     std::memcpy(shared_bytes(copy->to), reinterpret_cast<const void*>(copy->from), static_cast<size_t>(copy->valid));
     std::memset(shared_bytes(copy->to) + copy->valid, 0, static_cast<size_t>(copy->bytes - copy->valid));
     for (int i = 0; i < copy->bytes / kGrain; ++i) {
@@ -289,7 +305,8 @@ void Machine::count_global(const Request& request, bool write) {
     sectors.add(request.address[i] / kSector, ((1u << request.bytes[i]) - 1) << offset);
   }
   for (int i = 0; i < sectors.n; ++i) {
-    const auto [sector, bytes] = sectors.entry[i];
+    const uintptr_t sector = sectors.entry[i].sector;
+    const uint32_t bytes = sectors.entry[i].bytes;
     Page& p = page(sector * kSector);
     Touched& touched = (write ? p.stores : p.loads)[sector % (kPage / kSector)];
     ++traffic->sectors;
@@ -308,22 +325,20 @@ void Machine::count_global(const Request& request, bool write) {
 }
 
 // 32 banks of 4 bytes; 8-byte accesses go in 2 phases of 16 lanes, 16-byte ones in 4 of 8. A phase takes as many passes
-// as the busiest bank has different words.
+// as the busiest bank (or group of banks, for wide accesses) has different words.
 void Machine::count_shared(SharedTraffic& traffic, const uintptr_t* address, const uint8_t* bytes) {
-  const int width = *std::max_element(bytes, bytes + kWarp);
-  if (width == 0) return;
+  const unsigned width = std::max<unsigned>(*std::max_element(bytes, bytes + kWarp), 4);
+  const int lanes = static_cast<int>(4 * kWarp / width);  // of a phase, and groups of banks
   ++traffic.requests;
-  const int lanes = width <= 4 ? kWarp : 4 * kWarp / width;
   for (int first = 0; first < kWarp; first += lanes) {
     uintptr_t words[kWarp][kWarp];
     int n[kWarp] = {}, passes = 0;
     for (int i = first; i < first + lanes; ++i) {
       if (bytes[i] == 0) continue;
-      for (uintptr_t word = address[i] / 4; word < (address[i] + bytes[i] + 3) / 4; ++word) {
-        const auto bank = word % kWarp;
-        if (std::find(words[bank], words[bank] + n[bank], word) == words[bank] + n[bank]) words[bank][n[bank]++] = word;
-        passes = std::max(passes, n[bank]);
-      }
+      const uintptr_t word = address[i] / width, group = word % static_cast<unsigned>(lanes);
+      uintptr_t* known = words[group];
+      if (std::find(known, known + n[group], word) == known + n[group]) known[n[group]++] = word;
+      passes = std::max(passes, n[group]);
     }
     if (passes == 0) continue;
     ++traffic.phases;

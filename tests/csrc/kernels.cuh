@@ -221,6 +221,31 @@ exchanges(gmem<const uint32_t> in, gmem<uint32_t> out) {
   store(out + (4 * n + i), float_to_bits(shuffle(bits_to_float(mine), 0)));
 }
 
+// Follows a script of steps {what, block, thread, cell}: who touches which cell of shared or global memory between which
+// synchronisations. Whether that is a race does not depend on the order in which the threads happen to run.
+enum Step : int { read_shared, write_shared, read_global, write_global, synchronise_warps, synchronise_block, copy, wait };
+
+RODE_KERNEL(64, 1)
+scripted(gmem<const int> script, int steps, gmem<int> cells) {
+  const smem<int> shared_cells = shared_array<int>(0, 4);
+  for (int i = 0; i < steps; ++i) {
+    const int what = load(script + 4 * i), cell = load(script + 4 * i + 3);
+    const bool mine = load(script + 4 * i + 1) == static_cast<int>(block_index().x) &&
+                      load(script + 4 * i + 2) == thread_index();
+    if (what == read_shared) load(shared_cells + cell, mine);
+    if (what == write_shared) store(shared_cells + cell, i, mine);
+    if (what == read_global) load(cells + cell, mine);
+    if (what == write_global) store(cells + cell, i, mine);
+    if (what == copy && mine) {
+      cp_async<4>(shared_cells + cell, cells + cell);
+      cp_async_commit();
+    }
+    if (what == wait && mine) cp_async_wait<0>();
+    if (what == synchronise_warps) sync_warp();
+    if (what == synchronise_block) sync_threads();
+  }
+}
+
 // Rounds n float32 values to T and back.
 template <class T>
 RODE_KERNEL(32, 1)

@@ -6,6 +6,7 @@ The module under test is built with RODE_EMULATE=1, which `make test` sets.
 from __future__ import annotations
 
 import os
+import random
 import re
 
 import pytest
@@ -118,6 +119,86 @@ def test_a_planted_mistake_is_caught_on_every_seed(bug):
 
 def test_every_mistake_is_tried():
     assert set(emulator.BUGS) == {"none", "dropped_swizzle", *CAUGHT}
+
+
+READ, WRITE, SHARED, GLOBAL, SYNC_WARP, SYNC_BLOCK, COPY, WAIT = 0, 1, 0, 2, 4, 5, 6, 7
+
+
+def run_script(script, *, seed, blocks=1):
+    steps, cells = torch.tensor(script, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    emulator.reset(seed)
+    emulator.scripted(steps.data_ptr(), len(script), blocks, cells.data_ptr())
+
+
+def is_a_race(script) -> bool:
+    """By the definition: two accesses to a cell, one a write, by two threads that nothing orders."""
+    for j, (what, block, thread, cell) in enumerate(script):
+        for i, (what_before, block_before, thread_before, cell_before) in enumerate(script[:j]):
+            between = [step[0] for step in script[i + 1 : j]]
+            same_block = block == block_before
+            ordered = same_block and (
+                thread == thread_before
+                or SYNC_BLOCK in between
+                or (thread // 32 == thread_before // 32 and SYNC_WARP in between)
+            )
+            meet = (
+                max(what, what_before) < SYNC_WARP
+                and cell == cell_before
+                and what // 2 == what_before // 2  # the same memory,
+                and (
+                    same_block or what // 2 * 2 == GLOBAL
+                )  # which only blocks that are one share if it is shared
+                and WRITE in (what % 2, what_before % 2)
+            )
+            if meet and not ordered:
+                return True
+    return False
+
+
+def test_races_are_reported_exactly_where_there_is_one():
+    choose, verdicts = random.Random(11), []
+    for number in range(1000):
+        blocks = choose.choice([1, 2])
+        script = [(SHARED + WRITE, block, 0, cell) for block in range(blocks) for cell in range(2)]
+        script.append((SYNC_BLOCK, 0, 0, 0))
+        for _ in range(choose.randint(4, 14)):
+            what = choose.choice([SHARED, SHARED, GLOBAL]) + choose.choice([READ, READ, WRITE])
+            what = choose.choice([what, what, SYNC_WARP, SYNC_BLOCK])
+            script.append(
+                (what, choose.randrange(blocks), choose.choice([0, 1, 32, 33]), choose.randrange(2))
+            )
+        verdicts.append(is_a_race(script))
+        for seed in range(3):
+            try:
+                run_script(script, seed=1000 * number + seed, blocks=blocks)
+                found = None
+            except emulator.EmulatorError as error:
+                found = str(error)
+                assert "race in " in found
+            assert (found is not None) == verdicts[-1], f"{script}: {found}"
+    assert 0.2 < sum(verdicts) / len(verdicts) < 0.8, "the scripts try both"
+
+
+BARRIER = (SYNC_BLOCK, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("between", "after", "wrong"),
+    [
+        ([], [BARRIER, (GLOBAL + WRITE, 0, 40, 1)], None),
+        ([], [(GLOBAL + WRITE, 0, 40, 1)], "race in global memory"),
+        ([BARRIER, (GLOBAL + WRITE, 0, 40, 1)], [], "overwritten while|race in global memory"),
+        ([BARRIER, (GLOBAL + WRITE, 0, 40, 1), BARRIER], [], "overwritten while this copy was on its way"),
+    ],
+)
+def test_the_source_of_a_copy_is_read_until_it_lands(between, after, wrong):
+    script = [(COPY, 0, 3, 1), *between, (WAIT, 0, 3, 0), *after]
+    for seed in SEEDS:
+        if wrong:
+            with pytest.raises(emulator.EmulatorError, match=wrong):
+                run_script(script, seed=seed)
+        else:
+            run_script(script, seed=seed)
 
 
 def test_a_dropped_swizzle_shows_in_the_count_of_bank_conflicts():
