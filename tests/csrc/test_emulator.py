@@ -234,6 +234,23 @@ def test_traffic_is_counted_per_request_block_and_launch():
     assert emulator.launches() == 1
 
 
+def test_sectors_are_counted_once_for_a_warp_a_block_and_a_launch():
+    steps = torch.tensor([(GLOBAL + READ, 0, 0, 0)] * 8, dtype=torch.int32)  # 128 bytes: 4 sectors
+    cells = torch.zeros(4, dtype=torch.int32)
+    emulator.reset(0)
+    emulator.scripted(steps.data_ptr(), 8, 2, cells.data_ptr())
+    loads, _ = emulator.traffic(steps.data_ptr())
+    # each of 2 warps reads the words of a step one by one: 4 in block 0, and 3 in block 1, which the step does not mean
+    assert loads["requests"] == loads["sectors"] == 2 * 8 * (4 + 3)
+    assert loads["accesses"] == 32 * loads["requests"]
+    assert loads["used"] == 4 * loads["requests"]
+    first = steps.data_ptr() // 32
+    sectors = (steps.data_ptr() + 127) // 32 - first + 1
+    assert loads["block_sectors"] == 2 * sectors
+    assert loads["launch_sectors"] == sectors
+    assert loads["launch_used"] == 128
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16", "tf32"])
 def test_mma_is_a_product_with_the_manuals_fragments(kind):
     depth = 8 if kind == "tf32" else 16
