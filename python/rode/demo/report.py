@@ -227,8 +227,8 @@ def _method(drawn: bool, small: bool) -> str:
     said = []
     if drawn:
         said.append(
-            "Plates are composed of food drawings; grams follow from the drawn size, nutrition from USDA's values per "
-            "100 g. No combination of foods on a held-out plate was trained on."
+            "Plates are composed of food drawings, two or three foods each, a portion of fixed grams of each; nutrition is "
+            "USDA's per 100 g. No combination of foods on a held-out plate was trained on."
         )
     if small:
         said.append(
