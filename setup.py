@@ -40,10 +40,17 @@ def wants_native() -> bool:
     return True
 
 
+EMULATE = os.environ.get("RODE_EMULATE") == "1"
+NATIVE = "rode_kernels._native"
+TRIAL = "rode_kernels._emulator_trial"  # a module of the same CMake build, that setuptools must know to copy
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake for the one extension; a failing compiler fails the install, it is not hidden."""
+    """Runs CMake once for all modules; a failing compiler fails the install, it is not hidden."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name != NATIVE:
+            return
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -55,7 +62,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DRODE_EMULATE={'ON' if os.environ.get('RODE_EMULATE') == '1' else 'OFF'}",
+            f"-DRODE_EMULATE={'ON' if EMULATE else 'OFF'}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
@@ -63,7 +70,5 @@ class CMakeBuild(build_ext):
         print("rode: this version has no GPU kernels; CPU core only", file=sys.stderr)
 
 
-setup(
-    ext_modules=[Extension("rode_kernels._native", sources=[])] if wants_native() else [],
-    cmdclass={"build_ext": CMakeBuild},
-)
+names = [NATIVE, *([TRIAL] if EMULATE else [])] if wants_native() else []
+setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})

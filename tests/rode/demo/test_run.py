@@ -57,11 +57,13 @@ def test_charts_draw_their_numbers():
 
 
 def test_mean_baseline():
-    records = [plates.make_record(str(i), "/a.png", [("rice", bool(i))], "train") for i in (0, 1)]
-    examples = [e for r in records for e in make_examples(r)]
+    egg, rice = (plates.make_record(name, "/a.png", (name,), "train") for name in ("egg", "rice"))
+    examples = [e for r in (egg, rice) for e in make_examples(r)]
     found = run.always_the_mean(examples, examples)
-    # 100 g and 200 g: the mean is 150 g, off by 50 g each time
-    assert {name: round(value, 6) for name, value in found.items()} == dict.fromkeys(found, round(100 / 3, 6))
+    # of two values a and b the mean is off by |a - b| / 2 each time, relative to (a + b) / 2; mass: 100 g and 200 g
+    assert found["pmae_mass"] == pytest.approx(100 * 100 / 300)
+    assert found["pmae_energy"] == pytest.approx(100 * (260 - 196) / (260 + 196))
+    assert found["pmae_fat"] == pytest.approx(100 * (14.84 - 0.56) / (14.84 + 0.56))
     assert len(found) == 6
 
 
