@@ -216,8 +216,11 @@ def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int 
     tower = vision_tower()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     embedding_std = language.get_input_embeddings().weight.std().item()
-    # The rows of the image token are never read: LLaVA puts the picture in their place.
+    known = language.get_input_embeddings().num_embeddings
     language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():  # else the new rows, which are output rows too, would come from the global random state
+        table = language.get_input_embeddings().weight
+        table[known:] = table[:known].mean(0)
     text_config = language.config
     text_config.__dict__.pop(
         "quantization_config", None

@@ -34,6 +34,16 @@ def loaded(built):
     return load_vlm(built[0], dtype="float32")
 
 
+def test_same_seed_same_bytes(built, tmp_path):
+    """Whatever state the global generator is in: one seed, one model, and so one table."""
+    import torch
+
+    folder, pictures = built
+    torch.manual_seed(12345)
+    again = parts.build(tmp_path / "model", pictures, seed=0)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 def test_language_model_is_smollm2(loaded):
     """Same logits as the language model read from its file alone, but for the rounding of weights to bfloat16; and it speaks."""
     model, processor = loaded
