@@ -218,7 +218,9 @@ def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int 
     embedding_std = language.get_input_embeddings().weight.std().item()
     known = language.get_input_embeddings().num_embeddings
     language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    with torch.no_grad():  # else the new rows, which are output rows too, would come from the global random state
+    with (
+        torch.no_grad()
+    ):  # else the new rows, which are output rows too, would come from the global random state
         table = language.get_input_embeddings().weight
         table[known:] = table[:known].mean(0)
     text_config = language.config
