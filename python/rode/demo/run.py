@@ -144,7 +144,8 @@ def recipe(
                 "path": model,
                 "projector": None if projector is None else str(projector),
                 "vision_features": "disk",
-                "attention": "eager",  # on a CPU and short rows faster than the default
+                # on a CPU faster than the default for the short rows of plates; long rows would take gigabytes
+                "attention": "eager" if drawn else None,
                 "features_dir": str(paths.features),
             },
             "data": {

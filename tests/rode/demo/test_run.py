@@ -78,6 +78,7 @@ def test_both_methods_get_the_same_training(tmp_path):
     assert lora.training.projector_learning_rate is not None
     given = run.recipe(paths, "m", tmp_path, "rode", steps=7, seed=3, projector=None, drawn=False)
     assert given.training.projector_learning_rate is None  # a real checkpoint keeps its projector
+    assert (rode.model.attention, given.model.attention) == ("eager", None)  # eager only where rows are short
 
 
 def test_on_given_records_and_checkpoint(tiny, food, llava_dir, tmp_path, capsys):
