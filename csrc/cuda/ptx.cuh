@@ -13,6 +13,7 @@
 #include "types.cuh"
 
 #define RODE_DEVICE __device__ __forceinline__
+#define RODE_HOST_DEVICE __host__ __device__
 #define RODE_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 
 namespace rode::gpu {
@@ -282,6 +283,27 @@ int launch(const Launch& l, void (*kernel)(P...), A... args) {
   kernel<<<dim3(l.grid.x, l.grid.y, l.grid.z), l.threads, l.shared_bytes, static_cast<cudaStream_t>(l.stream)>>>(
       static_cast<P>(args)...);
   return cudaGetLastError();
+}
+
+// Has the driver load a kernel now, not at its first launch, which a stream capture may surround.
+template <class... P>
+int load_kernel(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
+// Makes `device` current; `before` is what to give to leave_device. The stream and every pointer belong to `device`.
+inline int enter_device(int device, int& before) {
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) {
+    error = cudaSetDevice(device);
+    if (error == cudaSuccess) before = current;
+  }
+  return error;
+}
+inline void leave_device(int before) {
+  if (before >= 0) cudaSetDevice(before);
 }
 
 }  // namespace rode::gpu

@@ -236,7 +236,7 @@ void Machine::launch(const gpu::Launch& launch, const std::function<void()>& ker
   lane_ = nullptr;
   failure_.clear();
   tickets_.clear();
-  ++launches;
+  launches.push_back(launch);
   launch_start_ = ++clock_;
   switching_ = static_cast<int>(random_() % 4);
   while (warps_.size() * kWarp < launch.threads) {

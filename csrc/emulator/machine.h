@@ -134,7 +134,7 @@ class Machine {
   const Buffer* find(const void* data) const;
   void launch(const gpu::Launch& launch, const std::function<void()>& kernel);
 
-  uint64_t launches = 0;
+  std::vector<gpu::Launch> launches;
   SharedTraffic shared_loads, shared_stores;  // copies into shared memory count as stores
 
   // ---- For primitives.h, called on a fiber

@@ -40,7 +40,7 @@ struct Sectors {
 
 void Machine::reset(uint64_t seed) {
   random_.seed(seed);
-  launches = 0;
+  launches.clear();
   shared_loads = shared_stores = {};
   buffers_.clear();
   pages_.clear();

@@ -1,11 +1,11 @@
 // pybind11: runs the trial's kernels on the emulator, on memory that Python owns.
 #include <pybind11/pybind11.h>
 
+#include "../../csrc/emulator/bindings.h"
 #include "kernels.cuh"
 
 namespace py = pybind11;
 using namespace rode::trial;
-using rode::emulator::machine;
 
 namespace {
 
@@ -32,31 +32,15 @@ void one_warp(Kernel kernel, A... args) {
   launch({"one_warp", {}, 32, 512}, kernel, args...);
 }
 
-py::dict counts(const rode::emulator::Traffic& t) {
-  using namespace py::literals;
-  return py::dict("accesses"_a = t.accesses, "bytes"_a = t.bytes, "requests"_a = t.requests, "sectors"_a = t.sectors,
-                  "used"_a = t.used, "block_sectors"_a = t.block_sectors, "launch_sectors"_a = t.launch_sectors,
-                  "launch_used"_a = t.launch_used);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_emulator_trial, m) {
-  py::register_exception<rode::emulator::Error>(m, "EmulatorError", PyExc_RuntimeError);
+  rode::emulator::bind(m);
 #define RODE_NAME(name) bugs.append(#name);
   py::list bugs;
   RODE_TRIAL_BUGS(RODE_NAME)
 #undef RODE_NAME
   m.attr("BUGS") = bugs;
-  m.def("reset", [](uint64_t seed) { machine().reset(seed); });
-  m.def("undefined", [](uintptr_t data, size_t bytes) { machine().undefined(reinterpret_cast<void*>(data), bytes); });
-  m.def("traffic", [](uintptr_t data) {
-    const auto* buffer = machine().find(reinterpret_cast<void*>(data));
-    if (!buffer) throw py::key_error("no kernel was given this address");
-    return py::make_tuple(counts(buffer->loads), counts(buffer->stores));
-  });
-  m.def("conflicts", [] { return py::make_tuple(machine().shared_loads.conflicts, machine().shared_stores.conflicts); });
-  m.def("launches", [] { return machine().launches; });
   m.def("product", [](uintptr_t x, uintptr_t w, uintptr_t partial, uintptr_t tickets, uintptr_t y, int M, int N, int K,
                       int splits, bool half, int copy, int bug) {
     const auto run = half ? run_product<f16> : run_product<bf16>;

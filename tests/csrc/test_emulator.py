@@ -201,16 +201,21 @@ def test_the_source_of_a_copy_is_read_until_it_lands(between, after, wrong):
             run_script(script, seed=seed)
 
 
+def conflicts():
+    loads, stores = emulator.shared_traffic()
+    return loads["conflicts"], stores["conflicts"]
+
+
 def test_a_dropped_swizzle_shows_in_the_count_of_bank_conflicts():
     product = Product(64, 64, 256)
     product.run()
     warps = 4 * 4
     # The main loop has none. Leaving, 8 lanes read 4 rows at a pitch of 48 bytes, of which two meet: once in each phase.
-    assert emulator.conflicts() == (warps * 4, 0)
+    assert conflicts() == (warps * 4, 0)
     product.run(bug="dropped_swizzle")
     product.assert_right()
     # 16 k-steps x 2 ldmatrix x 4 matrices, whose 8 rows then stand in the same banks
-    assert emulator.conflicts() == (warps * (4 + 16 * 2 * 4 * 7), 0)
+    assert conflicts() == (warps * (4 + 16 * 2 * 4 * 7), 0)
 
 
 def test_traffic_is_counted_per_request_block_and_launch():
@@ -231,7 +236,8 @@ def test_traffic_is_counted_per_request_block_and_launch():
     assert loads["launch_used"] == M * K * 2
     _, stored = emulator.traffic(product.y.data_ptr())
     assert stored["bytes"] == stored["launch_used"] == M * N * 2
-    assert emulator.launches() == 1
+    (launch,) = emulator.launches()
+    assert (launch["kernel"], launch["grid"], launch["threads"]) == ("product", (2, 3, 1), 128)
 
 
 def test_sectors_are_counted_once_for_a_warp_a_block_and_a_launch():

@@ -37,10 +37,16 @@ FORBIDDEN = (
 
 
 def test_kernels_keep_to_the_header():
-    kernels = [*(ROOT / "csrc/cuda").glob("*.cu*"), *(ROOT / "tests/csrc").glob("*.cu*")]
+    kernels = [*(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "tests/csrc").glob("*.cu*")]
     kernels = [path for path in kernels if path not in (HEADER, HEADER.with_name("types.cuh"))]
+    assert ROOT / "csrc/cuda/forward.cuh" in kernels
     assert ROOT / "tests/csrc/kernels.cuh" in kernels
     for path in kernels:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
             assert not re.search(FORBIDDEN, code), f"{path.relative_to(ROOT)}:{number}: {line}"
+
+
+def test_host_code_holds_no_kernels():
+    for path in (ROOT / "csrc/cuda").glob("*.cu"):
+        assert not re.search(r"RODE_KERNEL|RODE_DEVICE|__global__|__device__", path.read_text()), path

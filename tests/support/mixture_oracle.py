@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rode_kernels import gated_mixture, rectified_mixture
 
+WITHOUT_FLOAT64 = ("cuda-emulated",)  # backends that refuse it
+
 
 @dataclass
 class Problem:

@@ -1,0 +1,201 @@
+// Host side of the forward pass for one type, RODE_TYPE: parameters, launches.
+#include "forward.cuh"
+#include "forward.h"
+
+namespace rode::cuda {
+namespace {
+
+using namespace rode::gpu;
+using Type = RODE_TYPE;
+
+// Makes `device` current for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : error(enter_device(device, before_)) {}
+  ~OnDevice() { leave_device(before_); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_ = -1;
+
+ public:
+  const int error;
+};
+
+template <class T>
+gmem<const T> matrix(const Matrix& m, int64_t rows, int64_t columns) {
+  return gmem<const T>(static_cast<const T*>(m.data), rows > 0 ? (rows - 1) * m.row + columns : 0);
+}
+template <class T>
+gmem<const T> array(const void* data, int64_t count) {
+  return gmem<const T>(static_cast<const T*>(data), count);
+}
+template <class T>
+gmem<T> output(void* data, int64_t count) {
+  return gmem<T>(static_cast<T*>(data), count);
+}
+
+// Bytes by which rows `ld` elements apart can be copied: 16, 4 or one element.
+template <class T>
+int copy_width(const void* data, int64_t ld) {
+  const auto fits = [&](uint64_t n) {
+    return reinterpret_cast<uintptr_t>(data) % n == 0 && static_cast<uint64_t>(ld) * sizeof(T) % n == 0;
+  };
+  return fits(16) ? 16 : fits(4) ? 4 : static_cast<int>(sizeof(T));
+}
+
+int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+template <class T>
+ForwardParams<T> parameters(const Problem& p, const Forward& a) {
+  const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
+  const bool routed = a.router != nullptr;
+  ForwardParams<T> k{};
+  k.x = matrix<T>(a.x, M, K);
+  k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
+  k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
+  k.B = array<T>(a.B, (O - 1) * a.ld_B + R);
+  k.base = matrix<T>(a.base, M, O);
+  k.bias = array<float>(a.bias, N);
+  k.gates = array<float>(a.gates, M * N);
+  k.y = output<T>(a.y.data, (M - 1) * a.y.row + O);
+  k.u = output<float>(a.u, M * R);
+  k.g = output<float>(a.g, M * N);
+  k.partial = output<float>(a.partial, a.plan.splits * M * 8 * column_tiles(p, routed));
+  k.seed = array<int64_t>(a.seed, 1);
+  k.ld_x = a.x.row;
+  k.ld_A = a.ld_A;
+  k.ld_B = a.ld_B;
+  k.ld_base = a.base.row;
+  k.ld_y = a.y.row;
+  k.threshold = p.dropout.threshold;
+  k.M = static_cast<int>(M);
+  k.K = static_cast<int>(K);
+  k.O = static_cast<int>(O);
+  k.R = static_cast<int>(R);
+  k.N = static_cast<int>(N);
+  k.expert_tiles = divide_up(R, 8);
+  k.router_tiles = routed ? divide_up(N, 8) : 0;
+  k.splits = a.plan.splits;
+  k.out_tiles = a.plan.out_tiles;
+  k.copy_x = copy_width<T>(a.x.data, a.x.row);
+  const int of_A = copy_width<T>(a.A, a.ld_A), of_router = copy_width<T>(a.router, a.ld_A);
+  k.copy_weights = of_A < of_router ? of_A : of_router;
+  k.copy_B = copy_width<T>(a.B, a.ld_B);
+  k.vectors = O * static_cast<int64_t>(sizeof(T)) % 16 == 0 && copy_width<T>(a.y.data, a.y.row) == 16 &&
+              (!a.base || copy_width<T>(a.base.data, a.base.row) == 16);
+  k.routed = routed;
+  k.dropout = p.dropout.on;
+  k.dense = p.dense;
+  k.in_place = a.base && a.base.data == a.y.data && a.base.row == a.y.row;
+  k.fast = a.fast;
+  for (int64_t i = 0; i < N; ++i) {
+    k.scaling[i] = static_cast<float>(p.scaling[i]);
+    for (int64_t c = p.offsets[i]; c < p.offsets[i + 1]; ++c) k.expert[c] = static_cast<uint8_t>(i);
+  }
+  return k;
+}
+
+template <class T, int kExpertTiles, int kRouterTiles>
+Status fused(const Problem& p, ForwardParams<T> k, void* stream) {
+  k.expert_tiles = kExpertTiles;  // where the kernel looks for the router
+  k.router_tiles = kRouterTiles;
+  const unsigned shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
+  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(p.tokens, 64))}, kThreads, shared, stream};
+  return {launch(l, forward_fused<T, kExpertTiles, kRouterTiles>, k), l.kernel};
+}
+
+template <class T, int kRows, int kTiles>
+Status shrunk(const ForwardParams<T>& k, void* stream) {
+  using Stages = ShrinkStages<T, kRows, kTiles>;
+  const Launch l{"forward_shrink",
+                 {static_cast<unsigned>(divide_up(k.M, kRows)),
+                  static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)), static_cast<unsigned>(k.splits)},
+                 kThreads,
+                 static_cast<unsigned>(Stages::kBytes * Stages::kCount + masks_bytes(k.dropout)),
+                 stream};
+  return {launch(l, forward_shrink<T, kRows, kTiles>, k), l.kernel};
+}
+
+template <class T, int kRows>
+Status expanded(const ForwardParams<T>& k, void* stream) {
+  const unsigned shared =
+      static_cast<unsigned>(ExpandShared<T, kRows>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N));
+  const int outs = divide_up(k.O, kDepth<T>);
+  const Launch l{"forward_expand",
+                 {static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(divide_up(outs, k.out_tiles))},
+                 kThreads,
+                 shared,
+                 stream};
+  return {launch(l, forward_expand<T, kRows>, k), l.kernel};
+}
+
+template <class T>
+Status in_two_launches(const ForwardParams<T>& k, int rows, void* stream) {
+  const int tiles = k.expert_tiles + k.router_tiles;
+  Status status = rows == 16 && tiles <= 5 ? shrunk<T, 16, 5>(k, stream)
+                  : tiles <= 5             ? shrunk<T, 64, 5>(k, stream)
+                                           : shrunk<T, 64, 16>(k, stream);
+  if (status.error) return status;
+  return rows == 16 ? expanded<T, 16>(k, stream) : expanded<T, 64>(k, stream);
+}
+
+}  // namespace
+
+template <>
+Status forward<Type>(const Problem& p, const Forward& a) {
+  const OnDevice on(a.device);
+  if (on.error) return {on.error, "cudaSetDevice"};
+  const ForwardParams<Type> k = parameters<Type>(p, a);
+  if (!a.plan.fused) return in_two_launches(k, a.plan.rows, a.stream);
+  const bool small = p.total_rank <= 32 && (!k.routed || p.experts <= 8);
+  return small ? fused<Type, 4, 1>(p, k, a.stream) : fused<Type, 8, 2>(p, k, a.stream);
+}
+
+#if RODE_TYPE_BITS == 16  // float32 parameters need no cast for float32
+template <>
+Status cast_parameters<Type>(const Problem& p, const Cast& a) {
+  const OnDevice on(a.device);
+  if (on.error) return {on.error, "cudaSetDevice"};
+  const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
+  const int64_t pitch_K = (K + 7) / 8 * 8, pitch_R = (R + 7) / 8 * 8;
+  const CastParams<Type> k{array<float>(a.A, R * K),
+                           array<float>(a.router, N * K),
+                           array<float>(a.B, O * R),
+                           output<Type>(a.to_A, R * pitch_K),
+                           output<Type>(a.to_router, N * pitch_K),
+                           output<Type>(a.to_B, O * pitch_R),
+                           static_cast<int>(K),
+                           static_cast<int>(R),
+                           static_cast<int>(N),
+                           static_cast<int>(O),
+                           static_cast<int>(pitch_K),
+                           static_cast<int>(pitch_R)};
+  const int64_t pieces = (R + N) * (pitch_K / 8) + O * (pitch_R / 8);
+  const Launch l{"cast_parameters", {static_cast<unsigned>(divide_up(pieces, kThreads))}, kThreads, 0, a.stream};
+  return {launch(l, gpu::cast_parameters<Type>, k), l.kernel};
+}
+#endif
+
+template <>
+Status load_kernels<Type>(int device) {
+  const OnDevice on(device);
+  if (on.error) return {on.error, "cudaSetDevice"};
+  Status status;
+  const auto load = [&](const char* name, auto kernel) {
+    if (!status.error) status = {load_kernel(kernel), name};
+  };
+  load("forward_fused", forward_fused<Type, 4, 1>);
+  load("forward_fused", forward_fused<Type, 8, 2>);
+  load("forward_shrink", forward_shrink<Type, 16, 5>);
+  load("forward_shrink", forward_shrink<Type, 64, 5>);
+  load("forward_shrink", forward_shrink<Type, 64, 16>);
+  load("forward_expand", forward_expand<Type, 16>);
+  load("forward_expand", forward_expand<Type, 64>);
+#if RODE_TYPE_BITS == 16
+  load("cast_parameters", gpu::cast_parameters<Type>);
+#endif
+  return status;
+}
+
+}  // namespace rode::cuda

@@ -1,0 +1,36 @@
+// What every kernel of the forward pass is given.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace rode::gpu {
+
+constexpr int kMaxExperts = 64, kMaxRank = 1024;
+
+template <class T>
+struct ForwardParams {
+  gmem<const T> x, A, router, B, base;  // (M, K), (R, K), (N, K), (O, R), (M, O)
+  gmem<const float> bias, gates;        // (N), and (M, N) where gates are given
+  gmem<T> y;                            // (M, O)
+  gmem<float> u, g;                     // (M, R), (M, N)
+  gmem<float> partial;                  // (splits, M, columns): sums over parts of K; columns in tiles of 8, experts first
+  gmem<const int64_t> seed;
+  int64_t ld_x, ld_A, ld_B, ld_base, ld_y;  // distance of rows, in elements
+  uint64_t threshold;                       // of dropout
+  int M, K, O, R, N;
+  int expert_tiles, router_tiles;               // columns in tiles of 8
+  int splits;                                   // of K
+  int out_tiles;                                // of y that a block of forward_expand goes through
+  int copy_x, copy_weights, copy_B;             // bytes that rows can be copied by: 16, 4 or one value
+  bool vectors;                                 // rows of base and y move 16 bytes at once
+  bool routed, dropout, dense, in_place, fast;  // fast: tf32 products for float32
+  float scaling[kMaxExperts];
+  uint8_t expert[kMaxRank];  // of each column
+};
+
+// Shared memory: a pipeline of stages, then the gates of 64 tokens, then two masks of dropout.
+constexpr int kMaskBytes = 64 * 2 * 4;
+RODE_HOST_DEVICE constexpr int gates_bytes(int experts) { return 64 * experts * 4; }
+constexpr int masks_bytes(bool dropout) { return dropout ? 2 * kMaskBytes : 0; }
+
+}  // namespace rode::gpu

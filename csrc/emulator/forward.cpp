@@ -1,0 +1,2 @@
+// The forward kernels for the host.
+#include "../cuda/forward.cu"

@@ -1,0 +1,253 @@
+"""The CUDA backend: hands device pointers of torch tensors to the kernels in `csrc/cuda`, on torch's current stream.
+
+`Kernels` is what the real device and the emulated one (`cuda_emulated`) have in common.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rode_kernels import reference
+from rode_kernels.mixture import Mixture
+from rode_kernels.plan import (
+    MAX_EXPERTS,
+    MAX_FEATURES,
+    MAX_RANK,
+    MAX_TOKENS,
+    Plan,
+    column_tiles,
+    plan_forward,
+)
+
+try:
+    import rode_kernels._cuda as _native
+except ImportError as error:
+    _native = None
+    _why_not: ImportError | None = error
+else:
+    _why_not = None
+
+_DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    """Why these kernels cannot serve a call; empty where they can."""
+    if x.dtype not in _DTYPES:
+        return f"the CUDA kernels take float32, float16 and bfloat16, got {x.dtype}"
+    tokens, features = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    for name, value, least, most in (
+        ("in_features", features, 1, MAX_FEATURES),
+        ("out_features", out_features, 1, MAX_FEATURES),
+        ("sum(ranks)", mixture.total_rank, 1, MAX_RANK),
+        ("len(ranks)", mixture.num_experts, 1, MAX_EXPERTS),
+        ("tokens", tokens, 0, MAX_TOKENS),
+    ):
+        if not least <= value <= most:
+            return f"the CUDA kernels take {name} from {least} to {most}, got {value}"
+    return ""
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _rows(t: Tensor | None) -> tuple[int, int]:
+    """(address, distance of rows in elements) of a 2-D tensor whose columns are neighbours."""
+    if t is None:
+        return (0, 0)
+    return (t.data_ptr(), t.stride(0) if t.shape[0] > 1 else t.shape[1])
+
+
+def _with_neighbouring_columns(t: Tensor) -> Tensor:
+    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous()
+
+
+def _tf32() -> bool:
+    """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision`, off by default."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
+class Kernels:
+    """The forward pass on one native module.
+
+    Args:
+        native: the compiled module, `_cuda` or `_cuda_emulated`.
+    """
+
+    def __init__(self, native: ModuleType):
+        self.native = native
+
+    def forward(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        router_bias: Tensor | None,
+        gates: Tensor | None,
+        base: Tensor | None,
+        seed: Tensor | None,
+        mixture: Mixture,
+        dropout_p: float,
+        dense: bool,
+        inplace: bool,
+        *,
+        plan: Plan,
+        device: int,
+        stream: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `reference.forward`, by the kernels that `plan` names. Everything that they write is allocated here."""
+        (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+        plan.check(R, N if router_weight is not None else 0, x.element_size())
+        x = _with_neighbouring_columns(x)
+        into = base if inplace else None
+        base = None if base is None else _with_neighbouring_columns(base)
+        y = base if inplace else self.empty(M, O, like=x)
+        u = self.empty(M, R, like=x, dtype=torch.float32)
+        routed = router_weight is not None
+        g = self.empty(M, N, like=x, dtype=torch.float32) if routed else gates.contiguous()
+        partial = None
+        if not plan.fused:
+            tiles = column_tiles(R, N if routed else 0)
+            partial = self.empty(plan.splits, M, 8 * tiles, like=x, dtype=torch.float32)
+        problem = self.native.Problem(
+            dtype=_DTYPES[x.dtype],
+            tokens=M,
+            in_features=K,
+            out_features=O,
+            ranks=mixture.ranks,
+            scaling=mixture.scaling_with_dropout(dropout_p),
+            dropout_p=dropout_p,
+            dense=dense,
+        )
+        if M > 0:
+            A, router_weight, B = self._in_dtype(problem, x, A, router_weight, B, device, stream)
+            bias = None if router_bias is None else router_bias.float().contiguous()
+            self.native.forward(
+                problem=problem,
+                x=_rows(x),
+                base=_rows(base),
+                y=_rows(y),
+                A=_address(A),
+                router=_address(router_weight),
+                B=_address(B),
+                ld_A=A.shape[1],
+                ld_B=B.shape[1],
+                bias=_address(bias),
+                gates=0 if routed else _address(g),
+                u=_address(u),
+                g=_address(g) if routed else 0,
+                partial=_address(partial),
+                seed=_address(seed),
+                fast=_tf32(),
+                fused=plan.fused,
+                rows=plan.rows,
+                splits=plan.splits,
+                out_tiles=plan.out_tiles,
+                device=device,
+                stream=stream,
+            )
+        if into is not None and into is not base:  # its columns were not neighbours
+            into.copy_(y)
+            y = into
+        return y, u, g
+
+    def _in_dtype(self, problem, x, A, router_weight, B, device, stream):
+        """Parameters in x's dtype, (R, K'), (N, K'), (O, R'): as they are, or float32 ones cast in one launch and padded to 8."""
+        given = [t for t in (A, router_weight, B) if t is not None]
+        if all(t.dtype == x.dtype for t in given):
+            return tuple(None if t is None else t.contiguous() for t in (A, router_weight, B))
+        A, router_weight, B = (None if t is None else t.float().contiguous() for t in (A, router_weight, B))
+        (R, K), O = A.shape, B.shape[0]
+        N = 0 if router_weight is None else router_weight.shape[0]
+        pitch_K, pitch_R = -(-K // 8) * 8, -(-R // 8) * 8
+        room = self.empty((R + N) * pitch_K + O * pitch_R, like=x)
+        to_A, to_router, to_B = room.split([R * pitch_K, N * pitch_K, O * pitch_R])
+        self.native.cast_parameters(
+            problem,
+            _address(A),
+            _address(router_weight),
+            _address(B),
+            _address(to_A),
+            _address(to_router),
+            _address(to_B),
+            device,
+            stream,
+        )
+        router = None if router_weight is None else to_router.view(N, pitch_K)
+        return to_A.view(R, pitch_K), router, to_B.view(O, pitch_R)
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
+
+
+@lru_cache(maxsize=1)
+def status() -> tuple[bool, str]:
+    """Whether the kernels can run here, and a line that says what they run with or why they cannot."""
+    if _native is None:
+        if isinstance(_why_not, ModuleNotFoundError):
+            return False, "built without nvcc, or with RODE_CUDA=off; reinstall where nvcc is to get it"
+        return False, f"the native module does not load: {_why_not}"
+    if torch.version.hip:
+        return False, "this torch is for AMD GPUs"
+    built, driver = _native.runtime_version(), _native.driver_version()
+    needs = f"built with CUDA {built // 1000}.{built % 1000 // 10} for sm_{_native.ARCHITECTURES.replace(',', ', sm_')}"
+    if driver == 0:
+        return False, f"no NVIDIA driver here ({needs})"
+    if driver // 1000 < built // 1000:
+        return False, f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, too old ({needs})"
+    if not torch.cuda.is_available():
+        return False, f"this torch sees no CUDA device ({needs})"
+    return True, needs
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    """Prepares a device, once: asks for its size, and loads the kernels, which a stream capture must not surround."""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < (8, 0):
+        raise RuntimeError(
+            f"rode_kernels: the CUDA kernels need compute capability 8.0, cuda:{device} ({properties.name}) has "
+            f"{properties.major}.{properties.minor}; pass backend='reference'"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"rode_kernels: the first call on cuda:{device} loads the kernels and cannot be captured; call once before"
+        )
+    _native.load_kernels(device)
+    return properties.multi_processor_count
+
+
+def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
+    """As `reference.forward`; closed experts are skipped by tile."""
+    device = x.device.index
+    plan = plan_forward(
+        *(x.shape[0], x.shape[1], B.shape[0]),
+        mixture.total_rank,
+        mixture.num_experts if router_weight is not None else 0,
+        x.element_size(),
+        _multiprocessors(device),
+    )
+    args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    return Kernels(_native).forward(*args, plan=plan, device=device, stream=stream)
+
+
+@lru_cache(maxsize=1)
+def _say_backward_is_slow() -> None:
+    warnings.warn(
+        "rode_kernels: the CUDA backend has no backward kernels yet; gradients run on the slower 'reference' backend",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def backward(*args):
+    """`reference.backward`, which says once that it is slower."""
+    _say_backward_is_slow()
+    return reference.backward(*args)

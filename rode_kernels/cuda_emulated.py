@@ -1,0 +1,68 @@
+"""The CUDA kernels on CPU tensors, run by the emulator that tests and traffic counts use: see docs/emulator.md. Very slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rode_kernels import reference
+from rode_kernels.cuda import Kernels, refuses  # noqa: F401  (what a backend states)
+from rode_kernels.plan import Plan, plan_forward
+
+try:
+    import rode_kernels._cuda_emulated as native
+except ImportError as error:
+    native = None
+    _why_not = str(error)
+
+
+def status() -> tuple[bool, str]:
+    """Whether the emulator was built."""
+    if native is None:
+        return False, f"built without RODE_EMULATE=1 ({_why_not})"
+    return True, "the CUDA kernels on the host, every access checked; for tests"
+
+
+@dataclass
+class Machine:
+    """What the emulator pretends to be.
+
+    Attributes:
+        seed: decides the order of blocks, warps and lanes.
+        multiprocessors: as few as let small problems fill the device.
+        plan: forces the kernels, instead of `plan_forward`.
+    """
+
+    seed: int = 0
+    multiprocessors: int = 2
+    plan: Plan | None = None
+
+
+machine = Machine()
+
+
+class _Emulated(Kernels):
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that the kernels must not read before they write it, and whose garbage shows where they never do."""
+        t = super().empty(*shape, like=like, dtype=dtype)
+        native.undefined(t.data_ptr(), t.nbytes)
+        return t
+
+
+def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
+    """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
+    native.reset(machine.seed)
+    plan = machine.plan or plan_forward(
+        *(x.shape[0], x.shape[1], B.shape[0]),
+        mixture.total_rank,
+        mixture.num_experts if router_weight is not None else 0,
+        x.element_size(),
+        machine.multiprocessors,
+    )
+    args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
+    return _Emulated(native).forward(*args, plan=plan, device=0, stream=0)
+
+
+backward = reference.backward

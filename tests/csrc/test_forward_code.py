@@ -1,0 +1,113 @@
+"""What nvcc makes of the forward kernels: no warning, no spill, as many blocks at once as their comment claims, tensor-core
+instructions, and 16-byte copies."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mixture_oracle import random_problem
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.cuda_emulated import machine, native
+from rode_kernels.plan import Plan
+from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_forward, cuobjdump
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+KERNELS = {
+    *("forward_fused 4 1", "forward_fused 8 2", "forward_shrink 16 5", "forward_shrink 64 5"),
+    *("forward_shrink 64 16", "forward_expand 16", "forward_expand 64"),
+}
+
+
+def claims() -> dict[str, tuple[int, int]]:
+    """From the comment in forward.cuh: blocks at once on a multiprocessor with much shared memory, and with little."""
+    text = (ROOT / "csrc/cuda/forward.cuh").read_text()
+    return {
+        name: (int(large), int(small))
+        for name, large, small in re.findall(
+            r"^//   (forward_\w+(?: \d+)+): (\d+), (\d+)$", text, re.MULTILINE
+        )
+    }
+
+
+def shared_bytes(kind: str) -> dict[str, int]:
+    """What each kernel asks for, by running it."""
+    dtype = {"bf16": torch.bfloat16, "f16": torch.half, "float": torch.float32}[kind]
+    cases = {
+        ("forward_fused 4 1",): (Plan(True, 64, 1, 1), (2, 4, 8, 16)),
+        ("forward_fused 8 2",): (Plan(True, 64, 1, 1), (16, 16, 16, 16)),
+        ("forward_shrink 16 5", "forward_expand 16"): (Plan(False, 16, 1, 1), (2, 4, 8, 16)),
+        ("forward_shrink 64 5", "forward_expand 64"): (Plan(False, 64, 1, 1), (2, 4, 8, 16)),
+        ("forward_shrink 64 16", "forward_expand 64"): (Plan(False, 64, 1, 1), (16, 16, 16, 16)),
+    }
+    found = {}
+    for names, (plan, ranks) in cases.items():
+        p = random_problem((5,), ranks=ranks, dtype=dtype)
+        machine.plan = plan
+        try:
+            rectified_mixture(
+                *(p.x, p.A, p.B, p.router_weight),
+                ranks=ranks,
+                scaling=p.scaling,
+                base=p.base,
+                backend="cuda-emulated",
+            )
+        finally:
+            machine.plan = None
+        for name, launch in zip(names, native.launches(), strict=True):
+            assert name.startswith(launch["kernel"])
+            found[name] = launch["shared_bytes"]
+    assert set(found) == KERNELS
+    return found
+
+
+def check(kind: str, arch: int, folder) -> None:
+    report, kernels = compile_forward(kind, arch, folder)
+    assert "warning" not in report
+    assert set(kernels) == KERNELS | ({"cast_parameters"} if kind != "float" else set())
+    claimed = claims()
+    assert set(claimed) == KERNELS
+    shared = shared_bytes(kind) if backends()["cuda-emulated"].available else {}
+    for name, kernel in kernels.items():
+        where = f"{name} for {kind} on sm_{arch}"
+        assert kernel.spills == 0, where
+        assert kernel.stack == 0, where
+        if name in shared:
+            assert shared[name] <= 99 * 1024, f"{where}: more shared memory than every device gives a block"
+            blocks = kernel.blocks(arch, shared[name])
+            assert blocks >= claimed[name][0 if SHARED_KIB[arch] > 100 else 1], (
+                f"{where}: {blocks} blocks at once"
+            )
+        if not cuobjdump():
+            continue
+        assert kernel.count(r"LDL|STL") == 0, f"{where}: local memory"
+        assert kernel.count(r"(LD|ST)(\.|$)") == 0, f"{where}: generic addresses"
+        if name == "cast_parameters":
+            assert kernel.count(r"STG.*\.128") > 0, where
+            continue
+        product = {
+            "bf16": r"HMMA\.16816\.F32\.BF16",
+            "f16": r"HMMA\.16816\.F32",
+            "float": r"HMMA\.1688\.F32\.TF32",
+        }
+        assert kernel.count(product[kind]) >= 8, f"{where}: tensor cores"
+        assert kernel.count(r"LDSM\.16\.M(T)?88\.[24]|LDSM") >= 2, f"{where}: ldmatrix"
+        assert kernel.count(r"LDGSTS.*\.128") >= 4, f"{where}: asynchronous copies of 16 bytes"
+        if name.startswith("forward_fused") or name == "forward_expand 64":
+            assert kernel.count(r"STG.*\.128") >= 2, f"{where}: stores of 16 bytes"
+
+
+@pytest.mark.parametrize("kind", ["bf16", "float"])
+def test_code_for_one_architecture(kind, tmp_path):
+    check(kind, 80, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_code_for_every_architecture(kind, tmp_path):
+    assert cuobjdump(), "needs cuobjdump: on PATH, or in Triton's wheel"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda arch: check(kind, arch, tmp_path), ARCHS))

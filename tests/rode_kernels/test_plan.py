@@ -1,0 +1,72 @@
+"""Which kernels a call gets: every plan is one that the kernels have, whatever the shape."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rode_kernels.plan import Plan, can_fuse, plan_forward
+
+LLAVA = dict(in_features=4096, out_features=4096, total_rank=30, routed_experts=4, element_size=2)
+
+
+@given(
+    tokens=st.integers(0, 2**20),
+    in_features=st.integers(1, 32768),
+    out_features=st.integers(1, 32768),
+    total_rank=st.integers(1, 1024),
+    routed_experts=st.integers(0, 64),
+    element_size=st.sampled_from([2, 4]),
+    multiprocessors=st.integers(1, 200),
+)
+def test_every_plan_is_one_that_the_kernels_have(
+    tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
+):
+    plan = plan_forward(
+        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
+    )
+    plan.check(total_rank, routed_experts, element_size)
+    depth = 128 // element_size
+    stages, outs = -(-in_features // depth), -(-out_features // depth)
+    share = -(-stages // plan.splits)
+    assert (plan.splits - 1) * share < stages, "a split without work"
+    assert plan.splits <= 65535
+    assert -(-outs // plan.out_tiles) <= 65535
+    assert plan.out_tiles <= outs
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 132])
+def test_one_launch_where_tiles_fill_the_device(multiprocessors):
+    assert plan_forward(8192, **LLAVA, multiprocessors=multiprocessors).fused
+    assert plan_forward(65536, **LLAVA, multiprocessors=multiprocessors).fused
+    assert not plan_forward(1024, **LLAVA, multiprocessors=multiprocessors).fused
+
+
+def test_few_tokens_share_k_until_the_device_is_full():
+    for tokens, rows in ((1, 16), (16, 16), (17, 64), (512, 64)):
+        plan = plan_forward(tokens, **LLAVA, multiprocessors=108)
+        assert (plan.fused, plan.rows) == (False, rows)
+        tiles = -(-tokens // rows)
+        assert tiles * plan.splits >= 0.9 * 108 or plan.splits == (32 if rows == 16 else 16)
+
+
+def test_wide_mixtures_take_two_launches():
+    assert can_fuse(64, 16)
+    assert not can_fuse(65, 0)
+    assert not can_fuse(32, 17)
+    assert not plan_forward(65536, 4096, 4096, 256, 16, 2, 108).fused
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (Plan(True, 64, 1, 1), "do not fit one launch"),
+        (Plan(False, 16, 1, 1), "16 if a row of B has at most 128 bytes"),
+        (Plan(False, 32, 1, 1), "tiles have 64 tokens, or 16"),
+        (Plan(False, 64, 0, 1), "splits and out_tiles of at least 1"),
+    ],
+)
+def test_a_plan_that_no_kernel_serves_is_refused(plan, why):
+    with pytest.raises(ValueError, match=why):
+        plan.check(65, 4, 2)

@@ -1,0 +1,102 @@
+"""What nvcc makes of the kernels, read from its report and from the machine code."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+NVCC = shutil.which("nvcc")
+TYPES = {"bf16": ("rode::gpu::bf16", 16), "f16": ("rode::gpu::f16", 16), "float": ("float", 32)}
+ARCHS = (80, 86, 89, 90, 100, 120)
+
+# A multiprocessor's registers are 64 Ki everywhere; its shared memory, KiB, of which each block takes 1 more than it asks for.
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+
+
+@lru_cache
+def cuobjdump() -> str | None:
+    """The disassembler: on PATH, or in Triton's wheel."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    for folder in spec.submodule_search_locations if spec else []:
+        path = Path(folder) / "backends/nvidia/bin/cuobjdump"
+        if path.is_file():
+            return str(path)
+    return None
+
+
+@dataclass
+class Kernel:
+    """A kernel for one architecture: its name with the template's numbers, resources, and how often each instruction occurs."""
+
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    instructions: Counter = field(default_factory=Counter)
+
+    def count(self, pattern: str) -> int:
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+    def blocks(self, arch: int, shared_bytes: int, threads: int = 128) -> int:
+        """Blocks that fit on a multiprocessor at once; registers are given out by 8 a thread."""
+        registers = 65536 // (-(-self.registers // 8) * 8 * threads)
+        return min(registers, SHARED_KIB[arch] * 1024 // (shared_bytes + 1024))
+
+
+def _short(mangled: str) -> str:
+    """forward_fused 4 1, from a mangled name."""
+    name = re.search(r"(forward_[a-z]+|cast_parameters)", mangled).group(1)
+    return " ".join([name, *re.findall(r"Li(\d+)E", mangled)])
+
+
+def compile_forward(kind: str, arch: int, folder: Path) -> tuple[str, dict[str, Kernel]]:
+    """nvcc's output, and the kernels in it by short name; warnings are errors."""
+    type_, bits = TYPES[kind]
+    cubin = folder / f"{kind}-{arch}.cubin"
+    run = subprocess.run(
+        [
+            *(NVCC, "-std=c++20", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"),
+            *(f"-DRODE_TYPE={type_}", f"-DRODE_TYPE_BITS={bits}", "-o", str(cubin), "csrc/cuda/forward.cu"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    report = run.stdout + run.stderr
+    assert run.returncode == 0, report
+    kernels = {}
+    pattern = (
+        r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    for mangled, stack, stores, loads, registers in re.findall(pattern, report, re.DOTALL):
+        kernel = Kernel(_short(mangled), int(registers), int(stack), int(stores) + int(loads))
+        kernels[kernel.name] = kernel
+    if cuobjdump():
+        _read_instructions(cubin, kernels)
+    return report, kernels
+
+
+def _read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
+    tool = cuobjdump()
+    path = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}  # it calls nvdisasm, which stands beside it
+    sass = subprocess.run(
+        [tool, "-sass", str(cubin)], env=path, check=True, capture_output=True, text=True
+    ).stdout
+    current = None
+    for line in sass.splitlines():
+        if function := re.search(r"Function : (\S+)", line):
+            current = kernels[_short(function.group(1))].instructions
+        elif (
+            found := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line)
+        ) and current is not None:
+            current[found.group(1)] += 1
