@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
@@ -70,18 +71,21 @@ def plan_forward(
     One launch where tiles of 64 tokens fill at least three quarters of the device: a block then reads x and base and writes y once.
     With fewer tokens K is shared out, so that the whole device reads x and the weights.
     """
-    tiles = _divide_up(tokens, 64)
-    if can_fuse(total_rank, routed_experts) and 4 * tiles >= 3 * multiprocessors:
+    if can_fuse(total_rank, routed_experts) and 4 * _divide_up(tokens, 64) >= 3 * multiprocessors:
         return Plan(fused=True, rows=64, splits=1, out_tiles=1)
     tokens = max(tokens, 1)  # no launch at all, but a plan
     depth = ROW_BYTES // element_size
     rows = 16 if tokens <= 16 and total_rank <= depth else 64
+    tiles = _divide_up(tokens, rows)
     columns = column_tiles(total_rank, routed_experts)
-    blocks = _divide_up(tokens, rows) * _divide_up(columns, 5 if columns <= 5 else 16)
+    blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
     stages = _divide_up(in_features, depth)
-    # The second launch reads all splits of its tokens, and each part of O reads them again: no more than pays.
-    splits = min(stages, _divide_up(multiprocessors, blocks), 32 if rows == 16 else 16)
+    # A block of the first launch reads x and weights of its part of K; one of the second, all parts of its tokens' sums. The latter
+    # grow with the number of parts as the former shrink, and are least together where they are equal.
+    of_a_tile = min(tokens, rows)
+    first, second = (8 * columns + of_a_tile) * in_features * element_size, of_a_tile * 8 * columns * 4
+    splits = max(1, min(stages, _divide_up(multiprocessors, blocks), round(math.sqrt(first / second))))
     splits = _divide_up(stages, _divide_up(stages, splits))  # none without work
     outs = _divide_up(out_features, depth)
-    parts = min(outs, _divide_up(2 * multiprocessors, _divide_up(tokens, rows)))
+    parts = min(outs, _divide_up(multiprocessors, tiles))
     return Plan(fused=False, rows=rows, splits=splits, out_tiles=_divide_up(outs, parts))

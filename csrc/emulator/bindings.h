@@ -28,6 +28,14 @@ inline void bind(pybind11::module_& m) {
     if (!buffer) throw pybind11::key_error("no kernel was given this address");
     return pybind11::make_tuple(counts(buffer->loads), counts(buffer->stores));
   });
+  m.def("all_traffic", [] {  // loads and stores of every buffer
+    pybind11::list all;
+    for (const auto& [range, buffer] : machine().buffers()) {
+      all.append(counts(buffer.loads));
+      all.append(counts(buffer.stores));
+    }
+    return all;
+  });
   m.def("shared_traffic", [] { return pybind11::make_tuple(counts(machine().shared_loads), counts(machine().shared_stores)); });
   m.def("launches", [] {
     using namespace pybind11::literals;

@@ -132,6 +132,7 @@ class Machine {
   void undefined(void* data, size_t bytes);
   Buffer* buffer(const void* data, size_t bytes);
   const Buffer* find(const void* data) const;
+  const std::map<std::pair<uintptr_t, uintptr_t>, Buffer>& buffers() const { return buffers_; }
   void launch(const gpu::Launch& launch, const std::function<void()>& kernel);
 
   std::vector<gpu::Launch> launches;

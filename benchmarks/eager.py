@@ -1,0 +1,67 @@
+"""The operation as users of plain PyTorch write it: what the kernels are measured against. Shapes as in rode_kernels.reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def peft_loop(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    base: Tensor,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+) -> Tensor:
+    """A loop over LoRA layers, as PEFT's adapters are written: result = result + lora_B(lora_A(x)) * (scaling * gate)."""
+    gates = torch.relu(x @ router.t())  # (M, N)
+    y, start = base, 0
+    for i, (rank, factor) in enumerate(zip(ranks, scaling, strict=True)):
+        rows = slice(start, start + rank)
+        y = y + (x @ A[rows].t() @ B[:, rows].t()) * (factor * gates[:, i, None])
+        start += rank
+    return y
+
+
+def packed(x: Tensor, down: Tensor, B: Tensor, factors: Tensor, expert: Tensor, base: Tensor) -> Tensor:
+    """The best that plain PyTorch has: two products for all experts, B's added into base.
+
+    Made once, not at each call: `down` (R + N, K), A and the router's weights side by side; `factors` (R,), each column's scaling;
+    `expert` (R,), whose it is.
+    """
+    R = B.shape[1]
+    both = x @ down.t()  # (M, R + N)
+    gates = torch.relu(both[:, R:])
+    v = both[:, :R] * gates[:, expert] * factors  # (M, R)
+    return torch.addmm(base, v, B.t())
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts what operators must move: each reads its tensors once and writes its results once; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func.overloadpacket is torch.ops.aten.empty:
+            return result
+        flat = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        self.bytes += sum(_distinct_bytes(t) for t in flat if isinstance(t, Tensor))
+        self.launches += 1
+        return result
+
+
+def _distinct_bytes(t: Tensor) -> int:
+    """Of its elements, those that are not the same one again (stride 0)."""
+    count = 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        count *= size if stride else min(size, 1)
+    return count * t.element_size()

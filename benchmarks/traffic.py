@@ -1,0 +1,232 @@
+"""Bytes that the CUDA forward pass moves, counted on the emulator, against the fewest possible and against plain PyTorch.
+
+Two counts, kept apart. DRAM: each tensor's distinct bytes, once a launch. L2: all bytes that threads load or store. The emulator
+runs one and two tiles of 64 tokens at full width; every tile adds the same, so the counts of M tokens follow (`scaled`; a test
+compares). Operators of plain PyTorch are counted as if each read its inputs and wrote its results once, which flatters them: their
+products read tiles again too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.eager import BytesMoved, packed, peft_loop
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.cuda_emulated import machine, native
+from rode_kernels.plan import Plan, plan_forward
+
+RANKS = (2, 4, 8, 16)
+SCALING = tuple(16.0 / r for r in RANKS)
+TILE = 64
+MULTIPROCESSORS = 108
+FUSED = Plan(fused=True, rows=TILE, splits=1, out_tiles=1)
+
+
+@dataclass
+class Case:
+    """Tensors of one call: `tokens`, bfloat16, parameters in the same dtype."""
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    router: Tensor
+    bias: Tensor
+    base: Tensor
+
+    @classmethod
+    def random(cls, tokens: int, K: int, O: int, device: str = "cpu", open_: bool = True) -> Case:
+        generator = torch.Generator(device).manual_seed(0) if device == "cpu" else None
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, device=device) * std).bfloat16()
+
+        R, N = sum(RANKS), len(RANKS)
+        bias = torch.zeros(N, device=device) if open_ else torch.full((N,), -1e9, device=device)
+        case = cls(
+            x=normal(tokens, K),
+            A=normal(R, K, std=K**-0.5),
+            B=normal(O, R),
+            router=normal(N, K, std=K**-0.5),
+            bias=bias.bfloat16(),
+            base=normal(tokens, O),
+        )
+        return case
+
+    def formula(self) -> Tensor:
+        """y in float64."""
+        x, A, B, router, bias, y = (
+            t.double() for t in (self.x, self.A, self.B, self.router, self.bias, self.base)
+        )
+        gates, start = torch.relu(x @ router.t() + bias), 0
+        for i, (rank, factor) in enumerate(zip(RANKS, SCALING, strict=True)):
+            rows = slice(start, start + rank)
+            y = y + factor * gates[:, i, None] * (x @ A[rows].t() @ B[:, rows].t())
+            start += rank
+        return y
+
+
+@dataclass
+class Count:
+    """Bytes of one call, and how much of the 32-byte sectors that warps asked for was wanted."""
+
+    dram: float = 0
+    l2: float = 0
+    sectors: float = 0
+    used: float = 0
+    launches: int = 0
+
+    @property
+    def sector_use(self) -> float:
+        return self.used / (32 * self.sectors) if self.sectors else 1.0
+
+
+def emulate(case: Case, plan: Plan, *, inplace: bool) -> Count:
+    """One call on the emulator, its result checked."""
+    base = case.base.clone()
+    machine.plan = plan
+    try:
+        y = rectified_mixture(
+            *(case.x, case.A, case.B, case.router, case.bias),
+            ranks=RANKS,
+            scaling=SCALING,
+            base=base,
+            inplace=inplace,
+            backend="cuda-emulated",
+        )
+    finally:
+        machine.plan = None
+    truth = case.formula()
+    error = ((y.double() - truth).abs().max() / truth.abs().max()).item()
+    if not error < 2**-7:
+        raise RuntimeError(f"the result is wrong (relative error {error:.2e}): nothing is counted")
+    total = Count(launches=len(native.launches()))
+    for direction in native.all_traffic():
+        total.dram += direction["launch_used"]
+        total.l2 += direction["bytes"]
+        total.sectors += direction["sectors"]
+        total.used += direction["used"]
+    return total
+
+
+def scaled(one: Count, two: Count, tiles: float) -> Count:
+    """Counts of so many tiles, from those of one and of two: what a launch costs, and what each tile adds."""
+
+    def of(name: str) -> float:
+        first, second = getattr(one, name), getattr(two, name)
+        return first + (tiles - 1) * (second - first)
+
+    return Count(of("dram"), of("l2"), of("sectors"), of("used"), one.launches)
+
+
+def fused(M: int, K: int, O: int, *, inplace: bool, open_: bool = True) -> Count:
+    """The single launch at M tokens."""
+    one, two = (emulate(Case.random(n * TILE, K, O, open_=open_), FUSED, inplace=inplace) for n in (1, 2))
+    return scaled(one, two, M / TILE)
+
+
+def fewest(M: int, K: int, O: int) -> int:
+    """x and base read, y written, the weights once, in 16 bits."""
+    return 2 * (M * (K + 2 * O) + (sum(RANKS) + len(RANKS)) * K + O * sum(RANKS))
+
+
+def eager(M: int, K: int, O: int) -> dict[str, Count]:
+    """The loop and the packed form, from the sizes of the operators that they run."""
+    case = Case.random(M, K, O, device="meta")
+    args = (case.x, case.A, case.B, case.router, case.base)
+    counts = {}
+    with BytesMoved() as moved:
+        peft_loop(*args, RANKS, SCALING)
+    counts["PEFT-style loop"] = Count(moved.bytes, moved.bytes, launches=moved.launches)
+    R = sum(RANKS)
+    down = torch.empty(R + len(RANKS), K, dtype=torch.bfloat16, device="meta")
+    factors = torch.empty(R, dtype=torch.bfloat16, device="meta")
+    expert = torch.empty(R, dtype=torch.int64, device="meta")
+    with BytesMoved() as moved:
+        packed(case.x, down, case.B, factors, expert, case.base)
+    counts["packed PyTorch"] = Count(moved.bytes, moved.bytes, launches=moved.launches)
+    return counts
+
+
+def table(K: int = 4096, O: int = 4096) -> list[dict]:
+    """All rows; `dram` and `l2` in bytes, ratios to the fewest possible."""
+    rows = []
+
+    def add(M: int, name: str, count: Count) -> None:
+        least = fewest(M, K, O)
+        rows.append(
+            {
+                "tokens": M,
+                "what": name,
+                **asdict(count),
+                "sector_use": count.sector_use,
+                "dram_ratio": count.dram / least,
+                "l2_ratio": count.l2 / least,
+            }
+        )
+
+    M = 8192
+    add(M, "fewest possible", Count(fewest(M, K, O), fewest(M, K, O), launches=1))
+    add(M, "one launch", fused(M, K, O, inplace=False))
+    everything, nothing = fused(M, K, O, inplace=True), fused(M, K, O, inplace=True, open_=False)
+    add(M, "one launch, base in place", everything)
+    sparse = Count(
+        launches=1,
+        **{n: 0.1 * getattr(everything, n) + 0.9 * getattr(nothing, n) for n in ("l2", "sectors", "used")},
+    )
+    # The weights' bytes are read from memory once, however few tokens are open.
+    sparse.dram = 0.1 * everything.dram + 0.9 * nothing.dram + 0.9 * 2 * O * sum(RANKS)
+    add(M, "the same, 10 % of 256-token runs open", sparse)
+    for name, count in eager(M, K, O).items():
+        add(M, name, count)
+    for few in (512, 16, 1):
+        plan = plan_forward(few, K, O, sum(RANKS), len(RANKS), 2, MULTIPROCESSORS)
+        add(
+            few,
+            f"two launches, {plan.splits} parts of K",
+            emulate(Case.random(few, K, O), plan, inplace=False),
+        )
+        for name, count in eager(few, K, O).items():
+            add(few, name, count)
+    return rows
+
+
+def text(rows: list[dict]) -> str:
+    by_tokens = defaultdict(list)
+    for row in rows:
+        by_tokens[row["tokens"]].append(row)
+    lines = []
+    for tokens, group in by_tokens.items():
+        lines += [
+            f"M = {tokens}",
+            f"  {'':38} {'launches':>8} {'DRAM':>18} {'L2':>18} {'sectors used':>13}",
+        ]
+        for row in group:
+            dram, l2 = (f"{row[n] / 1e6:8.2f} MB {row[n + '_ratio']:5.3f}x" for n in ("dram", "l2"))
+            use = f"{row['sector_use']:.1%}" if row["sectors"] else "-"
+            lines.append(f"  {row['what']:38} {row['launches']:8} {dram:>18} {l2:>18} {use:>13}")
+    return "\n".join(lines)
+
+
+def main(json_file: str | None) -> None:
+    status = backends()["cuda-emulated"]
+    if not status.available:
+        raise SystemExit(
+            f"python -m benchmarks traffic needs the emulator: {status.reason}; `make test` builds it"
+        )
+    rows = table()
+    print(
+        "Bytes of one forward pass: K = O = 4096, bfloat16, ranks 2, 4, 8, 16; ratios to the fewest possible"
+    )
+    print("(x and base read, y written, the weights once). Counted on the emulator; nothing is timed.\n")
+    print(text(rows))
+    if json_file:
+        target = Path(json_file)
+        aside = target.with_name(target.name + ".part")
+        aside.write_text(json.dumps(rows, indent=2) + "\n")
+        aside.replace(target)
