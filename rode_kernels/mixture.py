@@ -222,4 +222,6 @@ def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Te
         return seed.reshape(1)
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return torch.tensor([seed], dtype=torch.int64, device=x.device)
+    return torch.full(
+        (1,), seed, dtype=torch.int64, device=x.device
+    )  # a fill: no copy that the host would wait for

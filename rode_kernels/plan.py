@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
@@ -57,6 +58,7 @@ def can_fuse(total_rank: int, routed_experts: int) -> bool:
     return (total_rank <= 32 and routed_experts <= 8) or (total_rank <= 64 and routed_experts <= 16)
 
 
+@lru_cache(maxsize=4096)
 def plan_forward(
     tokens: int,
     in_features: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from sass import ARCHS, NVCC, ROOT, cuobjdump
+
 pytestmark = pytest.mark.slow
 
 
@@ -37,9 +39,7 @@ def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
     return wheel, run.stdout + run.stderr
 
 
-def test_wheel_holds_both_packages_and_native_code(tmp_path):
-    wheel, log = build(tmp_path, RODE_NATIVE="on")
-    names = zipfile.ZipFile(wheel).namelist()
+def missing_from(wheel: Path) -> set[str]:
     sources = subprocess.run(
         ["git", "ls-files", "python/rode", "rode_kernels"],
         cwd=ROOT,
@@ -47,11 +47,45 @@ def test_wheel_holds_both_packages_and_native_code(tmp_path):
         capture_output=True,
         text=True,
     ).stdout.split()
-    missing = {s.removeprefix("python/") for s in sources} - set(names)
-    assert not missing, "tracked, but not in the wheel"
-    assert any(n.startswith("rode_kernels/_native") for n in names)
-    assert log.count("this version has no GPU kernels; CPU core only") == 1
+    return {s.removeprefix("python/") for s in sources} - set(zipfile.ZipFile(wheel).namelist())
+
+
+def native_modules(wheel: Path) -> set[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    return {Path(n).name.split(".")[0] for n in names if n.startswith("rode_kernels/_") and n.endswith(".so")}
+
+
+def test_wheel_holds_both_packages_and_native_code(tmp_path):
+    wheel, log = build(tmp_path, RODE_NATIVE="on", RODE_CUDA="off", RODE_EMULATE="0")
+    assert not missing_from(wheel), "tracked, but not in the wheel"
+    assert native_modules(wheel) == {"_native"}
+    assert log.count("RODE_CUDA=off: no CUDA kernels, CPU core only") == 1
     assert "Collecting torch" not in log
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp_path):
+    wheel, log = build(tmp_path, RODE_CUDA="on", RODE_EMULATE="0", RODE_CUDA_ARCHS="")
+    assert not missing_from(wheel)
+    assert native_modules(wheel) == {"_native", "_cuda"}
+    assert "warning" not in "\n".join(line for line in log.splitlines() if "csrc/" in line)
+    assert "Collecting torch" not in log
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (module,) = (tmp_path / "site/rode_kernels").glob("_cuda.*.so")
+    code = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); m = u.module_from_spec(s); "
+    code += "s.loader.exec_module(m); print(m.ARCHITECTURES, m.runtime_version() > 0)"  # neither torch nor a driver
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [",".join(map(str, ARCHS)), "True"]
+    assert cuobjdump(), "needs cuobjdump: on PATH, or in Triton's wheel"
+    listed = {
+        kind: set(
+            re.findall(
+                r"sm_(\d+)", subprocess.check_output([cuobjdump(), f"--list-{kind}", str(module)], text=True)
+            )
+        )
+        for kind in ("elf", "ptx")
+    }
+    assert listed == {"elf": set(map(str, ARCHS)), "ptx": {str(ARCHS[-1])}}
 
 
 @pytest.mark.parametrize(

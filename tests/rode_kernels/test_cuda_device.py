@@ -1,0 +1,115 @@
+"""The CUDA kernels on a device, `pytest -m gpu`: what only a device can show: its arithmetic, streams, graphs, several of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from mixture_oracle import Problem, check, random_problem, with_dropout
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.reference import dropout_keep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not backends()["cuda"].available, reason=backends()["cuda"].reason),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def on_device(p: Problem, device: str = "cuda") -> Problem:
+    return replace(
+        p,
+        **{f.name: v.to(device) for f in fields(p) if isinstance(v := getattr(p, f.name), torch.Tensor)},
+    )
+
+
+def run(p: Problem, x: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    return rectified_mixture(
+        *(p.x if x is None else x, p.A, p.B, p.router_weight, p.router_bias),
+        **{"ranks": p.ranks, "scaling": p.scaling, "base": p.base, **kwargs},
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(tokens=(1,), K=4096, O=4096),
+        dict(tokens=(16,), K=4096, O=1024),
+        dict(tokens=(300,), K=1000, O=520),
+        dict(tokens=(16384,), K=1024, O=768),
+        dict(tokens=(70,), K=101, O=77),
+        dict(tokens=(2, 515), K=2048, O=512, ranks=(16,) * 16),
+        dict(tokens=(40,), K=512, O=512, ranks=(16,) * 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_values(dtype, shape, dropout):
+    p = on_device(random_problem(dtype=dtype, **shape))
+    if dropout:
+        M, K = p.x.numel() // p.x.shape[-1], p.x.shape[-1]
+        keep = dropout_keep(torch.tensor([5], device="cuda"), 0.1, M, K)
+        p = with_dropout(p, keep, 0.1, 5)
+    check(p, backend="cuda")
+    check(p, backend="cuda", inplace=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 16384])
+def test_runs_have_the_same_bits_and_never_wait_for_the_host(tokens):
+    p = on_device(random_problem((tokens,), K=512, O=512, dtype=torch.bfloat16))
+    first = run(p, dropout_p=0.1, seed=3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        others = [run(p, dropout_p=0.1, seed=3) for _ in range(10)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 16384])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_captured_call_replays(tokens, inplace):
+    p = on_device(random_problem((tokens,), K=256, O=256, dtype=torch.bfloat16))
+    x = p.x.clone()
+    run(p, x)  # loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(p, x, base=p.base * 1, inplace=inplace)
+    for factor in (1.0, -2.0):
+        x.copy_(p.x * factor)
+        graph.replay()
+        assert torch.equal(y, run(p, p.x * factor))
+
+
+def test_the_current_stream_is_used():
+    p = on_device(random_problem((4096,), K=1024, O=1024, dtype=torch.bfloat16))
+    want, x = run(p), torch.zeros_like(p.x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream sees zeros
+        x.copy_(p.x)
+        y = run(p, x)
+    stream.synchronize()
+    assert torch.equal(y, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_the_device_is_that_of_the_tensors():
+    p = random_problem((100,), K=256, O=256, dtype=torch.bfloat16)
+    want = run(on_device(p, "cuda:0"))
+    with torch.cuda.device(0):
+        got = run(on_device(p, "cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert got.device == torch.device("cuda:1")
+    assert torch.equal(got.cpu(), want.cpu())
+
+
+def test_float64_goes_to_the_reference_with_a_warning():
+    p = on_device(random_problem((5,), dtype=torch.float64))
+    with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32"):
+        run(p)
