@@ -17,11 +17,13 @@ from torch import Tensor
 from rode_kernels import cpu, cuda, cuda_emulated, reference
 from rode_kernels.mixture import Mixture
 
-_MODULES: dict[str, ModuleType] = {
-    "reference": reference,
-    "cpu": cpu,
-    "cuda": cuda,
-    "cuda-emulated": cuda_emulated,
+_BACKENDS: dict[
+    str, tuple[ModuleType, tuple[str, ...]]
+] = {  # and the devices they serve; none named means any
+    "reference": (reference, ()),
+    "cpu": (cpu, ("cpu",)),
+    "cuda": (cuda, ("cuda",)),
+    "cuda-emulated": (cuda_emulated, ("cpu",)),
 }
 
 
@@ -44,15 +46,11 @@ class BackendStatus:
 
 def backends() -> dict[str, BackendStatus]:
     """What is available in this process, by name, and why the rest is not."""
-    rows = [BackendStatus("reference", True, (), "plain PyTorch; slow and exact, the oracle of the tests")]
-    for name, module, devices in (
-        ("cpu", cpu, ("cpu",)),
-        ("cuda", cuda, ("cuda",)),
-        ("cuda-emulated", cuda_emulated, ("cpu",)),
-    ):
+    rows = {}
+    for name, (module, devices) in _BACKENDS.items():
         available, why = module.status()
-        rows.append(BackendStatus(name, available, devices, why))
-    return {row.name: row for row in rows}
+        rows[name] = BackendStatus(name, available, devices, why)
+    return rows
 
 
 @lru_cache
@@ -104,13 +102,12 @@ def _refusal(module: ModuleType, x: Tensor, out_features: int, mixture: Mixture)
 
 
 def _named(name: str, origin: str, device_type: str) -> ModuleType:
-    if name not in _MODULES:
-        raise ValueError(f"{origin}: expected one of {', '.join(_MODULES)}, got {name!r}")
-    status = backends()[name]
-    if not status.available:
-        raise ValueError(f"{origin}={name!r} is not available here: {status.reason}")
-    if status.devices and device_type not in status.devices:
-        raise ValueError(
-            f"{origin}={name!r} serves {', '.join(status.devices)} tensors, got x on {device_type}"
-        )
-    return _MODULES[name]
+    if name not in _BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(_BACKENDS)}, got {name!r}")
+    module, devices = _BACKENDS[name]
+    available, why = module.status()
+    if not available:
+        raise ValueError(f"{origin}={name!r} is not available here: {why}")
+    if devices and device_type not in devices:
+        raise ValueError(f"{origin}={name!r} serves {', '.join(devices)} tensors, got x on {device_type}")
+    return module

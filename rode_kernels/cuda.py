@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -35,8 +36,8 @@ else:
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
-    """Why these kernels cannot serve a call; empty where they can."""
+def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    """Why the kernels, on whatever device, cannot serve a call; empty where they can."""
     if x.dtype not in _DTYPES:
         return f"the CUDA kernels take float32, float16 and bfloat16, got {x.dtype}"
     tokens, features = x.numel() // max(x.shape[-1], 1), x.shape[-1]
@@ -60,7 +61,8 @@ def _rows(t: Tensor | None) -> tuple[int, int]:
     """(address, distance of rows in elements) of a 2-D tensor whose columns are neighbours."""
     if t is None:
         return (0, 0)
-    return (t.data_ptr(), t.stride(0) if t.shape[0] > 1 else t.shape[1])
+    only = -(-t.shape[1] // 8) * 8  # one row has no distance to another: one that allows wide copies
+    return (t.data_ptr(), t.stride(0) if t.shape[0] > 1 else only)
 
 
 def _with_neighbouring_columns(t: Tensor) -> Tensor:
@@ -68,8 +70,8 @@ def _with_neighbouring_columns(t: Tensor) -> Tensor:
 
 
 def _tf32() -> bool:
-    """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision`, off by default."""
-    return torch.backends.cuda.matmul.allow_tf32
+    """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision` and newer forms; off by default."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class Kernels:
@@ -79,7 +81,7 @@ class Kernels:
         native: the compiled module, `_cuda` or `_cuda_emulated`.
     """
 
-    def __init__(self, native: ModuleType):
+    def __init__(self, native: ModuleType | None):
         self.native = native
 
     def forward(
@@ -206,36 +208,58 @@ def status() -> tuple[bool, str]:
     return True, needs
 
 
+def serves(architectures: Sequence[int], major: int, minor: int) -> bool:
+    """Whether code for these compute capabilities (80 for 8.0) runs on a device: that of its generation up to its own, or the
+    newest one's PTX, which a driver compiles for what came after."""
+    return max(architectures) <= 10 * major + minor or any(
+        a // 10 == major and a % 10 <= minor for a in architectures
+    )
+
+
+@lru_cache
+def _device_refusal(device: int) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if serves([int(a) for a in _native.ARCHITECTURES.split(",")], properties.major, properties.minor):
+        return ""
+    return (
+        f"the CUDA kernels were built for sm_{_native.ARCHITECTURES.replace(',', ', sm_')}, "
+        f"cuda:{device} ({properties.name}) is sm_{properties.major}{properties.minor}"
+    )
+
+
+def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    """Why these kernels cannot serve a call on x's device; empty where they can."""
+    return _device_refusal(x.device.index) or beyond_kernels(x, out_features, mixture)
+
+
 @lru_cache
 def _multiprocessors(device: int) -> int:
     """Prepares a device, once: asks for its size, and loads the kernels, which a stream capture must not surround."""
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < (8, 0):
-        raise RuntimeError(
-            f"rode_kernels: the CUDA kernels need compute capability 8.0, cuda:{device} ({properties.name}) has "
-            f"{properties.major}.{properties.minor}; pass backend='reference'"
-        )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"rode_kernels: the first call on cuda:{device} loads the kernels and cannot be captured; call once before"
         )
     _native.load_kernels(device)
-    return properties.multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_kernels = Kernels(_native)
 
 
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`; closed experts are skipped by tile."""
     device = x.device.index
-    plan = plan_forward(
-        *(x.shape[0], x.shape[1], B.shape[0]),
-        mixture.total_rank,
-        mixture.num_experts if router_weight is not None else 0,
-        x.element_size(),
-        _multiprocessors(device),
-    )
     args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    return Kernels(_native).forward(*args, plan=plan, device=device, stream=stream)
+    with torch.cuda.device(device):  # the native runtime makes it current, and this gives it back
+        plan = plan_forward(
+            *(x.shape[0], x.shape[1], B.shape[0]),
+            mixture.total_rank,
+            mixture.num_experts if router_weight is not None else 0,
+            x.element_size(),
+            _multiprocessors(device),
+        )
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return _kernels.forward(*args, plan=plan, device=device, stream=stream)
 
 
 @lru_cache(maxsize=1)

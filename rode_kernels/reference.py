@@ -12,6 +12,11 @@ from torch import Tensor
 from rode_kernels.mixture import Mixture
 
 
+def status() -> tuple[bool, str]:
+    """Always available."""
+    return True, "plain PyTorch; slow and exact, the oracle of the tests"
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Products accumulate in float32, and in float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,37 +13,42 @@ RODE_DEVICE void philox(uint64_t counter, uint64_t seed, uint32_t (&c)[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c[0], p1 = uint64_t{0xCD9E8D57u} * c[2];
-    c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
-    c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
-    c[1] = static_cast<uint32_t>(p1);
-    c[3] = static_cast<uint32_t>(p0);
+    uint32_t high0, low0, high1, low1;
+    multiply_wide(0xD2511F53u, c[0], high0, low0);
+    multiply_wide(0xCD9E8D57u, c[2], high1, low1);
+    c[0] = high1 ^ c[1] ^ k0;
+    c[2] = high0 ^ c[3] ^ k1;
+    c[1] = low1;
+    c[3] = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
 }
 
 // Bit i: whether element `first` + i stays. Four elements a counter, so 8 counters, or 9 where `first` is not a multiple of 4.
-RODE_DEVICE uint32_t keep_bits(uint64_t first, uint64_t seed, uint64_t threshold) {
+RODE_DEVICE uint32_t keep_bits(uint64_t first, uint64_t seed, uint32_t threshold) {
   const int skew = static_cast<int>(first & 3);
-  uint64_t bits = 0;
-#pragma unroll 1
-  for (int i = 0; i < (skew ? 9 : 8); ++i) {
-    uint32_t word[4];
-    philox((first >> 2) + static_cast<uint64_t>(i), seed, word);
+  const auto four = [&](uint64_t counter) {
+    uint32_t word[4], bits = 0;
+    philox(counter, seed, word);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) bits |= static_cast<uint64_t>(word[j] >= threshold) << (4 * i + j);
-  }
-  return static_cast<uint32_t>(bits >> skew);
+    for (int j = 0; j < 4; ++j) bits |= word[j] >= threshold ? 1u << j : 0u;
+    return bits;
+  };
+  uint32_t low = 0, high = 0;
+#pragma unroll 2
+  for (int i = 0; i < 8; ++i) low |= four((first >> 2) + static_cast<uint64_t>(i)) << (4 * i);
+  if (skew) high = four((first >> 2) + 8);
+  return skew ? low >> skew | high << (32 - skew) : low;
 }
 
 // The keep bits of a tile of kRows rows of x, a word for 32 columns: computed once a block, read by every warp's fragments.
 template <int kRows, class T>
-RODE_DEVICE void fill_mask(smem<uint32_t> mask, int64_t m0, int k, int64_t K, uint64_t seed, uint64_t threshold) {
+RODE_DEVICE void fill_mask(smem<uint32_t> mask, int64_t m0, int k, int64_t K, uint64_t seed, uint32_t threshold, bool drop_all) {
   constexpr int kPerRow = kDepth<T> / 32;
   for (int i = thread_index(); i < kRows * kPerRow; i += kThreads) {
     const int64_t element = (m0 + i / kPerRow) * K + k + i % kPerRow * 32;
-    store(mask + i, keep_bits(static_cast<uint64_t>(element), seed, threshold));
+    store(mask + i, drop_all ? 0u : keep_bits(static_cast<uint64_t>(element), seed, threshold));
   }
 }
 

@@ -132,23 +132,32 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     }
   };
   const auto finish = [&](int tile, int stage, const float (&sums)[kTiles][4]) {
+    const auto sum = [&](int group, int half, int i) { return sums[group * kGroup + i / 2][half * 2 + i % 2]; };
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int m = token(half), o = output(tile, group);
-        vec<T, kLane> out;
-        if (p.base && p.vectors) out = load<vec<T, kLane>>(base_piece(stage, group, half));
+        if (p.vectors) {
+          constexpr int kWords = kLane * kSize / 4, kEach = 4 / kSize;
+          vec<uint32_t, kWords> out{};
+          if (p.base) out = load<vec<uint32_t, kWords>>(base_piece(stage, group, half));
 #pragma unroll
-        for (int i = 0; i < kLane; ++i) {
-          const float sum = sums[group * kGroup + i / 2][half * 2 + i % 2];
-          const bool inside = m < p.M && o + i < p.O;
-          float before = 0.0f;
-          if (p.base) before = to_float(p.vectors ? out.v[i] : load(p.base + (m * p.ld_base + o + i), inside));
-          out.v[i] = from_float<T>(before + sum);
-          if (!p.vectors) store(p.y + (m * p.ld_y + o + i), out.v[i], inside);
+          for (int i = 0; i < kWords; ++i) {
+            float value[kEach];
+#pragma unroll
+            for (int j = 0; j < kEach; ++j) value[j] = unpack<T>(out.v[i], j) + sum(group, half, i * kEach + j);
+            out.v[i] = pack<T>(value);
+          }
+          store(p.y + (m * p.ld_y + o), out, m < p.M && o < p.O);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) {
+            const bool inside = m < p.M && o + i < p.O;
+            const float before = p.base ? to_float(load(p.base + (m * p.ld_base + o + i), inside)) : 0.0f;
+            store(p.y + (m * p.ld_y + o + i), from_float<T>(before + sum(group, half, i)), inside);
+          }
         }
-        if (p.vectors) store(p.y + (m * p.ld_y + o), out, m < p.M && o < p.O);
       }
   };
 
@@ -174,27 +183,31 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         for (int i = 0; i < 4; ++i) sums[j][i] = 0.0f;
     }
 #pragma unroll
-    for (int step = 0; step < kCount; ++step) {
-      if (!(v.open >> step & 1)) continue;
-      const Left<T> a = left_operand<T>(v.a[step], p.fast);
-      const smem<T> tile = B_tile(stage, step / kRowSteps);
-      const int n = lane % 8, in_group = n / 2 * kLane + n % 2, chunk = 2 * (step % kRowSteps) + lane / 8 % 2;
+    for (int part = 0; part < (kCount + kRowSteps - 1) / kRowSteps; ++part)
+      accumulate<T, kTiles>(sums, [&](float (&c)[kTiles][4]) {
 #pragma unroll
-      for (int j = 0; j < kTiles; j += 2) {
-        const int mine = j + lane / 16;  // of the two tiles that one ldmatrix reads
-        const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + in_group;
-        if constexpr (kTiles > 1) {
-          uint32_t b[4];
-          ldmatrix<4>(b, at_chunk(tile, row, key(row), chunk));
-          multiply(sums[j], a, b[0], b[1], p.fast);
-          multiply(sums[j + 1], a, b[2], b[3], p.fast);
-        } else {
-          uint32_t b[2];
-          ldmatrix<2>(b, at_chunk(tile, warp_o + in_group, key(warp_o + in_group), chunk));
-          multiply(sums[j], a, b[0], b[1], p.fast);
+        for (int step = part * kRowSteps; step < kCount && step < (part + 1) * kRowSteps; ++step) {
+          if (!(v.open >> step & 1)) continue;
+          const Left<T> a = left_operand<T>(v.a[step], p.fast);
+          const smem<T> tile = B_tile(stage, part);
+          const int n = lane % 8, in_group = n / 2 * kLane + n % 2, chunk = 2 * (step % kRowSteps) + lane / 8 % 2;
+#pragma unroll
+          for (int j = 0; j < kTiles; j += 2) {
+            const int mine = j + lane / 16;  // of the two tiles that one ldmatrix reads
+            const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + in_group;
+            if constexpr (kTiles > 1) {
+              uint32_t b[4];
+              ldmatrix<4>(b, at_chunk(tile, row, key(row), chunk));
+              multiply(c[j], a, b[0], b[1], p.fast);
+              multiply(c[j + 1], a, b[2], b[3], p.fast);
+            } else {
+              uint32_t b[2];
+              ldmatrix<2>(b, at_chunk(tile, warp_o + in_group, key(warp_o + in_group), chunk));
+              multiply(c[j], a, b[0], b[1], p.fast);
+            }
+          }
         }
-      }
-    }
+      });
     if (at.chunk == chunks - 1 && active) finish(at.tile, stage, sums);
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;

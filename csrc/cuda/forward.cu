@@ -8,20 +8,6 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
-// Makes `device` current for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : error(enter_device(device, before_)) {}
-  ~OnDevice() { leave_device(before_); }
-  OnDevice(const OnDevice&) = delete;
-
- private:
-  int before_ = -1;
-
- public:
-  const int error;
-};
-
 template <class T>
 gmem<const T> matrix(const Matrix& m, int64_t rows, int64_t columns) {
   return gmem<const T>(static_cast<const T*>(m.data), rows > 0 ? (rows - 1) * m.row + columns : 0);
@@ -68,7 +54,8 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   k.ld_B = a.ld_B;
   k.ld_base = a.base.row;
   k.ld_y = a.y.row;
-  k.threshold = p.dropout.threshold;
+  k.threshold = static_cast<uint32_t>(p.dropout.threshold);
+  k.drop_all = p.dropout.threshold >> 32 != 0;
   k.M = static_cast<int>(M);
   k.K = static_cast<int>(K);
   k.O = static_cast<int>(O);
@@ -109,8 +96,8 @@ template <class T, int kRows, int kTiles>
 Status shrunk(const ForwardParams<T>& k, void* stream) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   const Launch l{"forward_shrink",
-                 {static_cast<unsigned>(divide_up(k.M, kRows)),
-                  static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)), static_cast<unsigned>(k.splits)},
+                 {static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)),
+                  static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(k.splits)},
                  kThreads,
                  static_cast<unsigned>(Stages::kBytes * Stages::kCount + masks_bytes(k.dropout)),
                  stream};
@@ -118,14 +105,19 @@ Status shrunk(const ForwardParams<T>& k, void* stream) {
 }
 
 template <class T, int kRows>
-Status expanded(const ForwardParams<T>& k, void* stream) {
-  const unsigned shared =
-      static_cast<unsigned>(ExpandShared<T, kRows>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N));
+Status expanded(ForwardParams<T> k, void* stream) {
+  int shared = ExpandShared<T, kRows>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N);
+  // v in several passes of 4 steps: 16 bytes a thread and step, and a bit of 32
+  const int chunks = divide_up(k.expert_tiles, ExpandShared<T, kRows>::kExpertTiles), kept = chunks * kRowSteps * kThreads * 16;
+  if (chunks > 1 && chunks <= 8 && shared + kept <= kMaxShared) {
+    k.kept_chunks = chunks;
+    shared += kept;
+  }
   const int outs = divide_up(k.O, kDepth<T>);
   const Launch l{"forward_expand",
                  {static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(divide_up(outs, k.out_tiles))},
                  kThreads,
-                 shared,
+                 static_cast<unsigned>(shared),
                  stream};
   return {launch(l, forward_expand<T, kRows>, k), l.kernel};
 }
@@ -144,8 +136,7 @@ Status in_two_launches(const ForwardParams<T>& k, int rows, void* stream) {
 
 template <>
 Status forward<Type>(const Problem& p, const Forward& a) {
-  const OnDevice on(a.device);
-  if (on.error) return {on.error, "cudaSetDevice"};
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters<Type>(p, a);
   if (!a.plan.fused) return in_two_launches(k, a.plan.rows, a.stream);
   const bool small = p.total_rank <= 32 && (!k.routed || p.experts <= 8);
@@ -155,8 +146,7 @@ Status forward<Type>(const Problem& p, const Forward& a) {
 #if RODE_TYPE_BITS == 16  // float32 parameters need no cast for float32
 template <>
 Status cast_parameters<Type>(const Problem& p, const Cast& a) {
-  const OnDevice on(a.device);
-  if (on.error) return {on.error, "cudaSetDevice"};
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
   const int64_t pitch_K = (K + 7) / 8 * 8, pitch_R = (R + 7) / 8 * 8;
   const CastParams<Type> k{array<float>(a.A, R * K),
@@ -179,8 +169,7 @@ Status cast_parameters<Type>(const Problem& p, const Cast& a) {
 
 template <>
 Status load_kernels<Type>(int device) {
-  const OnDevice on(device);
-  if (on.error) return {on.error, "cudaSetDevice"};
+  if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
   Status status;
   const auto load = [&](const char* name, auto kernel) {
     if (!status.error) status = {load_kernel(kernel), name};

@@ -37,7 +37,7 @@ struct FusedShared {
 
 // grid (token tiles)
 template <class T, int kExpertTiles, int kRouterTiles>
-RODE_KERNEL(kThreads, 2)
+RODE_KERNEL(kThreads, kExpertTiles == 4 ? 3 : 2)
 forward_fused(ForwardParams<T> p) {
   constexpr int kPipeline = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline;
   const int m0 = static_cast<int>(block_index().x) * 64, warp = warp_index(), warp_m0 = m0 + warp * 16;
@@ -64,12 +64,13 @@ forward_fused(ForwardParams<T> p) {
                               [](int, int, Weighted<kCount>&) {});
 }
 
-// grid (token tiles, chunks of kTiles column tiles, splits of K). For 16 tokens the warps share K and add up in order.
+// grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours. For 16 tokens the
+// warps share K and add up in order.
 template <class T, int kRows, int kTiles>
-RODE_KERNEL(kThreads, 2)
+RODE_KERNEL(kThreads, kTiles == 5 ? 3 : 2)
 forward_shrink(ForwardParams<T> p) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
-  const int m0 = static_cast<int>(block_index().x) * kRows, first_tile = static_cast<int>(block_index().y) * kTiles;
+  const int m0 = static_cast<int>(block_index().y) * kRows, first_tile = static_cast<int>(block_index().x) * kTiles;
   const int stages = (p.K + kDepth<T> - 1) / kDepth<T>, share = (stages + p.splits - 1) / p.splits;
   const int split = static_cast<int>(block_index().z), first = split * share, lane = lane_index(), warp = warp_index();
   const int count = stages - first < share ? stages - first : share;
@@ -198,7 +199,23 @@ forward_expand(ForwardParams<T> p) {
   sync_warp();
   const int chunks = (p.expert_tiles + kExpertTiles - 1) / kExpertTiles;
   Weighted<kCount> v;
+  // Several passes ask for v at every output tile: it is kept in shared memory, each lane its own part, where there is room.
+  uint32_t kept_open = 0;
+  const auto kept = [&](int chunk, int step) {
+    const unsigned at = static_cast<unsigned>(pipeline + gates_bytes(p.N));
+    return shared_array<uint32_t>(at, p.kept_chunks * kCount * kThreads * 4) +
+           ((chunk * kCount + step) * kThreads + thread_index()) * 4;
+  };
   const auto form = [&](int tile, int chunk, Weighted<kCount>& w) {
+    if (p.kept_chunks && tile != first) {
+      w.open = kept_open >> (kCount * chunk) & ((1u << kCount) - 1);
+#pragma unroll
+      for (int step = 0; step < kCount; ++step) {
+        const vec<uint32_t, 4> a = load<vec<uint32_t, 4>>(kept(chunk, step));
+        for (int i = 0; i < 4; ++i) w.a[step][i] = a.v[i];
+      }
+      return;
+    }
     w.open = 0;
 #pragma unroll
     for (int j = 0; j < kExpertTiles; ++j) {
@@ -206,6 +223,12 @@ forward_expand(ForwardParams<T> p) {
       float u[4] = {};
       if (column_tile < p.expert_tiles) sums(column_tile, u);
       weigh(p, u, column_tile, j, warp_m0, gates, keep && tile == first, w);
+    }
+    if (p.kept_chunks) {
+      kept_open |= w.open << (kCount * chunk);
+#pragma unroll
+      for (int step = 0; step < kCount; ++step)
+        store(kept(chunk, step), vec<uint32_t, 4>{{w.a[step][0], w.a[step][1], w.a[step][2], w.a[step][3]}});
     }
   };
   if (chunks == 1) form(first, 0, v);

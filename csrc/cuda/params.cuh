@@ -16,14 +16,15 @@ struct ForwardParams {
   gmem<float> partial;                  // (splits, M, columns): sums over parts of K; columns in tiles of 8, experts first
   gmem<const int64_t> seed;
   int64_t ld_x, ld_A, ld_B, ld_base, ld_y;  // distance of rows, in elements
-  uint64_t threshold;                       // of dropout
+  uint32_t threshold;                       // of dropout: floor(p 2^32), but for p = 1, which is drop_all
   int M, K, O, R, N;
-  int expert_tiles, router_tiles;               // columns in tiles of 8
-  int splits;                                   // of K
-  int out_tiles;                                // of y that a block of forward_expand goes through
-  int copy_x, copy_weights, copy_B;             // bytes that rows can be copied by: 16, 4 or one value
-  bool vectors;                                 // rows of base and y move 16 bytes at once
-  bool routed, dropout, dense, in_place, fast;  // fast: tf32 products for float32
+  int expert_tiles, router_tiles;                         // columns in tiles of 8
+  int splits;                                             // of K
+  int out_tiles;                                          // of y that a block of forward_expand goes through
+  int kept_chunks;                                        // of v that forward_expand makes once and keeps, or 0
+  int copy_x, copy_weights, copy_B;                       // bytes that rows can be copied by: 16, 4 or one value
+  bool vectors;                                           // rows of base and y move 16 bytes at once
+  bool routed, dropout, drop_all, dense, in_place, fast;  // fast: tf32 products for float32
   float scaling[kMaxExperts];
   uint8_t expert[kMaxRank];  // of each column
 };

@@ -271,39 +271,37 @@ RODE_DEVICE uint32_t to_tf32(float x) {
 RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
-// ---- Launch. The caller has set the device; returns a cudaError_t, 0 when queued.
+RODE_DEVICE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  asm("{\n .reg .u64 wide;\n mul.wide.u32 wide, %2, %3;\n mov.b64 {%1, %0}, wide;\n}" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+}
+
+// ---- Launch. The caller has set the device and loaded the kernel; returns a cudaError_t, 0 when queued.
 
 template <class... P, class... A>
 int launch(const Launch& l, void (*kernel)(P...), A... args) {
-  if (l.shared_bytes > 48 * 1024) {  // above the default, the function must be told; it is cheap and idempotent
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(l.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<dim3(l.grid.x, l.grid.y, l.grid.z), l.threads, l.shared_bytes, static_cast<cudaStream_t>(l.stream)>>>(
-      static_cast<P>(args)...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.grid.x, l.grid.y, l.grid.z);
+  config.blockDim = dim3(l.threads);
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(l.stream);
+  return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // not the thread's last error, which may be an old one
 }
 
-// Has the driver load a kernel now, not at its first launch, which a stream capture may surround.
+// Has the driver load a kernel on the current device, now and not at its first launch, which a stream capture may surround; and lets
+// it ask for up to kMaxShared bytes. Set once, not at each launch: threads launch at the same time.
 template <class... P>
 int load_kernel(void (*kernel)(P...)) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel);
-}
-
-// Makes `device` current; `before` is what to give to leave_device. The stream and every pointer belong to `device`.
-inline int enter_device(int device, int& before) {
-  int current = -1;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess && current != device) {
-    error = cudaSetDevice(device);
-    if (error == cudaSuccess) before = current;
-  }
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   return error;
 }
-inline void leave_device(int before) {
-  if (before >= 0) cudaSetDevice(before);
+
+// Makes `device` current, to which the stream and every pointer belong.
+inline int enter_device(int device) {
+  int current = -1;
+  const cudaError_t error = cudaGetDevice(&current);
+  return error == cudaSuccess && current != device ? cudaSetDevice(device) : error;
 }
 
 }  // namespace rode::gpu

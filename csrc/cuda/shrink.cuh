@@ -41,7 +41,8 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     load_tile<kRows, kRowBytes>(x_tile(stage), x_row, key, k, p.K, p.copy_x);
     load_tile<8 * kTiles, kRowBytes>(weight_tile(stage), weight_row, key, k, p.K, p.copy_weights);
   };
-  const auto compute = [&](int stage, int tile, float (&c)[kTiles][4]) {
+  // kWhole: every one of kTiles exists and belongs to experts.
+  const auto compute = [&]<bool kWhole>(int stage, int tile, float (&c)[kTiles][4]) {
 #pragma unroll
     for (int i = 0; i < kRowSteps / kWarpsK; ++i) {
       const int step = i * kWarpsK + warp_k, row = row0 + lane % 16;
@@ -54,7 +55,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
         kept = left_operand<T>(bits, p.fast);
       }
       const auto add = [&](int j, uint32_t b0, uint32_t b1) {
-        if (kExpertTiles < 0 ? first_tile + j < p.expert_tiles : j < kExpertTiles) {
+        if (kWhole || (kExpertTiles < 0 ? first_tile + j < p.expert_tiles : j < kExpertTiles)) {
           multiply(c[j], kept, b0, b1, p.fast);
         } else {
           multiply(c[j], a, b0, b1, p.fast);
@@ -62,7 +63,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       };
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2) {
-        if (kExpertTiles < 0 && j >= tiles) break;
+        if (!kWhole && kTiles > 5 && kExpertTiles < 0 && j >= tiles) break;
         const int n = 8 * j + tile_row<T>(lane % 8), chunk = 2 * step + lane / 8 % 2;
         if (j + 1 < kTiles) {
           uint32_t b[4];
@@ -77,26 +78,29 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       }
     }
   };
+  const auto mask = [&](int tile) {
+    if (p.dropout && tile < count)
+      fill_mask<kRows, T>(mask_of(tile), m0, (first + tile) * kDepth<T>, p.K, seed, p.threshold, p.drop_all);
+  };
 
   for (int tile = 0; tile < Stages::kCount - 1; ++tile) {
     if (tile < count) issue(tile, tile);
     cp_async_commit();
   }
+  mask(0);
+  const bool whole = first_tile + kTiles <= p.expert_tiles;
   for (int tile = 0, stage = 0, free = Stages::kCount - 1; tile < count; ++tile) {
-    if (p.dropout) fill_mask<kRows, T>(mask_of(tile), m0, (first + tile) * kDepth<T>, p.K, seed, p.threshold);
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
     if (tile + Stages::kCount - 1 < count) issue(tile + Stages::kCount - 1, free);
     cp_async_commit();
-    if constexpr (is_wide<T>) {
-      // Tensor cores add without rounding to nearest: a stage at a time, and float32 additions between stages.
-      float part[kTiles][4] = {};
-      compute(stage, tile, part);
-      for (int j = 0; j < kTiles; ++j)
-        for (int i = 0; i < 4; ++i) sums[j][i] += part[j][i];
-    } else {
-      compute(stage, tile, sums);
-    }
+    mask(tile + 1);  // beside the products
+    accumulate<T, kTiles>(sums, [&](float (&c)[kTiles][4]) {
+      if constexpr (kTiles > 5 && kExpertTiles < 0) {
+        if (whole) return compute.template operator()<true>(stage, tile, c);
+      }
+      compute.template operator()<false>(stage, tile, c);
+    });
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;
   }

@@ -28,21 +28,36 @@ struct Row {
 // are copied at once. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads meet all banks.
 template <int kCopy, int kRows, int kUsed, class T, class Source, class Key>
 RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
-  constexpr int kElements = kCopy / static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy, kPieces = kRows * kPerRow;
-#pragma unroll(kCopy == 16 ? 8 : 2)
-  for (int i = 0; i < (kPieces + kThreads - 1) / kThreads; ++i) {
-    const int piece = i * kThreads + thread_index();
-    if (kPieces % kThreads != 0 && piece >= kPieces) break;
-    const int row = piece / kPerRow, byte = piece % kPerRow * kCopy;
-    const int column = k + byte / static_cast<int>(sizeof(T)), left = (columns - column) * static_cast<int>(sizeof(T));
-    const Row<T> from = source(row);
-    const int valid = !from.inside || left <= 0 ? 0 : left < kCopy ? left : kCopy;
-    const int place = row * kRowBytes + (byte / kChunk ^ key(row)) * kChunk + byte % kChunk;
-    const smem<T> to = tile + place / static_cast<int>(sizeof(T));
-    if constexpr (kElements == 1 && !is_wide<T>) {
-      store(to, load(from.at + column, valid > 0));  // no asynchronous copy moves 2 bytes
-    } else {
-      cp_async<kCopy>(to, from.at + column, valid);
+  constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
+  constexpr int kStep = kThreads / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
+  static_assert(kThreads % kPerRow == 0, "so a thread's pieces all stand in the same columns");
+  const int row0 = thread_index() / kPerRow, byte = thread_index() % kPerRow * kCopy;
+  const int column = k + byte / kSize, left = (columns - column) * kSize;
+  const int wanted = left <= 0 ? 0 : left < kCopy ? left : kCopy;
+  const auto at = [&](int row) { return tile + (row * kRowBytes + (byte / kChunk ^ key(row)) * kChunk + byte % kChunk) / kSize; };
+  if constexpr (kCopy < 4) {  // no asynchronous copy moves 2 bytes: some loads, then their stores, so that they overlap
+    constexpr int kBatch = 4;
+#pragma unroll 1
+    for (int first = 0; first < kPieces; first += kBatch) {
+      T value[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const Row<T> from = source(row0 + (first + i) * kStep);
+        value[i] = load(from.at + column, from.inside && wanted > 0 && first + i < kPieces);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = row0 + (first + i) * kStep;
+        store(at(row), value[i], row < kRows);
+      }
+    }
+  } else {
+#pragma unroll(kCopy == 16 ? kPieces : 4)
+    for (int i = 0; i < kPieces; ++i) {
+      const int row = row0 + i * kStep;
+      if (kRows % kStep != 0 && row >= kRows) break;
+      const Row<T> from = source(row);
+      cp_async<kCopy>(at(row), from.at + column, from.inside ? wanted : 0);
     }
   }
 }
@@ -80,17 +95,35 @@ RODE_DEVICE int tile_row(int n) {
   return is_wide<T> ? n / 2 + n % 2 * 4 : n;
 }
 
-// A left operand (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` leaves out the low one.
+// The values of 4 bytes: one float32, or two of 16 bits, the first in the lower half.
+template <class T>
+RODE_DEVICE float unpack(uint32_t word, int i) {
+  if constexpr (is_wide<T>) {
+    return bits_to_float(word);
+  } else {
+    return to_float(T{static_cast<uint16_t>(i == 0 ? word : word >> 16)});
+  }
+}
+template <class T, int kEach>
+RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
+  if constexpr (is_wide<T>) {
+    return float_to_bits(value[0]);
+  } else {
+    return pack2<T>(value[0], value[1]);
+  }
+}
+
+// A left operand (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without the low one.
 template <class T>
 struct Left {
   uint32_t high[4], low[4];
 };
 
-// An infinity has no remainder, so it becomes NaN: what is not finite stays so.
-RODE_DEVICE void split(uint32_t bits, bool fast, uint32_t& high, uint32_t& low) {
-  const float x = bits_to_float(bits);
-  high = to_tf32(x);
-  low = fast ? 0u : to_tf32(x - bits_to_float(high));
+// x = high + low to 2^-21 of x, high rounded, the low one's last bits left for the tensor core to ignore. An infinity has no
+// remainder, so it becomes NaN, which here lives in the low part: what is not finite stays so.
+RODE_DEVICE void split(uint32_t bits, uint32_t& high, uint32_t& low) {
+  high = (bits + 0x1000u) & ~0x1fffu;
+  low = float_to_bits(bits_to_float(bits) - bits_to_float(high));
 }
 
 template <class T>
@@ -98,30 +131,48 @@ RODE_DEVICE Left<T> left_operand(const uint32_t (&bits)[4], bool fast) {
   Left<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (is_wide<T>) {
-      split(bits[i], fast, a.high[i], a.low[i]);
-    } else {
+    if constexpr (!is_wide<T>) {
       a.high[i] = bits[i];
       a.low[i] = 0;
+    } else if (fast) {
+      a.high[i] = to_tf32(bits_to_float(bits[i]));
+      a.low[i] = 0;
+    } else {
+      split(bits[i], a.high[i], a.low[i]);
     }
   }
   return a;
 }
 
-// c += a b for b of 8 columns. In float32 three tf32 products give all but 2^-22 of the exact one (the product of both low parts).
+// c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
 template <class T>
 RODE_DEVICE void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1, bool fast) {
-  if constexpr (is_wide<T>) {
-    uint32_t high0, low0, high1, low1;
-    split(b0, fast, high0, low0);
-    split(b1, fast, high1, low1);
-    if (!fast) {
-      mma<tf32>(c, a.low, high0, high1);
-      mma<tf32>(c, a.high, low0, low1);
-    }
-    mma<tf32>(c, a.high, high0, high1);
-  } else {
+  if constexpr (!is_wide<T>) {
     mma<T>(c, a.high, b0, b1);
+  } else if (fast) {
+    mma<tf32>(c, a.high, to_tf32(bits_to_float(b0)), to_tf32(bits_to_float(b1)));
+  } else {
+    uint32_t high0, low0, high1, low1;
+    split(b0, high0, low0);
+    split(b1, high1, low1);
+    mma<tf32>(c, a.low, high0, high1);
+    mma<tf32>(c, a.high, low0, low1);
+    mma<tf32>(c, a.high, high0, high1);
+  }
+}
+
+// Sums over 128 bytes, added to c. Tensor cores truncate when they add: float32 keeps its accuracy by adding up such pieces itself.
+template <class T, int kTiles, class Products>
+RODE_DEVICE void accumulate(float (&c)[kTiles][4], Products products) {
+  if constexpr (is_wide<T>) {
+    float piece[kTiles][4] = {};
+    products(piece);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[j][i] += piece[j][i];
+  } else {
+    products(c);
   }
 }
 

@@ -20,6 +20,9 @@ struct alignas(sizeof(T) * N) vec {
   T v[N];
 };
 
+// Shared memory that a block may ask for on every device of compute capability 8.0 and newer.
+constexpr int kMaxShared = 99 * 1024;
+
 struct Dim {
   unsigned x = 1, y = 1, z = 1;
 };

@@ -220,6 +220,11 @@ template <class T>
 uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
+inline void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t wide = uint64_t{a} * b;
+  high = static_cast<uint32_t>(wide >> 32);
+  low = static_cast<uint32_t>(wide);
+}
 inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (float_to_bits(x) + 0x1000) & ~0x1fffu : float_to_bits(x); }
 
 // ---- Tensor cores; fragments as in the PTX ISA manual, "Matrix multiply-accumulate operation using mma instruction"
@@ -258,6 +263,13 @@ void ldmatrix(uint32_t (&r)[N], smem<T> row, At at = At::current()) {
       at);
 }
 
+// To float32, towards zero: tensor cores do not round to nearest when they add, and here never by luck.
+inline float truncated(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::isfinite(nearest) && std::abs(static_cast<double>(nearest)) > std::abs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// The products of one instruction are added exactly, then the sum is truncated.
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, At at = At::current()) {
   constexpr bool kWide = std::is_same_v<T, tf32>;
@@ -271,7 +283,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, At at 
       "mma", &mine,
       [](emulator::Warp&, const void* const* lanes) {
         constexpr int kDepth = kWide ? 8 : 16;
-        float left[16][kDepth], right[kDepth][8], sum[16][8];
+        double left[16][kDepth], right[kDepth][8], sum[16][8];
         const auto lane = [&](int i) { return static_cast<const Mine*>(lanes[i]); };
         // One register: a tf32 value at column t, or two 16-bit values at columns 2 t and 2 t + 1, of its half.
         const auto spread = [](uint32_t r, int t, int half, auto put) {
@@ -295,7 +307,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, At at 
           for (int k = 0; k < kDepth; ++k)
             for (int n = 0; n < 8; ++n) sum[m][n] += left[m][k] * right[k][n];
         for (int i = 0; i < 32; ++i)
-          for (int j = 0; j < 4; ++j) lane(i)->c[j] = sum[i / 4 + 8 * (j / 2)][i % 4 * 2 + j % 2];
+          for (int j = 0; j < 4; ++j) lane(i)->c[j] = truncated(sum[i / 4 + 8 * (j / 2)][i % 4 * 2 + j % 2]);
       },
       at);
 }
@@ -311,7 +323,6 @@ template <class... P>
 int load_kernel(void (*)(P...)) {
   return 0;
 }
-inline int enter_device(int, int&) { return 0; }
-inline void leave_device(int) {}
+inline int enter_device(int) { return 0; }
 
 }  // namespace rode::gpu

@@ -256,15 +256,27 @@ def test_parameters_in_float32_give_the_bits_of_rounded_ones(K, parameter_dtype)
     assert torch.equal(run(p), mixed)
 
 
-def test_tf32_follows_torchs_own_switch():
+def high_precision() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def new_switch() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("switch", [high_precision, new_switch])
+def test_tf32_follows_torchs_own_switch(switch):
     p = random_problem((64,), K=256, O=64)
     truth, exact = oracle(p).y, run(p)
-    before = torch.get_float32_matmul_precision()
+    before, new_before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision("high")
+        switch()
         fast = run(p)
+        low = run(random_problem((4,), dtype=torch.bfloat16))
     finally:
+        torch.backends.cuda.matmul.fp32_precision = new_before
         torch.set_float32_matmul_precision(before)
+    assert low.isfinite().all()
     of_exact, of_fast = ((y.double() - truth).abs().max() / truth.abs().max() for y in (exact, fast))
     assert of_exact < 2e-6
     assert 2e-5 < of_fast < 5e-3
@@ -301,14 +313,28 @@ def test_what_is_outside_is_refused_with_the_reason(problem, why):
 
 def test_too_many_tokens_are_refused():
     x = torch.zeros(1, 1).expand(2**20 + 1, 1)
-    assert "tokens from 0 to 1048576" in cuda.refuses(x, 1, make_mixture((1,), (1.0,)))
-    assert cuda.refuses(x[1:], 1, make_mixture((1,), (1.0,))) == ""
+    assert "tokens from 0 to 1048576" in cuda.beyond_kernels(x, 1, make_mixture((1,), (1.0,)))
+    assert cuda.beyond_kernels(x[1:], 1, make_mixture((1,), (1.0,))) == ""
 
 
 def test_the_largest_mixture_is_taken():
     """R = 1024 and N = 64 fill the arrays of the kernels' parameters."""
     sweep(
         Plan(fused=False, rows=64, splits=1, out_tiles=1), torch.bfloat16, M=3, K=24, O=20, ranks=(16,) * 64
+    )
+
+
+def test_long_sums_keep_their_accuracy_in_float32():
+    """Tensor cores truncate when they add (the emulator's do): a sum over K or R may not be left to them alone."""
+    sweep(TWO, torch.float32, M=5, K=8192, O=8, ranks=(3,))
+    sweep(
+        Plan(fused=False, rows=64, splits=1, out_tiles=1),
+        torch.float32,
+        M=5,
+        K=8,
+        O=40,
+        ranks=(16,) * 64,
+        open_share=1.0,
     )
 
 
@@ -376,6 +402,23 @@ class OldDriver:
     @staticmethod
     def driver_version() -> int:
         return 12080
+
+
+@pytest.mark.parametrize(
+    ("built", "device", "runs"),
+    [
+        ((80,), (8, 0), True),
+        ((80,), (8, 9), True),  # the same generation
+        ((80,), (9, 0), True),  # by its PTX
+        ((80, 86, 89, 90, 100, 120), (12, 1), True),
+        ((80, 86, 89, 90, 100, 120), (11, 0), False),  # PTX of the newest only
+        ((90,), (8, 0), False),
+        ((80,), (7, 5), False),
+        ((86,), (8, 0), False),
+    ],
+)
+def test_which_devices_a_build_serves(built, device, runs):
+    assert cuda.serves(built, *device) is runs
 
 
 def test_an_old_driver_is_named(monkeypatch):

@@ -142,7 +142,9 @@ def test_non_finite_values_of_closed_experts_reach_nothing(backend, value):
     rows = slice(sum(p.ranks[:2]), sum(p.ranks[:3]))
     clean = operation(p, backend=backend)
     p.A[rows] = value
-    if not backend.startswith("cuda"):  # there B shares its tile with experts that are open
+    if not backend.startswith(
+        "cuda"
+    ):  # there other experts and tokens share a step of the product with B (docs/cuda.md)
         p.B[:, rows] = value
     dirty = operation(p, backend=backend)
     assert torch.equal(clean.y, dirty.y)
