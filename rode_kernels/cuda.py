@@ -66,7 +66,8 @@ def _rows(t: Tensor | None) -> tuple[int, int]:
 
 
 def _with_neighbouring_columns(t: Tensor) -> Tensor:
-    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous()
+    """As the kernels take a matrix: columns 1 apart, rows at most 2^31 - 1."""
+    return t if (t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31 else t.contiguous()
 
 
 def _tf32() -> bool:

@@ -13,13 +13,11 @@ RODE_DEVICE void philox(uint64_t counter, uint64_t seed, uint32_t (&c)[4]) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    uint32_t high0, low0, high1, low1;
-    multiply_wide(0xD2511F53u, c[0], high0, low0);
-    multiply_wide(0xCD9E8D57u, c[2], high1, low1);
-    c[0] = high1 ^ c[1] ^ k0;
-    c[2] = high0 ^ c[3] ^ k1;
-    c[1] = low1;
-    c[3] = low0;
+    const uint64_t p0 = wide_product(0xD2511F53u, c[0]), p1 = wide_product(0xCD9E8D57u, c[2]);
+    c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
+    c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+    c[1] = static_cast<uint32_t>(p1);
+    c[3] = static_cast<uint32_t>(p0);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

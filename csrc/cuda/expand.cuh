@@ -20,7 +20,7 @@ RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int 
     const float gate = logit <= 0.0f || !inside ? 0.0f : logit;  // NaN is not swallowed
     any |= n < p.N && gate != 0.0f;
     store(gates + (row * p.N + n), gate, n < p.N);
-    store(p.g + (static_cast<int64_t>(m0 + row) * p.N + n), gate, inside && n < p.N && keep);
+    store(p.g + (offset(m0 + row, p.N) + n), gate, inside && n < p.N && keep);
   }
   return any;
 }
@@ -29,7 +29,7 @@ template <class T>
 RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gates) {
   bool any = false;
   for (int i = lane_index(); i < 16 * p.N; i += 32) {
-    const float gate = load(p.gates + (static_cast<int64_t>(m0) * p.N + i), m0 + i / p.N < p.M);
+    const float gate = load(p.gates + (offset(m0, p.N) + i), m0 + i / p.N < p.M);
     any |= gate != 0.0f;
     store(gates + i, gate);
   }
@@ -58,7 +58,7 @@ RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile,
     const bool open = gate != 0.0f;
     any |= open;
     weighted[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
-    store(p.u + (static_cast<int64_t>(m0 + row) * p.R + column), open || p.dense ? u[i] : 0.0f, inside && keep);
+    store(p.u + (offset(m0 + row, p.R) + column), open || p.dense ? u[i] : 0.0f, inside && keep);
   }
   const int step = is_wide<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
@@ -109,13 +109,13 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
            piece * kLane;
   };
   // Different for the 8 rows of an ldmatrix; rows 2 i and 2 i + 1 in different halves, for rows that are 64 bytes long.
-  const auto key = [](int row) { return row % 2 * 4 + row / kLane % 4; };
+  const auto key = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
   const auto token = [&](int half) { return m0 + warp_m * 16 + lane / 4 + half * 8; };
   const auto output = [&](int tile, int group) { return tile * kDepth<T> + warp_o + group * 8 * kGroup + lane % 4 * kLane; };
   const auto issue = [&](int tile, int chunk, int stage) {
     if (block_open) {
       const int o0 = tile * kDepth<T>;
-      const auto row = [&](int i) { return Row<T>{p.B + (o0 + i) * p.ld_B, o0 + i < p.O}; };
+      const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };
 #pragma unroll
       for (int part = 0; part < Stages::kParts; ++part)
         load_tile<kDepth<T>, Stages::kUsed>(B_tile(stage, part), row, key, (chunk * Stages::kParts + part) * kDepth<T>, p.R,
@@ -126,7 +126,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
       for (int group = 0; group < kGroups; ++group)
         for (int half = 0; half < 2; ++half) {
           const bool inside = token(half) < p.M && output(tile, group) < p.O;
-          cp_async<kLane * kSize>(base_piece(stage, group, half), p.base + (token(half) * p.ld_base + output(tile, group)),
+          cp_async<kLane * kSize>(base_piece(stage, group, half), p.base + (offset(token(half), p.ld_base) + output(tile, group)),
                                   inside ? kLane * kSize : 0);
         }
     }
@@ -149,13 +149,13 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
             for (int j = 0; j < kEach; ++j) value[j] = unpack<T>(out.v[i], j) + sum(group, half, i * kEach + j);
             out.v[i] = pack<T>(value);
           }
-          store(p.y + (m * p.ld_y + o), out, m < p.M && o < p.O);
+          store(p.y + (offset(m, p.ld_y) + o), out, m < p.M && o < p.O);
         } else {
 #pragma unroll
           for (int i = 0; i < kLane; ++i) {
             const bool inside = m < p.M && o + i < p.O;
-            const float before = p.base ? to_float(load(p.base + (m * p.ld_base + o + i), inside)) : 0.0f;
-            store(p.y + (m * p.ld_y + o + i), from_float<T>(before + sum(group, half, i)), inside);
+            const float before = p.base ? to_float(load(p.base + (offset(m, p.ld_base) + o + i), inside)) : 0.0f;
+            store(p.y + (offset(m, p.ld_y) + o + i), from_float<T>(before + sum(group, half, i)), inside);
           }
         }
       }

@@ -49,11 +49,11 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   k.g = output<float>(a.g, M * N);
   k.partial = output<float>(a.partial, a.plan.splits * M * 8 * column_tiles(p, routed));
   k.seed = array<int64_t>(a.seed, 1);
-  k.ld_x = a.x.row;
-  k.ld_A = a.ld_A;
-  k.ld_B = a.ld_B;
-  k.ld_base = a.base.row;
-  k.ld_y = a.y.row;
+  k.ld_x = static_cast<int>(a.x.row);
+  k.ld_A = static_cast<int>(a.ld_A);
+  k.ld_B = static_cast<int>(a.ld_B);
+  k.ld_base = static_cast<int>(a.base.row);
+  k.ld_y = static_cast<int>(a.y.row);
   k.threshold = static_cast<uint32_t>(p.dropout.threshold);
   k.drop_all = p.dropout.threshold >> 32 != 0;
   k.M = static_cast<int>(M);

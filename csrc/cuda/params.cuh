@@ -15,8 +15,8 @@ struct ForwardParams {
   gmem<float> u, g;                     // (M, R), (M, N)
   gmem<float> partial;                  // (splits, M, columns): sums over parts of K; columns in tiles of 8, experts first
   gmem<const int64_t> seed;
-  int64_t ld_x, ld_A, ld_B, ld_base, ld_y;  // distance of rows, in elements
-  uint32_t threshold;                       // of dropout: floor(p 2^32), but for p = 1, which is drop_all
+  int ld_x, ld_A, ld_B, ld_base, ld_y;  // distance of rows, in elements: 32 bits, for an address is then one instruction
+  uint32_t threshold;                   // of dropout: floor(p 2^32), but for p = 1, which is drop_all
   int M, K, O, R, N;
   int expert_tiles, router_tiles;                         // columns in tiles of 8
   int splits;                                             // of K

@@ -271,8 +271,11 @@ RODE_DEVICE uint32_t to_tf32(float x) {
 RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
-RODE_DEVICE void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  asm("{\n .reg .u64 wide;\n mul.wide.u32 wide, %2, %3;\n mov.b64 {%1, %0}, wide;\n}" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+// 32 by 32 to 64 bits in one instruction, which the compiler does not always see.
+RODE_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
+  uint64_t y;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(y) : "r"(a), "r"(b));
+  return y;
 }
 
 // ---- Launch. The caller has set the device and loaded the kernel; returns a cudaError_t, 0 when queued.

@@ -30,12 +30,13 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   const auto mask_of = [&](int tile) {
     return shared_array<uint32_t>(mask_at + static_cast<unsigned>(tile % 2 * kMaskBytes), kMaskBytes / 4);
   };
-  const auto x_row = [&](int row) { return Row<T>{p.x + (m0 + row) * p.ld_x, m0 + row < p.M}; };
+  const auto x_row = [&](int row) { return Row<T>{p.x + offset(m0 + row, p.ld_x), m0 + row < p.M}; };
   const auto weight_row = [&](int row) {
     const int column = 8 * first_tile + row, router = column - 8 * p.expert_tiles;
-    return router < 0 ? Row<T>{p.A + column * p.ld_A, column < p.R} : Row<T>{p.router + router * p.ld_A, p.routed && router < p.N};
+    return router < 0 ? Row<T>{p.A + offset(column, p.ld_A), column < p.R}
+                      : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
   };
-  const auto key = [](int row) { return row % 8; };
+  const auto key = [](unsigned row) { return row % 8; };
   const auto issue = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     load_tile<kRows, kRowBytes>(x_tile(stage), x_row, key, k, p.K, p.copy_x);

@@ -17,6 +17,11 @@ inline constexpr bool is_wide = sizeof(T) == 4;
 template <class T>
 inline constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // values of a tile's row
 
+// Neither is negative.
+RODE_DEVICE int64_t offset(int row, int distance) {
+  return static_cast<int64_t>(wide_product(static_cast<uint32_t>(row), static_cast<uint32_t>(distance)));
+}
+
 // A row of a matrix in global memory; `inside` says whether it exists.
 template <class T>
 struct Row {
@@ -31,10 +36,15 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kThreads / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kThreads % kPerRow == 0, "so a thread's pieces all stand in the same columns");
-  const int row0 = thread_index() / kPerRow, byte = thread_index() % kPerRow * kCopy;
+  const unsigned thread = static_cast<unsigned>(thread_index());  // unsigned: divisions and remainders are then shifts and masks
+  const int row0 = static_cast<int>(thread / kPerRow), byte = static_cast<int>(thread % kPerRow * kCopy);
   const int column = k + byte / kSize, left = (columns - column) * kSize;
   const int wanted = left <= 0 ? 0 : left < kCopy ? left : kCopy;
-  const auto at = [&](int row) { return tile + (row * kRowBytes + (byte / kChunk ^ key(row)) * kChunk + byte % kChunk) / kSize; };
+  const unsigned chunk = thread % kPerRow * kCopy / kChunk, rest = thread % kPerRow * kCopy % kChunk;
+  const auto at = [&](int row) {
+    const unsigned r = static_cast<unsigned>(row);
+    return tile + static_cast<int>((r * kRowBytes + (chunk ^ key(r)) * kChunk + rest) / unsigned{kSize});
+  };
   if constexpr (kCopy < 4) {  // no asynchronous copy moves 2 bytes: some loads, then their stores, so that they overlap
     constexpr int kBatch = 4;
 #pragma unroll 1
@@ -75,8 +85,9 @@ RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int colu
 }
 
 template <class T>
-RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, int key, int chunk) {
-  return tile + (row * kRowBytes + (chunk ^ key) * kChunk) / static_cast<int>(sizeof(T));
+RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned key, int chunk) {
+  const unsigned place = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ key) * kChunk;
+  return tile + static_cast<int>(place / unsigned{sizeof(T)});
 }
 
 // ---- Fragments. An accumulator's four values stand at rows fragment_row(0, 0, 1, 1) of 16 and columns fragment_column(0..3) of 8.

@@ -220,11 +220,7 @@ template <class T>
 uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
-inline void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  const uint64_t wide = uint64_t{a} * b;
-  high = static_cast<uint32_t>(wide >> 32);
-  low = static_cast<uint32_t>(wide);
-}
+inline uint64_t wide_product(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (float_to_bits(x) + 0x1000) & ~0x1fffu : float_to_bits(x); }
 
 // ---- Tensor cores; fragments as in the PTX ISA manual, "Matrix multiply-accumulate operation using mma instruction"
