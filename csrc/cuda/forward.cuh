@@ -10,15 +10,15 @@
 // Where token tiles fill the device one kernel does all three (forward_fused); for few tokens, or many columns, forward_shrink
 // leaves partial sums of K in memory, and forward_expand adds them up in order and goes on. No atomics: the same bits on every run.
 //
-// Blocks of 128 threads that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB
-// of shared memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120). Registers allow 2 everywhere.
+// Blocks of 128 threads that a multiprocessor holds at once, at least, for any type, 4 experts, no dropout and no v to keep: where
+// it has 164 KiB of shared memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
 //   forward_fused 4 1: 3, 1
 //   forward_fused 8 2: 2, 1
 //   forward_shrink 16 5: 3, 3
 //   forward_shrink 64 5: 3, 1
 //   forward_shrink 64 16: 2, 1
 //   forward_expand 16: 4, 3
-//   forward_expand 64: 2, 2
+//   forward_expand 64: 3, 2
 // One block of forward_fused 4 1 alone keeps 39 KiB on their way: M = 8192 gives a multiprocessor of 132 no second one.
 #pragma once
 

@@ -34,7 +34,9 @@ def claims() -> dict[str, tuple[int, int]]:
 
 
 def shared_bytes(kind: str) -> dict[str, int]:
-    """What each kernel asks for, by running it."""
+    """What each kernel asks for, by running it; nothing where the emulator was not built."""
+    if not backends()["cuda-emulated"].available:
+        return {}
     dtype = {"bf16": torch.bfloat16, "f16": torch.half, "float": torch.float32}[kind]
     cases = {
         ("forward_fused 4 1",): (Plan(True, 64, 1, 1), (2, 4, 8, 16)),
@@ -59,18 +61,17 @@ def shared_bytes(kind: str) -> dict[str, int]:
             machine.plan = None
         for name, launch in zip(names, native.launches(), strict=True):
             assert name.startswith(launch["kernel"])
-            found[name] = launch["shared_bytes"]
+            found.setdefault(name, launch["shared_bytes"])  # forward_expand: the case in which it keeps no v
     assert set(found) == KERNELS
     return found
 
 
-def check(kind: str, arch: int, folder) -> None:
+def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
     report, kernels = compile_forward(kind, arch, folder)
     assert "warning" not in report
     assert set(kernels) == KERNELS | ({"cast_parameters"} if kind != "float" else set())
     claimed = claims()
     assert set(claimed) == KERNELS
-    shared = shared_bytes(kind) if backends()["cuda-emulated"].available else {}
     for name, kernel in kernels.items():
         where = f"{name} for {kind} on sm_{arch}"
         assert kernel.spills == 0, where
@@ -102,12 +103,13 @@ def check(kind: str, arch: int, folder) -> None:
 
 @pytest.mark.parametrize("kind", ["bf16", "float"])
 def test_code_for_one_architecture(kind, tmp_path):
-    check(kind, 80, tmp_path)
+    check(kind, 80, tmp_path, shared_bytes(kind))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_code_for_every_architecture(kind, tmp_path):
     assert cuobjdump(), "needs cuobjdump: on PATH, or in Triton's wheel"
+    shared = shared_bytes(kind)  # not in the threads: there is one emulator
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda arch: check(kind, arch, tmp_path), ARCHS))
+        list(pool.map(lambda arch: check(kind, arch, tmp_path, shared), ARCHS))
