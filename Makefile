@@ -7,7 +7,7 @@ DATA ?=
 MODEL ?=
 # One architecture, for a fast build; its PTX serves newer ones. `pip install .` builds for all.
 ARCHS ?= 80
-PYTEST = RODE_EMULATE=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+PYTEST = RODE_EMULATE=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
 .PHONY: demo test test-long test-full lint format clean

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from rode_kernels import cpu, cuda, cuda_emulated, reference
+from rode_kernels import cpu, cuda, cuda_emulated, reference, triton
 from rode_kernels.mixture import Mixture
 
 _BACKENDS: dict[
@@ -23,8 +23,11 @@ _BACKENDS: dict[
     "reference": (reference, ()),
     "cpu": (cpu, ("cpu",)),
     "cuda": (cuda, ("cuda",)),
+    "triton": (triton, triton.devices()),
     "cuda-emulated": (cuda_emulated, ("cpu",)),
 }
+
+_BEST = {"cpu": (cpu,), "cuda": (cuda, triton)}  # for each device, in order
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,8 @@ def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) ->
                 f"{origin}={name!r}: {why}; leave the choice of a backend open, or name 'reference'"
             )
         return module
-    module = {"cpu": cpu, "cuda": cuda}.get(x.device.type)
-    if module is None:
-        why = f"this build has no kernels for {x.device.type} tensors"
-    else:
+    why = f"this build has no kernels for {x.device.type} tensors"
+    for module in _BEST.get(x.device.type, ()):
         available, why = module.status()
         if available:
             why = _refusal(module, x, out_features, mixture)

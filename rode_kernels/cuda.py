@@ -39,7 +39,7 @@ _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
     """Why the kernels, on whatever device, cannot serve a call; empty where they can."""
     if x.dtype not in _DTYPES:
-        return f"the CUDA kernels take float32, float16 and bfloat16, got {x.dtype}"
+        return f"the GPU kernels take float32, float16 and bfloat16, got {x.dtype}"
     tokens, features = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     for name, value, least, most in (
         ("in_features", features, 1, MAX_FEATURES),
@@ -49,7 +49,7 @@ def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
         ("tokens", tokens, 0, MAX_TOKENS),
     ):
         if not least <= value <= most:
-            return f"the CUDA kernels take {name} from {least} to {most}, got {value}"
+            return f"the GPU kernels take {name} from {least} to {most}, got {value}"
     return ""
 
 

@@ -7,10 +7,10 @@ import zlib
 import pytest
 import torch
 
-from mixture_oracle import WITHOUT_FLOAT64
+from mixture_oracle import ON_GPUS
 from rode_kernels import backends, cuda_emulated
 
-CONFORMING = ("reference", "cpu", "cuda-emulated")
+CONFORMING = ("reference", "cpu", "cuda-emulated", "triton")
 
 
 @pytest.fixture(params=CONFORMING)
@@ -18,7 +18,7 @@ def backend(request, monkeypatch) -> str:
     status = backends()[request.param]
     if not status.available:
         pytest.skip(f"backend {request.param}: {status.reason}")
-    if request.param in WITHOUT_FLOAT64 and torch.float64 in request.node.callspec.params.values():
+    if request.param in ON_GPUS and torch.float64 in request.node.callspec.params.values():
         pytest.skip(f"backend {request.param} takes no float64")
     if request.param == "cuda-emulated":  # warps and blocks in another order for each test
         monkeypatch.setattr(cuda_emulated.machine, "seed", zlib.crc32(request.node.name.encode()))

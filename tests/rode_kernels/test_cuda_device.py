@@ -111,5 +111,5 @@ def test_the_device_is_that_of_the_tensors():
 
 def test_float64_goes_to_the_reference_with_a_warning():
     p = on_device(random_problem((5,), dtype=torch.float64))
-    with pytest.warns(RuntimeWarning, match="the CUDA kernels take float32"):
+    with pytest.warns(RuntimeWarning, match="the GPU kernels take float32"):
         run(p)

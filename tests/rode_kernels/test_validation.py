@@ -86,7 +86,7 @@ RECTIFIED = {
     "unknown backend": (
         dict(backend="mps"),
         ValueError,
-        "backend: expected one of reference, cpu, cuda, cuda-emulated, got 'mps'",
+        "backend: expected one of reference, cpu, cuda, triton, cuda-emulated, got 'mps'",
     ),
     "inplace without base": (dict(inplace=True, base=None), ValueError, "inplace=True: base is None"),
     "inplace on a leaf": (
@@ -142,7 +142,8 @@ def test_inplace_into_x_is_refused():
 def test_rode_backend_is_read(monkeypatch):
     monkeypatch.setenv("RODE_BACKEND", "tpu")
     with pytest.raises(
-        ValueError, match="RODE_BACKEND: expected one of reference, cpu, cuda, cuda-emulated, got 'tpu'"
+        ValueError,
+        match="RODE_BACKEND: expected one of reference, cpu, cuda, triton, cuda-emulated, got 'tpu'",
     ):
         call()
     monkeypatch.setenv("RODE_BACKEND", "reference")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rode_kernels import gated_mixture, rectified_mixture
 
-WITHOUT_FLOAT64 = ("cuda-emulated",)  # backends that refuse it
+ON_GPUS = ("cuda-emulated", "triton")  # what runs the code of GPU backends, which refuse float64
 
 
 @dataclass

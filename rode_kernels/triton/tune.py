@@ -1,0 +1,86 @@
+"""Which of a few configurations runs a kernel: the fastest measured, or by rule.
+
+What is varied changes no bit: warps, stages, tokens of a tile, columns of y at once. A winner is kept for a shape class (dtype,
+features, ranks, and the power of two that the number of tokens rounds up to), never for an exact number of tokens.
+RODE_TRITON_AUTOTUNE=off, the interpreter and a stream capture go by rule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable
+
+import torch
+import triton
+from torch import Tensor
+
+from rode_kernels.triton import interpreted
+
+# BLOCK_M, BLOCK_O, num_warps, num_stages
+CONFIGS = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+    (128, 64, 8, 3),
+    (32, 64, 8, 3),
+    (32, 64, 4, 4),
+    (16, 64, 4, 4),
+    (16, 128, 4, 3),
+)
+_winners: dict[Hashable, dict] = {}
+forced: dict | None = None  # by tests: a configuration for every kernel
+
+
+def _options(config: tuple[int, int, int, int]) -> dict:
+    return dict(zip(("BLOCK_M", "BLOCK_O", "num_warps", "num_stages"), config, strict=True))
+
+
+def candidates(tokens: int, element_size: int, total_rank: int) -> list[dict]:
+    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; and what does not fit the registers:
+    float32 in tiles of more than 32 tokens, and several passes over v (R > 64) in tiles of more than 32 by 4 warps."""
+    options = [_options(c) for c in CONFIGS]
+    fitting = [
+        o
+        for o in options
+        if o["BLOCK_M"] <= max(16, triton.next_power_of_2(tokens))
+        and not (element_size == 4 and o["BLOCK_M"] > 32)
+        and not (total_rank > 64 and o["BLOCK_M"] > 8 * o["num_warps"])
+    ]
+    return fitting
+
+
+def tuned(
+    kernel: str,
+    shape_class: Hashable,
+    tokens: int,
+    total_rank: int,
+    run: Callable[..., None],
+    y: Tensor,
+    *,
+    scratch: bool,
+) -> None:
+    """Runs `run(y, **configuration)` once, after trying configurations where none is known yet.
+
+    Args:
+        scratch: y is accumulated into, so that trials need a copy.
+    """
+    bucket = triton.next_power_of_2(max(tokens, 1))
+    options = candidates(bucket, y.element_size(), total_rank)
+    if forced is not None:
+        return run(y, **forced)
+    off = os.environ.get("RODE_TRITON_AUTOTUNE", "on") == "off"
+    if off or interpreted() or torch.cuda.is_current_stream_capturing():
+        return run(y, **options[0])
+    key = (kernel, shape_class, bucket, y.device)
+    if key not in _winners:
+        trial = y.clone() if scratch else y
+        times = []
+        for option in options:
+            times.append(
+                triton.testing.do_bench(
+                    lambda o=option: run(trial, **o), warmup=5, rep=20, return_mode="median"
+                )
+            )
+        _winners[key] = options[times.index(min(times))]
+    return run(y, **_winners[key])
