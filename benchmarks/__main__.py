@@ -1,20 +1,29 @@
-"""`python -m benchmarks traffic [--json FILE]`."""
+"""`python -m benchmarks traffic [--json FILE]`, `python -m benchmarks mixture --backend NAME [--rounds N] [--json FILE]`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import traffic
-
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("traffic", help="bytes that the CUDA kernels move, counted on the emulator")
-    one.add_argument("--json", metavar="FILE", help="also write the table there")
+    one = commands.add_parser("traffic", help="bytes that the GPU kernels move, counted")
+    two = commands.add_parser("mixture", help="time against plain PyTorch")
+    two.add_argument("--backend", required=True, choices=("cpu", "cuda", "triton"))
+    two.add_argument("--rounds", type=int, default=30)
+    for command in (one, two):
+        command.add_argument("--json", metavar="FILE", help="also write the table there")
     options = parser.parse_args(arguments)
-    traffic.main(options.json)
+    if options.command == "traffic":
+        from benchmarks import traffic
+
+        traffic.main(options.json)
+    else:
+        from benchmarks import mixture
+
+        mixture.main(options.backend, options.json, options.rounds)
 
 
 if __name__ == "__main__":

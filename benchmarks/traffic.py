@@ -2,20 +2,24 @@
 
 Two counts, kept apart. DRAM: each tensor's distinct bytes, once a launch. L2: all bytes that threads load or store. The emulator
 runs one and two tiles of 64 tokens at full width; every tile adds the same, so the counts of M tokens follow (`scaled`; a test
-compares). Operators of plain PyTorch are counted as if each read its inputs and wrote its results once, which flatters them: their
-products read tiles again too.
+compares). The Triton kernels' counts follow from the grids and blocks of their launches. Operators of plain PyTorch are counted
+as if each read its inputs and wrote its results once, which flatters them: their products read tiles again too.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import write_json
 from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.cuda_emulated import machine, native
@@ -184,6 +188,8 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     add(M, "the same, 10 % of 256-token runs open", sparse)
     for name, count in eager(M, K, O).items():
         add(M, name, count)
+    for M_, name, dram, l2, launches in triton_rows(K, O):
+        add(M_, name, Count(dram, l2, launches=launches))
     for few in (512, 16, 1):
         plan = plan_forward(few, K, O, sum(RANKS), len(RANKS), 2, MULTIPROCESSORS)
         add(
@@ -194,6 +200,31 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
         for name, count in eager(few, K, O).items():
             add(few, name, count)
     return rows
+
+
+def triton_rows(K: int, O: int) -> list[tuple[int, str, float, float, int]]:
+    """The Triton kernels' counts, from the grids and blocks of the launches that calls make."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    # In a process of its own: interpreted kernels, as tests have them, do not tell their signature.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = f"""
+import json, torch
+from benchmarks.triton_launches import record, traffic
+rows = []
+for M in (8192, 512, 16, 1):
+    launches = record(torch.bfloat16, tokens=M, K={K}, O={O}, ranks={RANKS}, multiprocessors={MULTIPROCESSORS})
+    backward = [l for l in launches if l.kernel.__name__ in ("through_y", "through_v", "weights", "add")]
+    forward = launches[: len(launches) - len(backward)]
+    rows.append((M, "Triton", *traffic(forward, 2), len(forward)))
+    if M == 8192:
+        rows.append((M, "Triton, backward", *traffic(backward, 2), len(backward)))
+print(json.dumps(rows))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    )
+    return json.loads(run.stdout)
 
 
 def text(rows: list[dict]) -> str:
@@ -226,7 +257,4 @@ def main(json_file: str | None) -> None:
     print("(x and base read, y written, the weights once). Counted on the emulator; nothing is timed.\n")
     print(text(rows))
     if json_file:
-        target = Path(json_file)
-        aside = target.with_name(target.name + ".part")
-        aside.write_text(json.dumps(rows, indent=2) + "\n")
-        aside.replace(target)
+        write_json(json_file, rows)

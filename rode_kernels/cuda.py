@@ -264,15 +264,21 @@ def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dro
 
 
 @lru_cache(maxsize=1)
-def _say_backward_is_slow() -> None:
+def _say_backward_is_slow(why: str) -> None:
     warnings.warn(
-        "rode_kernels: the CUDA backend has no backward kernels yet; gradients run on the slower 'reference' backend",
+        f"rode_kernels: the CUDA backend has no backward kernels yet, and 'triton', whose it takes, is not available: {why}; "
+        "gradients run on the slower 'reference' backend",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 def backward(*args):
-    """`reference.backward`, which says once that it is slower."""
-    _say_backward_is_slow()
+    """As `reference.backward`, by the Triton kernels where they can run, else by itself, which it says once."""
+    from rode_kernels import triton  # not above: it takes its limits from this module
+
+    available, why = triton.status()
+    if available:
+        return triton.backward(*args)
+    _say_backward_is_slow(why)
     return reference.backward(*args)

@@ -35,6 +35,15 @@ def test_the_bounds_hold(rows):
         assert row["dram_ratio"] <= 1.05
         assert row["l2_ratio"] <= 1.6
         assert row["sector_use"] >= 0.95
+    triton = rows.get((8192, "Triton"))
+    if triton is not None:  # installed
+        assert triton["launches"] == 1
+        assert triton["dram_ratio"] <= 1.05
+        assert triton["l2_ratio"] <= 1.6
+        backward = rows[8192, "Triton, backward"]
+        assert backward["launches"] == 4
+        assert backward["dram_ratio"] <= 1.25
+        assert backward["l2_ratio"] <= 2.2
     everything, sparse = (
         rows[8192, what] for what in ("one launch, base in place", "the same, 10 % of 256-token runs open")
     )

@@ -11,10 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from benchmarks.triton_launches import Launch, record
 
 TARGETS = {
     **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 89, 90, 100, 120)},
@@ -22,79 +23,6 @@ TARGETS = {
     "gfx1100": ("hip", "gfx1100", 32),
 }
 TYPES = {"bf16": torch.bfloat16, "f16": torch.half, "float": torch.float32}
-
-
-@dataclass
-class Launch:
-    """One launch that a call makes."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
-
-
-class Recorder:
-    """Stands in a kernel's place, and keeps what it would have been launched with."""
-
-    def __init__(self, kernel, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def record(*args, **kwargs) -> None:
-            names = [p.name for p in self.kernel.params]
-            options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
-            self.launches.append(
-                Launch(self.kernel, grid, {**dict(zip(names, args, strict=False)), **kwargs}, options)
-            )
-
-        return record
-
-
-def record(
-    dtype: torch.dtype,
-    *,
-    tokens: int,
-    K: int = 4096,
-    O: int = 4096,
-    ranks: tuple[int, ...] = (2, 4, 8, 16),
-    dropout_p: float = 0.0,
-    multiprocessors: int = 108,
-    inplace: bool = False,
-    amd: bool = False,
-    config: dict | None = None,
-) -> list[Launch]:
-    """The launches of one forward and one backward call, from tensors without memory."""
-    from rode_kernels.mixture import make_mixture
-    from rode_kernels.triton import backward_kernels, forward_kernels, launch, tune
-
-    launches: list[Launch] = []
-    kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
-    kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "weights", "add")]
-    before = [(module, name, getattr(module, name)) for module, name in kernels]
-    others = launch._multiprocessors, launch.amd, tune.forced
-    for module, name, kernel in before:
-        setattr(module, name, Recorder(kernel, launches))
-    launch._multiprocessors, launch.amd = lambda x: multiprocessors, lambda: amd
-    tune.forced = config or tune.candidates(tokens, dtype.itemsize, sum(ranks))[0]
-    try:
-        mixture = make_mixture(ranks, tuple(16.0 / r for r in ranks))
-        R, N = sum(ranks), len(ranks)
-
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
-
-        x, A, B, W, b = empty(tokens, K), empty(R, K), empty(O, R), empty(N, K), empty(N)
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
-        y, u, g = launch.forward(
-            x, A, B, W, b, None, empty(tokens, O), seed, mixture, dropout_p, False, inplace
-        )
-        launch.backward(y, None, x, u, g, A, B, W, seed, mixture, dropout_p, False, (True,) * 5 + (False,))
-    finally:
-        for module, name, kernel in before:
-            setattr(module, name, kernel)
-        launch._multiprocessors, launch.amd, tune.forced = others
-    return launches
 
 
 _POINTERS = {

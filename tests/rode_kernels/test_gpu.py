@@ -1,4 +1,4 @@
-"""The CUDA kernels on a device, `pytest -m gpu`: what only a device can show: its arithmetic, streams, graphs, several of them."""
+"""The GPU backends on a device, `pytest -m gpu`: what only a device can show: its arithmetic, streams, graphs, several of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from mixture_oracle import Problem, check, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.reference import dropout_keep
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not backends()["cuda"].available, reason=backends()["cuda"].reason),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request) -> str:
+    status = backends()[request.param]
+    if not status.available:
+        pytest.skip(status.reason)
+    return request.param
 
 
 def on_device(p: Problem, device: str = "cuda") -> Problem:
@@ -47,23 +52,23 @@ def run(p: Problem, x: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("dropout", [False, True])
-def test_values(dtype, shape, dropout):
+def test_values(backend, dtype, shape, dropout):
     p = on_device(random_problem(dtype=dtype, **shape))
     if dropout:
         M, K = p.x.numel() // p.x.shape[-1], p.x.shape[-1]
         keep = dropout_keep(torch.tensor([5], device="cuda"), 0.1, M, K)
         p = with_dropout(p, keep, 0.1, 5)
-    check(p, backend="cuda")
-    check(p, backend="cuda", inplace=True)
+    check(p, backend=backend)
+    check(p, backend=backend, inplace=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 16384])
-def test_runs_have_the_same_bits_and_never_wait_for_the_host(tokens):
+def test_runs_have_the_same_bits_and_never_wait_for_the_host(backend, tokens):
     p = on_device(random_problem((tokens,), K=512, O=512, dtype=torch.bfloat16))
-    first = run(p, dropout_p=0.1, seed=3)
+    first = run(p, backend=backend, dropout_p=0.1, seed=3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        others = [run(p, dropout_p=0.1, seed=3) for _ in range(10)]
+        others = [run(p, backend=backend, dropout_p=0.1, seed=3) for _ in range(10)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(first, other) for other in others)
@@ -71,39 +76,39 @@ def test_runs_have_the_same_bits_and_never_wait_for_the_host(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 20, 16384])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_captured_call_replays(tokens, inplace):
+def test_a_captured_call_replays(backend, tokens, inplace):
     p = on_device(random_problem((tokens,), K=256, O=256, dtype=torch.bfloat16))
     x = p.x.clone()
-    run(p, x)  # loads the kernels
+    run(p, x, backend=backend)  # loads the kernels
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = run(p, x, base=p.base * 1, inplace=inplace)
+        y = run(p, x, base=p.base * 1, inplace=inplace, backend=backend)
     for factor in (1.0, -2.0):
         x.copy_(p.x * factor)
         graph.replay()
-        assert torch.equal(y, run(p, p.x * factor))
+        assert torch.equal(y, run(p, p.x * factor, backend=backend))
 
 
-def test_the_current_stream_is_used():
+def test_the_current_stream_is_used(backend):
     p = on_device(random_problem((4096,), K=1024, O=1024, dtype=torch.bfloat16))
-    want, x = run(p), torch.zeros_like(p.x)
+    want, x = run(p, backend=backend), torch.zeros_like(p.x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream sees zeros
         x.copy_(p.x)
-        y = run(p, x)
+        y = run(p, x, backend=backend)
     stream.synchronize()
     assert torch.equal(y, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_the_device_is_that_of_the_tensors():
+def test_the_device_is_that_of_the_tensors(backend):
     p = random_problem((100,), K=256, O=256, dtype=torch.bfloat16)
-    want = run(on_device(p, "cuda:0"))
+    want = run(on_device(p, "cuda:0"), backend=backend)
     with torch.cuda.device(0):
-        got = run(on_device(p, "cuda:1"))
+        got = run(on_device(p, "cuda:1"), backend=backend)
         assert torch.cuda.current_device() == 0
     assert got.device == torch.device("cuda:1")
     assert torch.equal(got.cpu(), want.cpu())

@@ -1,0 +1,225 @@
+"""The Triton backend beyond the conformance suite: code for GPUs that are not here, launches, tuning, the interpreter.
+
+The suite itself runs on the interpreter (TRITON_INTERPRET=1, which `make test` sets). Compilation needs it off: another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+import torch
+
+from mixture_oracle import check, operation, random_problem
+from rode_kernels import backends, rectified_mixture
+from sass import ROOT, cuobjdump
+
+pytest.importorskip("triton")
+
+from rode_kernels.triton import interpreted, tune
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
+
+
+def compiled(program: list[str]) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
+    run = subprocess.run(
+        [sys.executable, *program], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def check_code(kind: str, targets: tuple[str, ...]) -> None:
+    reports = compiled(["tests/support/triton_code.py", kind, *targets])
+    kernels = defaultdict(set)
+    for report in reports:
+        where = f"{report['kernel']} ({report['case']}) for {kind} on {report['target']}: {report}"
+        kernels[report["target"]].add(report["kernel"])
+        assert report["spills"] == 0, where
+        assert report["shared"] <= (64 if report["target"].startswith("gfx") else 99) * 1024, where
+        assert report["registers"] <= (512 if report["target"] == "gfx942" else 256), where
+        if (
+            kind != "float"
+        ):  # every product of 16-bit values; float32 without tf32 has no matrix instruction on most of them
+            assert report["matrix"] >= report["narrow_dots"], where
+        else:
+            assert report["narrow_dots"] == 0, where
+    everything = {"fused", "shrink", "expand", "through_y", "through_v", "weights", "add"}
+    assert kernels == dict.fromkeys(targets, everything)
+
+
+needs_cuobjdump = pytest.mark.skipif(
+    cuobjdump() is None, reason="needs cuobjdump, as Triton's Linux wheel has it"
+)
+
+
+@needs_cuobjdump
+def test_code_for_an_nvidia_and_an_amd_gpu():
+    check_code("bf16", ("sm_90", "gfx942"))
+
+
+@needs_cuobjdump
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "f16", "float"])
+def test_code_for_every_gpu(kind):
+    check_code(kind, TARGETS)
+
+
+LAUNCHES = """
+import json, torch
+from benchmarks.triton_launches import record
+for M, ranks in ((8192, (2, 4, 8, 16)), (1, (2, 4, 8, 16)), (8192, (16,) * 16)):
+    print(json.dumps([l.kernel.__name__ for l in record(torch.bfloat16, tokens=M, ranks=ranks)]))
+"""
+
+
+def test_launches():
+    """Forward one where tiles of tokens fill the device, else two; backward three and the one that adds ranges."""
+    backward = ["through_y", "through_v", "weights", "add"]
+    full, few, wide = compiled(["-c", LAUNCHES])
+    assert full == ["fused", *backward]
+    assert few == wide == ["shrink", "expand", *backward]
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch):
+    """The interpreter's products are numpy's, which picks an order of summation by shape. Here k after k, as a GPU does."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        for k in range(a.data.shape[1]):
+            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k].astype(total.dtype)
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@interpreter
+@pytest.mark.usefixtures("sums_in_order")
+@pytest.mark.parametrize("tokens", [20, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.half], ids=str)
+def test_configurations_change_no_bit(monkeypatch, tokens, dtype):
+    p = random_problem((tokens,), K=200, O=150, dtype=dtype)
+    results = []
+    for config in tune.CONFIGS:
+        monkeypatch.setattr(tune, "forced", tune._options(config))
+        results.append(operation(p, backend="triton"))
+    for other in results[1:]:
+        assert torch.equal(other.y, results[0].y)
+        for name, grad in results[0].grads.items():
+            assert torch.equal(grad, other.grads[name]), name
+
+
+def test_configurations_are_few_and_pruned():
+    assert len(set(tune.CONFIGS)) == len(tune.CONFIGS) <= 12
+    for tokens in (1, 16, 64, 100000):
+        for element_size in (2, 4):
+            for total_rank in (30, 256):
+                options = tune.candidates(tokens, element_size, total_rank)
+                assert options, (tokens, element_size, total_rank)
+                assert all(o["BLOCK_M"] <= max(16, 2 * tokens) for o in options)
+                assert element_size == 2 or all(o["BLOCK_M"] <= 32 for o in options)
+
+
+class FakeDevice:
+    """Counts trials, and finds the third configuration fastest."""
+
+    def __init__(self, monkeypatch):
+        self.trials, self.ran = 0, []
+        monkeypatch.setattr(tune, "interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(tune, "_winners", {})
+        monkeypatch.delenv("RODE_TRITON_AUTOTUNE", raising=False)
+        monkeypatch.setattr(tune.triton.testing, "do_bench", self.bench)
+
+    def bench(self, call, **_):
+        self.trials += 1
+        call()
+        return 1.0 if self.trials == 3 else 2.0
+
+    def call(self, tokens: int, y: torch.Tensor, scratch: bool = False) -> dict:
+        def run(to: torch.Tensor, **options) -> None:
+            to += 1.0
+            self.ran.append(options)
+
+        tune.tuned("fused", ("a shape",), tokens, 30, run, y, scratch=scratch)
+        return self.ran[-1]
+
+
+def test_the_fastest_is_kept_for_a_shape_class_and_not_for_a_number_of_tokens(monkeypatch):
+    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
+    options = tune.candidates(128, 2, 30)
+    assert device.call(100, y) == options[2]
+    assert device.trials == len(options)
+    assert device.call(128, y) == device.call(65, y) == options[2]
+    assert device.trials == len(options)
+    device.call(129, y)
+    assert device.trials > len(options)
+
+
+def test_trials_do_not_add_to_base_in_place(monkeypatch):
+    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
+    device.call(100, y, scratch=True)
+    assert (y == 1.0).all()
+
+
+def test_tuning_can_be_switched_off(monkeypatch):
+    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
+    monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "off")
+    assert device.call(100, y) == tune.candidates(128, 2, 30)[0]
+    monkeypatch.delenv("RODE_TRITON_AUTOTUNE")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    device.call(100, y)
+    assert device.trials == 0
+
+
+@interpreter
+@pytest.mark.usefixtures("sums_in_order")
+def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
+    """INTERPRETED is read in one place, and where the interpreter multiplies rightly (float16) it changes no bit."""
+    from rode_kernels.triton import launch
+
+    sources = "\n".join(path.read_text() for path in sorted((ROOT / "rode_kernels/triton").glob("*.py")))
+    assert re.findall(r"^.*if .*INTERPRETED.*$", sources, re.MULTILINE) == ["    if INTERPRETED:"]
+    p = random_problem((70,), K=100, O=80, dtype=torch.half)
+    with_casts = operation(p, backend="triton")
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    without = operation(p, backend="triton")
+    assert torch.equal(with_casts.y, without.y)
+    for name, grad in with_casts.grads.items():
+        assert torch.equal(grad, without.grads[name]), name
+
+
+@interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.half, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+def test_wide_sweep(dtype, router):
+    for K in (15, 16, 63, 64, 65, 130, 257):
+        for M in (1, 16, 17, 64, 130):
+            for ranks in ((1,), (2, 4, 8, 16), (33, 31, 5), (7,) * 20):
+                p = random_problem(
+                    (M,), K=K, O=K % 50 + 30, ranks=ranks, dtype=dtype, router=router, seed=K + M
+                )
+                check(p, backend="triton", inplace=bool(M % 2))
+
+
+@interpreter
+def test_it_agrees_with_the_cuda_kernels():
+    if not backends()["cuda-emulated"].available:
+        pytest.skip("needs the emulator")
+    p = random_problem((80,), K=128, O=96, dtype=torch.bfloat16)
+    args = (p.x, p.A, p.B, p.router_weight, p.router_bias)
+    kwargs = dict(ranks=p.ranks, scaling=p.scaling, base=p.base, dropout_p=0.3, seed=11)
+    mine, other = (rectified_mixture(*args, **kwargs, backend=name) for name in ("triton", "cuda-emulated"))
+    scale = other.abs().max()
+    assert (mine.float() - other.float()).abs().max() <= 2**-7 * scale
