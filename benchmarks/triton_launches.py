@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rode_kernels.mixture import make_mixture
-from rode_kernels.triton import backward_kernels, forward_kernels, launch, tune
+from rode_kernels.triton import backward_kernels, forward_kernels, launch
 
 
 @dataclass
@@ -41,6 +41,10 @@ class Recorder:
         return record
 
 
+def _by_rule(kernel, shape_class, tokens, options, run, y, *, scratch=False) -> None:
+    run(y, **options[0])
+
+
 def record(
     dtype: torch.dtype,
     *,
@@ -52,18 +56,17 @@ def record(
     multiprocessors: int = 108,
     inplace: bool = False,
     amd: bool = False,
-    config: dict | None = None,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
     kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "weights", "add")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
-    others = launch._multiprocessors, launch.amd, tune.forced
+    others = launch._multiprocessors, launch.amd, launch.tuned
     for module, name, kernel in before:
         setattr(module, name, Recorder(kernel, launches))
     launch._multiprocessors, launch.amd = lambda x: multiprocessors, lambda: amd
-    tune.forced = config or tune.candidates(tokens, dtype.itemsize, sum(ranks))[0]
+    launch.tuned = _by_rule
     try:
         mixture = make_mixture(ranks, tuple(16.0 / r for r in ranks))
         R, N = sum(ranks), len(ranks)
@@ -80,7 +83,7 @@ def record(
     finally:
         for module, name, kernel in before:
             setattr(module, name, kernel)
-        launch._multiprocessors, launch.amd, tune.forced = others
+        launch._multiprocessors, launch.amd, launch.tuned = others
     return launches
 
 

@@ -44,6 +44,7 @@ def keep(seed, threshold, row, first, K, BLOCK_K: tl.constexpr, ALIGNED: tl.cons
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """total + a b, summed in float32. The interpreter multiplies bfloat16 as 16-bit integers, so there operands are float32."""
+    tl.static_assert(a.shape[1] >= 16)  # the interpreter multiplies less, no GPU does
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

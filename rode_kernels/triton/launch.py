@@ -12,7 +12,7 @@ from rode_kernels.cuda import _tf32, _with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import plan_forward
 from rode_kernels.triton import backward_kernels, forward_kernels, interpreted
-from rode_kernels.triton.tune import tuned
+from rode_kernels.triton.tune import of_backward, of_forward, tuned
 
 INTERPRETED_MULTIPROCESSORS = 2  # as few as let small problems fill the device
 ADD_BLOCK = 1024
@@ -110,7 +110,10 @@ def forward(
     if M > 0:
         A, W, B = _like(x, A, router_weight, B)
         bias = None if router_bias is None else router_bias.float().contiguous()
-        plan = plan_forward(M, K, O, R, N if routed else 0, x.element_size(), _multiprocessors(x))
+        # parts of K decide the bits: for the shape class, not for the very number of tokens
+        plan = plan_forward(
+            triton.next_power_of_2(M), K, O, R, N if routed else 0, x.element_size(), _multiprocessors(x)
+        )
         size, static = blocks(R, N, x.element_size()), _static(x, mixture, dropout_p)
         threshold, dropout = _dropout(x, dropout_p)
         ends = dict(
@@ -123,9 +126,10 @@ def forward(
         )
         strides = (base.stride(0) if base is not None else 0, y.stride(0))
         shape_class = (x.dtype, K, O, mixture.ranks, routed, inplace)
+        options = of_forward(triton.next_power_of_2(M), x.element_size(), R)
         if plan.fused and size.r >= R:
 
-            def run(to: Tensor, BLOCK_M: int, BLOCK_O: int, **options) -> None:
+            def run(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
                 forward_kernels.fused[(_divide_up(M, BLOCK_M),)](
                     *(
                         x,
@@ -145,11 +149,11 @@ def forward(
                         x.stride(0),
                         *strides,
                     ),
-                    **{**static, **ends, **dropout, **options},
+                    **{**static, **ends, **dropout, **chosen},
                     **dict(BLOCK_M=BLOCK_M, BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k, BLOCK_O=BLOCK_O),
                 )
 
-            tuned("fused", shape_class, M, R, run, y, scratch=inplace)
+            tuned("fused", shape_class, M, options, run, y, scratch=inplace)
         else:
             share = _divide_up(_divide_up(K, size.k), plan.splits) * size.k
             parts, width = _divide_up(K, share), R + (N if routed else 0)
@@ -160,23 +164,23 @@ def forward(
             )
             A_blocks, W_blocks = _divide_up(R, size.r), _divide_up(N, size.r) if routed else 0
 
-            def first(_: Tensor, BLOCK_M: int, BLOCK_O: int, **options) -> None:
+            def first(_: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
                 forward_kernels.shrink[(A_blocks + W_blocks, _divide_up(M, BLOCK_M), parts)](
                     *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), share),
-                    **{**static, **dropout, **options},
+                    **{**static, **dropout, **chosen},
                     **dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_M=BLOCK_M, BLOCK_R=size.r, BLOCK_K=size.k),
                 )
 
-            def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **options) -> None:
+            def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
                 out_share = _divide_up(_divide_up(O, parts_of_O), BLOCK_O) * BLOCK_O
                 forward_kernels.expand[(_divide_up(M, BLOCK_M), _divide_up(O, out_share))](
                     *(partial, B, bias, g, to if inplace else base, to, u, M, O, parts, out_share, *strides),
-                    **{**static, **ends, **options},
+                    **{**static, **ends, **chosen},
                     **dict(WIDTH=width, BLOCK_M=BLOCK_M, BLOCK_R=size.r, BLOCK_O=BLOCK_O),
                 )
 
-            tuned("shrink", shape_class, M, R, first, y, scratch=False)
-            tuned("expand", shape_class, M, R, second, y, scratch=inplace)
+            tuned("shrink", shape_class, M, options, first, y)
+            tuned("expand", shape_class, M, options, second, y, scratch=inplace)
     if into is not None and into is not base:  # its columns were not neighbours
         into.copy_(y)
         y = into
@@ -220,7 +224,7 @@ def backward(
     )
     threshold, dropout = _dropout(x, dropout_p)
     routed, multiprocessors = W is not None, _multiprocessors(x)
-    options = dict(num_warps=8, num_stages=2)
+    shape_class = (x.dtype, K, O, mixture.ranks, routed, needs, dense)
     R_blocks, o_blocks, k_blocks = _divide_up(R, size.r), _divide_up(O, size.o), _divide_up(K, size.o)
 
     # What ranges of tokens add up to: dB, dA, dWr, dbr, each from a multiple of ADD_BLOCK on.
@@ -243,18 +247,22 @@ def backward(
     need_v = need_x or need_weights or need_gates
     t = x.new_empty(o_blocks, M, R, dtype=torch.float32) if dy is not None and need_v else None
     if dy is not None and (need_v or need_B):
-        backward_kernels.through_y[(o_blocks, R_blocks, count)](
-            *(dy, B, u, g, t, ranges, M, O, dy.stride(0), dy.stride(1), share, at),
-            **{**static, **columns, **options},
-            **dict(
-                NEED_T=t is not None,
-                NEED_B=need_B,
-                DENSE=dense,
-                BLOCK_M=size.tokens,
-                BLOCK_R=size.r,
-                BLOCK_O=size.o,
-            ),
-        )
+
+        def through_y(_: Tensor, **chosen) -> None:
+            backward_kernels.through_y[(o_blocks, R_blocks, count)](
+                *(dy, B, u, g, t, ranges, M, O, dy.stride(0), dy.stride(1), share, at),
+                **{**static, **columns, **chosen},
+                **dict(
+                    NEED_T=t is not None,
+                    NEED_B=need_B,
+                    DENSE=dense,
+                    BLOCK_M=size.tokens,
+                    BLOCK_R=size.r,
+                    BLOCK_O=size.o,
+                ),
+            )
+
+        tuned("through_y", shape_class, M, of_backward(num_warps=8, num_stages=2), through_y, x)
     elif need_B:
         ranges[:, : O * R] = 0.0
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
@@ -264,43 +272,58 @@ def backward(
         rows = 16 if M <= 16 or size.r < R else 32 if x.element_size() == 4 else 64
         parts = min(_divide_up(K, size.k), max(1, multiprocessors // _divide_up(M, rows))) if need_x else 1
         part = _divide_up(_divide_up(K, size.k), parts) * size.k
-        backward_kernels.through_v[(_divide_up(M, rows), _divide_up(K, part) if need_x else 1)](
-            *(
-                t,
-                u,
-                g,
-                None if dgates is None else dgates.contiguous(),
-                A,
-                W,
-                dx,
-                du,
-                dh,
-                seed,
-                threshold,
-                M,
-                K,
-                o_blocks,
-                part,
-            ),
-            **{**static, **columns, **dropout, **options, "num_warps": 4 if rows == 16 and not amd() else 8},
-            **dict(
-                ROUTED=routed,
-                HAS_DY=dy is not None,
-                HAS_DGATES=dgates is not None,
-                NEED_X=need_x,
-                DENSE=dense,
-            ),
-            **dict(BLOCK_M=rows, BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k),
+
+        def through_v(_: Tensor, **chosen) -> None:
+            backward_kernels.through_v[(_divide_up(M, rows), _divide_up(K, part) if need_x else 1)](
+                *(
+                    t,
+                    u,
+                    g,
+                    None if dgates is None else dgates.contiguous(),
+                    A,
+                    W,
+                    dx,
+                    du,
+                    dh,
+                    seed,
+                    threshold,
+                    M,
+                    K,
+                    o_blocks,
+                    part,
+                ),
+                **{**static, **columns, **dropout, **chosen},
+                **dict(
+                    ROUTED=routed,
+                    HAS_DY=dy is not None,
+                    HAS_DGATES=dgates is not None,
+                    NEED_X=need_x,
+                    DENSE=dense,
+                ),
+                **dict(BLOCK_M=rows, BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k),
+            )
+
+        tuned(
+            "through_v",
+            shape_class,
+            M,
+            of_backward(num_warps=4 if rows == 16 and not amd() else 8, num_stages=2),
+            through_v,
+            x,
         )
     if need_weights:
         router_blocks = _divide_up(N, size.r) if need_router or need_bias else 0
         A_blocks = R_blocks if need_A else 0
-        backward_kernels.weights[(k_blocks, A_blocks + router_blocks, count)](
-            *(x, du, dh, ranges, seed, threshold, M, K, x.stride(0), share, at, at_A, at_W, at_b),
-            **{**static, **dropout, **options},
-            **dict(NEED_A=need_A, NEED_W=need_router, NEED_b=need_bias, A_BLOCKS=A_blocks),
-            **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_K=size.o),
-        )
+
+        def weights(_: Tensor, **chosen) -> None:
+            backward_kernels.weights[(k_blocks, A_blocks + router_blocks, count)](
+                *(x, du, dh, ranges, seed, threshold, M, K, x.stride(0), share, at, at_A, at_W, at_b),
+                **{**static, **dropout, **chosen},
+                **dict(NEED_A=need_A, NEED_W=need_router, NEED_b=need_bias, A_BLOCKS=A_blocks),
+                **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_K=size.o),
+            )
+
+        tuned("weights", shape_class, M, of_backward(num_warps=8, num_stages=2), weights, x)
 
     def summed(wanted: bool, dtype: torch.dtype | None, first: int, end: int) -> Tensor | None:
         return x.new_empty(end - first, dtype=dtype) if wanted else None

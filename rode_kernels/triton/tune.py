@@ -36,43 +36,47 @@ def _options(config: tuple[int, int, int, int]) -> dict:
     return dict(zip(("BLOCK_M", "BLOCK_O", "num_warps", "num_stages"), config, strict=True))
 
 
-def candidates(tokens: int, element_size: int, total_rank: int) -> list[dict]:
+def of_forward(tokens: int, element_size: int, total_rank: int) -> list[dict]:
     """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; and what does not fit the registers:
     float32 in tiles of more than 32 tokens, and several passes over v (R > 64) in tiles of more than 32 by 4 warps."""
-    options = [_options(c) for c in CONFIGS]
-    fitting = [
+    return [
         o
-        for o in options
+        for o in map(_options, CONFIGS)
         if o["BLOCK_M"] <= max(16, triton.next_power_of_2(tokens))
         and not (element_size == 4 and o["BLOCK_M"] > 32)
         and not (total_rank > 64 and o["BLOCK_M"] > 8 * o["num_warps"])
     ]
-    return fitting
+
+
+def of_backward(**rule: int) -> list[dict]:
+    """Backward's blocks decide its bits; warps and stages do not. By rule first."""
+    others = [dict(num_warps=w, num_stages=n) for w, n in ((8, 2), (4, 2), (8, 3), (4, 3))]
+    return [rule, *(o for o in others if o != rule)]
 
 
 def tuned(
     kernel: str,
     shape_class: Hashable,
     tokens: int,
-    total_rank: int,
+    options: list[dict],
     run: Callable[..., None],
     y: Tensor,
     *,
-    scratch: bool,
+    scratch: bool = False,
 ) -> None:
     """Runs `run(y, **configuration)` once, after trying configurations where none is known yet.
 
     Args:
+        options: configurations, the one by rule first.
+        y: what the kernel writes, or any tensor on its device.
         scratch: y is accumulated into, so that trials need a copy.
     """
-    bucket = triton.next_power_of_2(max(tokens, 1))
-    options = candidates(bucket, y.element_size(), total_rank)
     if forced is not None:
-        return run(y, **forced)
+        return run(y, **{name: forced[name] for name in options[0]})
     off = os.environ.get("RODE_TRITON_AUTOTUNE", "on") == "off"
     if off or interpreted() or torch.cuda.is_current_stream_capturing():
         return run(y, **options[0])
-    key = (kernel, shape_class, bucket, y.device)
+    key = (kernel, shape_class, triton.next_power_of_2(max(tokens, 1)), y.device)
     if key not in _winners:
         trial = y.clone() if scratch else y
         times = []

@@ -124,7 +124,7 @@ def test_configurations_are_few_and_pruned():
     for tokens in (1, 16, 64, 100000):
         for element_size in (2, 4):
             for total_rank in (30, 256):
-                options = tune.candidates(tokens, element_size, total_rank)
+                options = tune.of_forward(tokens, element_size, total_rank)
                 assert options, (tokens, element_size, total_rank)
                 assert all(o["BLOCK_M"] <= max(16, 2 * tokens) for o in options)
                 assert element_size == 2 or all(o["BLOCK_M"] <= 32 for o in options)
@@ -151,13 +151,14 @@ class FakeDevice:
             to += 1.0
             self.ran.append(options)
 
-        tune.tuned("fused", ("a shape",), tokens, 30, run, y, scratch=scratch)
+        options = tune.of_forward(1 << (tokens - 1).bit_length(), 2, 30)
+        tune.tuned("fused", ("a shape",), tokens, options, run, y, scratch=scratch)
         return self.ran[-1]
 
 
 def test_the_fastest_is_kept_for_a_shape_class_and_not_for_a_number_of_tokens(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-    options = tune.candidates(128, 2, 30)
+    options = tune.of_forward(128, 2, 30)
     assert device.call(100, y) == options[2]
     assert device.trials == len(options)
     assert device.call(128, y) == device.call(65, y) == options[2]
@@ -175,7 +176,7 @@ def test_trials_do_not_add_to_base_in_place(monkeypatch):
 def test_tuning_can_be_switched_off(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
     monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "off")
-    assert device.call(100, y) == tune.candidates(128, 2, 30)[0]
+    assert device.call(100, y) == tune.of_forward(128, 2, 30)[0]
     monkeypatch.delenv("RODE_TRITON_AUTOTUNE")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     device.call(100, y)
