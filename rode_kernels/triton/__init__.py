@@ -40,15 +40,17 @@ def devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if interpreted() else ("cuda",)
 
 
-def forward(*args):
+def forward(x, *args):
     """As `reference.forward`."""
     from rode_kernels.triton import launch
 
-    return launch.forward(*args)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return launch.forward(x, *args)
 
 
-def backward(*args):
+def backward(dy, dgates, x, *args):
     """As `reference.backward`."""
     from rode_kernels.triton import launch
 
-    return launch.backward(*args)
+    with torch.cuda.device_of(x):
+        return launch.backward(dy, dgates, x, *args)
