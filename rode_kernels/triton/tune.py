@@ -37,9 +37,9 @@ def _options(config: tuple[int, int, int, int]) -> dict:
 
 
 def of_forward(tokens: int, element_size: int, total_rank: int) -> list[dict]:
-    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles of 16 where there are thousands (a grid
-    has 65535 rows at most); and what does not fit the registers: float32 in tiles of more than 32 tokens, and several passes over v
-    (R > 64) in tiles of more than 32 by 4 warps."""
+    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles of 16 where there are thousands (a
+    grid has 65535 rows at most); and what does not fit the registers: float32 in tiles of more than 32 tokens, and several passes
+    over v (R > 64) in tiles of more than 32 by 4 warps."""
     return [
         o
         for o in map(_options, CONFIGS)
