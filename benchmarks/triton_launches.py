@@ -55,6 +55,9 @@ def record(
     dropout_p: float = 0.0,
     multiprocessors: int = 108,
     inplace: bool = False,
+    gated: bool = False,
+    frozen: bool = False,
+    without_dy: bool = False,
     amd: bool = False,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory."""
@@ -74,12 +77,17 @@ def record(
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device="meta")
 
-        x, A, B, W, b = empty(tokens, K), empty(R, K), empty(O, R), empty(N, K), empty(N)
+        x, A, B, base = empty(tokens, K), empty(R, K), empty(O, R), empty(tokens, O)
+        # with given gates also their gradient where they are closed, with a router also that of returned gates
+        W, b = (None, None) if gated else (empty(N, K), empty(N))
+        gates = torch.empty(tokens, N, device="meta") if gated else None
         seed = torch.empty(1, dtype=torch.int64, device="meta")
-        y, u, g = launch.forward(
-            x, A, B, W, b, None, empty(tokens, O), seed, mixture, dropout_p, False, inplace
-        )
-        launch.backward(y, None, x, u, g, A, B, W, seed, mixture, dropout_p, False, (True,) * 5 + (False,))
+        static = (seed, mixture, dropout_p, gated)
+        y, u, g = launch.forward(x, A, B, W, b, gates, base, *static, inplace)
+        needs = (True, True, True, not gated, not gated, gated)
+        if frozen:  # all but A
+            needs = (False, True, False, False, False, False)
+        launch.backward(None if without_dy else y, None if gated else g, x, u, g, A, B, W, *static, needs)
     finally:
         for module, name, kernel in before:
             setattr(module, name, kernel)

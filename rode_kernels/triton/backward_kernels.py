@@ -100,16 +100,18 @@ def through_v(
         for k0 in range(first, last, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            if narrow:
-                total = product(d, load_tile(A, column, R, K, k, K, 1), total, PRECISION, INTERPRETED)
-            elif HAS_DY:
-                for first_column in range(0, R, BLOCK_R):
-                    c = first_column + tl.arange(0, BLOCK_R)
-                    of, by = experts_of(c, OFFSETS, SCALING, N)
-                    _, wide, _ = _du(
-                        parts_of_t, g, row, c, of, by, M, o_blocks, N, R, DENSE, du.dtype.element_ty
-                    )
-                    total = product(wide, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
+            if HAS_DY:
+                if narrow:
+                    c = tl.arange(0, BLOCK_R)
+                    total = product(d, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
+                else:
+                    for first_column in range(0, R, BLOCK_R):
+                        c = first_column + tl.arange(0, BLOCK_R)
+                        of, by = experts_of(c, OFFSETS, SCALING, N)
+                        _, wide, _ = _du(
+                            parts_of_t, g, row, c, of, by, M, o_blocks, N, R, DENSE, du.dtype.element_ty
+                        )
+                        total = product(wide, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
             if DROPOUT:
                 total = tl.where(keep(key, threshold, row, k0, K, BLOCK_K, ALIGNED), total, 0.0)
             if ROUTED:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        if (
+            parameter.is_constexpr or value is None or (type(value) is int and value == 1)
+        ):  # as a launch specialises
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
@@ -90,14 +93,26 @@ def _cubin(cubin: bytes) -> dict[str, int]:
         text = subprocess.run(
             [cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
         )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr).groups()
-    return {"registers": int(registers), "spills": int(stack)}
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout + text.stderr).groups()
+        spills = 0
+        if int(stack):  # a stack that no instruction touches is none
+            path = {"PATH": f"{Path(cuobjdump()).parent}:/usr/bin:/bin"}
+            sass = subprocess.run(
+                [cuobjdump(), "-sass", file.name], env=path, check=True, capture_output=True, text=True
+            )
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", sass.stdout))
+    return {"registers": int(registers), "spills": spills}
 
 
 CALLS = {
     "8192": dict(tokens=8192),
     "dropout": dict(tokens=8192, dropout_p=0.05),
-    "16": dict(tokens=16),
+    "16": dict(tokens=16, inplace=True),
+    "gated": dict(tokens=8192, gated=True),
+    "frozen": dict(tokens=8192, frozen=True),
+    "gates alone": dict(tokens=8192, without_dy=True),
+    "1": dict(tokens=1),  # what is 1 becomes a constant
+    "ones": dict(tokens=1, K=1, O=1),
     "wide": dict(tokens=512, ranks=(16,) * 16),
 }
 
