@@ -75,8 +75,10 @@ def tuned(
     """
     if forced is not None:
         return run(y, **{name: forced[name] for name in options[0]})
-    off = os.environ.get("RODE_TRITON_AUTOTUNE", "on") == "off"
-    if off or interpreted() or torch.cuda.is_current_stream_capturing():
+    autotune = os.environ.get("RODE_TRITON_AUTOTUNE", "on")
+    if autotune not in ("on", "off"):
+        raise ValueError(f"RODE_TRITON_AUTOTUNE: expected on or off, got {autotune!r}")
+    if autotune == "off" or interpreted() or torch.cuda.is_current_stream_capturing():
         return run(y, **options[0])
     key = (kernel, shape_class, triton.next_power_of_2(max(tokens, 1)), y.device)
     if key not in _winners:

@@ -178,6 +178,9 @@ def test_tuning_can_be_switched_off(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
     monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "off")
     assert device.call(100, y) == tune.of_forward(128, 2, 30)[0]
+    monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "no")
+    with pytest.raises(ValueError, match="RODE_TRITON_AUTOTUNE: expected on or off, got 'no'"):
+        device.call(100, y)
     monkeypatch.delenv("RODE_TRITON_AUTOTUNE")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     device.call(100, y)
