@@ -58,7 +58,7 @@ def _multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def _static(x: Tensor, mixture: Mixture, dropout_p: float) -> dict:
+def _static(x: Tensor, mixture: Mixture) -> dict:
     """Constants of every kernel."""
     return dict(
         N=mixture.num_experts,
@@ -114,7 +114,7 @@ def forward(
         plan = plan_forward(
             triton.next_power_of_2(M), K, O, R, N if routed else 0, x.element_size(), _multiprocessors(x)
         )
-        size, static = blocks(R, N, x.element_size()), _static(x, mixture, dropout_p)
+        size, static = blocks(R, N, x.element_size()), _static(x, mixture)
         threshold, dropout = _dropout(x, dropout_p)
         ends = dict(
             **_columns(mixture, dropout_p),
@@ -219,7 +219,7 @@ def backward(
     A, W, B = _like(x, A, router_weight, B)
     size, static, columns = (
         blocks(R, N, x.element_size()),
-        _static(x, mixture, dropout_p),
+        _static(x, mixture),
         _columns(mixture, dropout_p),
     )
     threshold, dropout = _dropout(x, dropout_p)
