@@ -13,17 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from rode_kernels import reference
+from rode_kernels import reference, triton
+from rode_kernels.gpu import beyond_kernels, tf32_allowed, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
-from rode_kernels.plan import (
-    MAX_EXPERTS,
-    MAX_FEATURES,
-    MAX_RANK,
-    MAX_TOKENS,
-    Plan,
-    column_tiles,
-    plan_forward,
-)
+from rode_kernels.plan import Plan, column_tiles, plan_forward
 
 try:
     import rode_kernels._cuda as _native
@@ -36,23 +29,6 @@ else:
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
-def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
-    """Why the kernels, on whatever device, cannot serve a call; empty where they can."""
-    if x.dtype not in _DTYPES:
-        return f"the GPU kernels take float32, float16 and bfloat16, got {x.dtype}"
-    tokens, features = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    for name, value, least, most in (
-        ("in_features", features, 1, MAX_FEATURES),
-        ("out_features", out_features, 1, MAX_FEATURES),
-        ("sum(ranks)", mixture.total_rank, 1, MAX_RANK),
-        ("len(ranks)", mixture.num_experts, 1, MAX_EXPERTS),
-        ("tokens", tokens, 0, MAX_TOKENS),
-    ):
-        if not least <= value <= most:
-            return f"the GPU kernels take {name} from {least} to {most}, got {value}"
-    return ""
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -63,16 +39,6 @@ def _rows(t: Tensor | None) -> tuple[int, int]:
         return (0, 0)
     only = -(-t.shape[1] // 8) * 8  # one row has no distance to another: one that allows wide copies
     return (t.data_ptr(), t.stride(0) if t.shape[0] > 1 else only)
-
-
-def _with_neighbouring_columns(t: Tensor) -> Tensor:
-    """As the kernels take a matrix: columns 1 apart, rows at most 2^31 - 1."""
-    return t if (t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31 else t.contiguous()
-
-
-def _tf32() -> bool:
-    """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision` and newer forms; off by default."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class Kernels:
@@ -107,9 +73,9 @@ class Kernels:
         """As `reference.forward`, by the kernels that `plan` names. Everything that they write is allocated here."""
         (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
         plan.check(R, N if router_weight is not None else 0, x.element_size())
-        x = _with_neighbouring_columns(x)
+        x = with_neighbouring_columns(x)
         into = base if inplace else None
-        base = None if base is None else _with_neighbouring_columns(base)
+        base = None if base is None else with_neighbouring_columns(base)
         y = base if inplace else self.empty(M, O, like=x)
         u = self.empty(M, R, like=x, dtype=torch.float32)
         routed = router_weight is not None
@@ -147,7 +113,7 @@ class Kernels:
                 g=_address(g) if routed else 0,
                 partial=_address(partial),
                 seed=_address(seed),
-                fast=_tf32(),
+                fast=tf32_allowed(),
                 fused=plan.fused,
                 rows=plan.rows,
                 splits=plan.splits,
@@ -275,8 +241,6 @@ def _say_backward_is_slow(why: str) -> None:
 
 def backward(*args):
     """As `reference.backward`, by the Triton kernels where they can run, else by itself, which it says once."""
-    from rode_kernels import triton  # not above: it takes its limits from this module
-
     available, why = triton.status()
     if available:
         return triton.backward(*args)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rode_kernels import reference
-from rode_kernels.cuda import Kernels, beyond_kernels
+from rode_kernels.cuda import Kernels
+from rode_kernels.gpu import beyond_kernels
 from rode_kernels.plan import Plan, plan_forward
 
 try:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from rode_kernels.cuda import beyond_kernels
+from rode_kernels.gpu import beyond_kernels
 
 refuses = beyond_kernels
 

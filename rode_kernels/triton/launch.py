@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.cuda import _tf32, _with_neighbouring_columns
+from rode_kernels.gpu import tf32_allowed, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import plan_forward
 from rode_kernels.triton import backward_kernels, forward_kernels, interpreted
@@ -63,7 +63,7 @@ def _static(x: Tensor, mixture: Mixture) -> dict:
     return dict(
         N=mixture.num_experts,
         R=mixture.total_rank,
-        PRECISION="tf32" if x.dtype == torch.float32 and _tf32() else "ieee",
+        PRECISION="tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee",
         INTERPRETED=interpreted(),
     )
 
@@ -101,8 +101,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`; tiles of tokens with nothing open are skipped."""
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
-    x, into = _with_neighbouring_columns(x), base if inplace else None
-    base = None if base is None else _with_neighbouring_columns(base)
+    x, into = with_neighbouring_columns(x), base if inplace else None
+    base = None if base is None else with_neighbouring_columns(base)
     y = base if inplace else x.new_empty(M, O)
     u = x.new_empty(M, R, dtype=torch.float32)
     routed = router_weight is not None
@@ -215,7 +215,7 @@ def backward(
             g.new_zeros(N) if need_bias else None,
             g.new_zeros(M, N) if need_gates else None,
         )
-    x = _with_neighbouring_columns(x)
+    x = with_neighbouring_columns(x)
     A, W, B = _like(x, A, router_weight, B)
     size, static, columns = (
         blocks(R, N, x.element_size()),
