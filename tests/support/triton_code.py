@@ -71,6 +71,10 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     report["narrow_dots"] = len(
         re.findall(r"tt\.dot [^\n]*: tensor<\d+x\d+x(?:bf16|f16)", compiled.asm["ttir"])
     )
+    # Products that the compiler left to ordinary instructions: their operands are laid out for no matrix unit.
+    left = re.findall(r"tt\.dot [^\n]*parent = #blocked[^\n]*", compiled.asm["ttgir"])
+    report["left"] = sum(bool(re.search(r"x(?:bf16|f16),", line)) for line in left)
+    report["left_wide"] = len(left) - report["left"]
     if "ptx" in compiled.asm:
         report["matrix"] = len(
             re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"])
