@@ -78,8 +78,9 @@ def through_v(
                 store_tile(du, row, M, R, column, R, d)
             wanted = (is_open | DENSE) & (row < M)[:, None] & (column < R)[None, :]
             p = tl.where(wanted, factor[None, :] * t * load_tile(u, row, M, R, column, R, 1), 0.0)
-            owns = (expert[:, None] == n[None, :]).to(tl.float32)  # (BLOCK_R, BLOCK_N)
-            dg = tl.dot(p, owns, dg, input_precision="ieee")
+            for i in range(N):  # by selection: what is not finite in one expert stays there
+                of_expert = tl.sum(tl.where((expert == i)[None, :], p, 0.0), 1)
+                dg = tl.where((n == i)[None, :], dg + of_expert[:, None], dg)
     else:
         if writes:
             for c0 in tl.static_range(0, R, BLOCK_R):

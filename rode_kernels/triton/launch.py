@@ -307,7 +307,7 @@ def backward(
             "through_v",
             shape_class,
             M,
-            of_backward(num_warps=8 if amd() else 4, num_stages=2),
+            of_backward(num_warps=8 if amd() or x.element_size() == 4 else 4, num_stages=2),
             through_v,
             x,
         )
