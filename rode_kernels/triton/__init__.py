@@ -21,8 +21,12 @@ def status() -> tuple[bool, str]:
     """Whether Triton is here and has something to run on."""
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed (pip install triton)"
-    import triton
+    try:
+        import triton
 
+        triton.__version__  # noqa: B018  (a folder of that name has none)
+    except Exception as error:
+        return False, f"Triton does not load: {error}"
     if interpreted():
         return True, f"Triton {triton.__version__}, interpreted (TRITON_INTERPRET=1); for tests"
     if not torch.cuda.is_available():

@@ -44,9 +44,12 @@ def through_y(
                 t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
                 store_tile(t_at, row, last, R, column, R, product(tile, weight, t, PRECISION, INTERPRETED))
             if NEED_B:
+                # loaded again: with one expert compiled Triton cannot move `is_open` to where v is wanted
+                again = gates_of(g, row, last, expert, N, column < R)
                 v = tl.where(
-                    is_open, factor[None, :] * gate * load_tile(u, row, last, R, column, R, 1), 0.0
-                ).to(B.dtype.element_ty)
+                    again != 0.0, factor[None, :] * again * load_tile(u, row, last, R, column, R, 1), 0.0
+                )
+                v = v.to(B.dtype.element_ty)
                 dB = product(tl.trans(tile), v, dB, PRECISION, INTERPRETED)
     if NEED_B:
         store_tile(ranges_of_dB + tl.program_id(2).to(tl.int64) * stride, o, O, R, column, R, dB)

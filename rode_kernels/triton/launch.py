@@ -44,7 +44,7 @@ def blocks(total_rank: int, experts: int, element_size: int) -> Blocks:
     if r == 64:
         return Blocks(k=64, r=r, n=n, o=64, tokens=32)
     return Blocks(
-        k=64, r=r, n=n, o=(2048 if amd() else 8192) // r, tokens=64
+        k=64, r=r, n=n, o=64 if amd() else min(256, 8192 // r), tokens=32 if amd() else 64
     )  # AMD: fewer registers for each warp
 
 
