@@ -9,10 +9,6 @@ as if each read its inputs and wrote its results once, which flatters them: thei
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
@@ -28,7 +24,7 @@ from rode_kernels.plan import Plan, plan_forward
 RANKS = (2, 4, 8, 16)
 SCALING = tuple(16.0 / r for r in RANKS)
 TILE = 64
-MULTIPROCESSORS = 108
+MULTIPROCESSORS = 108  # of an A100; backward is counted for the 132 of an H100 as well
 FUSED = Plan(fused=True, rows=TILE, splits=1, out_tiles=1)
 
 
@@ -134,9 +130,9 @@ def fused(M: int, K: int, O: int, *, inplace: bool, open_: bool = True) -> Count
     return scaled(one, two, M / TILE)
 
 
-def fewest(M: int, K: int, O: int) -> int:
-    """x and base read, y written, the weights once, in 16 bits."""
-    return 2 * (M * (K + 2 * O) + (sum(RANKS) + len(RANKS)) * K + O * sum(RANKS))
+def fewest(M: int, K: int, O: int, backward: bool = False) -> int:
+    """Forward: x and base read, y written, the weights once, in 16 bits. Backward: x and dy read, dx written, the weights once."""
+    return 2 * (M * (2 * K + O if backward else K + 2 * O) + (sum(RANKS) + len(RANKS)) * K + O * sum(RANKS))
 
 
 def eager(M: int, K: int, O: int) -> dict[str, Count]:
@@ -161,8 +157,8 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     """All rows; `dram` and `l2` in bytes, ratios to the fewest possible."""
     rows = []
 
-    def add(M: int, name: str, count: Count) -> None:
-        least = fewest(M, K, O)
+    def add(M: int, name: str, count: Count, backward: bool = False) -> None:
+        least = fewest(M, K, O, backward)
         rows.append(
             {
                 "tokens": M,
@@ -188,8 +184,8 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     add(M, "the same, 10 % of 256-token runs open", sparse)
     for name, count in eager(M, K, O).items():
         add(M, name, count)
-    for M_, name, dram, l2, launches in triton_rows(K, O):
-        add(M_, name, Count(dram, l2, launches=launches))
+    for M_, name, count, backward in triton_rows(K, O):
+        add(M_, name, count, backward)
     for few in (512, 16, 1):
         plan = plan_forward(few, K, O, sum(RANKS), len(RANKS), 2, MULTIPROCESSORS)
         add(
@@ -202,29 +198,23 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     return rows
 
 
-def triton_rows(K: int, O: int) -> list[tuple[int, str, float, float, int]]:
-    """The Triton kernels' counts, from the grids and blocks of the launches that calls make."""
+def triton_rows(K: int, O: int) -> list[tuple[int, str, Count, bool]]:
+    """The Triton kernels' counts, from the grids and blocks of the launches that calls make; whether it is backward."""
     if importlib.util.find_spec("triton") is None:
         return []
-    # In a process of its own: interpreted kernels, as tests have them, do not tell their signature.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    code = f"""
-import json, torch
-from benchmarks.triton_launches import record, traffic
-rows = []
-for M in (8192, 512, 16, 1):
-    launches = record(torch.bfloat16, tokens=M, K={K}, O={O}, ranks={RANKS}, multiprocessors={MULTIPROCESSORS})
-    backward = [l for l in launches if l.kernel.__name__ in ("through_y", "through_v", "weights", "add")]
-    forward = launches[: len(launches) - len(backward)]
-    rows.append((M, "Triton", *traffic(forward, 2), len(forward)))
-    if M == 8192:
-        rows.append((M, "Triton, backward", *traffic(backward, 2), len(backward)))
-print(json.dumps(rows))
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    )
-    return json.loads(run.stdout)
+    from benchmarks.triton_launches import record, traffic
+
+    def of(M: int, multiprocessors: int, backward: bool) -> Count:
+        launches = record(torch.bfloat16, tokens=M, K=K, O=O, ranks=RANKS, multiprocessors=multiprocessors)
+        launches = launches[-4:] if backward else launches[:-4]
+        return Count(*traffic(launches, 2), launches=len(launches))
+
+    rows = [(M, "Triton", of(M, MULTIPROCESSORS, False), False) for M in (8192, 512, 16, 1)]
+    for M in (8192, 65536):
+        for multiprocessors in (MULTIPROCESSORS, 132):
+            name = f"Triton, backward, {multiprocessors} multiprocessors"
+            rows.append((M, name, of(M, multiprocessors, True), True))
+    return rows
 
 
 def text(rows: list[dict]) -> str:

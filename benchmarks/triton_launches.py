@@ -1,17 +1,25 @@
 """The launches that calls on the Triton backend make, without a GPU: to compile them ahead of time, and to read off their traffic.
 
-TRITON_INTERPRET must not be set: interpreted kernels have no signature.
+What they are recorded with does not depend on the interpreter; compiling them needs it off.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rode_kernels.mixture import make_mixture
-from rode_kernels.triton import backward_kernels, forward_kernels, launch
+from rode_kernels.triton import (
+    backward_kernels,
+    device,
+    forward_kernels,
+    launch_backward,
+    launch_forward,
+    tune,
+)
 
 
 @dataclass
@@ -32,7 +40,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         def record(*args, **kwargs) -> None:
-            names = [p.name for p in self.kernel.params]
+            names = list(inspect.signature(self.kernel.fn).parameters)
             options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
             self.launches.append(
                 Launch(self.kernel, grid, {**dict(zip(names, args, strict=False)), **kwargs}, options)
@@ -41,8 +49,13 @@ class Recorder:
         return record
 
 
-def _by_rule(kernel, shape_class, tokens, options, run, y, *, scratch=False) -> None:
-    run(y, **options[0])
+def _by(choice: int):
+    """What `tune.tuned` does, with the configuration at `choice` of each kernel's, the last one where there are fewer."""
+
+    def chosen(kernel, constants, shape_class, options, run, y, *, scratch=False) -> None:
+        run(y, **options[min(choice, len(options) - 1)])
+
+    return chosen
 
 
 def record(
@@ -59,39 +72,45 @@ def record(
     frozen: bool = False,
     without_dy: bool = False,
     amd: bool = False,
+    choice: int = 0,
+    device_type: str = "meta",
+    recorder: type[Recorder] = Recorder,
 ) -> list[Launch]:
-    """The launches of one forward and one backward call, from tensors without memory."""
+    """The launches of one forward and one backward call, from tensors without memory (or where `device_type` says); `choice` among
+    configurations, 0 by rule."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
-    kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "weights", "add")]
+    kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "through_x", "add")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
-    others = launch._multiprocessors, launch.amd, launch.tuned
+    others = device.multiprocessors, device.amd, tune.tuned
     for module, name, kernel in before:
-        setattr(module, name, Recorder(kernel, launches))
-    launch._multiprocessors, launch.amd = lambda x: multiprocessors, lambda: amd
-    launch.tuned = _by_rule
+        setattr(module, name, recorder(kernel, launches))
+    device.multiprocessors, device.amd = lambda x: multiprocessors, lambda: amd
+    tune.tuned = _by(choice)
     try:
         mixture = make_mixture(ranks, tuple(16.0 / r for r in ranks))
         R, N = sum(ranks), len(ranks)
 
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
+        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.ones(*shape, dtype=dtype, device=device_type)  # every gate is open
 
-        x, A, B, base = empty(tokens, K), empty(R, K), empty(O, R), empty(tokens, O)
+        x, A, B, base = tensor(tokens, K), tensor(R, K), tensor(O, R), tensor(tokens, O)
         # with given gates also their gradient where they are closed, with a router also that of returned gates
-        W, b = (None, None) if gated else (empty(N, K), empty(N))
-        gates = torch.empty(tokens, N, device="meta") if gated else None
-        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        W, b = (None, None) if gated else (tensor(N, K), tensor(N))
+        gates = tensor(tokens, N, dtype=torch.float32) if gated else None
+        seed = tensor(1, dtype=torch.int64)
         static = (seed, mixture, dropout_p, gated)
-        y, u, g = launch.forward(x, A, B, W, b, gates, base, *static, inplace)
+        y, u, g = launch_forward.forward(x, A, B, W, b, gates, base, *static, inplace)
         needs = (True, True, True, not gated, not gated, gated)
         if frozen:  # all but A
             needs = (False, True, False, False, False, False)
-        launch.backward(None if without_dy else y, None if gated else g, x, u, g, A, B, W, *static, needs)
+        launch_backward.backward(
+            None if without_dy else y, None if gated else g, x, u, g, A, B, W, *static, needs
+        )
     finally:
         for module, name, kernel in before:
             setattr(module, name, kernel)
-        launch._multiprocessors, launch.amd, launch.tuned = others
+        device.multiprocessors, device.amd, tune.tuned = others
     return launches
 
 
@@ -100,7 +119,7 @@ def traffic(launches: list[Launch], element_size: int) -> tuple[float, float]:
     programs load or store, masked elements left out."""
     dram = l2 = 0
     for one in launches:
-        for distinct, times in _FORMULAS[one.kernel.__name__](one.arguments, one.grid, element_size):
+        for distinct, times in _FORMULAS[one.kernel.fn.__name__](one.arguments, one.grid, element_size):
             dram += distinct
             l2 += distinct * times
     return dram, l2
@@ -110,21 +129,19 @@ def traffic(launches: list[Launch], element_size: int) -> tuple[float, float]:
 
 
 def _of_fused(a, grid, e):
-    M, K, O, R, N = (a[n] for n in "MKORN")
+    M, K, O, R = (a[n] for n in "MKOR")
+    N = a["N"] if a["ROUTED"] else 0
     tiles = grid[0]
-    yield from (
-        (M * K * e, 1),
-        ((R + N) * K * e, tiles),
-        (O * R * e, tiles),
-        (2 * M * O * e, 1),
-        (M * (R + N) * 4, 1),
-    )
+    yield from ((M * K * e, 1), ((R + N) * K * e, tiles), (O * R * e, tiles))
+    yield from (((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + a["N"]) * 4, 1))
+    if not N:
+        yield from _only_l2(M * (R - a["N"]) * 4)  # each column's gate, of which g has the distinct bytes
 
 
 def _of_shrink(a, grid, e):
-    M, K, R, N = (a[n] for n in "MKRN")
+    M, K = a["M"], a["K"]
     blocks, tiles, parts = grid
-    yield from ((M * K * e, blocks), ((R + N) * K * e, tiles), (parts * M * a["WIDTH"] * 4, 1))
+    yield from ((M * K * e, blocks), (a["WIDTH"] * K * e, tiles), (parts * M * a["WIDTH"] * 4, 1))
 
 
 def _of_expand(a, grid, e):
@@ -135,40 +152,59 @@ def _of_expand(a, grid, e):
         parts * M * a["WIDTH"] * 4,
         0,
     )  # distinct; what programs read of it are u, and each column's own logit
-    yield from ((0, 0), (O * R * e, tiles), (2 * M * O * e, 1), (M * (R + N) * 4, 1))
-    yield from _only_l2(shares * passes * parts * M * 2 * R * 4 + parts * M * N * 4)
+    yield from ((O * R * e, tiles), ((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + N) * 4, 1))
+    of_gates = parts * R if a["ROUTED"] else R
+    yield from _only_l2(shares * passes * M * (parts * R + of_gates) * 4)
+    if a["ROUTED"]:
+        yield from _only_l2(parts * M * N * 4)
 
 
 def _of_through_y(a, grid, e):
-    M, O, R, N = (a[n] for n in "MORN")
-    o_blocks, R_blocks, ranges = grid
-    yield from ((M * O * e, R_blocks), (O * R * e, ranges), (M * R * 4, o_blocks), (M * N * 4, 0))
-    yield from _only_l2(o_blocks * M * R * 4)  # each column's gate
-    yield from ((o_blocks * M * R * 4, 1), (ranges * O * R * 4, 1))
+    M, O, R, N, parts, together = (a[n] for n in ("M", "O", "R", "N", "parts", "TOGETHER"))
+    blocks, ranges, o_blocks = -(-R // a["BLOCK_R"]), -(-M // a["share"]), -(-O // a["BLOCK_O"])
+    tiles, need_t, need_B = -(-M // a["ROWS"]), a["NEED_T"], a["NEED_B"]
+    kinds = 1 if together else need_t + need_B  # whose programs run one after the other, and read dy each
+    yield from ((M * O * e * kinds, 1 if together else blocks), (M * N * 4, 0))
+    yield from ((O * R * e * need_t, ranges if together else tiles), (M * R * 4, o_blocks * need_B))
+    # each column's gate, for each product that wants it
+    times = o_blocks * (1 + need_B) if together else o_blocks * 2 * need_B + parts * need_t
+    yield from _only_l2(times * M * R * 4)
+    yield from ((parts * M * R * 4 * need_t, 1), (ranges * O * R * 4 * need_B, 1))
 
 
 def _of_through_v(a, grid, e):
-    M, K, R, N, o_blocks = (a[n] for n in ("M", "K", "R", "N", "o_blocks"))
-    tiles, parts = grid
-    again = 1 if a["BLOCK_R"] >= R else 1 + -(-K // a["BLOCK_K"]) / parts
-    yield from ((o_blocks * M * R * 4, parts * again), (M * R * 4, parts), (M * N * 4, parts))
-    yield from _only_l2(parts * again * M * R * 4)
-    yield from (((R + N) * K * e, tiles), (M * K * e, 1), (M * R * e, 1), (M * N * 4, 1))
-
-
-def _of_weights(a, grid, e):
-    M, K, R, N = (a[n] for n in "MKRN")
-    k_blocks, blocks, ranges = grid
+    M, R, N, parts = (a[n] for n in ("M", "R", "N", "parts"))
+    if a["HAS_DY"]:
+        yield from ((parts * M * R * 4, 1), (M * R * 4, 1))  # t, u
+        yield from _only_l2(M * R * 4)  # each column's gate
     yield from (
-        (M * K * e, blocks),
-        (M * R * e, k_blocks),
-        (M * N * 4, k_blocks),
-        (ranges * (R + N) * K * 4, 1),
-    )
+        (M * N * 4, a["ROUTED"]),
+        (M * N * 4 * a["HAS_DGATES"], 1),
+        (M * R * e, 1),
+        (M * N * 4, 1),
+    )  # g .. dh
+
+
+def _of_through_x(a, grid, e):
+    M, K, R, N = (a[n] for n in "MKRN")
+    ranges, k_blocks, tiles = -(-M // a["share"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
+    A_blocks = -(-R // a["BLOCK_R"]) if a["NEED_A"] else 0
+    W_blocks = -(-N // a["BLOCK_R"]) if a["NEED_W"] or a["NEED_b"] else 0
+    by_dx, part = a["NEED_X"], a["parts"]
+    yield from ((M * K * e, A_blocks + W_blocks) if A_blocks + W_blocks else (0, 0), (M * K * e * by_dx, 1))
+    held = min(R, a["BLOCK_R"])  # of du, by a program of dx; the rest it reads for every STEP columns
+    of_dx = part * held / R + -(-K // a["STEP"]) * (R - held) / R
+    if a["HAS_DY"]:
+        yield from ((M * R * e, k_blocks * (A_blocks > 0) + of_dx * by_dx), (R * K * e * by_dx, tiles))
+    if a["ROUTED"]:
+        yield from ((M * N * 4, k_blocks * (W_blocks > 0) + part * by_dx), (N * K * e * by_dx, tiles))
+    yield from ((ranges * (R * a["NEED_A"] + N * a["NEED_W"]) * K * 4, 1),)
 
 
 def _of_add(a, grid, e):
-    yield from ((a["count"] * a["stride"] * 4, 1), (a["stride"] * e, 1))
+    of_dB, others = a["at_A"], a["stride"] - a["at_A"]
+    of_dbr = a["stride"] - a["at_b"]  # which is float32
+    yield from (((of_dB * a["count_y"] + others * a["count_x"]) * 4, 1), (a["at_b"] * e + of_dbr * 4, 1))
 
 
 def _only_l2(bytes_moved: float):
@@ -182,6 +218,6 @@ _FORMULAS = {
     "expand": _of_expand,
     "through_y": _of_through_y,
     "through_v": _of_through_v,
-    "weights": _of_weights,
+    "through_x": _of_through_x,
     "add": _of_add,
 }

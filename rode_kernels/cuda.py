@@ -242,7 +242,7 @@ def _say_backward_is_slow(why: str) -> None:
 def backward(*args):
     """As `reference.backward`, by the Triton kernels where they can run, else by itself, which it says once."""
     available, why = triton.status()
-    if available:
+    if available and args[2].device.type in triton.devices():
         return triton.backward(*args)
     _say_backward_is_slow(why)
     return reference.backward(*args)

@@ -10,10 +10,27 @@ import os
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from rode_kernels.gpu import beyond_kernels
+from rode_kernels.mixture import Mixture
 
-refuses = beyond_kernels
+OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
+
+
+def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    """Why the kernels cannot serve a call; empty where they can."""
+    if x.device.type not in devices():
+        return f"Triton, interpreted, serves {', '.join(devices())} tensors"
+    if x.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < OLDEST:
+            return f"Triton takes compute capability {_dotted(OLDEST)} and newer, got {_dotted(capability)}"
+    return beyond_kernels(x, out_features, mixture)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 @lru_cache(maxsize=1)
@@ -28,33 +45,37 @@ def status() -> tuple[bool, str]:
     except Exception as error:
         return False, f"Triton does not load: {error}"
     if interpreted():
-        return True, f"Triton {triton.__version__}, interpreted (TRITON_INTERPRET=1); for tests"
+        return (
+            True,
+            f"Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET is set); for tests",
+        )
     if not torch.cuda.is_available():
         return False, f"this torch sees no GPU (Triton {triton.__version__} is installed)"
     return True, f"Triton {triton.__version__}"
 
 
+@lru_cache(maxsize=1)
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: decided by the environment when Triton is imported."""
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
+    """Whether Triton's interpreter runs the kernels: decided by the environment once, as Triton does when kernels are defined."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def devices() -> tuple[str, ...]:
-    """Torch device types that it serves."""
-    return ("cuda", "cpu") if interpreted() else ("cuda",)
+    """Torch device types that it serves. Interpreted kernels leave a GPU's tensors to other backends."""
+    return ("cpu",) if interpreted() else ("cuda",)
 
 
 def forward(x, *args):
     """As `reference.forward`."""
-    from rode_kernels.triton import launch
+    from rode_kernels.triton import launch_forward
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return launch.forward(x, *args)
+        return launch_forward.forward(x, *args)
 
 
 def backward(dy, dgates, x, *args):
     """As `reference.backward`."""
-    from rode_kernels.triton import launch
+    from rode_kernels.triton import launch_backward
 
     with torch.cuda.device_of(x):
-        return launch.backward(dy, dgates, x, *args)
+        return launch_backward.backward(dy, dgates, x, *args)

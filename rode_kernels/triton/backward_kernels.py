@@ -3,9 +3,9 @@
     t_i = dy B_i       du_i = scaling_i g_i t_i      dg_i = scaling_i <t_i, u_i>      dh = (dg + dgates) [g > 0]
     dB_i = dy^T v_i    dA_i = du_i^T drop(x)         dWr = dh^T x, dbr = sum dh       dx = drop'(du A) + dh Wr
 
-`through_y` reads dy once: parts of t, and dB of a range of tokens. `through_v` adds up t and gives dg, du, dh and dx. `weights`
-reads x once: dA, dWr and dbr of a range of tokens. `add` sums the ranges in order. No atomics; blocks of tokens and their ranges
-decide the bits.
+`through_y` reads dy: parts of t, and dB of a range of tokens. `through_v` adds up t and gives dg, du and dh. `through_x` has
+programs that read x, for dA, dWr and dbr of a range of tokens, and programs that write dx. `add` sums the ranges in order. No
+atomics; blocks of tokens and their ranges decide the bits.
 """
 
 from __future__ import annotations
@@ -15,29 +15,85 @@ import triton.language as tl
 
 from rode_kernels.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
 
+# Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
+_SIZES = ["threshold", "M", "parts", "count_y", "count_x"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def through_y(
+    dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, parts, part, share, stride,
+    OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr, NEED_T: tl.constexpr,
+    NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """parts_of_t (parts, M, R) is written where it will be read; ranges_of_dB is (ranges, O, R) inside rows of `stride` values.
+
+    TOGETHER (R <= BLOCK_R): a program takes BLOCK_O columns of y and `share` tokens and does both from one reading of dy; a part
+    of t is then the sum over its columns. Else there are programs of two kinds: the first give t, the others dB.
+    """
+    blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    column = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    expert, factor = experts_of(column, OFFSETS, SCALING, N)
+    at = tl.program_id(0) // blocks
+    if TOGETHER:
+        _of_y(
+            dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, NEED_T,
+            NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+        )  # fmt: skip
+    else:
+        of_t = 0
+        if NEED_T:
+            of_t = (M + ROWS - 1) // ROWS * parts
+        if at < of_t:
+            _t(
+                dy, B, g, parts_of_t, M, O, dy_row, dy_column, parts, part, at, column, expert, N, R, DENSE, BLOCK_R, ROWS, STEP,
+                PRECISION, INTERPRETED,
+            )  # fmt: skip
+        else:
+            _of_y(
+                dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at - of_t, column, expert, factor, N,
+                R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+            )  # fmt: skip
+
 
 @triton.jit
-def through_y(
-    dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride,
-    OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, NEED_T: tl.constexpr, NEED_B: tl.constexpr,
-    DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
+def _t(
+    dy, B, g, parts_of_t, M, O, dy_row, dy_column, parts, part, at, column, expert, N: tl.constexpr, R: tl.constexpr,
+    DENSE: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Programs: blocks of O, blocks of R, ranges of `share` tokens. parts_of_t (blocks of O, M, R) is written where it will be
-    read; ranges_of_dB is (ranges, O, R) inside rows of `stride` values."""
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    expert, factor = experts_of(column, OFFSETS, SCALING, N)
-    weight = load_tile(B, o, O, R, column, R, 1)  # (BLOCK_O, BLOCK_R)
+    """t of ROWS tokens and BLOCK_R columns, summed over a part of O of `part` columns."""
+    row = at // parts * ROWS + tl.arange(0, ROWS)
+    is_open = gates_of(g, row, M, expert, N, column < R) != 0.0  # (ROWS, BLOCK_R)
+    if DENSE or tl.max(is_open.to(tl.int32)) > 0:
+        t = tl.zeros((ROWS, BLOCK_R), tl.float32)
+        first = at % parts * part
+        last = tl.minimum(first + part, O)
+        for o0 in range(first, last, STEP):
+            o = o0 + tl.arange(0, STEP)
+            tile = load_tile(dy, row, M, dy_row, o, O, dy_column)  # (ROWS, STEP)
+            t = product(tile, load_tile(B, o, O, R, column, R, 1), t, PRECISION, INTERPRETED)
+        store_tile(parts_of_t + (at % parts).to(tl.int64) * M * R, row, M, R, column, R, t)
+
+
+@triton.jit
+def _of_y(
+    dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N: tl.constexpr,
+    R: tl.constexpr, NEED_T: tl.constexpr, NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dB of (BLOCK_O, BLOCK_R) and `share` tokens, and their t, summed over these columns of y."""
+    o_blocks = (O + BLOCK_O - 1) // BLOCK_O
+    o = at % o_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     dB = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
     if NEED_T:
-        t_at = parts_of_t + tl.program_id(0).to(tl.int64) * M * R
-    first = tl.program_id(2) * share
+        weight = load_tile(B, o, O, R, column, R, 1)  # (BLOCK_O, BLOCK_R)
+        t_at = parts_of_t + (at % o_blocks).to(tl.int64) * M * R
+    first = at // o_blocks * share
     last = tl.minimum(first + share, M)
     for m0 in range(first, last, BLOCK_M):
         row = m0 + tl.arange(0, BLOCK_M)
-        gate = gates_of(g, row, last, expert, N, column < R)
-        is_open = gate != 0.0  # (BLOCK_M, BLOCK_R)
+        is_open = gates_of(g, row, last, expert, N, column < R) != 0.0  # (BLOCK_M, BLOCK_R)
         if DENSE or tl.max(is_open.to(tl.int32)) > 0:
             tile = load_tile(dy, row, last, dy_row, o, O, dy_column)  # (BLOCK_M, BLOCK_O)
             if NEED_T:
@@ -52,116 +108,93 @@ def through_y(
                 v = v.to(B.dtype.element_ty)
                 dB = product(tl.trans(tile), v, dB, PRECISION, INTERPRETED)
     if NEED_B:
-        store_tile(ranges_of_dB + tl.program_id(2).to(tl.int64) * stride, o, O, R, column, R, dB)
+        store_tile(ranges_of_dB + (at // o_blocks).to(tl.int64) * stride, o, O, R, column, R, dB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def through_v(
-    parts_of_t, u, g, dgates, A, W, dx, du, dh, seed, threshold, M, K, o_blocks, share,
+    parts_of_t, u, g, dgates, du, dh, M, parts,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr, HAS_DY: tl.constexpr,
-    HAS_DGATES: tl.constexpr, NEED_X: tl.constexpr, DENSE: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    HAS_DGATES: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of tokens, parts of K of `share` columns. The first part writes du (M, R) in x's dtype, and dh (M, N): the
-    gradient of the logits or, without a router, of the gates."""
+    """Programs: tiles of tokens. du is (M, R) in x's dtype; dh (M, N) is the gradient of the logits or, without a router, of the
+    gates. What t has where nothing was computed is not looked at."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
-    writes = tl.program_id(1) == 0
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    d = tl.zeros((BLOCK_M, BLOCK_R), du.dtype.element_ty)
-    if HAS_DY:
-        for c0 in tl.static_range(0, R, BLOCK_R):
-            column = c0 + tl.arange(0, BLOCK_R)
+    for c0 in range(0, R, BLOCK_R):
+        column = c0 + tl.arange(0, BLOCK_R)
+        d = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if HAS_DY:
             expert, factor = experts_of(column, OFFSETS, SCALING, N)
-            t, d, is_open = _du(
-                parts_of_t, g, row, column, expert, factor, M, o_blocks, N, R, DENSE, du.dtype.element_ty
-            )
-            if writes:
-                store_tile(du, row, M, R, column, R, d)
+            gate = gates_of(g, row, M, expert, N, column < R)
+            is_open = gate != 0.0
             wanted = (is_open | DENSE) & (row < M)[:, None] & (column < R)[None, :]
+            at = parts_of_t + row.to(tl.int64)[:, None] * R + column[None, :]
+            t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for _ in range(parts):
+                t += tl.load(at, mask=wanted, other=0.0)
+                at += M.to(tl.int64) * R
+            d = tl.where(is_open, factor[None, :] * gate * t, 0.0)
             p = tl.where(wanted, factor[None, :] * t * load_tile(u, row, M, R, column, R, 1), 0.0)
             for i in range(N):  # by selection: what is not finite in one expert stays there
                 of_expert = tl.sum(tl.where((expert == i)[None, :], p, 0.0), 1)
                 dg = tl.where((n == i)[None, :], dg + of_expert[:, None], dg)
-    else:
-        if writes:
-            for c0 in tl.static_range(0, R, BLOCK_R):
-                column = c0 + tl.arange(0, BLOCK_R)
-                store_tile(du, row, M, R, column, R, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
+        store_tile(du, row, M, R, column, R, d)
     if ROUTED:
         if HAS_DGATES:
             dg += load_tile(dgates, row, M, N, n, N, 1)
         dg = tl.where(load_tile(g, row, M, N, n, N, 1) != 0.0, dg, 0.0)  # (BLOCK_M, BLOCK_N)
-    if writes:
-        store_tile(dh, row, M, N, n, N, dg)
-    if NEED_X:
-        first = tl.program_id(1) * share
-        last = tl.minimum(first + share, K)
-        narrow: tl.constexpr = R <= BLOCK_R  # then d holds all of du
-        if DROPOUT:
-            key = tl.load(seed)
-        for k0 in range(first, last, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-            if HAS_DY:
-                if narrow:
-                    c = tl.arange(0, BLOCK_R)
-                    total = product(d, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
-                else:
-                    for first_column in range(0, R, BLOCK_R):
-                        c = first_column + tl.arange(0, BLOCK_R)
-                        of, by = experts_of(c, OFFSETS, SCALING, N)
-                        _, wide, _ = _du(
-                            parts_of_t, g, row, c, of, by, M, o_blocks, N, R, DENSE, du.dtype.element_ty
-                        )
-                        total = product(wide, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
-            if DROPOUT:
-                total = tl.where(keep(key, threshold, row, k0, K, BLOCK_K, ALIGNED), total, 0.0)
-            if ROUTED:
-                total = product(
-                    dg.to(dx.dtype.element_ty), load_tile(W, n, N, K, k, K, 1), total, PRECISION, INTERPRETED
-                )
-            store_tile(dx, row, M, K, k, last, total)
+    store_tile(dh, row, M, N, n, N, dg)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def through_x(
+    x, du, dh, A, W, dx, ranges, seed, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, parts, part,
+    N: tl.constexpr, R: tl.constexpr, NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, NEED_b: tl.constexpr,
+    ROUTED: tl.constexpr, HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Programs of two kinds: the first read x for the weights' gradients, the others write dx."""
+    A_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R if NEED_A else 0
+    blocks: tl.constexpr = A_blocks + ((N + BLOCK_R - 1) // BLOCK_R if NEED_W or NEED_b else 0)
+    of_weights = (K + BLOCK_K - 1) // BLOCK_K * ((M + share - 1) // share) * blocks
+    key = 0
+    if DROPOUT:
+        key = tl.load(seed)
+    if tl.program_id(0) < of_weights:
+        if blocks > 0:
+            _of_weights(
+                x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, tl.program_id(0) // blocks,
+                tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, NEED_b, A_blocks, DROPOUT, ALIGNED, BLOCK_M, BLOCK_R, BLOCK_K,
+                PRECISION, INTERPRETED,
+            )  # fmt: skip
+    elif NEED_X:
+        _dx(
+            du, dh, A, W, dx, key, threshold, M, K, parts, part, tl.program_id(0) - of_weights, N, R, ROUTED, HAS_DY, DROPOUT,
+            ALIGNED, BLOCK_N, BLOCK_R, ROWS, STEP, PRECISION, INTERPRETED,
+        )  # fmt: skip
 
 
 @triton.jit
-def _du(
-    parts_of_t, g, row, column, expert, factor, M, o_blocks, N: tl.constexpr, R: tl.constexpr, DENSE: tl.constexpr,
-    dtype: tl.constexpr,
+def _of_weights(
+    x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, at, block, N: tl.constexpr, R: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_W: tl.constexpr, NEED_b: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """t, du in x's dtype and where gates are open. What t has where nothing was computed is not looked at."""
-    gate = gates_of(g, row, M, expert, N, column < R)
-    is_open = gate != 0.0
-    inside = (is_open | DENSE) & (row < M)[:, None] & (column < R)[None, :]
-    at = parts_of_t + row.to(tl.int64)[:, None] * R + column[None, :]
-    t = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    for _ in range(o_blocks):
-        t += tl.load(at, mask=inside, other=0.0)
-        at += M * R
-    return t, tl.where(is_open, factor[None, :] * gate * t, 0.0).to(dtype), is_open
-
-
-@triton.jit
-def weights(
-    x, du, dh, ranges, seed, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b,
-    N: tl.constexpr, R: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, NEED_b: tl.constexpr, A_BLOCKS: tl.constexpr,
-    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Programs: blocks of K, column blocks (A_BLOCKS of experts, then the router's), ranges of `share` tokens. A range's sums stand
-    in its row of `stride` values: dA (R, K) from at_A on, dWr (N, K) from at_W on, dbr (N) from at_b on."""
-    k0 = tl.program_id(0) * BLOCK_K
+    """Sums over `share` tokens of BLOCK_R columns of du or, from block A_BLOCKS on, of dh with BLOCK_K columns of x. They stand in
+    a row of `stride` values: dA (R, K) from at_A on, dWr (N, K) from at_W on, dbr (N) from at_b on."""
+    k_blocks = (K + BLOCK_K - 1) // BLOCK_K
+    k0 = at % k_blocks * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
-    block = tl.program_id(1)
     of_experts = block < A_BLOCKS
     columns = R if of_experts else N
     column = (block if of_experts else block - A_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     bias = tl.zeros((BLOCK_R,), tl.float32)
-    if DROPOUT:
-        key = tl.load(seed)
-    first = tl.program_id(2) * share
+    first = at // k_blocks * share
     last = tl.minimum(first + share, M)
     for m0 in range(first, last, BLOCK_M):
         row = m0 + tl.arange(0, BLOCK_M)
@@ -176,29 +209,60 @@ def weights(
             if of_experts:
                 tile = tl.where(keep(key, threshold, row, k0, K, BLOCK_K, ALIGNED), tile, tl.zeros_like(tile))
         sums = product(tl.trans(left), tile, sums, PRECISION, INTERPRETED)
-    to = ranges + tl.program_id(2).to(tl.int64) * stride
+    to = ranges + (at // k_blocks).to(tl.int64) * stride
     if of_experts:
         if NEED_A:
             store_tile(to + at_A, column, columns, K, k, K, sums)
     else:
         if NEED_W:
             store_tile(to + at_W, column, columns, K, k, K, sums)
-        if NEED_b and tl.program_id(0) == 0:
+        if NEED_b and at % k_blocks == 0:
             tl.store(to + at_b + column, bias, mask=column < N)
 
 
 @triton.jit
-def add(ranges, dA, dB, dW, db, count, stride, at_A, at_W, at_b, BLOCK: tl.constexpr):
+def _dx(
+    du, dh, A, W, dx, key, threshold, M, K, parts, part, at, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr,
+    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """dx of ROWS tokens and a part of K of `part` columns, STEP at a time."""
+    row = at // parts * ROWS + tl.arange(0, ROWS)
+    first = at % parts * part
+    last = tl.minimum(first + part, K)
+    column, n = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    if HAS_DY:
+        left = load_tile(du, row, M, R, column, R, 1)  # (ROWS, BLOCK_R): all of du where R <= BLOCK_R
+    if ROUTED:
+        dl = load_tile(dh, row, M, N, n, N, 1).to(dx.dtype.element_ty)  # (ROWS, BLOCK_N)
+    for k0 in range(first, last, STEP):
+        k = k0 + tl.arange(0, STEP)
+        total = tl.zeros((ROWS, STEP), tl.float32)
+        if HAS_DY:
+            total = product(left, load_tile(A, column, R, K, k, K, 1), total, PRECISION, INTERPRETED)
+            for c0 in range(BLOCK_R, R, BLOCK_R):
+                c = c0 + column
+                more = load_tile(du, row, M, R, c, R, 1)
+                total = product(more, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
+        if DROPOUT:
+            total = tl.where(keep(key, threshold, row, k0, K, STEP, ALIGNED), total, 0.0)
+        if ROUTED:
+            total = product(dl, load_tile(W, n, N, K, k, K, 1), total, PRECISION, INTERPRETED)
+        store_tile(dx, row, M, K, k, last, total)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def add(ranges, dA, dB, dW, db, count_y, count_x, stride, at_A, at_W, at_b, BLOCK: tl.constexpr):
     """Sums of the ranges, in order, each gradient in its parameter's dtype. A row of `ranges` holds dB, dA, dWr, dbr, each from a
-    multiple of BLOCK on, so that a program's values belong to one of them."""
+    multiple of BLOCK on, so that a program's values belong to one of them; dB has `count_y` rows, the others `count_x`."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < stride
+    first = tl.program_id(0) * BLOCK
     total = tl.zeros((BLOCK,), tl.float32)
     at = ranges + i
-    for _ in range(count):
+    for _ in range(count_y if first < at_A else count_x):
         total += tl.load(at, mask=inside, other=0.0)
         at += stride
-    first = tl.program_id(0) * BLOCK
     if first < at_A:
         tl.store(dB + i, total.to(dB.dtype.element_ty), mask=inside)
     elif first < at_W:

@@ -12,6 +12,9 @@ import triton.language as tl
 
 from rode_kernels.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
 
+# Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
+_SIZES = ["threshold", "M", "parts"]
+
 
 @triton.jit
 def expand_tiles(
@@ -38,7 +41,7 @@ def expand_tiles(
             store_tile(y, row, M, ld_y, o, last, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def fused(
     x, A, W, B, bias, g, base, y, u, seed, threshold, M, K, O, ld_x, ld_base, ld_y,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -85,7 +88,7 @@ def fused(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def shrink(
     x, A, W, partial, seed, threshold, M, K, ld_x, share, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, A_BLOCKS: tl.constexpr,
@@ -117,7 +120,7 @@ def shrink(
     store_tile(to, row, M, WIDTH, column, columns, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def expand(
     partial, B, bias, g, base, y, u, M, O, parts, out_share, ld_base, ld_y,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROUTED: tl.constexpr,

@@ -1,8 +1,9 @@
 """Which of a few configurations runs a kernel: the fastest measured, or by rule.
 
-What is varied changes no bit: warps, stages, tokens of a tile, columns of y at once. A winner is kept for a shape class (dtype,
-features, ranks, and the power of two that the number of tokens rounds up to), never for an exact number of tokens.
-RODE_TRITON_AUTOTUNE=off, the interpreter and a stream capture go by rule.
+What is varied changes no bit: warps, stages, columns of y at once, and tokens of a tile among those that the same matrix
+instruction takes. A winner is kept for a shape class (the kernel's constants, dtype, features, and the power of two that the number
+of tokens rounds up to), never for an exact number of tokens. The first call of a class therefore waits for the device, and takes
+256 MB to clear its cache between trials. RODE_TRITON_AUTOTUNE=off, the interpreter and a stream capture go by rule.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 
-import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.triton import interpreted
+from rode_kernels.triton import device, interpreted
 
 # BLOCK_M, BLOCK_O, num_warps, num_stages
 CONFIGS = (
@@ -28,38 +28,72 @@ CONFIGS = (
     (16, 64, 4, 4),
     (16, 128, 4, 3),
 )
+# The same for `expand` where it holds more than 64 columns of v: they and as many of B fill registers and shared memory.
+WIDE_CONFIGS = (
+    (32, 64, 8, 2),
+    (32, 32, 8, 2),
+    (16, 64, 8, 2),
+    (16, 64, 4, 2),
+)
 _winners: dict[Hashable, dict] = {}
 forced: dict | None = None  # by tests: a configuration for every kernel
 
 
-def _options(config: tuple[int, int, int, int]) -> dict:
-    return dict(zip(("BLOCK_M", "BLOCK_O", "num_warps", "num_stages"), config, strict=True))
+def _options(config: tuple[int, int, int, int], without: str) -> dict:
+    names = ("BLOCK_M", "BLOCK_O", "num_warps", "num_stages")
+    return {name: value for name, value in zip(names, config, strict=True) if name != without}
 
 
-def of_forward(tokens: int, element_size: int, total_rank: int) -> list[dict]:
-    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles of 16 where there are thousands (a
-    grid has 65535 rows at most); and what does not fit the registers: float32 in tiles of more than 32 tokens, and several passes
-    over v (R > 64) in tiles of more than 32 by 4 warps."""
-    return [
+def _of_device(options: list[dict]) -> list[dict]:
+    """Each once; AMD's have shared memory for two stages."""
+    if device.amd():
+        options = [{**o, "num_stages": min(2, o["num_stages"])} for o in options]
+    return [o for i, o in enumerate(options) if o not in options[:i]]
+
+
+def of_forward(
+    tokens: int, element_size: int, columns: int, passes: int = 1, without: str = ""
+) -> list[dict]:
+    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles that take another matrix instruction
+    than the rule's, whose sums may be rounded differently (64 tokens and more take one, 32 and 16 others); and what does not fit
+    the registers: float32 in tiles of more than 32 tokens (16 with several passes), 16 bits with several passes in tiles of more
+    than 32 by 4 warps, and on AMD 64 columns in tiles of more than 32, and 128 columns of y by 4 warps.
+
+    Args:
+        tokens: the most of the shape class. columns: packed columns that a program holds. passes: how often, for all of them.
+        without: a name that the kernel lacks.
+    """
+    most = tokens if element_size == 2 else 32 if passes == 1 else 16
+    if device.amd() and columns == 64:
+        most = min(most, 32)
+    fits = [
         o
-        for o in map(_options, CONFIGS)
-        if o["BLOCK_M"] <= max(16, triton.next_power_of_2(tokens))
-        and not (o["BLOCK_M"] == 16 and tokens > 4096)
-        and not (element_size == 4 and o["BLOCK_M"] > 32)
-        and not (total_rank > 64 and o["BLOCK_M"] > 8 * o["num_warps"])
+        for o in (WIDE_CONFIGS if columns > 64 else CONFIGS)
+        if o[0] <= max(16, min(tokens, most))
+        and not (passes > 1 and o[0] > 8 * o[2])
+        and not (device.amd() and o[1] > 64 and o[2] < 8)
     ]
+    return _of_device([_options(o, without) for o in fits if min(o[0], 64) == min(fits[0][0], 64)])
 
 
-def of_backward(**rule: int) -> list[dict]:
-    """Backward's blocks decide its bits; warps and stages do not. By rule first."""
-    others = [dict(num_warps=w, num_stages=n) for w, n in ((8, 2), (4, 2), (8, 3), (4, 3))]
-    return [rule, *(o for o in others if o != rule)]
+def columns_of_expand(total_rank: int, element_size: int) -> int:
+    """Packed columns whose v `expand` holds at once: all of them up to R = 256, else 128; but 64 on AMD, and 32 in float32."""
+    most = 32 if element_size == 4 else 64 if device.amd() else 256 if total_rank <= 256 else 128
+    return min(most, max(16, triton.next_power_of_2(total_rank)))
+
+
+def of_backward(*num_warps: int) -> list[dict]:
+    """Backward's blocks decide its bits; warps and stages do not. By rule, the first number of warps, first; on AMD, whose warps
+    have fewer registers, no other."""
+    if device.amd():
+        num_warps = num_warps[:1]
+    return _of_device([dict(num_warps=w, num_stages=n) for n in (2, 3) for w in num_warps])
 
 
 def tuned(
     kernel: str,
+    constants: dict,
     shape_class: Hashable,
-    tokens: int,
     options: list[dict],
     run: Callable[..., None],
     y: Tensor,
@@ -69,6 +103,7 @@ def tuned(
     """Runs `run(y, **configuration)` once, after trying configurations where none is known yet.
 
     Args:
+        constants: the kernel's, for a winner of other constants is another kernel's. shape_class: what else decides.
         options: configurations, the one by rule first.
         y: what the kernel writes, or any tensor on its device.
         scratch: y is accumulated into, so that trials need a copy.
@@ -78,10 +113,12 @@ def tuned(
     autotune = os.environ.get("RODE_TRITON_AUTOTUNE", "on")
     if autotune not in ("on", "off"):
         raise ValueError(f"RODE_TRITON_AUTOTUNE: expected on or off, got {autotune!r}")
-    key = (kernel, shape_class, triton.next_power_of_2(max(tokens, 1)), y.device)
+    if len(options) == 1:
+        return run(y, **options[0])
+    key = (kernel, tuple(constants.items()), shape_class, y.device)
     if key in _winners and autotune == "on":
         return run(y, **_winners[key])
-    if autotune == "off" or interpreted() or torch.cuda.is_current_stream_capturing():
+    if autotune == "off" or interpreted() or device.capturing(y):
         return run(y, **options[0])
     trial = y.clone() if scratch else y
     times = []

@@ -40,10 +40,12 @@ def test_the_bounds_hold(rows):
         assert triton["launches"] == 1
         assert triton["dram_ratio"] <= 1.05
         assert triton["l2_ratio"] <= 1.6
-        backward = rows[8192, "Triton, backward"]
-        assert backward["launches"] == 4
-        assert backward["dram_ratio"] <= 1.25
-        assert backward["l2_ratio"] <= 2.2
+        for M, dram in ((8192, 1.25), (65536, 1.19)):
+            for multiprocessors in (108, 132):
+                backward = rows[M, f"Triton, backward, {multiprocessors} multiprocessors"]
+                assert backward["launches"] == 4
+                assert backward["dram_ratio"] <= dram
+                assert backward["l2_ratio"] <= 2.2
     everything, sparse = (
         rows[8192, what] for what in ("one launch, base in place", "the same, 10 % of 256-token runs open")
     )

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from mixture_oracle import Problem, check, random_problem, with_dropout
+from mixture_oracle import Problem, check, operation, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.reference import dropout_keep
 
@@ -72,6 +72,25 @@ def test_runs_have_the_same_bits_and_never_wait_for_the_host(backend, tokens):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("tokens", [16, 20, 16384])
+def test_configurations_of_triton_kernels_change_no_bit(monkeypatch, tokens):
+    """All that tuning may choose for a call, each forced for every kernel."""
+    if not backends()["triton"].available:
+        pytest.skip(backends()["triton"].reason)
+    from rode_kernels.triton import tune
+
+    p = on_device(random_problem((tokens,), K=520, O=1000, dtype=torch.bfloat16))
+    options = tune.of_forward(1 << (tokens - 1).bit_length(), 2, 32)
+    results = []
+    for option in options:
+        monkeypatch.setattr(tune, "forced", option)
+        results.append(operation(p, backend="triton"))
+    for other in results[1:]:
+        assert torch.equal(other.y, results[0].y)
+        for name, grad in results[0].grads.items():
+            assert torch.equal(grad, other.grads[name]), name
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 16384])

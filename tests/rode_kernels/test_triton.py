@@ -11,12 +11,15 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mixture_oracle import check, operation, random_problem
 from rode_kernels import backends, rectified_mixture
+from rode_kernels import triton as triton_backend
+from rode_kernels.mixture import make_mixture
 from sass import ROOT, cuobjdump
 
 pytest.importorskip("triton")
@@ -39,9 +42,8 @@ def compiled(program: list[str]) -> list[dict]:
 
 
 def check_code(kind: str, targets: tuple[str, ...]) -> None:
-    reports = compiled(["tests/support/triton_code.py", kind, *targets])
     kernels = defaultdict(set)
-    for report in reports:
+    for report in compiled(["tests/support/triton_code.py", kind, "calls", *targets]):
         where = f"{report['kernel']} ({report['case']}) for {kind} on {report['target']}: {report}"
         kernels[report["target"]].add(report["kernel"])
         assert report["spills"] == 0 or report["case"] == "ones", where  # no real size
@@ -54,7 +56,7 @@ def check_code(kind: str, targets: tuple[str, ...]) -> None:
             assert report["matrix"] >= report["narrow_dots"], where
         else:
             assert report["narrow_dots"] == 0, where
-    everything = {"fused", "shrink", "expand", "through_y", "through_v", "weights", "add"}
+    everything = {"fused", "shrink", "expand", "through_y", "through_v", "through_x", "add"}
     assert kernels == dict.fromkeys(targets, everything)
 
 
@@ -75,20 +77,83 @@ def test_code_for_every_gpu(kind):
     check_code(kind, TARGETS)
 
 
+@needs_cuobjdump
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "float"])
+def test_code_of_every_configuration(kind):
+    """What tuning may choose compiles and fits everywhere, without spills."""
+    reports = compiled(["tests/support/triton_code.py", kind, "choices", *TARGETS])
+    assert {r["kernel"] for r in reports} >= {"fused", "shrink", "expand", "through_y", "through_x"}
+    for report in reports:
+        assert report["spills"] == 0, report
+        assert report["shared"] <= SHARED_KIB[report["target"]] * 1024, report
+
+
 LAUNCHES = """
 import json, torch
 from benchmarks.triton_launches import record
-for M, ranks in ((8192, (2, 4, 8, 16)), (1, (2, 4, 8, 16)), (8192, (16,) * 16)):
+for M, ranks in ((8192, (2, 4, 8, 16)), (1, (2, 4, 8, 16)), (8192, (16,) * 16), (8192, (64,))):
     print(json.dumps([l.kernel.__name__ for l in record(torch.bfloat16, tokens=M, ranks=ranks)]))
 """
 
 
 def test_launches():
     """Forward one where tiles of tokens fill the device, else two; backward three and the one that adds ranges."""
-    backward = ["through_y", "through_v", "weights", "add"]
-    full, few, wide = compiled(["-c", LAUNCHES])
-    assert full == ["fused", *backward]
+    backward = ["through_y", "through_v", "through_x", "add"]
+    full, few, wide, one_wide = compiled(["-c", LAUNCHES])
+    assert full == one_wide == ["fused", *backward]
     assert few == wide == ["shrink", "expand", *backward]
+
+
+@interpreter
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(tokens=300),
+        dict(tokens=16, ranks=(4, 4)),
+        dict(tokens=200, ranks=(40, 40)),
+        dict(tokens=200, ranks=(64,)),
+        dict(tokens=150, ranks=(300, 5)),
+        dict(tokens=300, gated=True),
+    ],
+    ids=str,
+)
+def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
+    """Elements that the interpreter loads and stores, against the formulas; all gates open."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from benchmarks import triton_launches
+
+    counted = []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(self, ptrs, mask, *args):
+        result = load(self, ptrs, mask, *args)
+        counted[-1] += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+        return result
+
+    def counting_store(self, ptrs, value, mask, *args):
+        counted[-1] += int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
+        return store(self, ptrs, value, mask, *args)
+
+    class Both(triton_launches.Recorder):
+        def __getitem__(self, grid):
+            def both(*args, **kwargs):
+                counted.append(0)
+                self.kernel[grid](*args, **kwargs)
+                triton_launches.Recorder.__getitem__(self, grid)(*args, **kwargs)
+
+            return both
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    launches = triton_launches.record(
+        torch.half, K=320, O=448, multiprocessors=4, device_type="cpu", recorder=Both, **call
+    )
+    assert len(launches) == len(counted)
+    for launch, moved in zip(launches, counted, strict=True):
+        said = triton_launches.traffic([launch], 2)[1]
+        assert said == pytest.approx(moved, rel=0.015), launch.kernel.fn.__name__
 
 
 @pytest.fixture
@@ -113,7 +178,7 @@ def test_configurations_change_no_bit(monkeypatch, tokens, dtype):
     p = random_problem((tokens,), K=200, O=150, dtype=dtype)
     results = []
     for config in tune.CONFIGS:
-        monkeypatch.setattr(tune, "forced", tune._options(config))
+        monkeypatch.setattr(tune, "forced", tune._options(config, without=""))
         results.append(operation(p, backend="triton"))
     for other in results[1:]:
         assert torch.equal(other.y, results[0].y)
@@ -121,15 +186,23 @@ def test_configurations_change_no_bit(monkeypatch, tokens, dtype):
             assert torch.equal(grad, other.grads[name]), name
 
 
-def test_configurations_are_few_and_pruned():
-    assert len(set(tune.CONFIGS)) == len(tune.CONFIGS) <= 12
-    for tokens in (1, 16, 64, 100000):
+@pytest.mark.parametrize("amd", [False, True])
+def test_configurations_are_few_and_pruned(monkeypatch, amd):
+    monkeypatch.setattr(tune.device, "amd", lambda: amd)
+    for configs in (tune.CONFIGS, tune.WIDE_CONFIGS):
+        assert len(set(configs)) == len(configs) <= 12
+    for tokens in (1, 16, 64, 131072):
         for element_size in (2, 4):
-            for total_rank in (30, 256):
-                options = tune.of_forward(tokens, element_size, total_rank)
-                assert options, (tokens, element_size, total_rank)
-                assert all(o["BLOCK_M"] <= max(16, 2 * tokens) for o in options)
-                assert element_size == 2 or all(o["BLOCK_M"] <= 32 for o in options)
+            for columns, passes in ((32, 1), (64, 1), (64, 4), (256, 1)):
+                for without in ("", "BLOCK_O"):
+                    options = tune.of_forward(tokens, element_size, columns, passes, without)
+                    assert options, (tokens, element_size, columns, passes)
+                    assert all(o["BLOCK_M"] <= max(16, tokens) for o in options)
+                    assert element_size == 2 or all(o["BLOCK_M"] <= 32 for o in options)
+                    assert len({min(o["BLOCK_M"], 64) for o in options}) == 1  # one matrix instruction
+                    assert [o for i, o in enumerate(options) if o in options[:i]] == []
+                    assert all(without not in o for o in options)
+                    assert not amd or all(o["num_stages"] <= 2 for o in options)
 
 
 class FakeDevice:
@@ -138,7 +211,7 @@ class FakeDevice:
     def __init__(self, monkeypatch):
         self.trials, self.ran = 0, []
         monkeypatch.setattr(tune, "interpreted", lambda: False)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(tune.device, "capturing", lambda y: False)
         monkeypatch.setattr(tune, "_winners", {})
         monkeypatch.delenv("RODE_TRITON_AUTOTUNE", raising=False)
         monkeypatch.setattr(tune.triton.testing, "do_bench", self.bench)
@@ -148,25 +221,29 @@ class FakeDevice:
         call()
         return 1.0 if self.trials == 3 else 2.0
 
-    def call(self, tokens: int, y: torch.Tensor, scratch: bool = False) -> dict:
+    def call(self, tokens: int, y: torch.Tensor, scratch: bool = False, **constants) -> dict:
         def run(to: torch.Tensor, **options) -> None:
             to += 1.0
             self.ran.append(options)
 
-        options = tune.of_forward(1 << (tokens - 1).bit_length(), 2, 30)
-        tune.tuned("fused", ("a shape",), tokens, options, run, y, scratch=scratch)
+        most = 1 << (tokens - 1).bit_length()
+        options = tune.of_forward(most, 2, 32)
+        tune.tuned("fused", constants, ("a shape", most), options, run, y, scratch=scratch)
         return self.ran[-1]
 
 
 def test_the_fastest_is_kept_for_a_shape_class_and_not_for_a_number_of_tokens(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-    options = tune.of_forward(128, 2, 30)
+    options = tune.of_forward(128, 2, 32)
     assert device.call(100, y) == options[2]
     assert device.trials == len(options)
     assert device.call(128, y) == device.call(65, y) == options[2]
     assert device.trials == len(options)
     device.call(129, y)
-    assert device.trials > len(options)
+    assert device.trials == len(options) + len(tune.of_forward(256, 2, 32))
+    before = device.trials
+    device.call(100, y, DROPOUT=True)  # another kernel, for the compiler
+    assert device.trials == before + len(options)
 
 
 def test_trials_do_not_add_to_base_in_place(monkeypatch):
@@ -178,12 +255,12 @@ def test_trials_do_not_add_to_base_in_place(monkeypatch):
 def test_tuning_can_be_switched_off(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
     monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "off")
-    assert device.call(100, y) == tune.of_forward(128, 2, 30)[0]
+    assert device.call(100, y) == tune.of_forward(128, 2, 32)[0]
     monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "no")
     with pytest.raises(ValueError, match="RODE_TRITON_AUTOTUNE: expected on or off, got 'no'"):
         device.call(100, y)
     monkeypatch.delenv("RODE_TRITON_AUTOTUNE")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tune.device, "capturing", lambda y: True)
     device.call(100, y)
     assert device.trials == 0
 
@@ -192,17 +269,69 @@ def test_tuning_can_be_switched_off(monkeypatch):
 @pytest.mark.usefixtures("sums_in_order")
 def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
     """INTERPRETED is read in one place, and where the interpreter multiplies rightly (float16) it changes no bit."""
-    from rode_kernels.triton import launch
+    from rode_kernels.triton import blocks
 
     sources = "\n".join(path.read_text() for path in sorted((ROOT / "rode_kernels/triton").glob("*.py")))
     assert re.findall(r"^.*if .*INTERPRETED.*$", sources, re.MULTILINE) == ["    if INTERPRETED:"]
     p = random_problem((70,), K=100, O=80, dtype=torch.half)
     with_casts = operation(p, backend="triton")
-    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(blocks, "interpreted", lambda: False)
     without = operation(p, backend="triton")
     assert torch.equal(with_casts.y, without.y)
     for name, grad in with_casts.grads.items():
         assert torch.equal(grad, without.grads[name]), name
+
+
+@pytest.mark.parametrize("value", ["1", "true", "True", "YES", "on", "y", "0", "", "off", "t"])
+def test_the_interpreter_is_on_where_triton_thinks_so(value):
+    code = "import rode_kernels.triton as t, triton; print(t.interpreted(), triton.knobs.runtime.interpret, t.devices())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_INTERPRET": value},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    on = value not in ("0", "", "off", "t")
+    assert run.stdout.split()[:2] == [str(on)] * 2
+    assert run.stdout.split(maxsplit=2)[2].strip() == ("('cpu',)" if on else "('cuda',)")
+
+
+class Elsewhere:
+    """Of a tensor on a GPU, what decides whether Triton serves it."""
+
+    device, dtype, shape = torch.device("cuda"), torch.float32, (4, 8)
+
+    @staticmethod
+    def numel() -> int:
+        return 32
+
+
+def test_old_gpus_are_refused_with_the_reason(monkeypatch):
+    mixture = make_mixture((4,), (1.0,))
+    monkeypatch.setattr(triton_backend, "devices", lambda: ("cuda",))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert (
+        triton_backend.refuses(Elsewhere, 8, mixture)
+        == "Triton takes compute capability 8.0 and newer, got 7.5"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert triton_backend.refuses(Elsewhere, 8, mixture) == ""
+    monkeypatch.setattr(triton_backend, "devices", lambda: ("cpu",))
+    assert triton_backend.refuses(Elsewhere, 8, mixture) == "Triton, interpreted, serves cpu tensors"
+
+
+@pytest.mark.parametrize(
+    ("arch", "takes"), [("", "tf32"), ("gfx942:sramecc+:xnack-", "tf32"), ("gfx1100", "ieee")]
+)
+def test_tf32_is_asked_for_where_the_device_has_it(monkeypatch, arch, takes):
+    monkeypatch.setattr(tune.device, "amd", lambda: bool(arch))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch))
+    assert tune.device.precision(torch.zeros(1)) == "ieee"
+    monkeypatch.setattr(tune.device, "tf32_allowed", lambda: True)
+    assert tune.device.precision(torch.zeros(1)) == takes
+    assert tune.device.precision(torch.zeros(1, dtype=torch.half)) == "ieee"
 
 
 @interpreter
@@ -212,7 +341,7 @@ def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
 def test_wide_sweep(dtype, router):
     for K in (15, 16, 63, 64, 65, 130, 257):
         for M in (1, 16, 17, 64, 130):
-            for ranks in ((1,), (2, 4, 8, 16), (33, 31, 5), (7,) * 20):
+            for ranks in ((1,), (2, 4, 8, 16), (33, 31), (33, 31, 5), (7,) * 20, (90,) * 3):
                 p = random_problem(
                     (M,), K=K, O=K % 50 + 30, ranks=ranks, dtype=dtype, router=router, seed=K + M
                 )

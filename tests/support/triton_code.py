@@ -1,7 +1,7 @@
 """What Triton makes of its kernels for GPUs that are not here: the launches of real calls, recorded, and compiled ahead of time.
 
-Run as a program, for the interpreter must be off: `python tests/support/triton_code.py TYPE TARGET...` prints one JSON object a
-compiled kernel.
+Run as a program, for the interpreter must be off: `python tests/support/triton_code.py TYPE calls|choices TARGET...` prints one
+JSON object a compiled kernel: of calls by rule, or of what else tuning may choose.
 """
 
 from __future__ import annotations
@@ -43,24 +43,18 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if (
-            parameter.is_constexpr or value is None or (type(value) is int and value == 1)
-        ):  # as a launch specialises
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = (
-        launch.options
-        if TARGETS[target][0] == "cuda"
-        else {**launch.options, "num_stages": min(2, launch.options.get("num_stages", 2))}
-    )
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
     report = {
         "kernel": launch.kernel.__name__,
         "target": target,
@@ -84,7 +78,8 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         code = compiled.asm["amdgcn"]
         report["matrix"] = len(re.findall(r"\bv_(mfma|wmma|smfmac)_", code))
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1))
-        report["spills"] = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", code))
+        # scalar registers spill to lanes of a vector register, not to memory
+        report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1))
     return report
 
 
@@ -120,19 +115,30 @@ CALLS = {
     "gates alone": dict(tokens=8192, without_dy=True),
     "1": dict(tokens=1),  # what is 1 becomes a constant
     "ones": dict(tokens=1, K=1, O=1),
+    "one wide expert": dict(tokens=8192, ranks=(64,)),
     "wide": dict(tokens=512, ranks=(16,) * 16),
+    "very wide": dict(tokens=512, ranks=(128,) * 8),
 }
 
 
-def main(kind: str, targets: list[str]) -> None:
+CHOICES = {
+    f"{case}, configuration {choice}": dict(CALLS[case], choice=choice)
+    for case in ("8192", "16", "wide")
+    for choice in range(1, 5)
+}
+
+
+def main(kind: str, calls: dict[str, dict], targets: list[str]) -> None:
     for target in targets:
-        for case, call in CALLS.items():
-            seen = set()
+        seen = set()
+        for case, call in calls.items():
             for launch in record(TYPES[kind], amd=target.startswith("gfx"), **call):
-                if launch.kernel.__name__ not in seen:
-                    seen.add(launch.kernel.__name__)
+                constants = {k: v for k, v in launch.arguments.items() if type(v) is not torch.Tensor}
+                same = (launch.kernel.__name__, tuple(launch.options.items()), tuple(constants.items()))
+                if same not in seen:
+                    seen.add(same)
                     print(json.dumps({**compile_launch(launch, target), "case": case}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or list(TARGETS))
+    main(sys.argv[1], {"calls": CALLS, "choices": CHOICES}[sys.argv[2]], sys.argv[3:])

@@ -1,0 +1,85 @@
+"""Sizes of blocks, from shapes; constants that kernels share; parameters as kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from rode_kernels.mixture import Mixture
+from rode_kernels.triton import device, interpreted
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes that decide the bits: fixed for a shape class, never tuned.
+
+    Attributes:
+        k: of K in the sums of forward, of K and O in those of backward that run over features.
+        r: of packed columns, all of them where R <= 64 (32 in float32). `expand` takes up to 256 at once.
+        n: of experts.
+        together: t and dB come from one reading of dy, for which one program must hold enough columns of y that t has few parts.
+        o: columns of y whose dB one program computes, and their t. x: columns of x whose dA or dWr one program computes.
+        tokens: of backward's sums over tokens. rows: tokens of a tile of t or dx.
+    """
+
+    k: int
+    r: int
+    n: int
+    together: bool
+    o: int
+    x: int
+    tokens: int
+    rows: int
+
+
+def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blocks:
+    """What fits the registers. float32 products without tf32 run on no matrix unit, and hold a whole K of their operands."""
+    wide = element_size == 4
+    r = min(32 if wide else 64, max(16, triton.next_power_of_2(total_rank)))
+    n = max(16, triton.next_power_of_2(experts))
+    rows = 16 if tokens <= 16 or (wide and device.amd()) else 32 if wide else 64
+    if wide:
+        return Blocks(k=16, r=r, n=n, together=False, o=64, x=64, tokens=16, rows=rows)
+    if device.amd():  # fewer registers for each warp
+        return Blocks(
+            k=64, r=r, n=n, together=False, o=64, x=64, tokens=32, rows=min(rows, 32) if r == 64 else rows
+        )
+    most = min(256, 8192 // r)
+    return Blocks(k=64, r=r, n=n, together=total_rank <= 32, o=most, x=most, tokens=32, rows=rows)
+
+
+def static(x: Tensor, mixture: Mixture) -> dict:
+    """Constants of every kernel with products."""
+    return dict(
+        N=mixture.num_experts,
+        R=mixture.total_rank,
+        PRECISION=device.precision(x),
+        INTERPRETED=interpreted(),
+    )
+
+
+def columns(mixture: Mixture, dropout_p: float) -> dict:
+    """Whose a packed column is, and its factor."""
+    return dict(OFFSETS=mixture.offsets, SCALING=mixture.scaling_with_dropout(dropout_p))
+
+
+def dropout(x: Tensor, dropout_p: float) -> tuple[int, dict]:
+    """The threshold that words are compared with, and constants."""
+    return int(dropout_p * 2.0**32), dict(DROPOUT=dropout_p > 0.0, ALIGNED=x.shape[1] % 4 == 0)
+
+
+def like(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
+    """Parameters in x's dtype, contiguous."""
+    return [None if w is None else w.to(x.dtype).contiguous() for w in weights]
+
+
+def divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def share_out(size: int, block: int, parts: int) -> tuple[int, int]:
+    """(parts, size of one) where `size` is shared out among at most so many, in whole blocks, none without work."""
+    share = divide_up(divide_up(size, block), max(1, parts)) * block
+    return divide_up(size, share), share

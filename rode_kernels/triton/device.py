@@ -1,0 +1,34 @@
+"""What the Triton kernels' host side asks of the device that tensors are on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rode_kernels.gpu import tf32_allowed
+
+INTERPRETED_MULTIPROCESSORS = 2  # as few as let small problems fill the device
+
+
+def amd() -> bool:
+    return torch.version.hip is not None
+
+
+def multiprocessors(x: Tensor) -> int:
+    if x.device.type == "cpu":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a graph is being captured on x's device, where nothing may wait and nothing may be tried."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def precision(x: Tensor) -> str:
+    """How float32 products are rounded: "tf32" where torch may and the device can, of AMD's that is gfx942 alone."""
+    if x.dtype != torch.float32 or not tf32_allowed():
+        return "ieee"
+    if amd() and not torch.cuda.get_device_properties(x.device).gcnArchName.startswith("gfx942"):
+        return "ieee"
+    return "tf32"

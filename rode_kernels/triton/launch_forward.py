@@ -1,0 +1,106 @@
+"""Host side of the forward pass: memory and launches. It waits for the device in trials of configurations only (`tune`)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from rode_kernels.gpu import with_neighbouring_columns
+from rode_kernels.mixture import Mixture
+from rode_kernels.plan import plan_forward
+from rode_kernels.triton import device, forward_kernels, tune
+from rode_kernels.triton.blocks import blocks, columns, divide_up, dropout, like, share_out, static
+
+
+def forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    gates: Tensor | None,
+    base: Tensor | None,
+    seed: Tensor | None,
+    mixture: Mixture,
+    dropout_p: float,
+    dense: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; tiles of tokens with nothing open are skipped."""
+    (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+    x, into = with_neighbouring_columns(x), base if inplace else None
+    base = None if base is None else with_neighbouring_columns(base)
+    y = base if inplace else x.new_empty(M, O)
+    u = x.new_empty(M, R, dtype=torch.float32)
+    routed = router_weight is not None
+    g = x.new_empty(M, N, dtype=torch.float32) if routed else gates.contiguous()
+    if M > 0:
+        A, W, B = like(x, A, router_weight, B)
+        bias = None if router_bias is None else router_bias.float().contiguous()
+        # parts of K decide the bits: for the shape class, not for the very number of tokens
+        most = triton.next_power_of_2(M)
+        plan = plan_forward(most, K, O, R, N if routed else 0, x.element_size(), device.multiprocessors(x))
+        size = blocks(M, R, N, x.element_size())
+        threshold, drops = dropout(x, dropout_p)
+        of_sums = {**static(x, mixture), **drops}
+        of_y = {
+            **static(x, mixture),
+            **columns(mixture, dropout_p),
+            **dict(ROUTED=routed, HAS_BIAS=bias is not None, HAS_BASE=base is not None),
+            **dict(INPLACE=inplace, DENSE=dense),
+        }
+        strides = (base.stride(0) if base is not None else 0, y.stride(0))
+        shape_class = (x.dtype, K, O, most)
+        if plan.fused and size.r >= R:
+            constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
+
+            def run(to: Tensor, BLOCK_M: int, **chosen) -> None:
+                of_base = to if inplace else base
+                forward_kernels.fused[(divide_up(M, BLOCK_M),)](
+                    *(x, A, W, B, bias, g, of_base, to, u, seed, threshold, M, K, O, x.stride(0), *strides),
+                    **constants,
+                    BLOCK_M=BLOCK_M,
+                    **chosen,
+                )
+
+            options = tune.of_forward(most, x.element_size(), size.r)
+            tune.tuned("fused", constants, shape_class, options, run, y, scratch=inplace)
+        else:
+            parts, share = share_out(K, size.k, plan.splits)
+            width = R + (N if routed else 0)
+            partial = x.new_empty(parts, M, width, dtype=torch.float32)
+            A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if routed else 0
+            of_sums |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
+
+            def first(_: Tensor, BLOCK_M: int, **chosen) -> None:
+                forward_kernels.shrink[(A_blocks + W_blocks, divide_up(M, BLOCK_M), parts)](
+                    *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), share),
+                    **of_sums,
+                    BLOCK_M=BLOCK_M,
+                    **chosen,
+                )
+
+            options = tune.of_forward(most, x.element_size(), size.r, without="BLOCK_O")
+            tune.tuned("shrink", of_sums, (*shape_class, parts), options, first, y)
+            # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
+            parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
+            held = tune.columns_of_expand(R, x.element_size())
+            of_y |= dict(WIDTH=width, BLOCK_R=held)
+
+            def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
+                shares, of_share = share_out(O, BLOCK_O, parts_of_O)
+                of_base = to if inplace else base
+                forward_kernels.expand[(divide_up(M, BLOCK_M), shares)](
+                    *(partial, B, bias, g, of_base, to, u, M, O, parts, of_share, *strides),
+                    **of_y,
+                    **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
+                    **chosen,
+                )
+
+            options = tune.of_forward(most, x.element_size(), held, divide_up(R, held))
+            tune.tuned("expand", of_y, (*shape_class, parts), options, second, y, scratch=inplace)
+    if into is not None and into is not base:  # its columns were not neighbours
+        into.copy_(y)
+        y = into
+    return y, u, g
