@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from benchmarks import write_json
 from benchmarks.eager import packed, peft_loop
 from rode_kernels import backends, rectified_mixture
 
-RANKS = (2, 4, 8, 16)
-SCALING = tuple(16.0 / r for r in RANKS)
-CASES = [(M, 4096, 4096) for M in (1, 16, 64, 512, 2048, 8192, 65536)]
-ON_CPU = [(M, K, K) for K in (576, 4096) for M in (1, 64, 512)]
+PAPER = (2, 4, 8, 16)
+Case = tuple[int, int, int, tuple[int, ...]]  # tokens, in_features, out_features, ranks
+CASES: list[Case] = [(M, 4096, 4096, PAPER) for M in (1, 16, 64, 512, 2048, 8192, 65536)]
+CASES += [(8192, 4096, 11008, PAPER), (8192, 4096, 4096, (8,) * 8), (8192, 4096, 4096, (16,) * 16)]
+ON_CPU: list[Case] = [(M, K, K, PAPER) for K in (576, 4096) for M in (1, 64, 512)]
 
 
 @dataclass
@@ -35,23 +36,34 @@ class Problem:
     router: Tensor
     base: Tensor
     dy: Tensor
+    ranks: tuple[int, ...]
 
     @classmethod
-    def random(cls, M: int, K: int, O: int, dtype: torch.dtype, device: str) -> Problem:
+    def random(cls, case: Case, dtype: torch.dtype, device: str) -> Problem:
+        M, K, O, ranks = case
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
-        R, N = sum(RANKS), len(RANKS)
-        return cls(
+        R, N = sum(ranks), len(ranks)
+        p = cls(
             normal(M, K),
             normal(R, K, std=K**-0.5),
             normal(O, R),
             normal(N, K, std=K**-0.5),
             normal(M, O),
             normal(M, O),
+            ranks,
         )
+        # Where a logit is 0 but for rounding, whether its gate has a gradient is a matter of rounding too: none of y's gets there.
+        logits = torch.cat([part.float() @ p.router.float().t() for part in p.x.split(4096)])
+        p.dy[logits.abs().amin(1) < 1e-3] = 0.0
+        return p
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        return tuple(16.0 / r for r in self.ranks)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -59,33 +71,68 @@ class Problem:
 
 
 def candidates(p: Problem, backend: str) -> dict[str, Callable[..., Tensor]]:
-    """What is timed, as functions of (x, A, B, router, base)."""
-    expert = torch.arange(len(RANKS), device=p.x.device).repeat_interleave(
-        torch.tensor(RANKS, device=p.x.device)
-    )
-    factors = torch.tensor(SCALING, dtype=p.x.dtype, device=p.x.device)[expert]
+    """What is timed, as functions of (x, A, B, router, base). Compiled by torch.compile on a GPU only: its CPU compiler takes
+    longer than the rest of the benchmark."""
+    ranks, scaling, device = p.ranks, p.scaling, p.x.device
+    expert = torch.arange(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device))
+    factors = torch.tensor(scaling, dtype=p.x.dtype, device=device)[expert]
     down = torch.cat(
         [p.A, p.router]
-    )  # for inference made once; in training A and the router change at every step
-    return {
+    )  # made once for inference; in training A and the router change at every step
+
+    def best_of_eager(x, A, B, W, base):
+        return packed(x, torch.cat([A, W]) if A.requires_grad else down, B, factors, expert, base)
+
+    runs = {
         backend: lambda x, A, B, W, base: rectified_mixture(
-            x, A, B, W, ranks=RANKS, scaling=SCALING, base=base, backend=backend
+            x, A, B, W, ranks=ranks, scaling=scaling, base=base, backend=backend
         ),
-        "packed": lambda x, A, B, W, base: packed(
-            x, torch.cat([A, W]) if A.requires_grad else down, B, factors, expert, base
-        ),
-        "loop": lambda x, A, B, W, base: peft_loop(x, A, B, W, base, RANKS, SCALING),
+        "packed": best_of_eager,
+        "loop": lambda x, A, B, W, base: peft_loop(x, A, B, W, base, ranks, scaling),
     }
+    if device.type == "cuda":
+        runs["compiled"] = torch.compile(best_of_eager, dynamic=False)
+    return runs
 
 
-def check(p: Problem, run: Callable[..., Tensor], name: str) -> None:
-    """On the first tokens, against float64."""
-    few = [p.x[:256], p.A, p.B, p.router, p.base[:256]]
-    wide = [t.double() for t in few]
-    truth = peft_loop(*wide, RANKS, SCALING)
-    error = ((run(*few).double() - truth).abs().max() / truth.abs().max()).item()
-    if not error < 8 * torch.finfo(p.x.dtype).eps:
-        raise RuntimeError(f"{name} is wrong (relative error {error:.2e}): nothing is timed")
+def gradients(
+    p: Problem, run: Callable[..., Tensor], rows: slice = slice(None)
+) -> tuple[Tensor, list[Tensor]]:
+    """y and the gradients of x, A, B, the router's weights and base, from the tokens `rows`."""
+    leaves = [p.x[rows], p.A, p.B, p.router, p.base[rows]]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = run(*leaves)
+    return y.detach(), list(torch.autograd.grad(y, leaves, p.dy[rows].to(y.dtype)))
+
+
+def check(p: Problem, run: Callable[..., Tensor], name: str, chunk: int = 4096) -> None:
+    """All that is timed, y and gradients of all tokens, against float64 (a `chunk` of tokens at a time).
+
+    Raises:
+        RuntimeError: where one differs by more than rounding in this dtype explains, or is not finite.
+    """
+    wide = replace(p, A=p.A.double(), B=p.B.double(), router=p.router.double())
+    y, (dx, dA, dB, dW, _) = gradients(p, run)
+    bound = (16 if p.x.element_size() == 2 else 64) * torch.finfo(p.x.dtype).eps
+    sums = [torch.zeros_like(t, dtype=torch.float64) for t in (dA, dB, dW)]
+
+    def compare(what: str, got: Tensor, truth: Tensor) -> None:
+        error = ((got.double() - truth).abs().max() / truth.abs().max()).item()
+        if not error < bound:
+            raise RuntimeError(f"{name} is wrong ({what}, relative error {error:.2e}): nothing is timed")
+
+    def formula(x, A, B, W, base):
+        return peft_loop(x.double(), A, B, W, base.double(), p.ranks, p.scaling)
+
+    for first in range(0, p.x.shape[0], chunk):
+        rows = slice(first, first + chunk)
+        truth, (of_x, *others, _) = gradients(wide, formula, rows)
+        compare("y", y[rows], truth)
+        compare("the gradient of x", dx[rows], of_x)
+        for total, part in zip(sums, others, strict=True):
+            total += part
+    for what, got, truth in zip(("A", "B", "the router"), (dA, dB, dW), sums, strict=True):
+        compare(f"the gradient of {what}", got, truth)
 
 
 def seconds(call: Callable[[], object], device: str, flush: Tensor | None) -> float:
@@ -102,16 +149,15 @@ def seconds(call: Callable[[], object], device: str, flush: Tensor | None) -> fl
     return start.elapsed_time(end) / 1000
 
 
-def run_case(
-    backend: str, device: str, dtype: torch.dtype, M: int, K: int, O: int, rounds: int
-) -> list[dict]:
-    p = Problem.random(M, K, O, dtype, device)
+def run_case(backend: str, device: str, dtype: torch.dtype, case: Case, rounds: int) -> list[dict]:
+    p = Problem.random(case, dtype, device)
     flush = None if device == "cpu" else torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    rows = []
+    rows, runs = [], candidates(p, backend)
+    for name, run in runs.items():
+        check(p, run, name)
     for what in ("forward", "forward + backward"):
         calls = {}
-        for name, run in candidates(p, backend).items():
-            check(p, run, name)
+        for name, run in runs.items():
             leaves = [t.detach().requires_grad_(what != "forward") for t in p.leaves]
 
             def call(run=run, leaves=leaves):
@@ -123,16 +169,15 @@ def run_case(
         times = {name: [] for name in calls}
         for i in range(rounds):
             order = list(calls)
-            for name in order[i % 3 :] + order[: i % 3]:
+            first = i % len(order)
+            for name in order[first:] + order[:first]:
                 times[name].append(seconds(calls[name], device, flush))
-        for other in ("packed", "loop"):
+        for other in order[1:]:
             ratios = sorted(t / mine for t, mine in zip(times[other], times[backend], strict=True))
             rows.append(
                 {
                     **{
-                        "tokens": M,
-                        "in_features": K,
-                        "out_features": O,
+                        **dict(zip(("tokens", "in_features", "out_features", "ranks"), case, strict=True)),
                         "dtype": str(dtype),
                         "what": what,
                         "against": other,
@@ -166,12 +211,12 @@ def main(backend: str, json_file: str | None, rounds: int) -> None:
     dtypes = (torch.float32, torch.bfloat16)
     if not status.available or (device == "cuda" and not torch.cuda.is_available()):
         print(f"{backend} cannot run here: {status.reason}. On a machine where it can, this would run")
-        for M, K, O in cases:
+        for M, K, O, ranks in cases:
             print(
-                f"  M = {M}, K = {K}, O = {O}, ranks {RANKS}, float32 and bfloat16: forward, forward + backward"
+                f"  M = {M}, K = {K}, O = {O}, ranks {ranks}, float32 and bfloat16: forward, forward + backward"
             )
         print(
-            "each against packed PyTorch and a loop over experts, results checked first, rounds interleaved."
+            "each against packed PyTorch, the same compiled, and a loop over experts, results checked first, rounds interleaved."
         )
         return
     print(
@@ -180,11 +225,11 @@ def main(backend: str, json_file: str | None, rounds: int) -> None:
     rows = []
     for dtype in dtypes:
         for case in cases:
-            for row in run_case(backend, device, dtype, *case, rounds):
+            for row in run_case(backend, device, dtype, case, rounds):
                 rows.append(row)
                 print(
-                    f"  {row['dtype']:15} M {row['tokens']:6} K {row['in_features']:5} {row['what']:18} "
-                    f"{row['milliseconds']:9.3f} ms  against {row['against']:6} {row['ratio']:6.2f}x "
+                    f"  {row['dtype']:15} M {row['tokens']:6} K {row['in_features']:5} R {sum(row['ranks']):4} {row['what']:18} "
+                    f"{row['milliseconds']:9.3f} ms  against {row['against']:8} {row['ratio']:6.2f}x "
                     f"({row['low']:.2f} to {row['high']:.2f})",
                     flush=True,
                 )

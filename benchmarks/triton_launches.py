@@ -41,7 +41,7 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]):
         def record(*args, **kwargs) -> None:
             names = list(inspect.signature(self.kernel.fn).parameters)
-            options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages") if n in kwargs}
+            options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", *tune.ALWAYS) if n in kwargs}
             self.launches.append(
                 Launch(self.kernel, grid, {**dict(zip(names, args, strict=False)), **kwargs}, options)
             )

@@ -70,7 +70,8 @@ def backward(
     if size.together:  # a part of t is what a program's columns of y give
         parts, part = o_blocks, size.o
     else:
-        parts, part = share_out(O, size.k, fills // (row_tiles * R_blocks))
+        # for the shape class, as in forward: they decide the bits of a token's dx
+        parts, part = share_out(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
     t = x.new_empty(parts, M, R, dtype=torch.float32) if need_t else None
     if dy is not None and (need_t or need_B):
         programs = o_blocks * count_y if size.together or need_B else 0
@@ -171,7 +172,7 @@ def backward(
         # a gradient that nobody asks for has no program, but its pointer must have a type
         targets = [ranges if sums[i] is None else sums[i] for i in (1, 0, 2, 3)]
         backward_kernels.add[(stride // ADD_BLOCK,)](
-            *(ranges, *targets, count_y, count_x, stride, at_A, at_W, at_b), BLOCK=ADD_BLOCK
+            *(ranges, *targets, count_y, count_x, stride, at_A, at_W, at_b), BLOCK=ADD_BLOCK, **tune.ALWAYS
         )
 
     def shaped(values: Tensor | None, *shape: int) -> Tensor | None:

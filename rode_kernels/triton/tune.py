@@ -35,6 +35,7 @@ WIDE_CONFIGS = (
     (16, 64, 8, 2),
     (16, 64, 4, 2),
 )
+ALWAYS = {"enable_fp_fusion": True}  # said, because what Triton does otherwise changes with its version
 _winners: dict[Hashable, dict] = {}
 forced: dict | None = None  # by tests: a configuration for every kernel
 
@@ -48,6 +49,7 @@ def _of_device(options: list[dict]) -> list[dict]:
     """Each once; AMD's have shared memory for two stages."""
     if device.amd():
         options = [{**o, "num_stages": min(2, o["num_stages"])} for o in options]
+    options = [{**o, **ALWAYS} for o in options]
     return [o for i, o in enumerate(options) if o not in options[:i]]
 
 
@@ -109,29 +111,40 @@ def tuned(
         scratch: y is accumulated into, so that trials need a copy.
     """
     if forced is not None:
-        return run(y, **{name: forced[name] for name in options[0]})
+        return run(y, **{name: forced.get(name, value) for name, value in options[0].items()})
     autotune = os.environ.get("RODE_TRITON_AUTOTUNE", "on")
     if autotune not in ("on", "off"):
         raise ValueError(f"RODE_TRITON_AUTOTUNE: expected on or off, got {autotune!r}")
-    if len(options) == 1:
-        return run(y, **options[0])
     key = (kernel, tuple(constants.items()), shape_class, y.device)
-    if key in _winners and autotune == "on":
-        return run(y, **_winners[key])
-    if autotune == "off" or interpreted() or device.capturing(y):
-        return run(y, **options[0])
-    trial = y.clone() if scratch else y
+    best = _winners.get(key) if autotune == "on" else None
+    if device.capturing(y):
+        return _captured(kernel, run, y, best or options[0])
+    if best is None and autotune == "on" and len(options) > 1 and not interpreted():
+        best = _winners[key] = _fastest(options, run, y.clone() if scratch else y)
+    return run(y, **(best or options[0]))
+
+
+def _fastest(options: list[dict], run: Callable[..., None], y: Tensor) -> dict:
+    """By the median of some runs; the one by rule if none ran: it then says why."""
     times = []
     for option in options:
         try:
-            times.append(
-                triton.testing.do_bench(
-                    lambda o=option: run(trial, **o), warmup=5, rep=20, return_mode="median"
-                )
+            bench = triton.testing.do_bench(
+                lambda o=option: run(y, **o), warmup=5, rep=20, return_mode="median"
             )
         except (
             Exception
         ):  # one that does not compile, or asks for more than the device has, is only not chosen
-            times.append(float("inf"))
-    _winners[key] = options[times.index(min(times))]  # the one by rule if none ran: it then says why
-    return run(y, **_winners[key])
+            bench = float("inf")
+        times.append(bench)
+    return options[times.index(min(times))]
+
+
+def _captured(kernel: str, run: Callable[..., None], y: Tensor, option: dict) -> None:
+    try:
+        run(y, **option)
+    except Exception as error:
+        raise RuntimeError(
+            f"rode_kernels: the Triton kernel {kernel!r} could not be captured in a graph: one that has not run yet is compiled "
+            "and loaded, which a capture does not allow; run the call once before"
+        ) from error

@@ -265,6 +265,19 @@ def test_tuning_can_be_switched_off(monkeypatch):
     assert device.trials == 0
 
 
+def test_a_kernel_that_cannot_be_captured_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(tune.device, "capturing", lambda y: True)
+
+    def run(y, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(
+        RuntimeError, match=r"'fused' could not be captured .* run the call once before"
+    ) as caught:
+        tune.tuned("fused", {}, (), tune.of_backward(8), run, torch.zeros(1))
+    assert "not permitted" in str(caught.value.__cause__)
+
+
 @interpreter
 @pytest.mark.usefixtures("sums_in_order")
 def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
