@@ -46,8 +46,8 @@ def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blo
         return Blocks(
             k=64, r=r, n=n, together=False, o=64, x=64, tokens=32, rows=min(rows, 32) if r == 64 else rows
         )
-    most = min(256, 8192 // r)
-    return Blocks(k=64, r=r, n=n, together=total_rank <= 32, o=most, x=most, tokens=32, rows=rows)
+    o = min(256, 8192 // r)
+    return Blocks(k=64, r=r, n=n, together=total_rank <= 32, o=o, x=256, tokens=32, rows=rows)
 
 
 def static(x: Tensor, mixture: Mixture) -> dict:

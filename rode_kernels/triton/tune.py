@@ -59,7 +59,7 @@ def of_forward(
     """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles that take another matrix instruction
     than the rule's, whose sums may be rounded differently (64 tokens and more take one, 32 and 16 others); and what does not fit
     the registers: float32 in tiles of more than 32 tokens (16 with several passes), 16 bits with several passes in tiles of more
-    than 32 by 4 warps, and on AMD 64 columns in tiles of more than 32, and 128 columns of y by 4 warps.
+    than 32 by 4 warps; on AMD 64 columns in tiles of more than 32, and 128 columns of y or 32 tokens in float32 by 4 warps.
 
     Args:
         tokens: the most of the shape class. columns: packed columns that a program holds. passes: how often, for all of them.
@@ -73,7 +73,7 @@ def of_forward(
         for o in (WIDE_CONFIGS if columns > 64 else CONFIGS)
         if o[0] <= max(16, min(tokens, most))
         and not (passes > 1 and o[0] > 8 * o[2])
-        and not (device.amd() and o[1] > 64 and o[2] < 8)
+        and not (device.amd() and o[2] < 8 and (o[1] > 64 or (element_size == 4 and o[0] > 16)))
     ]
     return _of_device([_options(o, without) for o in fits if min(o[0], 64) == min(fits[0][0], 64)])
 
