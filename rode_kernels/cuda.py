@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from rode_kernels import reference, triton
 from rode_kernels.gpu import beyond_kernels, tf32_allowed, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
-from rode_kernels.plan import Plan, column_tiles, plan_forward
+from rode_kernels.plan import BackwardPlan, Plan, column_tiles, plan_backward, plan_forward
 
 try:
     import rode_kernels._cuda as _native
@@ -42,7 +41,7 @@ def _rows(t: Tensor | None) -> tuple[int, int]:
 
 
 class Kernels:
-    """The forward pass on one native module.
+    """Both passes on one native module.
 
     Args:
         native: the compiled module, `_cuda` or `_cuda_emulated`.
@@ -71,7 +70,7 @@ class Kernels:
         stream: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `reference.forward`, by the kernels that `plan` names. Everything that they write is allocated here."""
-        (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+        M, O, R, N = x.shape[0], B.shape[0], mixture.total_rank, mixture.num_experts
         plan.check(R, N if router_weight is not None else 0, x.element_size())
         x = with_neighbouring_columns(x)
         into = base if inplace else None
@@ -84,16 +83,7 @@ class Kernels:
         if not plan.fused:
             tiles = column_tiles(R, N if routed else 0)
             partial = self.empty(plan.splits, M, 8 * tiles, like=x, dtype=torch.float32)
-        problem = self.native.Problem(
-            dtype=_DTYPES[x.dtype],
-            tokens=M,
-            in_features=K,
-            out_features=O,
-            ranks=mixture.ranks,
-            scaling=mixture.scaling_with_dropout(dropout_p),
-            dropout_p=dropout_p,
-            dense=dense,
-        )
+        problem = self._problem(x, O, mixture, dropout_p, dense)
         if M > 0:
             A, router_weight, B = self._in_dtype(problem, x, A, router_weight, B, device, stream)
             bias = None if router_bias is None else router_bias.float().contiguous()
@@ -125,6 +115,118 @@ class Kernels:
             into.copy_(y)
             y = into
         return y, u, g
+
+    def backward(
+        self,
+        dy: Tensor | None,
+        dgates: Tensor | None,
+        x: Tensor,
+        u: Tensor,
+        g: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        seed: Tensor | None,
+        mixture: Mixture,
+        dropout_p: float,
+        dense: bool,
+        needs: tuple[bool, ...],
+        *,
+        plan: BackwardPlan,
+        device: int,
+        stream: int,
+    ) -> tuple[Tensor | None, ...]:
+        """As `reference.backward`, by the kernels that `plan` names. Everything that they write is allocated here."""
+        need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+        (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+        if M == 0 or not any(needs):
+            return tuple(
+                like.new_zeros(shape) if needed else None
+                for needed, like, shape in zip(
+                    needs,
+                    (x, A, B, router_weight, g, g),
+                    ((M, K), (R, K), (O, R), (N, K), (N,), (M, N)),
+                    strict=True,
+                )
+            )
+        x = with_neighbouring_columns(x)
+        dtypes = [None if t is None else t.dtype for t in (A, router_weight, B)]
+        problem = self._problem(x, O, mixture, dropout_p, dense)
+        A, router_weight, B = self._in_dtype(problem, x, A, router_weight, B, device, stream)
+        of_y = dy is not None
+        sums_x = need_A or need_router
+        routed = router_weight is not None
+        tiles, groups = -(-R // 8), -(-R // 16) + (-(-N // 16) if routed else 0)
+        ranges_y, ranges_x = -(-M // plan.share_y), -(-M // plan.share_x)
+
+        def floats(needed: bool, *shape: int) -> Tensor | None:
+            return self.empty(*shape, like=x, dtype=torch.float32) if needed else None
+
+        def gradient(needed: bool, rows: int, columns: int, dtype: torch.dtype | None) -> Tensor | None:
+            return self.empty(rows, columns, like=x, dtype=dtype) if needed else None
+
+        need_v = need_x or sums_x or need_bias or need_gates
+        dx = gradient(need_x, M, K, x.dtype)
+        dA = gradient(need_A, R, K, dtypes[0])
+        dW = gradient(need_router, N, K, dtypes[1])
+        dB = gradient(need_B and of_y, O, R, dtypes[2])
+        dbias, dh = floats(need_bias, N), floats(need_v, M, N)
+        D = self.empty(M, 16 * groups, like=x) if need_v else None
+        t = floats(need_v and of_y, plan.slabs, -(-M // 16), tiles, 128)
+        of_B = floats(need_B and of_y, ranges_y, O, 8 * tiles)
+        of_A = floats(sums_x, ranges_x, 16 * groups, -(-K // 8) * 8)
+        of_bias = floats(need_bias, ranges_x, N)
+        dgates = None if dgates is None else dgates.contiguous()
+        if of_y and max(dy.stride()) >= 2**31:
+            dy = dy.contiguous()
+
+        def of(gradient: Tensor | None) -> tuple[int, bool]:
+            return _address(gradient), gradient is not None and gradient.dtype != x.dtype
+
+        self.native.backward(
+            problem=problem,
+            dy=(_address(dy), *(dy.stride() if of_y else (0, 0))),
+            x=_rows(x),
+            A=_address(A),
+            router=_address(router_weight),
+            B=_address(B),
+            ld_A=A.shape[1],
+            ld_B=B.shape[1],
+            u=_address(u),
+            g=_address(g),
+            dgates=_address(dgates),
+            seed=_address(seed),
+            dx=_address(dx),
+            dA=of(dA),
+            dW=of(dW),
+            dB=of(dB),
+            dbias=_address(dbias),
+            dh=_address(dh),
+            D=_address(D),
+            t=_address(t),
+            of_B=_address(of_B),
+            of_A=_address(of_A),
+            of_bias=_address(of_bias),
+            fast=tf32_allowed(),
+            device=device,
+            stream=stream,
+            **asdict(plan),
+        )
+        if need_B and dB is None:
+            dB = B.new_zeros(O, R, dtype=dtypes[2])
+        return dx, dA, dB, dW, dbias, dh if need_gates else None
+
+    def _problem(self, x: Tensor, out_features: int, mixture: Mixture, dropout_p: float, dense: bool):
+        return self.native.Problem(
+            dtype=_DTYPES[x.dtype],
+            tokens=x.shape[0],
+            in_features=x.shape[1],
+            out_features=out_features,
+            ranks=mixture.ranks,
+            scaling=mixture.scaling_with_dropout(dropout_p),
+            dropout_p=dropout_p,
+            dense=dense,
+        )
 
     def _in_dtype(self, problem, x, A, router_weight, B, device, stream):
         """Parameters in x's dtype, (R, K'), (N, K'), (O, R'): as they are, or float32 ones cast in one launch and padded to 8."""
@@ -213,36 +315,27 @@ def _multiprocessors(device: int) -> int:
 _kernels = Kernels(_native)
 
 
+def shape(x: Tensor, B: Tensor, router_weight: Tensor | None, mixture: Mixture) -> tuple[int, ...]:
+    """What plans are made from, but for the device."""
+    routed_experts = mixture.num_experts if router_weight is not None else 0
+    return *x.shape, B.shape[0], mixture.total_rank, routed_experts, x.element_size()
+
+
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`; closed experts are skipped by tile."""
     device = x.device.index
     args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
     with torch.cuda.device(device):  # the native runtime makes it current, and this gives it back
-        plan = plan_forward(
-            *(x.shape[0], x.shape[1], B.shape[0]),
-            mixture.total_rank,
-            mixture.num_experts if router_weight is not None else 0,
-            x.element_size(),
-            _multiprocessors(device),
-        )
+        plan = plan_forward(*shape(x, B, router_weight, mixture), _multiprocessors(device))
         stream = torch.cuda.current_stream(device).cuda_stream
         return _kernels.forward(*args, plan=plan, device=device, stream=stream)
 
 
-@lru_cache(maxsize=1)
-def _say_backward_is_slow(why: str) -> None:
-    warnings.warn(
-        f"rode_kernels: the CUDA backend has no backward kernels yet, and 'triton', whose it takes, is not available: {why}; "
-        "gradients run on the slower 'reference' backend",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-
-
-def backward(*args):
-    """As `reference.backward`, by the Triton kernels where they can run, else by itself, which it says once."""
-    available, why = triton.status()
-    if available and args[2].device.type in triton.devices():
-        return triton.backward(*args)
-    _say_backward_is_slow(why)
-    return reference.backward(*args)
+def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
+    """As `reference.backward`; closed experts are skipped by tile."""
+    device = x.device.index
+    args = (dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs)
+    with torch.cuda.device(device):
+        plan = plan_backward(*shape(x, B, router_weight, mixture), _multiprocessors(device))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return _kernels.backward(*args, plan=plan, device=device, stream=stream)

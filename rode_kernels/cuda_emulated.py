@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rode_kernels import reference
-from rode_kernels.cuda import Kernels
+from rode_kernels.cuda import Kernels, shape
 from rode_kernels.gpu import beyond_kernels
-from rode_kernels.plan import Plan, plan_forward
+from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
 try:
     import rode_kernels._cuda_emulated as native
@@ -39,6 +38,7 @@ class Machine:
     seed: int = 0
     multiprocessors: int = 2
     plan: Plan | None = None
+    backward_plan: BackwardPlan | None = None
 
 
 machine = Machine()
@@ -58,16 +58,19 @@ _kernels = _EmulatedKernels(native)
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed)
-    plan = machine.plan or plan_forward(
-        *(x.shape[0], x.shape[1], B.shape[0]),
-        mixture.total_rank,
-        mixture.num_experts if router_weight is not None else 0,
-        x.element_size(),
-        machine.multiprocessors,
-    )
+    plan = machine.plan or plan_forward(*shape(x, B, router_weight, mixture), machine.multiprocessors)
     args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
     return _kernels.forward(*args, plan=plan, device=0, stream=0)
 
 
+def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
+    """As `reference.backward`; as `forward` above."""
+    native.reset(machine.seed)
+    plan = machine.backward_plan or plan_backward(
+        *shape(x, B, router_weight, mixture), machine.multiprocessors
+    )
+    args = (dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs)
+    return _kernels.backward(*args, plan=plan, device=0, stream=0)
+
+
 refuses = beyond_kernels
-backward = reference.backward

@@ -91,3 +91,66 @@ def plan_forward(
     outs = _divide_up(out_features, depth)
     parts = min(outs, _divide_up(multiprocessors, tiles))
     return Plan(fused=False, rows=rows, splits=splits, out_tiles=_divide_up(outs, parts))
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How the CUDA backward pass runs (`csrc/cuda/backward.h` has the same fields).
+
+    Attributes:
+        wide: 64 packed columns share a reading of dy, not 32.
+        slabs, slab: parts of O, and their columns; a part of t is the sum over one.
+        share_y: tokens of a range whose dB a block of the first launch sums up.
+        groups: of 16 columns of du and dh that a block of the third launch has: 3 or 5, all of them; or 4 in turn.
+        share_x: tokens of a range whose dA and dWr it sums up.
+    """
+
+    wide: bool
+    slabs: int
+    slab: int
+    share_y: int
+    groups: int
+    share_x: int
+
+
+# What blocks of backward_y and backward_x hold (`SlabShape` and `ColumnShape`): columns of O by (wide, element size), and the most
+# tokens of a range, of which a block notes in shared memory which ones are open.
+_SLABS = {(False, 2): 768, (False, 4): 384, (True, 2): 384, (True, 4): 128}
+MOST_TOKENS = 16 * 1536
+
+
+@lru_cache(maxsize=4096)
+def plan_backward(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    total_rank: int,
+    routed_experts: int,
+    element_size: int,
+    multiprocessors: int,
+) -> BackwardPlan:
+    """The backward pass for M tokens: slabs and ranges of tokens such that there is about one block for each multiprocessor."""
+    depth = ROW_BYTES // element_size
+    tokens = max(tokens, 1)
+    wide = total_rank > 32
+    slabs = _divide_up(out_features, _SLABS[wide, element_size])
+    slab = _divide_up(_divide_up(out_features, slabs), depth) * depth
+    slabs = _divide_up(out_features, slab)
+    blocks = slabs * _divide_up(total_rank, 64 if wide else 32)
+    groups = _divide_up(total_rank, 16) + _divide_up(routed_experts, 16)
+    held = 3 if groups <= 3 else 5 if groups <= 5 else 4
+    columns = _divide_up(in_features, 2 * depth) * (1 if held != 4 else _divide_up(groups, 4) + 1)
+    return BackwardPlan(
+        wide=wide,
+        slabs=slabs,
+        slab=slab,
+        share_y=_share(tokens, 16, multiprocessors // blocks),
+        groups=held,
+        share_x=_share(tokens, 64, multiprocessors // columns),
+    )
+
+
+def _share(tokens: int, tile: int, ranges: int) -> int:
+    """Tokens of one of at most so many ranges, in whole tiles; of more ranges where a block could not hold its own."""
+    share = _divide_up(_divide_up(tokens, tile), max(1, ranges)) * tile
+    return min(share, MOST_TOKENS)

@@ -1,36 +1,13 @@
 // Host side of the forward pass for one type, RODE_TYPE: parameters, launches.
 #include "forward.cuh"
 #include "forward.h"
+#include "host.h"
 
 namespace rode::cuda {
 namespace {
 
 using namespace rode::gpu;
 using Type = RODE_TYPE;
-
-template <class T>
-gmem<const T> matrix(const Matrix& m, int64_t rows, int64_t columns) {
-  return gmem<const T>(static_cast<const T*>(m.data), rows > 0 ? (rows - 1) * m.row + columns : 0);
-}
-template <class T>
-gmem<const T> array(const void* data, int64_t count) {
-  return gmem<const T>(static_cast<const T*>(data), count);
-}
-template <class T>
-gmem<T> output(void* data, int64_t count) {
-  return gmem<T>(static_cast<T*>(data), count);
-}
-
-// Bytes by which rows `ld` elements apart can be copied: 16, 4 or one element.
-template <class T>
-int copy_width(const void* data, int64_t ld) {
-  const auto fits = [&](uint64_t n) {
-    return reinterpret_cast<uintptr_t>(data) % n == 0 && static_cast<uint64_t>(ld) * sizeof(T) % n == 0;
-  };
-  return fits(16) ? 16 : fits(4) ? 4 : static_cast<int>(sizeof(T));
-}
-
-int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 template <class T>
 ForwardParams<T> parameters(const Problem& p, const Forward& a) {

@@ -268,6 +268,11 @@ RODE_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+// What is computed from x is computed here, not once before a loop: registers are scarcer than instructions.
+RODE_DEVICE uint32_t here(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 

@@ -36,7 +36,8 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kThreads / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kThreads % kPerRow == 0, "so a thread's pieces all stand in the same columns");
-  const unsigned thread = static_cast<unsigned>(thread_index());  // unsigned: divisions and remainders are then shifts and masks
+  // Larger blocks fill tiles by groups of kThreads. Unsigned: divisions and remainders are then shifts and masks.
+  const unsigned thread = static_cast<unsigned>(thread_index()) % kThreads;
   const int row0 = static_cast<int>(thread / kPerRow), byte = static_cast<int>(thread % kPerRow * kCopy);
   const int column = k + byte / kSize, left = (columns - column) * kSize;
   const int wanted = left <= 0 ? 0 : left < kCopy ? left : kCopy;

@@ -186,6 +186,7 @@ inline unsigned take_ticket(gmem<unsigned> counter, unsigned last, At at = At::c
 
 // ---- Conversions
 
+inline uint32_t here(uint32_t x) { return x; }
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 

@@ -1,0 +1,185 @@
+// Host side of the backward pass for one type, RODE_TYPE: parameters, launches.
+#include "backward.h"
+#include "backward_v.cuh"
+#include "backward_x.cuh"
+#include "backward_y.cuh"
+#include "host.h"
+
+namespace rode::cuda {
+namespace {
+
+using namespace rode::gpu;
+using Type = RODE_TYPE;
+
+template <class T>
+BackwardParams<T> parameters(const Problem& p, const Backward& a) {
+  const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
+  BackwardParams<T> k{};
+  k.routed = a.router != nullptr;
+  k.expert_tiles = divide_up(R, 8);
+  k.expert_groups = divide_up(R, 16);
+  k.router_groups = k.routed ? divide_up(N, 16) : 0;
+  const int64_t groups = k.expert_groups + k.router_groups, ranges_y = divide_up(M, a.plan.share_y),
+                ranges_x = divide_up(M, a.plan.share_x);
+  k.pitch = divide_up(K, 8) * 8;
+  k.dy = array<T>(a.dy.data, a.dy.data ? (M - 1) * a.dy.row + (O - 1) * a.dy.column + 1 : 0);
+  k.x = matrix<T>(a.x, M, K);
+  k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
+  k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
+  k.B = array<T>(a.B, (O - 1) * a.ld_B + R);
+  k.u = array<float>(a.u, M * R);
+  k.g = array<float>(a.g, M * N);
+  k.dgates = array<float>(a.dgates, M * N);
+  k.seed = array<int64_t>(a.seed, 1);
+  k.D = output<T>(a.D, M * 16 * groups);
+  k.dx = output<T>(a.dx, M * K);
+  k.dh = output<float>(a.dh, M * N);
+  k.t = output<float>(a.t, a.plan.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
+  k.of_B = output<float>(a.of_B, ranges_y * O * 8 * k.expert_tiles);
+  k.of_A = output<float>(a.of_A, ranges_x * 16 * groups * k.pitch);
+  k.of_bias = output<float>(a.of_bias, ranges_x * N);
+  k.ld_dy = a.dy.row;
+  k.dy_column = a.dy.column;
+  k.ld_x = static_cast<int>(a.x.row);
+  k.ld_A = static_cast<int>(a.ld_A);
+  k.ld_B = static_cast<int>(a.ld_B);
+  k.threshold = static_cast<uint32_t>(p.dropout.threshold);
+  k.drop_all = p.dropout.threshold >> 32 != 0;
+  k.M = static_cast<int>(M);
+  k.K = static_cast<int>(K);
+  k.O = static_cast<int>(O);
+  k.R = static_cast<int>(R);
+  k.N = static_cast<int>(N);
+  k.slabs = a.plan.slabs;
+  k.slab = a.plan.slab;
+  k.share_y = a.plan.share_y;
+  k.share_x = a.plan.share_x;
+  k.chunks = divide_up(groups, a.plan.groups);
+  k.copy_dy = copy_width<T>(a.dy.data, a.dy.row);
+  k.copy_x = copy_width<T>(a.x.data, a.x.row);
+  k.vectors = copy_width<T>(a.dx, K) == 16;
+  k.dropout = p.dropout.on;
+  k.dense = p.dense;
+  k.fast = a.fast;
+  k.need_t = a.t != nullptr;
+  k.need_B = a.of_B != nullptr;
+  k.need_A = a.dA != nullptr;
+  k.need_W = a.dW != nullptr;
+  k.need_x = a.dx != nullptr;
+  for (int64_t i = 0; i < N; ++i) {
+    k.scaling[i] = static_cast<float>(p.scaling[i]);
+    k.offset[i] = static_cast<uint16_t>(p.offsets[i]);
+    for (int64_t c = p.offsets[i]; c < p.offsets[i + 1]; ++c) k.expert[c] = static_cast<uint8_t>(i);
+  }
+  k.offset[N] = static_cast<uint16_t>(R);
+  return k;
+}
+
+template <class T, int kTiles>
+Status through_y(const BackwardParams<T>& k, void* stream) {
+  using Shape = SlabShape<T, kTiles>;
+  const unsigned ranges = static_cast<unsigned>(divide_up(k.M, k.share_y)),
+                 chunks = static_cast<unsigned>(divide_up(k.expert_tiles, kTiles));
+  const Launch l{"backward_y",
+                 {static_cast<unsigned>(k.slabs), ranges, chunks},
+                 Shape::kThreadsY,
+                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16),
+                 stream};
+  return {launch(l, backward_y<T, kTiles>, k), l.kernel};
+}
+
+template <class T, int kGroups, bool kWide>
+Status through_x(const BackwardParams<T>& k, void* stream) {
+  using Shape = ColumnShape<T, kGroups>;
+  const int chunks = kWide ? k.chunks + (k.need_x ? 1 : 0) : 1;
+  const Launch l{"backward_x",
+                 {static_cast<unsigned>(divide_up(k.K, Shape::kColumns)), static_cast<unsigned>(divide_up(k.M, k.share_x)),
+                  static_cast<unsigned>(chunks)},
+                 kThreads,
+                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_x, Shape::kTokens), 8) * 16),
+                 stream};
+  return {launch(l, backward_x<T, kGroups, kWide>, k), l.kernel};
+}
+
+template <class T>
+Status add(const BackwardParams<T>& k, const Backward& a) {
+  AddParams<T> s{};
+  s.of_B = k.of_B;
+  s.of_A = k.of_A;
+  s.of_bias = k.of_bias;
+  const int64_t R = k.R, K = k.K, N = k.N, O = k.O;
+  const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int64_t& size) {
+    if (!data) return;
+    if (wide) {
+      floats = output<float>(data, count);
+    } else {
+      narrow = output<T>(data, count);
+    }
+    size = count;
+  };
+  both(a.dB, a.wide_B, O * R, s.dB, s.wide_dB, s.size_B);
+  both(a.dA, a.wide_A, R * K, s.dA, s.wide_dA, s.size_A);
+  both(a.dW, a.wide_W, N * K, s.dW, s.wide_dW, s.size_W);
+  s.dbias = output<float>(a.dbias, N);
+  s.size_bias = a.dbias ? N : 0;
+  s.ranges_y = divide_up(k.M, k.share_y);
+  s.ranges_x = divide_up(k.M, k.share_x);
+  s.K = k.K;
+  s.O = k.O;
+  s.R = k.R;
+  s.N = k.N;
+  s.pitch_B = 8 * k.expert_tiles;
+  s.rows_A = 16 * (k.expert_groups + k.router_groups);
+  s.pitch_A = k.pitch;
+  s.first_router = 16 * k.expert_groups;
+  const int64_t count = s.size_B + s.size_A + s.size_W + s.size_bias;
+  if (count == 0) return {};
+  const Launch l{"backward_add", {static_cast<unsigned>(divide_up(count, kThreads))}, kThreads, 0, a.stream};
+  return {launch(l, backward_add<T>, s), l.kernel};
+}
+
+}  // namespace
+
+template <>
+Status backward<Type>(const Problem& p, const Backward& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  const BackwardParams<Type> k = parameters<Type>(p, a);
+  Status status;
+  if (k.need_t || k.need_B) status = a.plan.wide ? through_y<Type, 8>(k, a.stream) : through_y<Type, 4>(k, a.stream);
+  if (status.error) return status;
+  if (k.dh) {
+    const Launch l{"backward_v",
+                   {static_cast<unsigned>(divide_up(k.M, 64))},
+                   kThreads,
+                   static_cast<unsigned>(kWarps * 32 * k.N * 4),
+                   a.stream};
+    status = {launch(l, backward_v<Type>, k), l.kernel};
+    if (status.error) return status;
+  }
+  if (k.need_A || k.need_W || a.dbias || k.need_x) {
+    status = a.plan.groups == 3   ? through_x<Type, 3, false>(k, a.stream)
+             : a.plan.groups == 5 ? through_x<Type, 5, false>(k, a.stream)
+                                  : through_x<Type, 4, true>(k, a.stream);
+    if (status.error) return status;
+  }
+  return add(k, a);
+}
+
+template <>
+Status load_backward_kernels<Type>(int device) {
+  if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
+  Status status;
+  const auto load = [&](const char* name, auto kernel) {
+    if (!status.error) status = {load_kernel(kernel), name};
+  };
+  load("backward_y", backward_y<Type, 4>);
+  load("backward_y", backward_y<Type, 8>);
+  load("backward_v", backward_v<Type>);
+  load("backward_x", backward_x<Type, 3, false>);
+  load("backward_x", backward_x<Type, 4, true>);
+  load("backward_x", backward_x<Type, 5, false>);
+  load("backward_add", backward_add<Type>);
+  return status;
+}
+
+}  // namespace rode::cuda

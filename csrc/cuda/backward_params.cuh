@@ -1,0 +1,58 @@
+// What every kernel of the backward pass is given, and which tokens have something open.
+#pragma once
+
+#include "params.cuh"
+#include "transposed.cuh"
+
+namespace rode::gpu {
+
+// D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
+template <class T>
+struct BackwardParams {
+  gmem<const T> dy, x, A, router, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)
+  gmem<const float> u, g, dgates;     // (M, R), (M, N), (M, N)
+  gmem<const int64_t> seed;
+  gmem<T> D, dx;                    // (M, 16 groups), (M, K)
+  gmem<float> dh;                   // (M, N): of the logits, or of given gates
+  gmem<float> t;                    // (slabs, M / 16, expert_tiles, 32 lanes, 4): parts over slabs of O, as fragments have them
+  gmem<float> of_B, of_A, of_bias;  // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (ranges of x, N)
+  int64_t ld_dy, dy_column;         // distances of dy, in elements
+  int ld_x, ld_A, ld_B, pitch;
+  uint32_t threshold;
+  int M, K, O, R, N;
+  int expert_tiles;                  // of 8 columns
+  int expert_groups, router_groups;  // of 16 columns
+  int slabs, slab, share_y;          // of O, how wide; tokens of a range
+  int ranges_x, share_x, chunks;     // chunks of groups that a block of backward_x has
+  int copy_dy, copy_x;
+  bool vectors;  // rows of dx move 16 bytes at once
+  bool routed, dropout, drop_all, dense, fast;
+  bool need_t, need_B, need_A, need_W, need_x;
+  float scaling[kMaxExperts];
+  uint16_t offset[kMaxExperts + 1];  // first column of each expert
+  uint8_t expert[kMaxRank];
+};
+
+// For each of `count` tiles of kRows tokens from `first` on a word: `bits(expert)` of every expert that is open for one of them.
+template <int kRows, class T, class Bits>
+RODE_DEVICE void scan_gates(const BackwardParams<T>& p, int first, int count, smem<uint16_t> flags, Bits bits) {
+  const int warps = block_threads() / 32;
+  for (int tile = warp_index(); tile < count; tile += warps) {
+    const int m0 = first + tile * kRows, rows = p.M - m0 < kRows ? p.M - m0 : kRows;
+    uint32_t open = 0;
+    for (int i = lane_index(); i < rows * p.N; i += 32)
+      open |= load(p.g + (offset(m0, p.N) + i)) != 0.0f
+                  ? bits(static_cast<int>(static_cast<unsigned>(i) % static_cast<unsigned>(p.N)))
+                  : 0u;
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) open |= shuffle_xor(open, mask);
+    store(flags + tile, static_cast<uint16_t>(open), lane_index() == 0);
+  }
+}
+
+RODE_DEVICE int next_open(smem<uint16_t> flags, int tile, int count) {
+  while (tile < count && load(flags + tile) == 0) ++tile;
+  return tile;
+}
+
+}  // namespace rode::gpu

@@ -1,0 +1,207 @@
+// backward_y reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a slab of O, and dB = dy^T v, over a range of
+// tokens.
+#pragma once
+
+#include "backward_params.cuh"
+
+namespace rode::gpu {
+
+// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums.
+template <class T, int kTiles>
+struct SlabShape {
+  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3;
+  static constexpr int kSteps = kTiles == 4 ? 6 : is_wide<T> ? 2 : 3;
+  static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kSlab = kWarpsY * kColumns;
+  static constexpr int kRowTiles = kSlab / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
+  static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
+  static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
+  static constexpr int kCorners = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
+  static constexpr int kFlags = kCorners + kWarpsY * kTiles * 512;
+  static constexpr int kMaxTokens = (kMaxShared - kFlags) / 2 * kTokens;  // of a range
+};
+
+// grid (slabs, ranges of tokens, chunks of kTiles column tiles)
+template <class T, int kTiles>
+RODE_KERNEL(256, 1)
+backward_y(BackwardParams<T> p) {
+  using Shape = SlabShape<T, kTiles>;
+  constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
+  constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;
+  const int lane = lane_index(), warp = warp_index(), thread = thread_index();
+  const int slab = static_cast<int>(block_index().x), o0 = slab * p.slab, o_end = p.O - o0 < p.slab ? p.O : o0 + p.slab;
+  const int first = static_cast<int>(block_index().y) * p.share_y, left = p.M - first;
+  const int count = ((left < p.share_y ? left : p.share_y) + kTokens - 1) / kTokens;
+  const int tile0 = static_cast<int>(block_index().z) * kTiles,
+            tiles = p.expert_tiles - tile0 < kTiles ? p.expert_tiles - tile0 : kTiles;
+  const int warp_o = warp * Shape::kColumns;
+
+  const auto flags = shared_array<uint16_t>(Shape::kFlags, count);
+  scan_gates<kTokens>(p, first, count, flags, [&](int e) {
+    const int low = p.offset[e] / 8 - tile0, high = (p.offset[e + 1] - 1) / 8 - tile0;
+    uint32_t bits = 0;
+    for (int j = low < 0 ? 0 : low; j <= high && j < kTiles; ++j) bits |= 1u << j;
+    return bits;
+  });
+  // B's part, in registers
+  uint32_t weight[kSteps][kTiles][2];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      right_values<T>(weight[step][j], [&](int k, int n) {
+        const int o = o0 + warp_o + step * 32 / static_cast<int>(sizeof(T)) + k, r = 8 * (tile0 + j) + n;
+        return load(p.B + (offset(o, p.ld_B) + r), p.need_t && o < o_end && r < p.R);
+      });
+  sync_threads();
+
+  const bool everywhere = p.dense && p.need_t;
+  const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
+  const auto dy_tile = [&](int stage, int tile) {
+    return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes), kTokens * kDepth<T>);
+  };
+  const auto issue = [&](int tile, int stage) {
+    const int m0 = first + tile * kTokens;
+    const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
+    if (p.dy_column == 1) {
+      for (int i = thread / kThreads; i * kDepth<T> < o_end - o0; i += Shape::kThreadsY / kThreads)
+        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
+      return;
+    }
+    for (int i = thread; i < kTokens * p.slab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
+      const int token = i / p.slab, column = i % p.slab, chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
+      const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), m0 + token < p.M && o0 + column < o_end);
+      store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
+                column % (kChunk / static_cast<int>(sizeof(T))),
+            value);
+    }
+  };
+  // A thread's entries of v are of one column: u and g come into its registers a tile ahead.
+  const int my_column = thread % (8 * kTiles), r = 8 * tile0 + my_column;
+  const int expert = r < p.R ? p.expert[r] : 0;
+  const float factor = p.scaling[expert];
+  float my_u[kEach], my_gate[kEach];
+  const auto token_of = [&](int i) { return (thread + i * Shape::kThreadsY) / (8 * kTiles); };
+  const auto fetch = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int m = first + tile * kTokens + token_of(i);
+      const bool inside = p.need_B && tile < count && m < p.M && r < p.R;
+      my_gate[i] = load(p.g + (offset(m, p.N) + expert), inside);
+      my_u[i] = load(p.u + (offset(m, p.R) + r), inside && my_gate[i] != 0.0f);
+    }
+  };
+  const auto v_tile = [&](int buffer, int tile) {
+    return shared_array<T>(static_cast<unsigned>(Shape::kWeighted + (buffer * Shape::kWeightedTiles + tile) * Shape::kTileBytes),
+                           kTokens * kDepth<T>);
+  };
+  const auto weigh = [&](int buffer) {
+    constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const T v = from_float<T>(my_gate[i] != 0.0f ? factor * my_gate[i] * my_u[i] : 0.0f);
+      const int token = token_of(i), column = my_column % kDepth<T>;
+      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_key<T>(token), column / kPerChunk) + column % kPerChunk, v);
+    }
+  };
+  const auto corner = [&](int from, int j) {
+    return shared_array<float>(Shape::kCorners, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
+  };
+
+  float sums[kMTiles][kTiles][4] = {};  // dB
+  int ahead = next(0), at = ahead, coming = next(at + 1);
+  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+    if (ahead < count) issue(ahead, stage), ahead = next(ahead + 1);
+    cp_async_commit();
+  }
+  fetch(at);
+  weigh(0);
+  fetch(coming);
+  for (int stage = 0, free = Shape::kStages - 1, buffer = 0; at < count; buffer ^= 1) {
+    cp_async_wait<Shape::kStages - 2>();
+    sync_threads();
+    if (ahead < count) issue(ahead, free), ahead = next(ahead + 1);
+    cp_async_commit();
+    const uint32_t open = everywhere ? ~0u : load(flags + at);
+    const auto chunk_of = [&](int bytes) { return (warp_o * static_cast<int>(sizeof(T)) + bytes) / kChunk; };
+    if (p.need_t) {
+      float t[kTiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int chunk = chunk_of(step * 32);
+        if (chunk / 8 * kDepth<T> >= o_end - o0) break;  // nothing was read there
+        uint32_t bits[4];
+        left_plain<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
+        const Left<T> a = left_operand<T>(bits, p.fast);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          if (open >> j & 1) multiply(t[j], a, here(weight[step][j][0]), here(weight[step][j][1]), p.fast);
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
+    }
+    if (p.need_B) {
+      uint32_t v[kPairs][kTiles][2];
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        constexpr int kOfTile = kTiles / Shape::kWeightedTiles;
+#pragma unroll
+        for (int tile = 0; tile < Shape::kWeightedTiles; ++tile) {
+          uint32_t part[kOfTile][2];
+          right_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
+#pragma unroll
+          for (int j = 0; j < kOfTile; ++j)
+            v[pair][tile * kOfTile + j][0] = part[j][0], v[pair][tile * kOfTile + j][1] = part[j][1];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kMTiles; ++i)
+        accumulate<T, kTiles>(sums[i], [&](float (&c)[kTiles][4]) {
+#pragma unroll
+          for (int pair = 0; pair < kPairs; ++pair) {
+            const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));
+            if (chunk / 8 * kDepth<T> >= o_end - o0) break;
+            uint32_t bits[4];
+            left_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
+            const Left<T> a = left_operand<T>(bits, p.fast);
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j)
+              if (open >> j & 1) multiply(c[j], a, v[pair][j][0], v[pair][j][1], p.fast);
+          }
+        });
+    }
+    weigh(buffer ^ 1);  // of `coming`
+    const int then = next(coming + 1);
+    fetch(then);
+    if (p.need_t) {
+      sync_threads();
+      const int m16 = (first + at * kTokens) / 16, all = (p.M + 15) / 16;
+      for (int j = warp; j < tiles; j += Shape::kWarpsY) {
+        if (!(open >> j & 1)) continue;
+        vec<float, 4> total{};
+        for (int from = 0; from < Shape::kWarpsY; ++from) {
+          const vec<float, 4> part = load<vec<float, 4>>(corner(from, j));
+          for (int i = 0; i < 4; ++i) total.v[i] += part.v[i];
+        }
+        store(p.t + (((static_cast<int64_t>(slab) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);
+      }
+    }
+    at = coming;
+    coming = then;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    free = free + 1 == Shape::kStages ? 0 : free + 1;
+  }
+  if (!p.need_B) return;
+#pragma unroll
+  for (int i = 0; i < kMTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int o = o0 + warp_o + i * 16 + fragment_row(2 * half);
+        const int64_t row = static_cast<int64_t>(block_index().y) * p.O + o;
+        store(p.of_B + (row * 8 * p.expert_tiles + 8 * (tile0 + j) + sum_column(0)),
+              vec<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}}, o < o_end && j < tiles);
+      }
+}
+
+}  // namespace rode::gpu

@@ -1,0 +1,2 @@
+// The backward kernels for the host.
+#include "../cuda/backward.cu"
