@@ -1,4 +1,27 @@
-// What every kernel of the backward pass is given, and which tokens have something open.
+// Backward, from dy (M, O) and, where gates were returned, their gradient dgates (M, N):
+//
+//   t = dy B      du = scaling g t     dg_i = scaling_i <t_i, u_i>     dh = (dg + dgates) [g != 0]
+//   dB = dy^T v   dA = du^T drop(x)    dWr = dh^T x, dbr = sum dh      dx = drop'(du A) + dh Wr
+//
+//   backward_y     reads dy: t, summed over a slab of O, and dB of a range of tokens. One reading of 16 tokens serves both
+//   products;
+//                  B's part stands in registers, so do dB's sums.
+//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type.
+//   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
+//   backward_add   adds up the ranges in order.
+//
+// Slabs of O are wide, so that t has few parts; slabs of K narrow, so that ranges are few. No atomics: the same bits on every run.
+// Where 16 tokens (64 of x) have nothing open, dy (x) is not read; where a tile of 8 columns (16 of du) has not, products are left
+// out.
+//
+// Blocks that a multiprocessor holds at once, at least, for any type and without dropout, as in forward.cuh:
+//   backward_y 4: 1, 1
+//   backward_y 8: 1, 1
+//   backward_v: 4, 4
+//   backward_x 3: 1, 1
+//   backward_x 4: 1, 1
+//   backward_x 5: 1, 1
+//   backward_add: 8, 8
 #pragma once
 
 #include "params.cuh"
@@ -6,7 +29,7 @@
 
 namespace rode::gpu {
 
-// D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
+// What every kernel is given. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
 template <class T>
 struct BackwardParams {
   gmem<const T> dy, x, A, router, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)

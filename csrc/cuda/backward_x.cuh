@@ -63,15 +63,10 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
           if (j & bit) continue;
           const bool upper = t & bit;
           const uint32_t got = shuffle_xor(upper ? word[j] : word[j | bit], bit);
-          (upper ? word[j] : word[j | bit]) = got;
+          word[j] = upper ? got : word[j];
+          word[j | bit] = upper ? word[j | bit] : got;
         }
-      vec<T, 8> eight;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        eight.v[2 * j] = T{static_cast<uint16_t>(word[j])};
-        eight.v[2 * j + 1] = T{static_cast<uint16_t>(word[j] >> 16)};
-      }
-      store(row + 8 * t, eight, m < p.M && k0 + 8 * t < p.K);
+      store(row + 8 * t, vec<uint32_t, 4>{{word[0], word[1], word[2], word[3]}}, m < p.M && k0 + 8 * t < p.K);
     }
   }
 }

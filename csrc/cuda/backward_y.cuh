@@ -64,7 +64,7 @@ backward_y(BackwardParams<T> p) {
     const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
     if (p.dy_column == 1) {
       for (int i = thread / kThreads; i * kDepth<T> < o_end - o0; i += Shape::kThreadsY / kThreads)
-        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
+        load_tile<kTokens, kRowBytes, Shape::kThreadsY>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
       return;
     }
     for (int i = thread; i < kTokens * p.slab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value

@@ -104,7 +104,19 @@ RODE_DEVICE moved<V, T> load(gmem<T> from, bool when = true) {
 template <class T, class V>
 RODE_DEVICE void store(gmem<T> to, V value, bool when = true) {
   static_assert(movable<V, T>);
-  if (when) *to.template at<V>() = value;
+  if (!when) return;
+  if constexpr (sizeof(V) == 16 || sizeof(V) == 8) {  // the compiler does not always join what stands side by side
+    unsigned w[sizeof(V) / 4];
+    memcpy(w, &value, sizeof(V));
+    const auto address = __cvta_generic_to_global(to.template at<void>());
+    if constexpr (sizeof(V) == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+    } else {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1]) : "memory");
+    }
+  } else {
+    *to.template at<V>() = value;
+  }
 }
 
 template <class V = void, class T>

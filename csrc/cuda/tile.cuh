@@ -31,13 +31,13 @@ struct Row {
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
 // are copied at once. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads meet all banks.
-template <int kCopy, int kRows, int kUsed, class T, class Source, class Key>
+template <int kCopy, int kRows, int kUsed, int kBlock, class T, class Source, class Key>
 RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kThreads / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kThreads % kPerRow == 0, "so a thread's pieces all stand in the same columns");
-  // Larger blocks fill tiles by groups of kThreads. Unsigned: divisions and remainders are then shifts and masks.
-  const unsigned thread = static_cast<unsigned>(thread_index()) % kThreads;
+  // Unsigned: divisions and remainders are then shifts and masks.
+  const unsigned thread = static_cast<unsigned>(kBlock == kThreads ? thread_index() : thread_index() % kThreads);
   const int row0 = static_cast<int>(thread / kPerRow), byte = static_cast<int>(thread % kPerRow * kCopy);
   const int column = k + byte / kSize, left = (columns - column) * kSize;
   const int wanted = left <= 0 ? 0 : left < kCopy ? left : kCopy;
@@ -73,15 +73,15 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   }
 }
 
-// `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value.
-template <int kRows, int kUsed, class T, class Source, class Key>
+// `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value. In a block of kBlock threads each kThreads fill a tile.
+template <int kRows, int kUsed, int kBlock = kThreads, class T, class Source, class Key>
 RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int columns, int copy) {
   if (copy == 16) {
-    load_pieces<16, kRows, kUsed>(tile, source, key, k, columns);
+    load_pieces<16, kRows, kUsed, kBlock>(tile, source, key, k, columns);
   } else if (is_wide<T> || copy == 4) {
-    load_pieces<4, kRows, kUsed>(tile, source, key, k, columns);
+    load_pieces<4, kRows, kUsed, kBlock>(tile, source, key, k, columns);
   } else {
-    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed>(tile, source, key, k, columns);
+    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kBlock>(tile, source, key, k, columns);
   }
 }
 

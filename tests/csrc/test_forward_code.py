@@ -13,7 +13,7 @@ from mixture_oracle import random_problem
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.cuda_emulated import machine, native
 from rode_kernels.plan import Plan
-from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_forward, cuobjdump
+from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 KERNELS = {
@@ -67,7 +67,7 @@ def shared_bytes(kind: str) -> dict[str, int]:
 
 
 def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
-    report, kernels = compile_forward(kind, arch, folder)
+    report, kernels = compile_kernels("forward.cu", kind, arch, folder)
     assert "warning" not in report
     assert set(kernels) == KERNELS | ({"cast_parameters"} if kind != "float" else set())
     claimed = claims()

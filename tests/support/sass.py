@@ -54,18 +54,18 @@ class Kernel:
 
 def _short(mangled: str) -> str:
     """forward_fused 4 1, from a mangled name."""
-    name = re.search(r"(forward_[a-z]+|cast_parameters)", mangled).group(1)
+    name = re.search(r"(forward_[a-z]+|backward_[a-z]+|cast_parameters)", mangled).group(1)
     return " ".join([name, *re.findall(r"Li(\d+)E", mangled)])
 
 
-def compile_forward(kind: str, arch: int, folder: Path) -> tuple[str, dict[str, Kernel]]:
-    """nvcc's output, and the kernels in it by short name; warnings are errors."""
+def compile_kernels(source: str, kind: str, arch: int, folder: Path) -> tuple[str, dict[str, Kernel]]:
+    """nvcc's output for csrc/cuda/`source`, and the kernels in it by short name; warnings are errors."""
     type_, bits = TYPES[kind]
-    cubin = folder / f"{kind}-{arch}.cubin"
+    cubin = folder / f"{source}-{kind}-{arch}.cubin"
     run = subprocess.run(
         [
             *(NVCC, "-std=c++20", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"),
-            *(f"-DRODE_TYPE={type_}", f"-DRODE_TYPE_BITS={bits}", "-o", str(cubin), "csrc/cuda/forward.cu"),
+            *(f"-DRODE_TYPE={type_}", f"-DRODE_TYPE_BITS={bits}", "-o", str(cubin), f"csrc/cuda/{source}"),
         ],
         cwd=ROOT,
         capture_output=True,
