@@ -1,16 +1,18 @@
-"""Bytes that the CUDA forward pass moves, counted on the emulator, against the fewest possible and against plain PyTorch.
+"""Bytes that the GPU kernels move, counted on the emulator, against the fewest possible and against plain PyTorch.
 
 Two counts, kept apart. DRAM: each tensor's distinct bytes, once a launch. L2: all bytes that threads load or store. The emulator
-runs one and two tiles of 64 tokens at full width; every tile adds the same, so the counts of M tokens follow (`scaled`; a test
-compares). The Triton kernels' counts follow from the grids and blocks of their launches. Operators of plain PyTorch are counted
-as if each read its inputs and wrote its results once, which flatters them: their products read tiles again too.
+runs one and two tiles of 64 tokens at full width; every tile (and every range of tokens, in the backward pass) adds the same, so
+the counts of M tokens follow (`scaled`, `backward`; tests compare). The Triton kernels' counts follow from the grids and blocks of
+their launches. Operators of plain PyTorch are counted as if each read its inputs and wrote its results once, which flatters them:
+their products read tiles again too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from benchmarks import write_json
 from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.cuda_emulated import machine, native
-from rode_kernels.plan import Plan, plan_forward
+from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
 RANKS = (2, 4, 8, 16)
 SCALING = tuple(16.0 / r for r in RANKS)
@@ -58,6 +60,14 @@ class Case:
         )
         return case
 
+    @property
+    def arguments(self) -> list[Tensor]:
+        return [self.x, self.A, self.B, self.router, self.bias]
+
+    @property
+    def options(self) -> dict:
+        return dict(ranks=RANKS, scaling=SCALING, backend="cuda-emulated")
+
     def formula(self) -> Tensor:
         """y in float64."""
         x, A, B, router, bias, y = (
@@ -91,26 +101,66 @@ def emulate(case: Case, plan: Plan, *, inplace: bool) -> Count:
     base = case.base.clone()
     machine.plan = plan
     try:
-        y = rectified_mixture(
-            *(case.x, case.A, case.B, case.router, case.bias),
-            ranks=RANKS,
-            scaling=SCALING,
-            base=base,
-            inplace=inplace,
-            backend="cuda-emulated",
-        )
+        y = rectified_mixture(*case.arguments, **case.options, base=base, inplace=inplace)
     finally:
         machine.plan = None
-    truth = case.formula()
-    error = ((y.double() - truth).abs().max() / truth.abs().max()).item()
-    if not error < 2**-7:
-        raise RuntimeError(f"the result is wrong (relative error {error:.2e}): nothing is counted")
+    _check("y", y, case.formula())
+    return _counted()
+
+
+def emulate_backward(case: Case, plan: BackwardPlan) -> Count:
+    """One backward call, its gradients checked."""
+    wide = [t.double().requires_grad_() for t in case.arguments]
+    x, A, B, router, bias = wide
+    gates = torch.relu(x @ router.t() + bias)
+    columns = torch.tensor(SCALING).double().repeat_interleave(torch.tensor(RANKS))
+    v = (x @ A.t()) * gates.repeat_interleave(torch.tensor(RANKS), 1) * columns
+    truth = torch.autograd.grad(v @ B.t(), wide, case.base.double())
+    leaves = [t.detach().requires_grad_() for t in case.arguments]
+    y = rectified_mixture(*leaves, **case.options)
+    machine.backward_plan = plan
+    try:
+        gradients = torch.autograd.grad(y, leaves, case.base)
+    finally:
+        machine.backward_plan = None
+    for name, gradient, true in zip(("x", "A", "B", "router", "bias"), gradients, truth, strict=True):
+        _check(f"the gradient of {name}", gradient, true)
+    return _counted()
+
+
+def _check(what: str, value: Tensor, truth: Tensor) -> None:
+    error = ((value.double() - truth).abs().max() / truth.abs().max()).item()
+    if not error < 2**-6:
+        raise RuntimeError(f"the result is wrong ({what}, relative error {error:.2e}): nothing is counted")
+
+
+def _counted() -> Count:
     total = Count(launches=len(native.launches()))
     for direction in native.all_traffic():
         total.dram += direction["launch_used"]
         total.l2 += direction["bytes"]
         total.sectors += direction["sectors"]
         total.used += direction["used"]
+    return total
+
+
+def backward(M: int, K: int, O: int, multiprocessors: int) -> Count:
+    """The backward pass at M tokens, by its plan, from calls of one and two tiles of 64 tokens in one and two ranges."""
+    plan = plan_backward(M, K, O, sum(RANKS), len(RANKS), 2, multiprocessors)
+
+    def of(tiles: int, share_y: int, share_x: int) -> Count:
+        shares = replace(plan, share_y=share_y * TILE, share_x=share_x * TILE)
+        return emulate_backward(Case.random(tiles * TILE, K, O), shares)
+
+    one, two, more_y, more_x = of(1, 1, 1), of(2, 2, 2), of(2, 1, 2), of(2, 2, 1)
+    ranges_y, ranges_x = -(-M // plan.share_y), -(-M // plan.share_x)
+    total = scaled(one, two, M / TILE)
+    for name in ("dram", "l2", "sectors", "used"):
+        of_two = getattr(two, name)
+        more = (ranges_y - 1) * (getattr(more_y, name) - of_two) + (ranges_x - 1) * (
+            getattr(more_x, name) - of_two
+        )
+        setattr(total, name, getattr(total, name) + more)
     return total
 
 
@@ -135,21 +185,33 @@ def fewest(M: int, K: int, O: int, backward: bool = False) -> int:
     return 2 * (M * (2 * K + O if backward else K + 2 * O) + (sum(RANKS) + len(RANKS)) * K + O * sum(RANKS))
 
 
-def eager(M: int, K: int, O: int) -> dict[str, Count]:
-    """The loop and the packed form, from the sizes of the operators that they run."""
+def eager(M: int, K: int, O: int, of_backward: bool = False) -> dict[str, Count]:
+    """The loop and the packed form, or their gradients, from the sizes of the operators that they run."""
     case = Case.random(M, K, O, device="meta")
-    args = (case.x, case.A, case.B, case.router, case.base)
-    counts = {}
-    with BytesMoved() as moved:
-        peft_loop(*args, RANKS, SCALING)
-    counts["PEFT-style loop"] = Count(moved.bytes, moved.bytes, launches=moved.launches)
+    args = [t.detach().requires_grad_(of_backward) for t in (case.x, case.A, case.B, case.router, case.base)]
     R = sum(RANKS)
-    down = torch.empty(R + len(RANKS), K, dtype=torch.bfloat16, device="meta")
     factors = torch.empty(R, dtype=torch.bfloat16, device="meta")
     expert = torch.empty(R, dtype=torch.int64, device="meta")
-    with BytesMoved() as moved:
-        packed(case.x, down, case.B, factors, expert, case.base)
-    counts["packed PyTorch"] = Count(moved.bytes, moved.bytes, launches=moved.launches)
+    down = torch.empty(R + len(RANKS), K, dtype=torch.bfloat16, device="meta").requires_grad_(of_backward)
+    forms = {
+        "PEFT-style loop": (lambda: peft_loop(*args, RANKS, SCALING), args),
+        "packed PyTorch": (
+            lambda: packed(args[0], down, args[2], factors, expert, args[4]),
+            [args[0], down, args[2], args[4]],
+        ),
+    }
+    counts = {}
+    for name, (form, leaves) in forms.items():
+        with BytesMoved() as forward:
+            y = form()
+        if of_backward:
+            dy = torch.empty_like(y)
+            with BytesMoved() as moved:
+                torch.autograd.grad(y, leaves, dy)
+            name = f"{name}, backward"
+        else:
+            moved = forward
+        counts[name] = Count(moved.bytes, moved.bytes, launches=moved.launches)
     return counts
 
 
@@ -157,8 +219,8 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     """All rows; `dram` and `l2` in bytes, ratios to the fewest possible."""
     rows = []
 
-    def add(M: int, name: str, count: Count, backward: bool = False) -> None:
-        least = fewest(M, K, O, backward)
+    def add(M: int, name: str, count: Count, of_backward: bool = False) -> None:
+        least = fewest(M, K, O, of_backward)
         rows.append(
             {
                 "tokens": M,
@@ -184,8 +246,18 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     add(M, "the same, 10 % of 256-token runs open", sparse)
     for name, count in eager(M, K, O).items():
         add(M, name, count)
-    for M_, name, count, backward in triton_rows(K, O):
-        add(M_, name, count, backward)
+    for M_, multiprocessors in product((8192, 65536), (MULTIPROCESSORS, 132)):
+        add(
+            M_,
+            f"backward, {multiprocessors} multiprocessors",
+            backward(M_, K, O, multiprocessors),
+            of_backward=True,
+        )
+    for M_ in (8192, 65536):
+        for name, count in eager(M_, K, O, of_backward=True).items():
+            add(M_, name, count, of_backward=True)
+    for M_, name, count, of_backward in triton_rows(K, O):
+        add(M_, name, count, of_backward)
     for few in (512, 16, 1):
         plan = plan_forward(few, K, O, sum(RANKS), len(RANKS), 2, MULTIPROCESSORS)
         add(
@@ -202,12 +274,13 @@ def triton_rows(K: int, O: int) -> list[tuple[int, str, Count, bool]]:
     """The Triton kernels' counts, from the grids and blocks of the launches that calls make; whether it is backward."""
     if importlib.util.find_spec("triton") is None:
         return []
-    from benchmarks.triton_launches import record, traffic
+    from rode_kernels.triton.launches import cost_of, record
 
     def of(M: int, multiprocessors: int, backward: bool) -> Count:
         launches = record(torch.bfloat16, tokens=M, K=K, O=O, ranks=RANKS, multiprocessors=multiprocessors)
         launches = launches[-4:] if backward else launches[:-4]
-        return Count(*traffic(launches, 2), launches=len(launches))
+        moved = cost_of(launches, 2)
+        return Count(moved.dram, moved.l2, launches=moved.launches)
 
     rows = [(M, "Triton", of(M, MULTIPROCESSORS, False), False) for M in (8192, 512, 16, 1)]
     for M in (8192, 65536):
@@ -242,9 +315,12 @@ def main(json_file: str | None) -> None:
         )
     rows = table()
     print(
-        "Bytes of one forward pass: K = O = 4096, bfloat16, ranks 2, 4, 8, 16; ratios to the fewest possible"
+        "Bytes of one pass: K = O = 4096, bfloat16, ranks 2, 4, 8, 16; ratios to the fewest possible. Forward: x and base"
     )
-    print("(x and base read, y written, the weights once). Counted on the emulator; nothing is timed.\n")
+    print(
+        "read, y written, the weights read; backward: x and dy read, dx written, the weights read. Counted on the emulator;"
+    )
+    print("nothing is timed.\n")
     print(text(rows))
     if json_file:
         write_json(json_file, rows)

@@ -1,22 +1,161 @@
-"""`python -m rode_kernels`: what is available here, and why the rest is not."""
+"""`python -m rode_kernels`: what is available here, and why the rest is not; `plan`: what a call would run, and why."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import sys
+from dataclasses import replace
 
 import torch
 
-from rode_kernels import backends
+from rode_kernels import backends, cost
+from rode_kernels.plan import plan_backward, plan_forward, variants_backward, variants_forward
+
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def main() -> None:
+def list_backends() -> None:
     print(
         f"rode_kernels on Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
     )
     for status in backends().values():
         serves = ", ".join(status.devices) or "any device"
         print(f"  {status.name:14} {'yes' if status.available else 'no':4} {serves:12} {status.reason}")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return share
+
+
+def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> None:
+    """Every variant of both passes with bytes, launches and floor, the chosen one marked, and why it is."""
+    shape = (
+        call.tokens,
+        call.in_features,
+        call.out_features,
+        call.total_rank,
+        call.routed_experts,
+        call.element_size,
+    )
+    shape = (*shape, device.multiprocessors)
+    gates = "a router" if call.routed else "given gates"
+    print(
+        f"M = {call.tokens}, K = {call.in_features}, O = {call.out_features}, ranks {ranks}, {gates}, "
+        f"{call.element_size} bytes an element, on {device.name} ({device.multiprocessors} multiprocessors)"
+    )
+    print(
+        "Floors are what no implementation that moves so many bytes can be faster than: a prediction, not a measurement."
+    )
+    chosen = plan_forward(*shape)
+    rows = []
+    for plan in variants_forward(*shape):
+        name = (
+            "one launch"
+            if plan.fused
+            else f"two launches, K in {plan.splits} parts, tiles of {plan.rows} tokens"
+        )
+        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen))
+    rows += _triton(call, ranks, device, backward=False)
+    _table("forward", rows, cost.fewest(call), device)
+    tiles = -(-call.tokens // chosen.rows)
+    if chosen.fused:
+        print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
+    elif tiles >= device.multiprocessors:
+        print(
+            f"  {call.total_rank} columns and {call.routed_experts} routed experts do not fit the registers of one block."
+        )
+    else:
+        print(
+            f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
+        )
+    chosen = plan_backward(*shape)
+    rows = []
+    for plan in variants_backward(*shape):
+        name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
+        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen))
+    rows += _triton(call, ranks, device, backward=True)
+    _table("backward", rows, cost.fewest(call, backward=True), device)
+    print(
+        f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "
+        f"{-(-call.tokens // chosen.share_y)} ranges of tokens."
+    )
+
+
+def _triton(call: cost.Call, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
+    try:
+        from rode_kernels.triton.launches import cost_of, record
+    except ImportError:
+        return []
+    launches = record(
+        {4: torch.float32, 2: torch.bfloat16}[call.element_size],
+        tokens=call.tokens,
+        K=call.in_features,
+        O=call.out_features,
+        ranks=ranks,
+        multiprocessors=device.multiprocessors,
+        gated=not call.routed,
+        inplace=call.in_place,
+    )
+    return [("triton", cost_of(launches[-4:] if backward else launches[:-4], call.element_size), False)]
+
+
+def _table(what: str, rows: list[tuple], fewest: float, device: cost.Device) -> None:
+    print(f"\n{what:62} {'launches':>8} {'DRAM':>18} {'L2':>10} {'floor':>9}")
+    for name, of, chosen in rows:
+        print(
+            f"  {name:60} {of.launches:8} {of.dram / 1e6:8.1f} MB {of.dram / fewest:5.2f}x {of.l2 / 1e6:7.1f} MB "
+            f"{cost.seconds(of.floor(device)):>9}{'  chosen' if chosen else ''}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rode_kernels", description=__doc__)
+    plan = parser.add_subparsers(dest="command").add_parser(
+        "plan", help="what a call would run on a GPU, and why"
+    )
+    for name, what in (("m", "tokens"), ("k", "in_features"), ("o", "out_features")):
+        plan.add_argument(f"--{name}", type=_count, required=True, help=what)
+    plan.add_argument(
+        "--ranks", type=_ranks, default=(2, 4, 8, 16), help="of the experts, by commas (2,4,8,16)"
+    )
+    plan.add_argument("--dtype", choices=SIZES, default="bfloat16", help="of x")
+    plan.add_argument("--device", choices=sorted(cost.DEVICES), default="A100")
+    plan.add_argument("--multiprocessors", type=_count, help="instead of the device's")
+    plan.add_argument(
+        "--open", type=_share, default=1.0, metavar="SHARE", help="of tiles of tokens with an open gate (1)"
+    )
+    plan.add_argument("--gated", action="store_true", help="gates are given, there is no router")
+    plan.add_argument("--in-place", action="store_true", help="y is accumulated into base")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        return list_backends()
+    device = cost.DEVICES[options.device]
+    if options.multiprocessors:
+        device = replace(device, multiprocessors=options.multiprocessors)
+    call = cost.Call(
+        *(options.m, options.k, options.o, sum(options.ranks), len(options.ranks), SIZES[options.dtype]),
+        routed=not options.gated,
+        in_place=options.in_place,
+        open_share=options.open,
+    )
+    explain(call, options.ranks, device)
 
 
 if __name__ == "__main__":

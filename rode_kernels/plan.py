@@ -1,10 +1,15 @@
-"""Which kernels a call runs on, from its shapes alone: gate values act on the device, as early exits."""
+"""Which kernels a call runs on, from its shapes alone: gate values act on the device, as early exits.
+
+Variants are compared by what they move and by how many blocks move it (`rode_kernels.cost`); `python -m rode_kernels plan` explains
+a choice.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+
+from rode_kernels import cost
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
@@ -58,6 +63,43 @@ def can_fuse(total_rank: int, routed_experts: int) -> bool:
     return (total_rank <= 32 and routed_experts <= 8) or (total_rank <= 64 and routed_experts <= 16)
 
 
+def _device(multiprocessors: int) -> cost.Device:
+    """A device of so many multiprocessors, each with what one of an A100 has: what is chosen depends on proportions."""
+    of = cost.DEVICES["A100"]
+    share = multiprocessors / of.multiprocessors
+    return replace(
+        of, multiprocessors=multiprocessors, dram=of.dram * share, l2=of.l2 * share, tensor=of.tensor * share
+    )
+
+
+def variants_forward(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    total_rank: int,
+    routed_experts: int,
+    element_size: int,
+    multiprocessors: int,
+) -> list[Plan]:
+    """The plans that `plan_forward` chooses from: one launch, if its blocks have room for the columns, and two launches with K in
+    as many parts as fill the device, or fewer."""
+    tokens = max(tokens, 1)  # no launch at all, but a plan
+    depth = ROW_BYTES // element_size
+    plans = [Plan(fused=True, rows=64, splits=1, out_tiles=1)] if can_fuse(total_rank, routed_experts) else []
+    rows = 16 if tokens <= 16 and total_rank <= depth else 64
+    tiles = _divide_up(tokens, rows)
+    columns = column_tiles(total_rank, routed_experts)
+    blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
+    stages, most = _divide_up(in_features, depth), _divide_up(multiprocessors, blocks)
+    outs = _divide_up(out_features, depth)
+    parts = min(outs, _divide_up(multiprocessors, tiles))
+    tried = {1 << i for i in range(most.bit_length())} | {most}
+    # in whole stages, none without work
+    for splits in sorted({_divide_up(stages, _divide_up(stages, min(s, stages))) for s in tried}):
+        plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=_divide_up(outs, parts)))
+    return plans
+
+
 @lru_cache(maxsize=4096)
 def plan_forward(
     tokens: int,
@@ -68,29 +110,15 @@ def plan_forward(
     element_size: int,
     multiprocessors: int,
 ) -> Plan:
-    """The forward pass for M tokens on a device with so many multiprocessors.
-
-    One launch where tiles of 64 tokens fill at least three quarters of the device: a block then reads x and base and writes y once.
-    With fewer tokens K is shared out, so that the whole device reads x and the weights.
-    """
-    if can_fuse(total_rank, routed_experts) and 4 * _divide_up(tokens, 64) >= 3 * multiprocessors:
-        return Plan(fused=True, rows=64, splits=1, out_tiles=1)
-    tokens = max(tokens, 1)  # no launch at all, but a plan
-    depth = ROW_BYTES // element_size
-    rows = 16 if tokens <= 16 and total_rank <= depth else 64
-    tiles = _divide_up(tokens, rows)
-    columns = column_tiles(total_rank, routed_experts)
-    blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
-    stages = _divide_up(in_features, depth)
-    # A block of the first launch reads x and weights of its part of K; one of the second, all parts of its tokens' sums. The latter
-    # grow with the number of parts as the former shrink, and are least together where they are equal.
-    of_a_tile = min(tokens, rows)
-    first, second = (8 * columns + of_a_tile) * in_features * element_size, of_a_tile * 8 * columns * 4
-    splits = max(1, min(stages, _divide_up(multiprocessors, blocks), round(math.sqrt(first / second))))
-    splits = _divide_up(stages, _divide_up(stages, splits))  # none without work
-    outs = _divide_up(out_features, depth)
-    parts = min(outs, _divide_up(multiprocessors, tiles))
-    return Plan(fused=False, rows=rows, splits=splits, out_tiles=_divide_up(outs, parts))
+    """The forward pass for M tokens on a device with so many multiprocessors: of its variants the one with the lowest floor
+    (`rode_kernels.cost`). One launch reads x and base and writes y once, if there are tiles of tokens enough for the device;
+    with fewer K is shared out, so that the whole device reads x and the weights."""
+    shape = (in_features, out_features, total_rank, max(routed_experts, 1), element_size, routed_experts > 0)
+    call, device = cost.Call(max(tokens, 1), *shape), _device(multiprocessors)
+    plans = variants_forward(
+        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
+    )
+    return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,38 @@ _SLABS = {(False, 2): 768, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536
 
 
+def variants_backward(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    total_rank: int,
+    routed_experts: int,
+    element_size: int,
+    multiprocessors: int,
+) -> list[BackwardPlan]:
+    """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that there
+    is about one block for each multiprocessor."""
+    depth, tokens = ROW_BYTES // element_size, max(tokens, 1)
+    wide = total_rank > 32
+    groups = _divide_up(total_rank, 16) + _divide_up(routed_experts, 16)
+    held = 3 if groups <= 3 else 5 if groups <= 5 else 4
+    columns = _divide_up(in_features, 2 * depth) * (1 if held != 4 else _divide_up(groups, 4) + 1)
+    fewest, plans = _divide_up(out_features, _SLABS[wide, element_size]), {}
+    for wanted in (fewest, fewest + 1, fewest + 2, 2 * fewest, 3 * fewest, 4 * fewest):
+        slab = _divide_up(_divide_up(out_features, wanted), depth) * depth
+        slabs = _divide_up(out_features, slab)
+        blocks = slabs * _divide_up(total_rank, 64 if wide else 32)
+        plans[slabs] = BackwardPlan(
+            wide=wide,
+            slabs=slabs,
+            slab=slab,
+            share_y=_share(tokens, 16, multiprocessors // blocks),
+            groups=held,
+            share_x=_share(tokens, 64, multiprocessors // columns),
+        )
+    return list(plans.values())
+
+
 @lru_cache(maxsize=4096)
 def plan_backward(
     tokens: int,
@@ -129,25 +189,13 @@ def plan_backward(
     element_size: int,
     multiprocessors: int,
 ) -> BackwardPlan:
-    """The backward pass for M tokens: slabs and ranges of tokens such that there is about one block for each multiprocessor."""
-    depth = ROW_BYTES // element_size
-    tokens = max(tokens, 1)
-    wide = total_rank > 32
-    slabs = _divide_up(out_features, _SLABS[wide, element_size])
-    slab = _divide_up(_divide_up(out_features, slabs), depth) * depth
-    slabs = _divide_up(out_features, slab)
-    blocks = slabs * _divide_up(total_rank, 64 if wide else 32)
-    groups = _divide_up(total_rank, 16) + _divide_up(routed_experts, 16)
-    held = 3 if groups <= 3 else 5 if groups <= 5 else 4
-    columns = _divide_up(in_features, 2 * depth) * (1 if held != 4 else _divide_up(groups, 4) + 1)
-    return BackwardPlan(
-        wide=wide,
-        slabs=slabs,
-        slab=slab,
-        share_y=_share(tokens, 16, multiprocessors // blocks),
-        groups=held,
-        share_x=_share(tokens, 64, multiprocessors // columns),
+    """The backward pass for M tokens: of its variants the one with the lowest floor (`rode_kernels.cost`)."""
+    shape = (in_features, out_features, total_rank, max(routed_experts, 1), element_size, routed_experts > 0)
+    call, device = cost.Call(max(tokens, 1), *shape), _device(multiprocessors)
+    plans = variants_backward(
+        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
     )
+    return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))
 
 
 def _share(tokens: int, tile: int, ranges: int) -> int:

@@ -45,7 +45,7 @@ backward_v(BackwardParams<T> p) {
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * tile + sum_column(i), row = fragment_row(i);
         const bool wanted = (gate[i] != 0.0f || p.dense) && column < p.R && row < rows;
-        product[i] = wanted ? factor[i] * t[i] * load(p.u + (offset(m0 + row, p.R) + column), wanted) : 0.0f;
+        product[i] = wanted ? factor[i] * t[i] * load(p.u + (offset(m0 + row, p.R) + column)) : 0.0f;
       }
       const int last = 8 * tile + 7 < p.R ? 8 * tile + 7 : p.R - 1;
       for (int e = p.expert[8 * tile]; e <= p.expert[last]; ++e) {  // by selection: what is not finite in one expert stays there

@@ -87,7 +87,7 @@ backward_y(BackwardParams<T> p) {
       const int m = first + tile * kTokens + token_of(i);
       const bool inside = p.need_B && tile < count && m < p.M && r < p.R;
       my_gate[i] = load(p.g + (offset(m, p.N) + expert), inside);
-      my_u[i] = load(p.u + (offset(m, p.R) + r), inside && my_gate[i] != 0.0f);
+      my_u[i] = load(p.u + (offset(m, p.R) + r), inside);
     }
   };
   const auto v_tile = [&](int buffer, int tile) {

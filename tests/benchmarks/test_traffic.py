@@ -12,6 +12,7 @@ from benchmarks import traffic
 from benchmarks.__main__ import main
 from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends
+from rode_kernels.plan import BackwardPlan
 
 needs_emulator = pytest.mark.skipif(
     not backends()["cuda-emulated"].available and os.environ.get("RODE_EMULATE") != "1",
@@ -35,6 +36,13 @@ def test_the_bounds_hold(rows):
         assert row["dram_ratio"] <= 1.05
         assert row["l2_ratio"] <= 1.6
         assert row["sector_use"] >= 0.95
+    for M, dram in ((8192, 1.25), (65536, 1.10)):
+        for multiprocessors in (108, 132):
+            row = rows[M, f"backward, {multiprocessors} multiprocessors"]
+            assert row["launches"] == 4
+            assert row["dram_ratio"] <= dram
+            assert row["l2_ratio"] <= 2.2
+            assert row["sector_use"] >= 0.9
     triton = rows.get((8192, "Triton"))
     if triton is not None:  # installed
         assert triton["launches"] == 1
@@ -65,6 +73,19 @@ def test_counts_scale_with_the_tiles(K, O, open_):
     predicted = traffic.scaled(one, two, 5)
     for name in ("dram", "l2", "sectors", "used"):
         assert getattr(predicted, name) == pytest.approx(getattr(more, name), rel=0.002), name
+
+
+@needs_emulator
+def test_counts_of_the_backward_pass_scale_with_tiles_and_ranges(monkeypatch):
+    """Six tiles of 64 tokens in three and two ranges, counted whole, against what calls of one and two tell."""
+    K, O = 512, 896
+    plan = BackwardPlan(wide=False, slabs=2, slab=448, share_y=128, groups=3, share_x=192)
+    monkeypatch.setattr(traffic, "plan_backward", lambda *args: plan)
+    whole = traffic.emulate_backward(traffic.Case.random(6 * 64, K, O), plan)
+    predicted = traffic.backward(6 * 64, K, O, 108)
+    assert predicted.launches == whole.launches
+    for name in ("dram", "l2", "sectors", "used"):
+        assert getattr(predicted, name) == pytest.approx(getattr(whole, name), rel=0.01), name
 
 
 @needs_emulator

@@ -33,7 +33,7 @@ SEEDS = range(5)
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
     yield
-    machine.seed, machine.plan = 0, None
+    machine.seed, machine.plan, machine.multiprocessors = 0, None, 2
 
 
 def run(p: Problem, **kwargs) -> torch.Tensor:
@@ -221,8 +221,10 @@ def test_launches():
         return [launch["kernel"] for launch in emulator.launches()]
 
     assert kernels(tokens=(128,)) == ["forward_fused"]
-    assert kernels(tokens=(20,)) == ["forward_shrink", "forward_expand"]
-    assert kernels(tokens=(1,)) == ["forward_shrink", "forward_expand"]
+    machine.multiprocessors = 8
+    assert kernels(tokens=(20,), K=8192) == ["forward_shrink", "forward_expand"]
+    assert kernels(tokens=(1,), K=8192) == ["forward_shrink", "forward_expand"]
+    machine.multiprocessors = 2
     assert kernels(tokens=(128,), ranks=(128,)) == ["forward_shrink", "forward_expand"]
     assert kernels(tokens=(128,), parameter_dtype=torch.float32) == ["cast_parameters", "forward_fused"]
     assert kernels(tokens=(0,)) == []

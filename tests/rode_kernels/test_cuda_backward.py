@@ -140,6 +140,8 @@ def test_gradients_that_are_asked_for_alone_have_the_same_bits_and_cost_no_other
         assert kernels == ["backward_y", "backward_v", "backward_x", "backward_add"]
     if not {"A", "router_weight"} & set(wanted):
         assert loads(p.x) == 0
+    if wanted == ["B"]:
+        assert loads(p.B) == 0
 
 
 def loads(t: torch.Tensor) -> int:

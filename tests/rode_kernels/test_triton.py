@@ -99,7 +99,7 @@ def test_code_of_every_configuration(kind):
 
 LAUNCHES = """
 import json, torch
-from benchmarks.triton_launches import record
+from rode_kernels.triton.launches import record
 for M, ranks in ((8192, (2, 4, 8, 16)), (1, (2, 4, 8, 16)), (8192, (16,) * 16), (8192, (64,))):
     print(json.dumps([l.kernel.__name__ for l in record(torch.bfloat16, tokens=M, ranks=ranks)]))
 """
@@ -130,7 +130,7 @@ def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
     """Elements that the interpreter loads and stores, against the formulas; all gates open."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from benchmarks import triton_launches
+    from rode_kernels.triton import launches as triton_launches
 
     counted = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -160,7 +160,7 @@ def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
     )
     assert len(launches) == len(counted)
     for launch, moved in zip(launches, counted, strict=True):
-        said = triton_launches.traffic([launch], 2)[1]
+        said = triton_launches.cost_of([launch], 2).l2
         assert said == pytest.approx(moved, rel=0.015), launch.kernel.fn.__name__
 
 

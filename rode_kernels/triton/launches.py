@@ -6,11 +6,13 @@ What they are recorded with does not depend on the interpreter; compiling them n
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rode_kernels import cost
 from rode_kernels.mixture import make_mixture
 from rode_kernels.triton import (
     backward_kernels,
@@ -114,15 +116,17 @@ def record(
     return launches
 
 
-def traffic(launches: list[Launch], element_size: int) -> tuple[float, float]:
-    """(DRAM, L2) bytes of these launches, from grids and blocks. DRAM: each tensor's distinct bytes once a launch; L2: all that
-    programs load or store, masked elements left out."""
-    dram = l2 = 0
+def cost_of(launches: list[Launch], element_size: int) -> cost.Cost:
+    """What these launches move, from grids and blocks. DRAM: each tensor's distinct bytes once a launch; L2: all that programs load
+    or store, masked elements left out."""
+    steps = []
     for one in launches:
+        dram = l2 = 0.0
         for distinct, times in _FORMULAS[one.kernel.fn.__name__](one.arguments, one.grid, element_size):
             dram += distinct
             l2 += distinct * times
-    return dram, l2
+        steps.append(cost.Step(dram, l2, math.prod(one.grid)))
+    return cost.Cost(tuple(steps))
 
 
 # For each kernel: (bytes of a tensor, how often the programs go through it). M tokens, K and O features, R columns, N experts.

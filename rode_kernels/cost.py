@@ -1,0 +1,220 @@
+"""What a call must move on a GPU, by formulas from its shapes, and the least time that takes on a device.
+
+Two counts, kept apart: DRAM, each tensor's distinct bytes once a launch, and L2, all that threads load or store. Tests hold the
+formulas of the CUDA kernels to what the emulator counts, within 3 %; those of Triton follow from its grids and blocks. A floor is a
+prediction of what no implementation with these counts can be faster than, not a measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rode_kernels.plan import BackwardPlan, Plan
+
+TILE = 64  # tokens
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a floor follows from. Bandwidths in bytes a second; `launch` in seconds, what one more launch in a stream costs.
+
+    Attributes:
+        l2: bandwidth of the L2 cache, a rough figure: makers do not publish it.
+        tensor: dense 16-bit products, operations a second (a multiplication and an addition are two).
+    """
+
+    name: str
+    multiprocessors: int
+    dram: float
+    l2: float
+    tensor: float
+    launch: float = 2e-6
+
+
+# From the makers' data sheets (L2: from published microbenchmarks, to one digit).
+DEVICES = {
+    d.name: d
+    for d in (
+        Device("RTX 4090", 128, 1.008e12, 5e12, 165e12),
+        Device("A100", 108, 2.039e12, 5e12, 312e12),
+        Device("H100", 132, 3.35e12, 6e12, 989e12),
+        Device("B200", 148, 8.0e12, 1e13, 2250e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Shapes of a call, as in rode.h.
+
+    Attributes:
+        tokens, in_features, out_features: M, K, O. experts: N. total_rank: R.
+        element_size: bytes of x's type. routed: gates come from a router.
+        base: y is added to something; in_place: there. open_share: of tiles of tokens, those with anything open.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    total_rank: int
+    experts: int
+    element_size: int = 2
+    routed: bool = True
+    base: bool = True
+    in_place: bool = False
+    open_share: float = 1.0
+
+    @property
+    def routed_experts(self) -> int:
+        return self.experts if self.routed else 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: bytes of DRAM and L2, blocks, and operations of matrix units."""
+
+    dram: float
+    l2: float
+    blocks: int
+    operations: float = 0.0
+
+    def floor(self, device: Device) -> float:
+        """Seconds. A block has its multiprocessor's share of everything, so that few blocks do not have it all."""
+        share = min(1.0, self.blocks / device.multiprocessors)
+        busy = max(self.dram / device.dram, self.l2 / device.l2, self.operations / device.tensor)
+        return busy / share + device.launch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The launches of a pass, one after the other."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def dram(self) -> float:
+        return sum(step.dram for step in self.steps)
+
+    @property
+    def l2(self) -> float:
+        return sum(step.l2 for step in self.steps)
+
+    @property
+    def launches(self) -> int:
+        return len(self.steps)
+
+    def floor(self, device: Device) -> float:
+        """Seconds that it takes at least."""
+        return sum(step.floor(device) for step in self.steps)
+
+
+def fewest(c: Call, backward: bool = False) -> float:
+    """Bytes that no implementation can do without: activations once, the weights read once."""
+    M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
+    wide = M * (2 * K + O) if backward else M * (K + O * (2 if c.base else 1))
+    return c.element_size * (wide + (R + N) * K + O * R)
+
+
+# ---- CUDA: csrc/cuda/forward.cuh, backward_params.cuh
+
+
+def forward(c: Call, plan: Plan) -> Cost:
+    """By the kernels that a plan names."""
+    M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
+    e, part, tiles = c.element_size, c.open_share, _divide_up(c.tokens, plan.rows)
+    weights, of_y = (R + N) * K * e, M * O * e * (1 + c.base) * (part if c.in_place else 1.0)
+    gates, u, read_B = M * c.experts * 4, M * R * 4, O * R * e * (part > 0)
+    down, up = 2.0 * M * K * (R + N), 2.0 * M * O * R * part
+    again_B = tiles * part * O * R * e  # by every tile of tokens
+    if plan.fused:
+        dram = M * K * e + weights + read_B + of_y + gates + u
+        l2 = (
+            M * K * e + tiles * weights + again_B + of_y + gates * (1 + c.routed) + u
+        )  # g, and the router's bias
+        return Cost((Step(dram, l2, tiles, down + up),))
+    columns, of_experts = 8 * (_divide_up(R, 8) + _divide_up(N, 8)), 8 * _divide_up(R, 8)
+    passes = _divide_up(columns // 8, 5 if columns <= 40 else 16)
+    partial = plan.splits * M * columns * 4
+    first = Step(
+        M * K * e + weights + partial,
+        M * K * e * passes + tiles * weights + partial,
+        passes * tiles * plan.splits,
+        down,
+    )
+    depth = 128 // e
+    outs = _divide_up(O, depth)
+    shares = _divide_up(outs, plan.out_tiles)
+    # v of several passes is kept in shared memory, if there is room, else it is made again for every 128 bytes of y
+    chunks = _divide_up(of_experts, depth)
+    room = 49152 + 256 * c.experts + 8192 * chunks <= 99 * 1024
+    again = shares if chunks == 1 or room else outs
+    by_warps = gates * shares * (4 if plan.rows == 16 else 1)  # gates, or the router's bias
+    read = partial * (of_experts * again + (columns - of_experts) * shares) / columns
+    second = Step(
+        partial + read_B + of_y + gates + u,
+        read + again_B + of_y + gates * c.routed + by_warps + u,
+        tiles * shares,
+        up,
+    )
+    return Cost((first, second))
+
+
+def backward(c: Call, plan: BackwardPlan) -> Cost:
+    """By the kernels that a plan names; every gradient is asked for."""
+    M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
+    e, part, tiles = c.element_size, c.open_share, _divide_up(c.total_rank, 8)
+    ranges_y, ranges_x = _divide_up(M, plan.share_y), _divide_up(M, plan.share_x)
+    chunks = _divide_up(R, 64 if plan.wide else 32)  # of columns, each of which reads dy
+    g, u, dh = M * c.experts * 4, M * R * 4, M * c.experts * 4
+    t = plan.slabs * _divide_up(M, 16) * tiles * 512 * part
+    of_B = ranges_y * O * 8 * tiles * 4
+    y = Step(
+        M * O * e * part + O * R * e + g + u + t + of_B,
+        M * O * e * part * chunks
+        + ranges_y * O * R * e
+        + plan.slabs * (chunks * g + 2 * u * part)
+        + t
+        + of_B,
+        plan.slabs * ranges_y * chunks,
+        4.0 * M * O * R * part,
+    )
+    groups = _divide_up(R, 16) + _divide_up(N, 16)
+    D = M * 16 * groups * e
+    moved = t + u * part + g + D + dh
+    v = Step(moved, moved, _divide_up(M, 64))
+    k_slabs, wide = _divide_up(K, 256 // e), plan.groups == 4
+    kinds = _divide_up(groups, 4) if wide else 1  # chunks of D, each of which reads x
+    of_A = ranges_x * (R + N) * K * 4
+    again = (
+        _divide_up(M, TILE) if wide else ranges_x
+    )  # weights stand in registers, or are read for every tile
+    of_bias = dh + ranges_x * N * 4 if N else 0
+    x = Step(
+        M * K * e * (1 + part) + (R + N) * K * e + D + g + of_A + of_bias,
+        M * K * e * (1 + part * kinds)
+        + again * (R + N) * K * e
+        + k_slabs * (D * part * (2 if wide else 1) + g * (kinds + wide))
+        + of_A
+        + of_bias,
+        k_slabs * ranges_x * (kinds + wide),
+        4.0 * M * K * (R + N) * part,
+    )
+    count = O * R + (R + N) * K + N
+    moved = ranges_y * O * R * 4 + of_A + ranges_x * N * 4 + count * e
+    add = Step(moved, moved, _divide_up(count, 128))
+    return Cost((y, v, x, add))
+
+
+def seconds(value: float) -> str:
+    """A time for people."""
+    if value >= 1:
+        return f"{value:.2f} s"
+    power = min(3, max(1, math.ceil(-math.log10(value) / 3)))
+    return f"{value * 1000**power:.3g} {('ms', 'us', 'ns')[power - 1]}"
