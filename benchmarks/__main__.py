@@ -1,4 +1,5 @@
-"""`python -m benchmarks traffic [--json FILE]`, `python -m benchmarks mixture --backend NAME [--rounds N] [--json FILE]`."""
+"""`python -m benchmarks traffic|roofline [--json FILE]`,
+`python -m benchmarks mixture --backend NAME [--rounds N] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -10,16 +11,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("traffic", help="bytes that the GPU kernels move, counted")
+    three = commands.add_parser("roofline", help="floors on devices that are not here, predicted")
     two = commands.add_parser("mixture", help="time against plain PyTorch")
     two.add_argument("--backend", required=True, choices=("cpu", "cuda", "triton"))
     two.add_argument("--rounds", type=int, default=30)
-    for command in (one, two):
+    for command in (one, two, three):
         command.add_argument("--json", metavar="FILE", help="also write the table there")
     options = parser.parse_args(arguments)
     if options.command == "traffic":
         from benchmarks import traffic
 
         traffic.main(options.json)
+    elif options.command == "roofline":
+        from benchmarks import roofline
+
+        roofline.main(options.json)
     else:
         from benchmarks import mixture
 

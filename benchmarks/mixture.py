@@ -188,6 +188,7 @@ def run_case(backend: str, device: str, dtype: torch.dtype, case: Case, rounds: 
                         "high": ratios[-1 - len(ratios) // 10],
                     },
                     "milliseconds": 1000 * statistics.median(times[backend]),
+                    "clock_mhz": clock(device),  # right after the last round
                 }
             )
     return rows
@@ -196,12 +197,19 @@ def run_case(backend: str, device: str, dtype: torch.dtype, case: Case, rounds: 
 def describe(device: str) -> str:
     if device == "cpu":
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    properties = torch.cuda.get_device_properties(device)
+    properties, mhz = torch.cuda.get_device_properties(device), clock(device)
+    rate = "clock unknown (pip install nvidia-ml-py)" if mhz is None else f"{mhz} MHz"
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, {rate}"
+
+
+def clock(device: str) -> int | None:
+    """Of the multiprocessors, now, in MHz; None where it cannot be told."""
+    if device == "cpu":
+        return None
     try:
-        clock = f", {torch.cuda.clock_rate()} MHz"
-    except Exception:  # the clock needs a package that many machines lack
-        clock = ", clock unknown"
-    return f"{properties.name}, {properties.multi_processor_count} multiprocessors{clock}"
+        return torch.cuda.clock_rate()
+    except Exception:  # it needs a package that many machines lack
+        return None
 
 
 def main(backend: str, json_file: str | None, rounds: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import traffic
 from benchmarks.__main__ import main
 from benchmarks.eager import BytesMoved, packed, peft_loop
-from rode_kernels import backends
+from rode_kernels import backends, cost
 from rode_kernels.plan import BackwardPlan
 
 needs_emulator = pytest.mark.skipif(
@@ -130,3 +130,21 @@ def test_operators_are_counted_by_what_they_read_and_write():
     with BytesMoved() as moved:
         a + torch.zeros(1, 1).expand(4, 8)  # one value, read once
     assert moved.bytes == 4 * (1 + 32 + 1 + 32)
+
+
+def test_predicted_floors(tmp_path, capsys):
+    """Every device, the operation and the step; said to be predictions; no implementation below the fewest bytes."""
+    file = tmp_path / "floors.json"
+    main(["roofline", "--json", str(file)])
+    assert "not measurements" in capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert (
+        {row["device"] for row in found["operation"]}
+        == {row["device"] for row in found["step"]}
+        == set(cost.DEVICES)
+    )
+    for row in found["operation"]:
+        shape = (row["tokens"], row["in_features"], row["out_features"])
+        device = cost.DEVICES[row["device"]]
+        assert row["forward"] >= traffic.fewest(*shape) / device.dram
+        assert row["backward"] >= traffic.fewest(*shape, backward=True) / device.dram
