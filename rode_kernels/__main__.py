@@ -10,7 +10,16 @@ from dataclasses import replace
 import torch
 
 from rode_kernels import backends, cost
-from rode_kernels.plan import plan_backward, plan_forward, variants_backward, variants_forward
+from rode_kernels.plan import (
+    MAX_EXPERTS,
+    MAX_FEATURES,
+    MAX_RANK,
+    MAX_TOKENS,
+    plan_backward,
+    plan_forward,
+    variants_backward,
+    variants_forward,
+)
 
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -155,6 +164,17 @@ def main(arguments: list[str] | None = None) -> None:
         in_place=options.in_place,
         open_share=options.open,
     )
+    for name, value, most in (
+        ("--m", options.m, MAX_TOKENS),
+        ("--k", options.k, MAX_FEATURES),
+        ("--o", options.o, MAX_FEATURES),
+        ("sum of --ranks", call.total_rank, MAX_RANK),
+        ("number of --ranks", call.experts, MAX_EXPERTS),
+    ):
+        if value > most:
+            parser.error(
+                f"{name}: the GPU kernels take at most {most}, got {value}; such a call runs on 'reference'"
+            )
     explain(call, options.ranks, device)
 
 

@@ -108,20 +108,20 @@ Status add(const BackwardParams<T>& k, const Backward& a) {
   s.of_A = k.of_A;
   s.of_bias = k.of_bias;
   const int64_t R = k.R, K = k.K, N = k.N, O = k.O;
-  const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int64_t& size) {
+  const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int& size) {
     if (!data) return;
     if (wide) {
       floats = output<float>(data, count);
     } else {
       narrow = output<T>(data, count);
     }
-    size = count;
+    size = static_cast<int>(count);
   };
   both(a.dB, a.wide_B, O * R, s.dB, s.wide_dB, s.size_B);
   both(a.dA, a.wide_A, R * K, s.dA, s.wide_dA, s.size_A);
   both(a.dW, a.wide_W, N * K, s.dW, s.wide_dW, s.size_W);
   s.dbias = output<float>(a.dbias, N);
-  s.size_bias = a.dbias ? N : 0;
+  s.size_bias = a.dbias ? k.N : 0;
   s.ranges_y = divide_up(k.M, k.share_y);
   s.ranges_x = divide_up(k.M, k.share_x);
   s.K = k.K;
@@ -132,7 +132,7 @@ Status add(const BackwardParams<T>& k, const Backward& a) {
   s.rows_A = 16 * (k.expert_groups + k.router_groups);
   s.pitch_A = k.pitch;
   s.first_router = 16 * k.expert_groups;
-  const int64_t count = s.size_B + s.size_A + s.size_W + s.size_bias;
+  const int count = s.size_B + s.size_A + s.size_W + s.size_bias;  // at most 2^27
   if (count == 0) return {};
   const Launch l{"backward_add", {static_cast<unsigned>(divide_up(count, kThreads))}, kThreads, 0, a.stream};
   return {launch(l, backward_add<T>, s), l.kernel};

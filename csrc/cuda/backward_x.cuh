@@ -17,7 +17,6 @@ struct ColumnShape {
   static constexpr int kStageBytes = (2 + kParts) * kTileBytes, kStages = kParts <= 2 ? 3 : 2;
   static constexpr int kMaskWords = kColumns / 32, kMaskBytes = kTokens * kMaskWords * 4;
   static constexpr int kMasks = kStages * kStageBytes, kFlags = kMasks + 2 * kMaskBytes;
-  static constexpr int kMaxTokens = (kMaxShared - kFlags) / 2 * kTokens;  // of a range
 };
 
 // Where a row of [A; Wr] padded as D's columns are stands, if it exists.
@@ -312,14 +311,14 @@ struct AddParams {
   gmem<const float> of_B, of_A, of_bias;
   gmem<T> dB, dA, dW;
   gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
-  int64_t size_B, size_A, size_W, size_bias;     // 0: not asked for
+  int size_B, size_A, size_W, size_bias;         // 0: not asked for
   int ranges_y, ranges_x, K, O, R, N, pitch_B, rows_A, pitch_A, first_router;
 };
 
 template <class T>
 RODE_KERNEL(kThreads, 8)
 backward_add(AddParams<T> p) {
-  int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
+  int i = static_cast<int>(block_index().x) * kThreads + thread_index();
   const auto sum = [&](gmem<const float> from, int64_t at, int64_t stride, int ranges) {
     float total = 0.0f;
 #pragma unroll 4
@@ -334,7 +333,7 @@ backward_add(AddParams<T> p) {
     }
   };
   if (i < p.size_B) {
-    const int row = static_cast<int>(i / p.R), column = static_cast<int>(i % p.R);
+    const int row = i / p.R, column = i % p.R;
     return put(p.dB, p.wide_dB, sum(p.of_B, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
   }
   i -= p.size_B;
@@ -342,7 +341,7 @@ backward_add(AddParams<T> p) {
   if (i < p.size_A + p.size_W) {
     const bool router = i >= p.size_A;
     if (router) i -= p.size_A;
-    const int row = static_cast<int>(i / p.K) + (router ? p.first_router : 0), column = static_cast<int>(i % p.K);
+    const int row = i / p.K + (router ? p.first_router : 0), column = i % p.K;
     const float value = sum(p.of_A, offset(row, p.pitch_A) + column, of_A, p.ranges_x);
     return router ? put(p.dW, p.wide_dW, value) : put(p.dA, p.wide_dA, value);
   }

@@ -17,7 +17,6 @@ struct SlabShape {
   static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
   static constexpr int kCorners = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
   static constexpr int kFlags = kCorners + kWarpsY * kTiles * 512;
-  static constexpr int kMaxTokens = (kMaxShared - kFlags) / 2 * kTokens;  // of a range
 };
 
 // grid (slabs, ranges of tokens, chunks of kTiles column tiles)

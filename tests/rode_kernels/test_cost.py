@@ -128,6 +128,9 @@ def test_the_command_explains_the_choice(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--m", "0", "--k", "4096", "--o", "4096"])
     assert "--m: expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--m", "1", "--k", "4096", "--o", "4096", "--ranks", "1000,100"])
+    assert "sum of --ranks: the GPU kernels take at most 1024, got 1100" in capsys.readouterr().err
 
 
 def test_without_a_command_it_lists_the_backends(capsys):
