@@ -78,7 +78,7 @@ using Gradient = std::tuple<uintptr_t, bool>;             // address, whether it
 void backward(const OwnedProblem& p, const Strided& dy, const Rows& x, uintptr_t A, uintptr_t router, uintptr_t B, int64_t ld_A,
               int64_t ld_B, uintptr_t u, uintptr_t g, uintptr_t dgates, uintptr_t seed, uintptr_t dx, const Gradient& dA,
               const Gradient& dW, const Gradient& dB, uintptr_t dbias, uintptr_t dh, uintptr_t D, uintptr_t t, uintptr_t of_B,
-              uintptr_t of_A, uintptr_t of_bias, bool fast, bool wide, int slabs, int slab, int share_y, int groups, int share_x,
+              uintptr_t of_A, uintptr_t of_bias, bool fast, bool wide, int slabs, int slab, int share_y, int groups, int share_x, int share_dx,
               int device, uintptr_t stream) {
   const rode::cuda::Backward a{{pointer<void>(std::get<0>(dy)), std::get<1>(dy), std::get<2>(dy)},
                                matrix(x),
@@ -106,7 +106,7 @@ void backward(const OwnedProblem& p, const Strided& dy, const Rows& x, uintptr_t
                                pointer<float>(of_A),
                                pointer<float>(of_bias),
                                fast,
-                               {wide, slabs, slab, share_y, groups, share_x},
+                               {wide, slabs, slab, share_y, groups, share_x, share_dx},
                                device,
                                pointer<void>(stream)};
   switch (p.problem.dtype) {
@@ -152,7 +152,7 @@ PYBIND11_MODULE(RODE_MODULE, m) {
         py::arg("B"), py::arg("ld_A"), py::arg("ld_B"), py::arg("u"), py::arg("g"), py::arg("dgates"), py::arg("seed"), py::arg("dx"),
         py::arg("dA"), py::arg("dW"), py::arg("dB"), py::arg("dbias"), py::arg("dh"), py::arg("D"), py::arg("t"), py::arg("of_B"),
         py::arg("of_A"), py::arg("of_bias"), py::arg("fast"), py::arg("wide"), py::arg("slabs"), py::arg("slab"), py::arg("share_y"),
-        py::arg("groups"), py::arg("share_x"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+        py::arg("groups"), py::arg("share_x"), py::arg("share_dx"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("cast_parameters", &cast_parameters, py::call_guard<py::gil_scoped_release>());
   m.def("load_kernels", [](int device) {
     check(rode::cuda::load_kernels<float>(device));

@@ -78,16 +78,21 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: bytes of DRAM and L2, blocks, and operations of matrix units."""
+    """One launch: bytes of DRAM and L2, blocks, operations of matrix units, and blocks that a multiprocessor holds at once."""
 
     dram: float
     l2: float
     blocks: int
     operations: float = 0.0
+    resident: int = 2
 
     def floor(self, device: Device) -> float:
-        """Seconds. A block has its multiprocessor's share of everything, so that few blocks do not have it all."""
+        """Seconds. A block has its multiprocessor's share of everything: few blocks do not have it all, nor does a second wave that
+        is not full."""
         share = min(1.0, self.blocks / device.multiprocessors)
+        waves = self.blocks / (device.multiprocessors * self.resident)
+        if 1 < waves <= 2:
+            share = waves / 2
         busy = max(self.dram / device.dram, self.l2 / device.l2, self.operations / device.tensor)
         return busy / share + device.launch
 
@@ -184,10 +189,12 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
         + of_B,
         plan.slabs * ranges_y * chunks,
         4.0 * M * O * R * part,
+        resident=1,
     )
     groups = _divide_up(R, 16) + _divide_up(N, 16)
     D = M * 16 * groups * e
-    moved = t + u * part + g + D + dh
+    of_bias = _divide_up(M, 16) * N * 4
+    moved = t + u * part + g + D + dh + of_bias
     v = Step(moved, moved, _divide_up(M, 64))
     k_slabs, wide = _divide_up(K, 256 // e), plan.groups == 4
     kinds = _divide_up(groups, 4) if wide else 1  # chunks of D, each of which reads x
@@ -195,20 +202,19 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
     again = (
         _divide_up(M, TILE) if wide else ranges_x
     )  # weights stand in registers, or are read for every tile
-    of_bias = dh + ranges_x * N * 4 if N else 0
+    ranges_dx = _divide_up(M, plan.share_dx)
     x = Step(
-        M * K * e * (1 + part) + (R + N) * K * e + D + g + of_A + of_bias,
+        M * K * e * (1 + part) + (R + N) * K * e + D + g + of_A,
         M * K * e * (1 + part * kinds)
         + again * (R + N) * K * e
         + k_slabs * (D * part * (2 if wide else 1) + g * (kinds + wide))
-        + of_A
-        + of_bias,
-        k_slabs * ranges_x * (kinds + wide),
+        + of_A,
+        k_slabs * (ranges_x * kinds + ranges_dx * wide),
         4.0 * M * K * (R + N) * part,
     )
-    count = O * R + (R + N) * K + N
-    moved = ranges_y * O * R * 4 + of_A + ranges_x * N * 4 + count * e
-    add = Step(moved, moved, _divide_up(count, 128))
+    count = O * R + (R + N) * K
+    moved = ranges_y * O * R * 4 + of_A + of_bias + count * e + N * 4
+    add = Step(moved, moved, _divide_up(_divide_up(count, 32) * 32 + 32 * N, 128))
     return Cost((y, v, x, add))
 
 

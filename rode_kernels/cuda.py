@@ -175,10 +175,13 @@ class Kernels:
         t = floats(need_v and of_y, plan.slabs, -(-M // 16), tiles, 128)
         of_B = floats(need_B and of_y, ranges_y, O, 8 * tiles)
         of_A = floats(sums_x, ranges_x, 16 * groups, -(-K // 8) * 8)
-        of_bias = floats(need_bias, ranges_x, N)
+        of_bias = floats(need_bias, -(-M // 16), N)
         dgates = None if dgates is None else dgates.contiguous()
-        if of_y and max(dy.stride()) >= 2**31:
-            dy = dy.contiguous()
+        if of_y and dy.stride() == (
+            0,
+            0,
+        ):  # one value, of a sum's gradient: a row of it can be copied 16 bytes at a time
+            dy = dy[:1].contiguous().expand(M, O)
 
         def of(gradient: Tensor | None) -> tuple[int, bool]:
             return _address(gradient), gradient is not None and gradient.dtype != x.dtype

@@ -131,6 +131,7 @@ class BackwardPlan:
         share_y: tokens of a range whose dB a block of the first launch sums up.
         groups: of 16 columns of du and dh that a block of the third launch has: 3 or 5, all of them; or 4 in turn.
         share_x: tokens of a range whose dA and dWr it sums up.
+        share_dx: with 4 groups blocks of their own write dx, each of so many tokens.
     """
 
     wide: bool
@@ -139,6 +140,7 @@ class BackwardPlan:
     share_y: int
     groups: int
     share_x: int
+    share_dx: int
 
 
 # What blocks of backward_y and backward_x hold (`SlabShape` and `ColumnShape`): columns of O by (wide, element size), and the most
@@ -162,20 +164,23 @@ def variants_backward(
     wide = total_rank > 32
     groups = _divide_up(total_rank, 16) + _divide_up(routed_experts, 16)
     held = 3 if groups <= 3 else 5 if groups <= 5 else 4
-    columns = _divide_up(in_features, 2 * depth) * (1 if held != 4 else _divide_up(groups, 4) + 1)
+    k_slabs = _divide_up(in_features, 2 * depth)
+    columns = k_slabs * (_divide_up(groups, 4) if held == 4 else 1)
     fewest, plans = _divide_up(out_features, _SLABS[wide, element_size]), {}
     for wanted in (fewest, fewest + 1, fewest + 2, 2 * fewest, 3 * fewest, 4 * fewest):
         slab = _divide_up(_divide_up(out_features, wanted), depth) * depth
         slabs = _divide_up(out_features, slab)
         blocks = slabs * _divide_up(total_rank, 64 if wide else 32)
-        plans[slabs] = BackwardPlan(
-            wide=wide,
-            slabs=slabs,
-            slab=slab,
-            share_y=_share(tokens, 16, multiprocessors // blocks),
-            groups=held,
-            share_x=_share(tokens, 64, multiprocessors // columns),
-        )
+        for ranges_x in {max(1, multiprocessors // columns), _divide_up(multiprocessors, columns)}:
+            plans[slabs, ranges_x] = BackwardPlan(
+                wide=wide,
+                slabs=slabs,
+                slab=slab,
+                share_y=_share(tokens, 16, multiprocessors // blocks),
+                groups=held,
+                share_x=_share(tokens, 64, ranges_x),
+                share_dx=_share(tokens, 64, _divide_up(2 * multiprocessors, k_slabs)),
+            )
     return list(plans.values())
 
 

@@ -37,7 +37,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.t = output<float>(a.t, a.plan.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
   k.of_B = output<float>(a.of_B, ranges_y * O * 8 * k.expert_tiles);
   k.of_A = output<float>(a.of_A, ranges_x * 16 * groups * k.pitch);
-  k.of_bias = output<float>(a.of_bias, ranges_x * N);
+  k.of_bias = output<float>(a.of_bias, divide_up(M, 16) * N);
   k.ld_dy = a.dy.row;
   k.dy_column = a.dy.column;
   k.ld_x = static_cast<int>(a.x.row);
@@ -54,6 +54,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.slab = a.plan.slab;
   k.share_y = a.plan.share_y;
   k.share_x = a.plan.share_x;
+  k.share_dx = a.plan.share_dx;
   k.chunks = divide_up(groups, a.plan.groups);
   k.copy_dy = copy_width<T>(a.dy.data, a.dy.row);
   k.copy_x = copy_width<T>(a.x.data, a.x.row);
@@ -91,12 +92,15 @@ Status through_y(const BackwardParams<T>& k, void* stream) {
 template <class T, int kGroups, bool kWide>
 Status through_x(const BackwardParams<T>& k, void* stream) {
   using Shape = ColumnShape<T, kGroups>;
-  const int chunks = kWide ? k.chunks + (k.need_x ? 1 : 0) : 1;
+  const bool sums = k.need_A || k.need_W;
+  const int chunks = kWide ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
+  const int share = !kWide || !k.need_x ? k.share_x : !sums ? k.share_dx : k.share_x < k.share_dx ? k.share_x : k.share_dx;
+  const int longest = kWide && k.share_dx > k.share_x ? k.share_dx : k.share_x;
   const Launch l{"backward_x",
-                 {static_cast<unsigned>(divide_up(k.K, Shape::kColumns)), static_cast<unsigned>(divide_up(k.M, k.share_x)),
+                 {static_cast<unsigned>(divide_up(k.K, Shape::kColumns)), static_cast<unsigned>(divide_up(k.M, share)),
                   static_cast<unsigned>(chunks)},
                  kThreads,
-                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_x, Shape::kTokens), 8) * 16),
+                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(longest, Shape::kTokens), 8) * 16),
                  stream};
   return {launch(l, backward_x<T, kGroups, kWide>, k), l.kernel};
 }
@@ -132,7 +136,8 @@ Status add(const BackwardParams<T>& k, const Backward& a) {
   s.rows_A = 16 * (k.expert_groups + k.router_groups);
   s.pitch_A = k.pitch;
   s.first_router = 16 * k.expert_groups;
-  const int count = s.size_B + s.size_A + s.size_W + s.size_bias;  // at most 2^27
+  s.parts_bias = divide_up(k.M, 16);
+  const int count = divide_up(s.size_B + s.size_A + s.size_W, 32) * 32 + 32 * s.size_bias;  // at most 2^27
   if (count == 0) return {};
   const Launch l{"backward_add", {static_cast<unsigned>(divide_up(count, kThreads))}, kThreads, 0, a.stream};
   return {launch(l, backward_add<T>, s), l.kernel};
@@ -156,7 +161,7 @@ Status backward<Type>(const Problem& p, const Backward& a) {
     status = {launch(l, backward_v<Type>, k), l.kernel};
     if (status.error) return status;
   }
-  if (k.need_A || k.need_W || a.dbias || k.need_x) {
+  if (k.need_A || k.need_W || k.need_x) {
     status = a.plan.groups == 3   ? through_x<Type, 3, false>(k, a.stream)
              : a.plan.groups == 5 ? through_x<Type, 5, false>(k, a.stream)
                                   : through_x<Type, 4, true>(k, a.stream);

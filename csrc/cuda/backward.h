@@ -13,6 +13,7 @@ struct BackwardPlan {
   int share_y = 16;   // tokens of a range of backward_y
   int groups = 3;     // of 16 columns of D that a block of backward_x has: 3 or 5, all of them; or 4, as often as it takes
   int share_x = 64;   // tokens of a range of backward_x
+  int share_dx = 64;  // tokens of a range of its dx, with 4 groups
 };
 
 // As `Forward` has them. `dy` has any strides; the outputs are contiguous, and null where they are not asked for.

@@ -6,7 +6,7 @@
 //   backward_y     reads dy: t, summed over a slab of O, and dB of a range of tokens. One reading of 16 tokens serves both
 //   products;
 //                  B's part stands in registers, so do dB's sums.
-//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type.
+//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens.
 //   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
 //   backward_add   adds up the ranges in order.
 //
@@ -43,10 +43,10 @@ struct BackwardParams {
   int ld_x, ld_A, ld_B, pitch;
   uint32_t threshold;
   int M, K, O, R, N;
-  int expert_tiles;                  // of 8 columns
-  int expert_groups, router_groups;  // of 16 columns
-  int slabs, slab, share_y;          // of O, how wide; tokens of a range
-  int ranges_x, share_x, chunks;     // chunks of groups that a block of backward_x has
+  int expert_tiles;                         // of 8 columns
+  int expert_groups, router_groups;         // of 16 columns
+  int slabs, slab, share_y;                 // of O, how wide; tokens of a range
+  int ranges_x, share_x, share_dx, chunks;  // chunks of groups that a block of backward_x has
   int copy_dy, copy_x;
   bool vectors;  // rows of dx move 16 bytes at once
   bool routed, dropout, drop_all, dense, fast;
@@ -57,19 +57,26 @@ struct BackwardParams {
 };
 
 // For each of `count` tiles of kRows tokens from `first` on a word: `bits(expert)` of every expert that is open for one of them.
+// Lanes are experts, several rows of g at once where there are few.
 template <int kRows, class T, class Bits>
 RODE_DEVICE void scan_gates(const BackwardParams<T>& p, int first, int count, smem<uint16_t> flags, Bits bits) {
-  const int warps = block_threads() / 32;
+  int width = 1;
+  while (width < p.N && width < 32) width *= 2;
+  const int lane = lane_index(), n = lane % width, at_once = 32 / width, warps = block_threads() / 32;
+  const uint32_t low = n < p.N ? bits(n) : 0u, high = n + 32 < p.N ? bits(n + 32) : 0u;
   for (int tile = warp_index(); tile < count; tile += warps) {
-    const int m0 = first + tile * kRows, rows = p.M - m0 < kRows ? p.M - m0 : kRows;
+    const int m0 = first + tile * kRows;
     uint32_t open = 0;
-    for (int i = lane_index(); i < rows * p.N; i += 32)
-      open |= load(p.g + (offset(m0, p.N) + i)) != 0.0f
-                  ? bits(static_cast<int>(static_cast<unsigned>(i) % static_cast<unsigned>(p.N)))
-                  : 0u;
+#pragma unroll 4
+    for (int row = lane / width; row < kRows; row += at_once) {
+      const bool inside = m0 + row < p.M;
+      const gmem<const float> from = p.g + (offset(m0 + row, p.N) + n);
+      open |= load(from, inside && n < p.N) != 0.0f ? low : 0u;
+      if (p.N > 32) open |= load(from + 32, inside && n + 32 < p.N) != 0.0f ? high : 0u;
+    }
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) open |= shuffle_xor(open, mask);
-    store(flags + tile, static_cast<uint16_t>(open), lane_index() == 0);
+    store(flags + tile, static_cast<uint16_t>(open), lane == 0);
   }
 }
 

@@ -81,7 +81,15 @@ backward_v(BackwardParams<T> p) {
     if (p.dgates) value += load(p.dgates + at, inside);
     if (p.routed) value = load(gates + (row * p.N + n), inside) != 0.0f ? value : 0.0f;
     store(p.dh + at, value, inside);
+    store(dg + (row * p.N + n), value, inside);
     if (p.routed) store(p.D + (offset(m0 + row, pitch) + 16 * p.expert_groups + n), from_float<T>(value));
+  }
+  if (!p.of_bias) return;
+  sync_warp();
+  for (int n = lane; n < p.N; n += 32) {
+    float total = 0.0f;
+    for (int row = 0; row < rows; ++row) total += load(dg + (row * p.N + n));
+    store(p.of_bias + (offset(m0 / 16, p.N) + n), total);
   }
 }
 

@@ -99,34 +99,21 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words
     }
 }
 
-// Sums of dh over a range of tokens, in an order that depends on N alone.
-template <class T>
-RODE_DEVICE void add_bias(const BackwardParams<T>& p, int first, int tokens, int range) {
-  int width = 1;
-  while (width < p.N) width *= 2;
-  const int thread = thread_index(), n = thread % width, group = thread / width, groups = kThreads / width;
-  float total = 0.0f;
-  for (int m = first + group; m < first + tokens; m += groups) total += load(p.dh + (offset(m, p.N) + n), n < p.N);
-  const auto corner = shared_array<float>(0, kThreads);
-  sync_threads();  // the stages are free
-  store(corner + thread, total);
-  sync_threads();
-  if (group != 0) return;
-  for (int i = 1; i < groups; ++i) total += load(corner + (i * width + n));
-  store(p.of_bias + (offset(range, p.N) + n), total, n < p.N);
-}
-
-// grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups and, if there may be several (kWide), one more for dx)
+// grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kWide) dx has blocks and
+// ranges of its own, the first ones, for they have the most to do.
 template <class T, int kGroups, bool kWide>
 RODE_KERNEL(kThreads, 2)
 backward_x(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
   constexpr int kTiles = Shape::kTiles, kSteps = Shape::kSteps, kSize = Shape::kSize;
-  const int warp = warp_index(), range = static_cast<int>(block_index().y), chunk = static_cast<int>(block_index().z);
+  const int warp = warp_index(), range = static_cast<int>(block_index().y);
   const int k0 = static_cast<int>(block_index().x) * Shape::kColumns, warp_k = warp * kTiles * 8;
-  const int first = range * p.share_x, left = p.M - first, tokens = left < p.share_x ? left : p.share_x;
-  const int count = (tokens + Shape::kTokens - 1) / Shape::kTokens, groups = p.expert_groups + p.router_groups, pitch = 16 * groups;
-  const bool writes = p.need_x && (!kWide || chunk == p.chunks), sums_up = (p.need_A || p.need_W) && chunk < p.chunks;
+  const int of_dx = kWide && p.need_x ? 1 : 0, chunk = static_cast<int>(block_index().z) - of_dx;
+  const bool writes = kWide ? chunk < 0 : p.need_x, sums_up = (p.need_A || p.need_W) && chunk >= 0;
+  const int share = kWide && writes ? p.share_dx : p.share_x, first = range * share, left = p.M - first;
+  if (left <= 0) return;  // the other kind has more ranges
+  const int tokens = left < share ? left : share, count = (tokens + Shape::kTokens - 1) / Shape::kTokens;
+  const int groups = p.expert_groups + p.router_groups, pitch = 16 * groups;
   // In dx of several chunks tiles are gone through once a chunk.
   const int turns = kWide && writes ? p.chunks : 1, group0 = kWide && !writes ? chunk * kGroups : 0;
   const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
@@ -156,7 +143,7 @@ backward_x(BackwardParams<T> p) {
       load_tile<Shape::kTokens, kRowBytes>(D_tile(stage, i), row, key, 16 * group + i * kDepth<T>, pitch, 16);
   };
   const auto mask = [&](int tile) {
-    if (!p.dropout || tile >= count) return;
+    if (!p.dropout || tile >= count || load(flags + tile) == 0) return;
     for (int i = thread_index(); i < Shape::kMaskBytes / 4; i += kThreads) {
       const int64_t element =
           static_cast<int64_t>(first + tile * Shape::kTokens + i / Shape::kMaskWords) * p.K + k0 + i % Shape::kMaskWords * 32;
@@ -223,8 +210,8 @@ backward_x(BackwardParams<T> p) {
       }
     });
   };
-  const auto finish = [&](int tile, int row0, int m0, float (&c)[kTiles][4]) {
-    if (p.dropout && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+  const auto finish = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
+    if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
     store_dx<T, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
 
@@ -273,7 +260,7 @@ backward_x(BackwardParams<T> p) {
         }
         if (step == turns - 1) {
 #pragma unroll
-          for (int rows = 0; rows < 4; ++rows) finish(tile, 16 * rows, m0, dx[rows]);
+          for (int rows = 0; rows < 4; ++rows) finish(tile, 16 * rows, m0, open, dx[rows]);
         }
       }
     } else if (writes) {
@@ -283,7 +270,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group)
           if (open) go_back(stage, tile, row0, group, group, weight[group], c);
-        finish(tile, row0, m0, c);
+        finish(tile, row0, m0, open, c);
       }
     }
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
@@ -302,7 +289,6 @@ backward_x(BackwardParams<T> p) {
         store(to + k, vec<float, 2>{{sums[group][j][2 * half], sums[group][j][2 * half + 1]}}, exists && k0 + warp_k + k < p.K);
       }
     }
-  if (p.of_bias && block_index().x == 0 && chunk == 0) add_bias(p, first, tokens, range);
 }
 
 // Sums of ranges, in order, in the parameters' types: dB (O, R), dA (R, K), dWr (N, K), dbr (N), those that are asked for.
@@ -312,6 +298,7 @@ struct AddParams {
   gmem<T> dB, dA, dW;
   gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
   int size_B, size_A, size_W, size_bias;         // 0: not asked for
+  int parts_bias;                                // of 16 tokens
   int ranges_y, ranges_x, K, O, R, N, pitch_B, rows_A, pitch_A, first_router;
 };
 
@@ -345,8 +332,16 @@ backward_add(AddParams<T> p) {
     const float value = sum(p.of_A, offset(row, p.pitch_A) + column, of_A, p.ranges_x);
     return router ? put(p.dW, p.wide_dW, value) : put(p.dA, p.wide_dA, value);
   }
-  i -= p.size_A + p.size_W;
-  if (i < p.size_bias) store(p.dbias + i, sum(p.of_bias, i, p.N, p.ranges_x));
+  // dbr by whole warps, from where one begins: there are many parts, and few sums.
+  i -= (p.size_B + p.size_A + p.size_W + 31) / 32 * 32 - p.size_B;
+  const int n = i / 32;
+  if (i < 0 || n >= p.size_bias) return;
+  float total = 0.0f;
+#pragma unroll 4
+  for (int part = lane_index(); part < p.parts_bias; part += 32) total += load(p.of_bias + (offset(part, p.N) + n));
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+  store(p.dbias + n, total, lane_index() == 0);
 }
 
 }  // namespace rode::gpu

@@ -16,7 +16,7 @@ import triton.language as tl
 from rode_kernels.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
 
 # Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
-_SIZES = ["threshold", "M", "parts", "count_y", "count_x"]
+_SIZES = ["threshold", "M", "parts", "count_y", "count_x", "count_b"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -40,10 +40,8 @@ def through_y(
             dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, NEED_T,
             NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
         )  # fmt: skip
-    else:
-        of_t = 0
-        if NEED_T:
-            of_t = (M + ROWS - 1) // ROWS * parts
+    elif NEED_T:
+        of_t = (M + ROWS - 1) // ROWS * parts
         if at < of_t:
             _t(
                 dy, B, g, parts_of_t, M, O, dy_row, dy_column, parts, part, at, column, expert, N, R, DENSE, BLOCK_R, ROWS, STEP,
@@ -54,6 +52,11 @@ def through_y(
                 dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at - of_t, column, expert, factor, N,
                 R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
             )  # fmt: skip
+    else:
+        _of_y(
+            dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, False,
+            NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -113,12 +116,13 @@ def _of_y(
 
 @triton.jit(do_not_specialize=_SIZES)
 def through_v(
-    parts_of_t, u, g, dgates, du, dh, M, parts,
+    parts_of_t, u, g, dgates, du, dh, tiles_of_dbr, M, parts,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr, HAS_DY: tl.constexpr,
-    HAS_DGATES: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_DGATES: tl.constexpr, NEED_b: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs: tiles of tokens. du is (M, R) in x's dtype; dh (M, N) is the gradient of the logits or, without a router, of the
-    gates. What t has where nothing was computed is not looked at."""
+    gates; tiles_of_dbr (tiles, N) are its sums. What t has where nothing was computed is not looked at."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -146,19 +150,25 @@ def through_v(
             dg += load_tile(dgates, row, M, N, n, N, 1)
         dg = tl.where(load_tile(g, row, M, N, n, N, 1) != 0.0, dg, 0.0)  # (BLOCK_M, BLOCK_N)
     store_tile(dh, row, M, N, n, N, dg)
+    if NEED_b:
+        tl.store(
+            tiles_of_dbr + tl.program_id(0) * N + n,
+            tl.sum(tl.where((row < M)[:, None], dg, 0.0), 0),
+            mask=n < N,
+        )
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def through_x(
-    x, du, dh, A, W, dx, ranges, seed, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, parts, part,
-    N: tl.constexpr, R: tl.constexpr, NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, NEED_b: tl.constexpr,
-    ROUTED: tl.constexpr, HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
+    x, du, dh, A, W, dx, ranges, seed, threshold, M, K, ld_x, share, stride, at_W, parts, part,
+    N: tl.constexpr, R: tl.constexpr, NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, ROUTED: tl.constexpr,
+    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Programs of two kinds: the first read x for the weights' gradients, the others write dx."""
     A_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R if NEED_A else 0
-    blocks: tl.constexpr = A_blocks + ((N + BLOCK_R - 1) // BLOCK_R if NEED_W or NEED_b else 0)
+    blocks: tl.constexpr = A_blocks + ((N + BLOCK_R - 1) // BLOCK_R if NEED_W else 0)
     of_weights = (K + BLOCK_K - 1) // BLOCK_K * ((M + share - 1) // share) * blocks
     key = 0
     if DROPOUT:
@@ -166,8 +176,8 @@ def through_x(
     if tl.program_id(0) < of_weights:
         if blocks > 0:
             _of_weights(
-                x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, tl.program_id(0) // blocks,
-                tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, NEED_b, A_blocks, DROPOUT, ALIGNED, BLOCK_M, BLOCK_R, BLOCK_K,
+                x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_W, tl.program_id(0) // blocks,
+                tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, A_blocks, DROPOUT, ALIGNED, BLOCK_M, BLOCK_R, BLOCK_K,
                 PRECISION, INTERPRETED,
             )  # fmt: skip
     elif NEED_X:
@@ -179,13 +189,13 @@ def through_x(
 
 @triton.jit
 def _of_weights(
-    x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_A, at_W, at_b, at, block, N: tl.constexpr, R: tl.constexpr,
-    NEED_A: tl.constexpr, NEED_W: tl.constexpr, NEED_b: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
+    x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_W, at, block, N: tl.constexpr, R: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_W: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Sums over `share` tokens of BLOCK_R columns of du or, from block A_BLOCKS on, of dh with BLOCK_K columns of x. They stand in
-    a row of `stride` values: dA (R, K) from at_A on, dWr (N, K) from at_W on, dbr (N) from at_b on."""
+    a row of `stride` values: dA (R, K), and from at_W on dWr (N, K)."""
     k_blocks = (K + BLOCK_K - 1) // BLOCK_K
     k0 = at % k_blocks * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
@@ -193,7 +203,6 @@ def _of_weights(
     columns = R if of_experts else N
     column = (block if of_experts else block - A_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    bias = tl.zeros((BLOCK_R,), tl.float32)
     first = at // k_blocks * share
     last = tl.minimum(first + share, M)
     for m0 in range(first, last, BLOCK_M):
@@ -201,9 +210,7 @@ def _of_weights(
         if of_experts:
             left = load_tile(du, row, last, R, column, R, 1)  # (BLOCK_M, BLOCK_R)
         else:
-            wide = load_tile(dh, row, last, N, column, N, 1)
-            bias += tl.sum(wide, 0)
-            left = wide.to(x.dtype.element_ty)
+            left = load_tile(dh, row, last, N, column, N, 1).to(x.dtype.element_ty)
         tile = load_tile(x, row, last, ld_x, k, K, 1)
         if DROPOUT:
             if of_experts:
@@ -212,12 +219,10 @@ def _of_weights(
     to = ranges + (at // k_blocks).to(tl.int64) * stride
     if of_experts:
         if NEED_A:
-            store_tile(to + at_A, column, columns, K, k, K, sums)
+            store_tile(to, column, columns, K, k, K, sums)
     else:
         if NEED_W:
             store_tile(to + at_W, column, columns, K, k, K, sums)
-        if NEED_b and at % k_blocks == 0:
-            tl.store(to + at_b + column, bias, mask=column < N)
 
 
 @triton.jit
@@ -252,22 +257,33 @@ def _dx(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def add(ranges, dA, dB, dW, db, count_y, count_x, stride, at_A, at_W, at_b, BLOCK: tl.constexpr):
-    """Sums of the ranges, in order, each gradient in its parameter's dtype. A row of `ranges` holds dB, dA, dWr, dbr, each from a
-    multiple of BLOCK on, so that a program's values belong to one of them; dB has `count_y` rows, the others `count_x`."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < stride
+def add(
+    of_y, of_x, of_b, dB, dA, dW, db, count_y, count_x, count_b, size_y, size_x, at_W, N: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums of ranges, in order, each gradient in its parameter's dtype: of_y (count_y, size_y) to dB, of_x (count_x, size_x) to dA
+    and, from at_W on, dWr, of_b (count_b, N) to dbr, 64 at a time. Sizes and at_W are multiples of BLOCK."""
     first = tl.program_id(0) * BLOCK
-    total = tl.zeros((BLOCK,), tl.float32)
-    at = ranges + i
-    for _ in range(count_y if first < at_A else count_x):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += stride
-    if first < at_A:
-        tl.store(dB + i, total.to(dB.dtype.element_ty), mask=inside)
-    elif first < at_W:
-        tl.store(dA + (i - at_A), total.to(dA.dtype.element_ty), mask=inside)
-    elif first < at_b:
-        tl.store(dW + (i - at_W), total.to(dW.dtype.element_ty), mask=inside)
+    i = tl.arange(0, BLOCK)
+    if first < size_y:
+        _add(of_y, dB, count_y, size_y, first, first + i)
+    elif first < size_y + at_W:
+        _add(of_x, dA, count_x, size_x, first - size_y, first - size_y + i)
+    elif first < size_y + size_x:
+        _add(of_x, dW, count_x, size_x, first - size_y, first - size_y - at_W + i)
     else:
-        tl.store(db + (i - at_b), total.to(db.dtype.element_ty), mask=inside)
+        n, part = tl.arange(0, BLOCK_N), tl.arange(0, 64)
+        total = tl.zeros((64, BLOCK_N), tl.float32)
+        for start in range(0, count_b, 64):
+            total += load_tile(of_b, start + part, count_b, N, n, N, 1)
+        tl.store(db + n, tl.sum(total, 0), mask=n < N)
+
+
+@triton.jit
+def _add(ranges, to, count, size, first, at):
+    total = tl.zeros(at.shape, tl.float32)
+    start = ranges + first + tl.arange(0, at.shape[0])
+    for _ in range(count):
+        total += tl.load(start)
+        start += size
+    tl.store(to + at, total.to(to.dtype.element_ty))

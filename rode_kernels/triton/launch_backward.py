@@ -12,6 +12,7 @@ from rode_kernels.triton import backward_kernels, device, tune
 from rode_kernels.triton.blocks import blocks, columns, divide_up, dropout, like, share_out, static
 
 ADD_BLOCK = 1024
+V_TOKENS = 16  # of a program of `through_v`
 
 
 def backward(
@@ -51,78 +52,89 @@ def backward(
     routed, R_blocks = W is not None, divide_up(R, size.r)
     o_blocks, k_blocks, row_tiles = divide_up(O, size.o), divide_up(K, size.x), divide_up(M, size.rows)
 
-    # What ranges of tokens add up to: dB, dA, dWr, dbr, each from a multiple of ADD_BLOCK on.
-    starts, stride = [], 0
-    for wanted, count in ((need_B, O * R), (need_A, R * K), (need_router, N * K), (need_bias, N)):
-        starts.append(stride)
-        stride += divide_up(count, ADD_BLOCK) * ADD_BLOCK if wanted else 0
-    _, at_A, at_W, at_b = starts
-    A_blocks = R_blocks if need_A else 0
-    W_blocks = divide_up(N, size.r) if need_router or need_bias else 0
-    # one program a multiprocessor
-    count_y, share_y = share_out(M, size.tokens, fills // (o_blocks * R_blocks))
-    count_x, share_x = share_out(M, size.tokens, fills // (k_blocks * max(1, A_blocks + W_blocks)))
-    ranges = x.new_empty(max(count_y, count_x), stride, dtype=torch.float32)
-
-    need_weights = need_A or need_router or need_bias
-    need_v = need_x or need_weights or need_gates
+    need_weights = need_A or need_router
+    need_v = need_x or need_weights or need_bias or need_gates
     need_t = dy is not None and need_v
+    sums_B, sums_A = need_B and dy is not None, need_A and dy is not None
+
+    # What ranges of tokens add up to: dB, and dA with dWr, each from a multiple of ADD_BLOCK on.
+    def room(wanted: bool, count: int) -> int:
+        return divide_up(count, ADD_BLOCK) * ADD_BLOCK if wanted else 0
+
+    size_y, at_W = room(sums_B, O * R), room(sums_A, R * K)
+    size_x = at_W + room(need_router, N * K)
+    A_blocks = R_blocks if sums_A else 0
+    W_blocks = divide_up(N, size.r) if need_router else 0
+    # about one program a multiprocessor
+    count_y, share_y = share_out(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
+    count_x, share_x = share_out(M, size.tokens, _ranges(fills, k_blocks * max(1, A_blocks + W_blocks)))
+    of_y = x.new_empty(count_y, size_y, dtype=torch.float32)
+    of_x = x.new_empty(count_x, size_x, dtype=torch.float32)
+    tiles = divide_up(M, V_TOKENS)
+    of_b = x.new_empty(tiles, N, dtype=torch.float32) if need_bias else None
+
     if size.together:  # a part of t is what a program's columns of y give
         parts, part = o_blocks, size.o
     else:
         # for the shape class, as in forward: they decide the bits of a token's dx
         parts, part = share_out(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
     t = x.new_empty(parts, M, R, dtype=torch.float32) if need_t else None
-    if dy is not None and (need_t or need_B):
-        programs = o_blocks * count_y if size.together or need_B else 0
+    if need_t or sums_B:
+        programs = o_blocks * count_y if size.together or sums_B else 0
         if need_t and not size.together:
             programs += row_tiles * parts
         constants = {
             **static(x, mixture),
             **columns(mixture, dropout_p),
-            **dict(TOGETHER=size.together, NEED_T=need_t, NEED_B=need_B, DENSE=dense),
+            **dict(TOGETHER=size.together, NEED_T=need_t, NEED_B=sums_B, DENSE=dense),
             **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o, ROWS=size.rows, STEP=size.k),
         }
 
+        # as a launch specialises, not the very distances, in which the number of tokens may stand
+        strides = tuple(s if s < 2 else s % 16 == 0 for s in dy.stride())
+
         def through_y(_: Tensor, **chosen) -> None:
             backward_kernels.through_y[(programs * R_blocks,)](
-                *(dy, B, u, g, t, ranges, M, O, dy.stride(0), dy.stride(1), parts, part, share_y, stride),
+                *(dy, B, u, g, t, of_y, M, O, dy.stride(0), dy.stride(1), parts, part, share_y, size_y),
                 **constants,
                 **chosen,
             )
 
-        tune.tuned("through_y", constants, (*shape_class, dy.stride()), tune.of_backward(8), through_y, x)
-    elif need_B:
-        ranges[:count_y, : O * R] = 0.0
+        tune.tuned("through_y", constants, (*shape_class, strides), tune.of_backward(8), through_y, x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     if need_v:
         du, dh = x.new_empty(M, R), x.new_empty(M, N, dtype=torch.float32)
         dgates = None if dgates is None else dgates.contiguous()
         of_v = {
             **columns(mixture, dropout_p),
-            **dict(N=N, R=R, ROUTED=routed, HAS_DY=need_t, HAS_DGATES=dgates is not None, DENSE=dense),
-            **dict(BLOCK_M=16, BLOCK_N=size.n, BLOCK_R=size.r),
+            **dict(
+                N=N,
+                R=R,
+                ROUTED=routed,
+                HAS_DY=need_t,
+                HAS_DGATES=dgates is not None,
+                NEED_b=need_bias,
+                DENSE=dense,
+            ),
+            **dict(BLOCK_M=V_TOKENS, BLOCK_N=size.n, BLOCK_R=size.r),
         }
 
         def through_v(_: Tensor, **chosen) -> None:
-            backward_kernels.through_v[(divide_up(M, 16),)](
-                t, u, g, dgates, du, dh, M, parts, **of_v, **chosen
-            )
+            backward_kernels.through_v[(tiles,)](*(t, u, g, dgates, du, dh, of_b, M, parts), **of_v, **chosen)
 
         tune.tuned("through_v", of_v, (*shape_class, parts), tune.of_backward(4), through_v, x)
-    if need_weights or need_x:
+    if A_blocks + W_blocks > 0 or need_x:
         # parts of K fill the device, together with the programs of the weights' gradients if there are any
-        parts_of_K, of_K = share_out(K, size.k, fills // row_tiles)
+        parts_of_K, part_of_K = share_out(K, size.k, fills // row_tiles)
         programs = row_tiles * parts_of_K if need_x else 0
         programs += k_blocks * (A_blocks + W_blocks) * count_x
-        of_x = {
+        constants_x = {
             **static(x, mixture),
             **drops,
             **dict(
                 NEED_X=need_x,
-                NEED_A=need_A,
+                NEED_A=sums_A,
                 NEED_W=need_router,
-                NEED_b=need_bias,
                 ROUTED=routed,
                 HAS_DY=need_t,
             ),
@@ -135,54 +147,61 @@ def backward(
                 STEP=size.k,
             ),
         }
-        tensors = (x, du, dh, A, W, dx, ranges, seed)
+        tensors = (x, du, dh, A, W, dx, of_x, seed)
 
         def through_x(_: Tensor, **chosen) -> None:
             backward_kernels.through_x[(programs,)](
-                *(
-                    *tensors,
-                    threshold,
-                    M,
-                    K,
-                    x.stride(0),
-                    share_x,
-                    stride,
-                    at_A,
-                    at_W,
-                    at_b,
-                    parts_of_K,
-                    of_K,
-                ),
-                **of_x,
+                *(*tensors, threshold, M, K, x.stride(0), share_x, size_x, at_W, parts_of_K, part_of_K),
+                **constants_x,
                 **chosen,
             )
 
-        tune.tuned("through_x", of_x, shape_class, tune.of_backward(8, 4), through_x, x)
+        tune.tuned("through_x", constants_x, shape_class, tune.of_backward(8, 4), through_x, x)
 
-    def summed(wanted: bool, dtype: torch.dtype | None, first: int, end: int) -> Tensor | None:
-        return x.new_empty(end - first, dtype=dtype) if wanted else None
+    def result(wanted: bool, summed: bool, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
+        """With room for what whole blocks of `add` write, or zeros where nothing is summed."""
+        if not wanted:
+            return None
+        if not summed:
+            return x.new_zeros(shape, dtype=dtype)
+        elements = torch.Size(shape).numel()
+        return x.new_empty(divide_up(elements, ADD_BLOCK) * ADD_BLOCK, dtype=dtype)[:elements].view(shape)
 
-    sums = [
-        summed(need_B, dtypes[1], 0, at_A),
-        summed(need_A, dtypes[0], at_A, at_W),
-        summed(need_router, dtypes[2], at_W, at_b),
-        summed(need_bias, torch.float32, at_b, stride),
-    ]
-    if stride > 0:
-        # a gradient that nobody asks for has no program, but its pointer must have a type
-        targets = [ranges if sums[i] is None else sums[i] for i in (1, 0, 2, 3)]
-        backward_kernels.add[(stride // ADD_BLOCK,)](
-            *(ranges, *targets, count_y, count_x, stride, at_A, at_W, at_b), BLOCK=ADD_BLOCK, **tune.ALWAYS
-        )
+    dB = result(need_B, sums_B, dtypes[1], O, R)
+    dA = result(need_A, sums_A, dtypes[0], R, K)
+    dW = result(need_router, need_router, dtypes[2], N, K)
+    db = result(need_bias, need_bias, torch.float32, N)
+    blocks_of_add = (size_y + size_x) // ADD_BLOCK + need_bias
+    if blocks_of_add > 0:
+        # what nobody asks for has no program, but its pointer must have a type
+        targets = [of_x if t is None else t for t in (dB, dA, dW, db)]
+        constants_add = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
 
-    def shaped(values: Tensor | None, *shape: int) -> Tensor | None:
-        return None if values is None else values[: torch.Size(shape).numel()].view(shape)
+        def add(_: Tensor, **chosen) -> None:
+            backward_kernels.add[(blocks_of_add,)](
+                *(
+                    of_y,
+                    of_x,
+                    of_x if of_b is None else of_b,
+                    *targets,
+                    count_y,
+                    count_x,
+                    tiles,
+                    size_y,
+                    size_x,
+                    at_W,
+                ),
+                **constants_add,
+                **chosen,
+            )
 
-    return (
-        dx,
-        shaped(sums[1], R, K),
-        shaped(sums[0], O, R),
-        shaped(sums[2], N, K),
-        shaped(sums[3], N),
-        dh if need_gates else None,
-    )
+        tune.tuned("add", constants_add, (shape_class, dtypes), tune.of_backward(4)[:1], add, x)
+    return dx, dA, dB, dW, db, dh if need_gates else None
+
+
+def _ranges(multiprocessors: int, programs: int) -> int:
+    """Ranges of tokens, of which each takes so many programs, that fill the device: the fewest that take at most 15 % longer than
+    the best number, for every range costs memory."""
+    most = max(1, 2 * multiprocessors // programs)
+    time = {n: -(-n * programs // multiprocessors) / n for n in range(1, most + 1)}
+    return next(n for n in time if time[n] <= 1.15 * min(time.values()))

@@ -50,7 +50,6 @@ def forward(
             **dict(ROUTED=routed, HAS_BIAS=bias is not None, HAS_BASE=base is not None),
             **dict(INPLACE=inplace, DENSE=dense),
         }
-        strides = (base.stride(0) if base is not None else 0, y.stride(0))
         shape_class = (x.dtype, K, O, most)
         if plan.fused and size.r >= R:
             constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
@@ -58,7 +57,11 @@ def forward(
             def run(to: Tensor, BLOCK_M: int, **chosen) -> None:
                 of_base = to if inplace else base
                 forward_kernels.fused[(divide_up(M, BLOCK_M),)](
-                    *(x, A, W, B, bias, g, of_base, to, u, seed, threshold, M, K, O, x.stride(0), *strides),
+                    *(x, A, W, B, bias, g, of_base, to, u, seed, threshold, M, K, O, x.stride(0)),
+                    *(
+                        0 if of_base is None else of_base.stride(0),
+                        to.stride(0),
+                    ),  # a trial's copy has its own
                     **constants,
                     BLOCK_M=BLOCK_M,
                     **chosen,
@@ -92,7 +95,8 @@ def forward(
                 shares, of_share = share_out(O, BLOCK_O, parts_of_O)
                 of_base = to if inplace else base
                 forward_kernels.expand[(divide_up(M, BLOCK_M), shares)](
-                    *(partial, B, bias, g, of_base, to, u, M, O, parts, of_share, *strides),
+                    *(partial, B, bias, g, of_base, to, u, M, O, parts, of_share),
+                    *(0 if of_base is None else of_base.stride(0), to.stride(0)),
                     **of_y,
                     **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
                     **chosen,

@@ -71,7 +71,7 @@ def record(
     multiprocessors: int = 108,
     inplace: bool = False,
     gated: bool = False,
-    frozen: bool = False,
+    needs: tuple[bool, ...] | None = None,
     without_dy: bool = False,
     amd: bool = False,
     choice: int = 0,
@@ -103,9 +103,7 @@ def record(
         seed = tensor(1, dtype=torch.int64)
         static = (seed, mixture, dropout_p, gated)
         y, u, g = launch_forward.forward(x, A, B, W, b, gates, base, *static, inplace)
-        needs = (True, True, True, not gated, not gated, gated)
-        if frozen:  # all but A
-            needs = (False, True, False, False, False, False)
+        needs = needs or (True, True, True, not gated, not gated, gated)
         launch_backward.backward(
             None if without_dy else y, None if gated else g, x, u, g, A, B, W, *static, needs
         )
@@ -169,7 +167,7 @@ def _of_through_y(a, grid, e):
     tiles, need_t, need_B = -(-M // a["ROWS"]), a["NEED_T"], a["NEED_B"]
     kinds = 1 if together else need_t + need_B  # whose programs run one after the other, and read dy each
     yield from ((M * O * e * kinds, 1 if together else blocks), (M * N * 4, 0))
-    yield from ((O * R * e * need_t, ranges if together else tiles), (M * R * 4, o_blocks * need_B))
+    yield from ((O * R * e * need_t, ranges if together else tiles), (M * R * 4 * need_B, o_blocks))
     # each column's gate, for each product that wants it
     times = o_blocks * (1 + need_B) if together else o_blocks * 2 * need_B + parts * need_t
     yield from _only_l2(times * M * R * 4)
@@ -181,19 +179,16 @@ def _of_through_v(a, grid, e):
     if a["HAS_DY"]:
         yield from ((parts * M * R * 4, 1), (M * R * 4, 1))  # t, u
         yield from _only_l2(M * R * 4)  # each column's gate
-    yield from (
-        (M * N * 4, a["ROUTED"]),
-        (M * N * 4 * a["HAS_DGATES"], 1),
-        (M * R * e, 1),
-        (M * N * 4, 1),
-    )  # g .. dh
+    # g, dgates, du, dh, dbr
+    yield from ((M * N * 4, a["ROUTED"]), (M * N * 4 * a["HAS_DGATES"], 1), (M * R * e, 1), (M * N * 4, 1))
+    yield (grid[0] * N * 4 * a["NEED_b"], 1)
 
 
 def _of_through_x(a, grid, e):
     M, K, R, N = (a[n] for n in "MKRN")
     ranges, k_blocks, tiles = -(-M // a["share"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
     A_blocks = -(-R // a["BLOCK_R"]) if a["NEED_A"] else 0
-    W_blocks = -(-N // a["BLOCK_R"]) if a["NEED_W"] or a["NEED_b"] else 0
+    W_blocks = -(-N // a["BLOCK_R"]) if a["NEED_W"] else 0
     by_dx, part = a["NEED_X"], a["parts"]
     yield from ((M * K * e, A_blocks + W_blocks) if A_blocks + W_blocks else (0, 0), (M * K * e * by_dx, 1))
     held = min(R, a["BLOCK_R"])  # of du, by a program of dx; the rest it reads for every STEP columns
@@ -206,9 +201,10 @@ def _of_through_x(a, grid, e):
 
 
 def _of_add(a, grid, e):
-    of_dB, others = a["at_A"], a["stride"] - a["at_A"]
-    of_dbr = a["stride"] - a["at_b"]  # which is float32
-    yield from (((of_dB * a["count_y"] + others * a["count_x"]) * 4, 1), (a["at_b"] * e + of_dbr * 4, 1))
+    size_y, size_x, N = a["size_y"], a["size_x"], a["N"]
+    bias = grid[0] - (size_y + size_x) // a["BLOCK"]  # whether dbr, float32, is wanted
+    yield ((size_y * a["count_y"] + size_x * a["count_x"] + bias * N * a["count_b"]) * 4, 1)
+    yield ((size_y + size_x) * e + bias * N * 4, 1)
 
 
 def _only_l2(bytes_moved: float):

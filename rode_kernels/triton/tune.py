@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 
+import torch
 import triton
 from torch import Tensor
 
@@ -120,24 +121,37 @@ def tuned(
     if device.capturing(y):
         return _captured(kernel, run, y, best or options[0])
     if best is None and autotune == "on" and len(options) > 1 and not interpreted():
-        best = _winners[key] = _fastest(options, run, y.clone() if scratch else y)
+        best = _fastest(options, run, y, scratch)
+        if best is not None:
+            _winners[key] = best
     return run(y, **(best or options[0]))
 
 
-def _fastest(options: list[dict], run: Callable[..., None], y: Tensor) -> dict:
-    """By the median of some runs; the one by rule if none ran: it then says why."""
+def _fastest(options: list[dict], run: Callable[..., None], y: Tensor, scratch: bool) -> dict | None:
+    """By the median of some runs. None where none ran: the one by rule then says why; or where memory is short of what trials
+    need."""
     times = []
-    for option in options:
-        try:
-            bench = triton.testing.do_bench(
-                lambda o=option: run(y, **o), warmup=5, rep=20, return_mode="median"
-            )
-        except (
-            Exception
-        ):  # one that does not compile, or asks for more than the device has, is only not chosen
-            bench = float("inf")
-        times.append(bench)
-    return options[times.index(min(times))]
+    try:
+        trial = (
+            torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y)
+            if scratch
+            else y
+        )
+        for option in options:
+            try:
+                bench = triton.testing.do_bench(
+                    lambda o=option: run(trial, **o), warmup=5, rep=20, return_mode="median"
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except (
+                Exception
+            ):  # one that does not compile, or asks for more than the device has, is only not chosen
+                bench = float("inf")
+            times.append(bench)
+    except torch.OutOfMemoryError:
+        return None
+    return options[times.index(min(times))] if min(times) < float("inf") else None
 
 
 def _captured(kernel: str, run: Callable[..., None], y: Tensor, option: dict) -> None:

@@ -79,7 +79,7 @@ def test_counts_scale_with_the_tiles(K, O, open_):
 def test_counts_of_the_backward_pass_scale_with_tiles_and_ranges(monkeypatch):
     """Six tiles of 64 tokens in three and two ranges, counted whole, against what calls of one and two tell."""
     K, O = 512, 896
-    plan = BackwardPlan(wide=False, slabs=2, slab=448, share_y=128, groups=3, share_x=192)
+    plan = BackwardPlan(wide=False, slabs=2, slab=448, share_y=128, groups=3, share_x=192, share_dx=192)
     monkeypatch.setattr(traffic, "plan_backward", lambda *args: plan)
     whole = traffic.emulate_backward(traffic.Case.random(6 * 64, K, O), plan)
     predicted = traffic.backward(6 * 64, K, O, 108)

@@ -59,7 +59,6 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
         "kernel": launch.kernel.__name__,
         "target": target,
         "shared": compiled.metadata.shared,
-        "dots": 0,
     }
     report["dots"] = len(re.findall(r"tt\.dot ", compiled.asm["ttir"]))
     report["narrow_dots"] = len(
@@ -103,6 +102,8 @@ def _cubin(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "spills": spills}
 
 
+# The order of `needs`: x, A, B, the router's weights, its bias, given gates.
+ALONE = {name: tuple(i == at for i in range(6)) for at, name in enumerate(("x", "A", "B", "router", "bias"))}
 CALLS = {
     "8192": dict(tokens=8192),
     "dropout": dict(tokens=8192, dropout_p=0.05),
@@ -111,7 +112,10 @@ CALLS = {
     "one expert of rank 32": dict(tokens=8192, ranks=(32,)),
     "narrow": dict(tokens=8192, ranks=(4, 4)),
     "gated": dict(tokens=8192, gated=True),
-    "frozen": dict(tokens=8192, frozen=True),
+    **{f"{name} alone": dict(tokens=8192, needs=needs) for name, needs in ALONE.items()},
+    **{f"{name} alone, wide": dict(tokens=512, ranks=(40, 40), needs=needs) for name, needs in ALONE.items()},
+    "dropout on ragged rows": dict(tokens=8192, K=4098, dropout_p=0.05),
+    "dropout on few tokens": dict(tokens=64, dropout_p=0.05),
     "gates alone": dict(tokens=8192, without_dy=True),
     "1": dict(tokens=1),  # what is 1 becomes a constant
     "ones": dict(tokens=1, K=1, O=1),
