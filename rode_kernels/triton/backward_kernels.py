@@ -24,12 +24,12 @@ def through_y(
     dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, parts, part, share, stride,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr, NEED_T: tl.constexpr,
     NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """parts_of_t (parts, M, R) is written where it will be read; ranges_of_dB is (ranges, O, R) inside rows of `stride` values.
 
-    TOGETHER (R <= BLOCK_R): a program takes BLOCK_O columns of y and `share` tokens and does both from one reading of dy; a part
-    of t is then the sum over its columns. Else there are programs of two kinds: the first give t, the others dB.
+    TOGETHER (R <= BLOCK_R): a program takes GROUP blocks of BLOCK_O columns of y and `share` tokens and does both from one reading
+    of dy; a part of t is then the sum over its columns. Else there are programs of two kinds: the first give t, the others dB.
     """
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     column = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -38,7 +38,7 @@ def through_y(
     if TOGETHER:
         _of_y(
             dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, NEED_T,
-            NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+            NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
         )  # fmt: skip
     elif NEED_T:
         of_t = (M + ROWS - 1) // ROWS * parts
@@ -50,12 +50,12 @@ def through_y(
         else:
             _of_y(
                 dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at - of_t, column, expert, factor, N,
-                R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+                R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
         _of_y(
             dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, False,
-            NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, PRECISION, INTERPRETED,
+            NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
@@ -83,35 +83,45 @@ def _t(
 def _of_y(
     dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N: tl.constexpr,
     R: tl.constexpr, NEED_T: tl.constexpr, NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_O: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dB of (BLOCK_O, BLOCK_R) and `share` tokens, and their t, summed over these columns of y."""
-    o_blocks = (O + BLOCK_O - 1) // BLOCK_O
-    o = at % o_blocks * BLOCK_O + tl.arange(0, BLOCK_O)
-    dB = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+    """dB of GROUP blocks of (BLOCK_O, BLOCK_R) and `share` tokens, one after the other, and their t, summed over all these columns
+    of y: what one block leaves of it in memory the next one adds to, soon enough to find it in the cache."""
+    groups = (O + GROUP * BLOCK_O - 1) // (GROUP * BLOCK_O)
     if NEED_T:
-        weight = load_tile(B, o, O, R, column, R, 1)  # (BLOCK_O, BLOCK_R)
-        t_at = parts_of_t + (at % o_blocks).to(tl.int64) * M * R
-    first = at // o_blocks * share
+        t_at = parts_of_t + (at % groups).to(tl.int64) * M * R
+    first = at // groups * share
     last = tl.minimum(first + share, M)
-    for m0 in range(first, last, BLOCK_M):
-        row = m0 + tl.arange(0, BLOCK_M)
-        is_open = gates_of(g, row, last, expert, N, column < R) != 0.0  # (BLOCK_M, BLOCK_R)
-        if DENSE or tl.max(is_open.to(tl.int32)) > 0:
-            tile = load_tile(dy, row, last, dy_row, o, O, dy_column)  # (BLOCK_M, BLOCK_O)
-            if NEED_T:
-                t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-                store_tile(t_at, row, last, R, column, R, product(tile, weight, t, PRECISION, INTERPRETED))
-            if NEED_B:
-                # loaded again: with one expert compiled Triton cannot move `is_open` to where v is wanted
-                again = gates_of(g, row, last, expert, N, column < R)
-                v = tl.where(
-                    again != 0.0, factor[None, :] * again * load_tile(u, row, last, R, column, R, 1), 0.0
-                )
-                v = v.to(B.dtype.element_ty)
-                dB = product(tl.trans(tile), v, dB, PRECISION, INTERPRETED)
-    if NEED_B:
-        store_tile(ranges_of_dB + (at // o_blocks).to(tl.int64) * stride, o, O, R, column, R, dB)
+    for step in range(GROUP):
+        o = (at % groups * GROUP + step) * BLOCK_O + tl.arange(0, BLOCK_O)
+        dB = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
+        if NEED_T:
+            weight = load_tile(B, o, O, R, column, R, 1)  # (BLOCK_O, BLOCK_R)
+            if GROUP > 1:
+                tl.debug_barrier()  # other threads of this program may have written what is read of t
+        for m0 in range(first, last, BLOCK_M):
+            row = m0 + tl.arange(0, BLOCK_M)
+            is_open = gates_of(g, row, last, expert, N, column < R) != 0.0  # (BLOCK_M, BLOCK_R)
+            if DENSE or tl.max(is_open.to(tl.int32)) > 0:
+                tile = load_tile(dy, row, last, dy_row, o, O, dy_column)  # (BLOCK_M, BLOCK_O)
+                if NEED_T:
+                    t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+                    if GROUP > 1:
+                        if step > 0:
+                            t = load_tile(t_at, row, last, R, column, R, 1)
+                    store_tile(
+                        t_at, row, last, R, column, R, product(tile, weight, t, PRECISION, INTERPRETED)
+                    )
+                if NEED_B:
+                    # loaded again: with one expert compiled Triton cannot move `is_open` to where v is wanted
+                    again = gates_of(g, row, last, expert, N, column < R)
+                    v = tl.where(
+                        again != 0.0, factor[None, :] * again * load_tile(u, row, last, R, column, R, 1), 0.0
+                    )
+                    v = v.to(B.dtype.element_ty)
+                    dB = product(tl.trans(tile), v, dB, PRECISION, INTERPRETED)
+        if NEED_B:
+            store_tile(ranges_of_dB + (at // groups).to(tl.int64) * stride, o, O, R, column, R, dB)
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -12,6 +12,7 @@ from rode_kernels.triton import backward_kernels, device, tune
 from rode_kernels.triton.blocks import blocks, columns, divide_up, dropout, like, share_out, static
 
 ADD_BLOCK = 1024
+MANY_TOKENS = 32768
 V_TOKENS = 16  # of a program of `through_v`
 
 
@@ -65,6 +66,10 @@ def backward(
     size_x = at_W + room(need_router, N * K)
     A_blocks = R_blocks if sums_A else 0
     W_blocks = divide_up(N, size.r) if need_router else 0
+    # Parts of t cost as many bytes as there are tokens, ranges of dB as many as there are weights: with many tokens a program takes
+    # several blocks of O, so that there are fewer parts and more ranges.
+    group = 4 if size.together and most >= MANY_TOKENS and o_blocks >= 8 else 1
+    o_blocks = divide_up(o_blocks, group)
     # about one program a multiprocessor
     count_y, share_y = share_out(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
     count_x, share_x = share_out(M, size.tokens, _ranges(fills, k_blocks * max(1, A_blocks + W_blocks)))
@@ -74,7 +79,7 @@ def backward(
     of_b = x.new_empty(tiles, N, dtype=torch.float32) if need_bias else None
 
     if size.together:  # a part of t is what a program's columns of y give
-        parts, part = o_blocks, size.o
+        parts, part = o_blocks, group * size.o
     else:
         # for the shape class, as in forward: they decide the bits of a token's dx
         parts, part = share_out(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
@@ -87,7 +92,9 @@ def backward(
             **static(x, mixture),
             **columns(mixture, dropout_p),
             **dict(TOGETHER=size.together, NEED_T=need_t, NEED_B=sums_B, DENSE=dense),
-            **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o, ROWS=size.rows, STEP=size.k),
+            **dict(
+                BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o, GROUP=group, ROWS=size.rows, STEP=size.k
+            ),
         }
 
         # as a launch specialises, not the very distances, in which the number of tokens may stand

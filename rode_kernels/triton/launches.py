@@ -164,6 +164,7 @@ def _of_expand(a, grid, e):
 def _of_through_y(a, grid, e):
     M, O, R, N, parts, together = (a[n] for n in ("M", "O", "R", "N", "parts", "TOGETHER"))
     blocks, ranges, o_blocks = -(-R // a["BLOCK_R"]), -(-M // a["share"]), -(-O // a["BLOCK_O"])
+    again = a["GROUP"] - 1  # times that a program goes through its part of t once more, reading and writing
     tiles, need_t, need_B = -(-M // a["ROWS"]), a["NEED_T"], a["NEED_B"]
     kinds = 1 if together else need_t + need_B  # whose programs run one after the other, and read dy each
     yield from ((M * O * e * kinds, 1 if together else blocks), (M * N * 4, 0))
@@ -171,7 +172,8 @@ def _of_through_y(a, grid, e):
     # each column's gate, for each product that wants it
     times = o_blocks * (1 + need_B) if together else o_blocks * 2 * need_B + parts * need_t
     yield from _only_l2(times * M * R * 4)
-    yield from ((parts * M * R * 4 * need_t, 1), (ranges * O * R * 4 * need_B, 1))
+    yield from ((parts * M * R * 4 * need_t, 1 + again), (parts * M * R * 4 * need_t * (again > 0), again))
+    yield (ranges * O * R * 4 * need_B, 1)
 
 
 def _of_through_v(a, grid, e):

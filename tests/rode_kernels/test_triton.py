@@ -24,7 +24,7 @@ from sass import ROOT, cuobjdump
 
 pytest.importorskip("triton")
 
-from rode_kernels.triton import interpreted, tune
+from rode_kernels.triton import interpreted, launch_backward, tune
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 SHARED_KIB = dict(zip(TARGETS, (163, 99, 227, 227, 99, 64, 64), strict=True))  # that a block can have
@@ -158,12 +158,18 @@ def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
     launches = triton_launches.record(
-        torch.half, K=320, O=448, multiprocessors=4, device_type="cpu", recorder=Both, **call
+        torch.half, **{"K": 320, "O": 448, **call}, multiprocessors=4, device_type="cpu", recorder=Both
     )
     assert len(launches) == len(counted)
     for launch, moved in zip(launches, counted, strict=True):
         said = triton_launches.cost_of([launch], 2).l2
         assert said == pytest.approx(moved, rel=0.015), launch.kernel.fn.__name__
+
+
+@interpreter
+def test_what_programs_move_with_many_tokens(monkeypatch):
+    monkeypatch.setattr(launch_backward, "MANY_TOKENS", 1)
+    test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, dict(tokens=100, O=2048))
 
 
 @pytest.fixture
@@ -260,6 +266,18 @@ def test_trials_do_not_add_to_base_in_place(monkeypatch):
     device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
     device.call(100, y, scratch=True)
     assert (y == 1.0).all()
+
+
+@interpreter
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+def test_with_many_tokens_a_program_takes_several_blocks_of_y(monkeypatch, router):
+    """Parts of t are then added up by the program itself, through memory; the last of its blocks may not exist."""
+    monkeypatch.setattr(launch_backward, "MANY_TOKENS", 1)
+    for O, gate_grad in ((2048, "open"), (2200, "all")):
+        p = random_problem((70,), K=40, O=O, dtype=torch.half, router=router)
+        if not router:
+            p.gate_grad = gate_grad
+        check(p, backend="triton")
 
 
 @interpreter

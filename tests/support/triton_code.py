@@ -107,6 +107,7 @@ ALONE = {name: tuple(i == at for i in range(6)) for at, name in enumerate(("x", 
 CALLS = {
     "8192": dict(tokens=8192),
     "dropout": dict(tokens=8192, dropout_p=0.05),
+    "65536": dict(tokens=65536),
     "16": dict(tokens=16, inplace=True),
     "one expert": dict(tokens=8192, ranks=(8,)),
     "one expert of rank 32": dict(tokens=8192, ranks=(32,)),
