@@ -1,5 +1,4 @@
-// backward_x reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. backward_add adds up ranges of
-// tokens.
+// backward_x reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. backward_add adds up ranges.
 #pragma once
 
 #include "backward_params.cuh"
@@ -192,8 +191,8 @@ backward_x(BackwardParams<T> p) {
       }
     }
   };
-  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. `i`: among those in
-  // D's tile.
+  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its place in D's
+  // tile.
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
     if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
