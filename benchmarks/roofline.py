@@ -30,10 +30,12 @@ class Both:
 
 def costs(M: int, K: int, O: int, device: cost.Device) -> dict[str, Both]:
     """Of one linear layer, by what runs it; bfloat16, ranks 2, 4, 8, 16."""
-    R, N = sum(RANKS), len(RANKS)
-    call, shape = cost.Call(M, K, O, R, N), (M, K, O, R, N, 2, device.multiprocessors)
+    call = cost.Call(M, K, O, sum(RANKS), len(RANKS))
     found = {
-        NAMES[0]: Both(cost.forward(call, plan_forward(*shape)), cost.backward(call, plan_backward(*shape)))
+        NAMES[0]: Both(
+            cost.forward(call, plan_forward(call, device.multiprocessors)),
+            cost.backward(call, plan_backward(call, device.multiprocessors)),
+        )
     }
     forward, backward = eager(M, K, O), eager(M, K, O, of_backward=True)
     for name in NAMES[1:]:

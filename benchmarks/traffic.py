@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import write_json
 from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends, rectified_mixture
+from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine, native
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
@@ -146,7 +147,7 @@ def _counted() -> Count:
 
 def backward(M: int, K: int, O: int, multiprocessors: int) -> Count:
     """The backward pass at M tokens, by its plan, from calls of one and two tiles of 64 tokens in one and two ranges."""
-    plan = plan_backward(M, K, O, sum(RANKS), len(RANKS), 2, multiprocessors)
+    plan = plan_backward(Call(M, K, O, sum(RANKS), len(RANKS)), multiprocessors)
 
     def of(tiles: int, share_y: int, share_x: int) -> Count:
         shares = replace(plan, share_y=share_y * TILE, share_x=share_x * TILE)
@@ -259,7 +260,7 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     for M_, name, count, of_backward in triton_rows(K, O):
         add(M_, name, count, of_backward)
     for few in (512, 16, 1):
-        plan = plan_forward(few, K, O, sum(RANKS), len(RANKS), 2, MULTIPROCESSORS)
+        plan = plan_forward(Call(few, K, O, sum(RANKS), len(RANKS)), MULTIPROCESSORS)
         add(
             few,
             f"two launches, {plan.splits} parts of K",

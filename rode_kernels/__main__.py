@@ -55,26 +55,17 @@ def _share(text: str) -> float:
 
 def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> None:
     """Every variant of both passes with bytes, launches and floor, the chosen one marked, and why it is."""
-    shape = (
-        call.tokens,
-        call.in_features,
-        call.out_features,
-        call.total_rank,
-        call.routed_experts,
-        call.element_size,
-    )
-    shape = (*shape, device.multiprocessors)
     gates = "a router" if call.routed else "given gates"
     print(
         f"M = {call.tokens}, K = {call.in_features}, O = {call.out_features}, ranks {ranks}, {gates}, "
         f"{call.element_size} bytes an element, on {device.name} ({device.multiprocessors} multiprocessors)"
     )
     print(
-        "Floors are what no implementation that moves so many bytes can be faster than: a prediction, not a measurement."
+        "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    chosen = plan_forward(*shape)
+    chosen = plan_forward(call, device.multiprocessors)
     rows = []
-    for plan in variants_forward(*shape):
+    for plan in variants_forward(call, device.multiprocessors):
         name = (
             "one launch"
             if plan.fused
@@ -94,9 +85,9 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen = plan_backward(*shape)
+    chosen = plan_backward(call, device.multiprocessors)
     rows = []
-    for plan in variants_backward(*shape):
+    for plan in variants_backward(call, device.multiprocessors):
         name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
         rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen))
     rows += _triton(call, ranks, device, backward=True)

@@ -2,7 +2,8 @@
 
 Two counts, kept apart: DRAM, each tensor's distinct bytes once a launch, and L2, all that threads load or store. Tests hold the
 formulas of the CUDA kernels to what the emulator counts, within 3 %; those of Triton follow from its grids and blocks. A floor is a
-prediction of what no implementation with these counts can be faster than, not a measurement.
+prediction, not a measurement: what moving so much takes at the device's full bandwidths, longer where launches have too few blocks
+for all of its multiprocessors, each of which is taken to have its share and no more.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ class Step:
     resident: int = 2
 
     def floor(self, device: Device) -> float:
-        """Seconds. A block has its multiprocessor's share of everything: few blocks do not have it all, nor does a second wave that
-        is not full."""
+        """Seconds, if a block has its multiprocessor's share of everything: few blocks do not have it all, nor does a second wave
+        that is not full."""
+        if not self.blocks:
+            return 0.0  # no launch
         share = min(1.0, self.blocks / device.multiprocessors)
         waves = self.blocks / (device.multiprocessors * self.resident)
         if 1 < waves <= 2:

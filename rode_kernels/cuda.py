@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rode_kernels.cost import Call
 from rode_kernels.gpu import beyond_kernels, tf32_allowed, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import BackwardPlan, Plan, column_tiles, plan_backward, plan_forward
@@ -318,10 +319,10 @@ def _multiprocessors(device: int) -> int:
 _kernels = Kernels(_native)
 
 
-def shape(x: Tensor, B: Tensor, router_weight: Tensor | None, mixture: Mixture) -> tuple[int, ...]:
-    """What plans are made from, but for the device."""
-    routed_experts = mixture.num_experts if router_weight is not None else 0
-    return *x.shape, B.shape[0], mixture.total_rank, routed_experts, x.element_size()
+def call(x: Tensor, B: Tensor, router_weight: Tensor | None, mixture: Mixture) -> Call:
+    """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
+    sizes = (*x.shape, B.shape[0], mixture.total_rank, mixture.num_experts, x.element_size())
+    return Call(*sizes, routed=router_weight is not None)
 
 
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
@@ -329,7 +330,7 @@ def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dro
     device = x.device.index
     args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
     with torch.cuda.device(device):  # the native runtime makes it current, and this gives it back
-        plan = plan_forward(*shape(x, B, router_weight, mixture), _multiprocessors(device))
+        plan = plan_forward(call(x, B, router_weight, mixture), _multiprocessors(device))
         stream = torch.cuda.current_stream(device).cuda_stream
         return _kernels.forward(*args, plan=plan, device=device, stream=stream)
 
@@ -339,6 +340,6 @@ def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p,
     device = x.device.index
     args = (dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs)
     with torch.cuda.device(device):
-        plan = plan_backward(*shape(x, B, router_weight, mixture), _multiprocessors(device))
+        plan = plan_backward(call(x, B, router_weight, mixture), _multiprocessors(device))
         stream = torch.cuda.current_stream(device).cuda_stream
         return _kernels.backward(*args, plan=plan, device=device, stream=stream)

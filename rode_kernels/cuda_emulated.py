@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rode_kernels.cuda import Kernels, shape
+from rode_kernels.cuda import Kernels, call
 from rode_kernels.gpu import beyond_kernels
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
@@ -58,7 +58,7 @@ _kernels = _EmulatedKernels(native)
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed)
-    plan = machine.plan or plan_forward(*shape(x, B, router_weight, mixture), machine.multiprocessors)
+    plan = machine.plan or plan_forward(call(x, B, router_weight, mixture), machine.multiprocessors)
     args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
     return _kernels.forward(*args, plan=plan, device=0, stream=0)
 
@@ -66,9 +66,7 @@ def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dro
 def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
     """As `reference.backward`; as `forward` above."""
     native.reset(machine.seed)
-    plan = machine.backward_plan or plan_backward(
-        *shape(x, B, router_weight, mixture), machine.multiprocessors
-    )
+    plan = machine.backward_plan or plan_backward(call(x, B, router_weight, mixture), machine.multiprocessors)
     args = (dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs)
     return _kernels.backward(*args, plan=plan, device=0, stream=0)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rode_kernels import cost
+from rode_kernels.cost import Call
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
@@ -63,7 +64,7 @@ def can_fuse(total_rank: int, routed_experts: int) -> bool:
     return (total_rank <= 32 and routed_experts <= 8) or (total_rank <= 64 and routed_experts <= 16)
 
 
-def _device(multiprocessors: int) -> cost.Device:
+def typical_device(multiprocessors: int) -> cost.Device:
     """A device of so many multiprocessors, each with what one of an A100 has: what is chosen depends on proportions."""
     of = cost.DEVICES["A100"]
     share = multiprocessors / of.multiprocessors
@@ -72,26 +73,17 @@ def _device(multiprocessors: int) -> cost.Device:
     )
 
 
-def variants_forward(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    total_rank: int,
-    routed_experts: int,
-    element_size: int,
-    multiprocessors: int,
-) -> list[Plan]:
+def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
     """The plans that `plan_forward` chooses from: one launch, if its blocks have room for the columns, and two launches with K in
     as many parts as fill the device, or fewer."""
-    tokens = max(tokens, 1)  # no launch at all, but a plan
-    depth = ROW_BYTES // element_size
-    plans = [Plan(fused=True, rows=64, splits=1, out_tiles=1)] if can_fuse(total_rank, routed_experts) else []
-    rows = 16 if tokens <= 16 and total_rank <= depth else 64
-    tiles = _divide_up(tokens, rows)
-    columns = column_tiles(total_rank, routed_experts)
+    depth, columns = ROW_BYTES // call.element_size, column_tiles(call.total_rank, call.routed_experts)
+    fits = can_fuse(call.total_rank, call.routed_experts)
+    plans = [Plan(fused=True, rows=64, splits=1, out_tiles=1)] if fits else []
+    rows = 16 if call.tokens <= 16 and call.total_rank <= depth else 64
+    tiles = max(1, _divide_up(call.tokens, rows))  # without tokens no launch at all, but a plan
     blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
-    stages, most = _divide_up(in_features, depth), _divide_up(multiprocessors, blocks)
-    outs = _divide_up(out_features, depth)
+    stages, most = _divide_up(call.in_features, depth), _divide_up(multiprocessors, blocks)
+    outs = _divide_up(call.out_features, depth)
     parts = min(outs, _divide_up(multiprocessors, tiles))
     tried = {1 << i for i in range(most.bit_length())} | {most}
     # in whole stages, none without work
@@ -101,24 +93,14 @@ def variants_forward(
 
 
 @lru_cache(maxsize=4096)
-def plan_forward(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    total_rank: int,
-    routed_experts: int,
-    element_size: int,
-    multiprocessors: int,
-) -> Plan:
+def plan_forward(call: Call, multiprocessors: int) -> Plan:
     """The forward pass for M tokens on a device with so many multiprocessors: of its variants the one with the lowest floor
     (`rode_kernels.cost`). One launch reads x and base and writes y once, if there are tiles of tokens enough for the device;
     with fewer K is shared out, so that the whole device reads x and the weights."""
-    shape = (in_features, out_features, total_rank, max(routed_experts, 1), element_size, routed_experts > 0)
-    call, device = cost.Call(max(tokens, 1), *shape), _device(multiprocessors)
-    plans = variants_forward(
-        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
+    device = typical_device(multiprocessors)
+    return min(
+        variants_forward(call, multiprocessors), key=lambda plan: cost.forward(call, plan).floor(device)
     )
-    return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
 
 
 @dataclass(frozen=True)
@@ -149,28 +131,20 @@ _SLABS = {(False, 2): 768, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536
 
 
-def variants_backward(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    total_rank: int,
-    routed_experts: int,
-    element_size: int,
-    multiprocessors: int,
-) -> list[BackwardPlan]:
+def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
     """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that there
     is about one block for each multiprocessor."""
-    depth, tokens = ROW_BYTES // element_size, max(tokens, 1)
-    wide = total_rank > 32
-    groups = _divide_up(total_rank, 16) + _divide_up(routed_experts, 16)
+    depth, tokens, R = ROW_BYTES // call.element_size, max(call.tokens, 1), call.total_rank
+    wide = R > 32
+    groups = _divide_up(R, 16) + _divide_up(call.routed_experts, 16)
     held = 3 if groups <= 3 else 5 if groups <= 5 else 4
-    k_slabs = _divide_up(in_features, 2 * depth)
+    k_slabs = _divide_up(call.in_features, 2 * depth)
     columns = k_slabs * (_divide_up(groups, 4) if held == 4 else 1)
-    fewest, plans = _divide_up(out_features, _SLABS[wide, element_size]), {}
+    fewest, plans = _divide_up(call.out_features, _SLABS[wide, call.element_size]), {}
     for wanted in (fewest, fewest + 1, fewest + 2, 2 * fewest, 3 * fewest, 4 * fewest):
-        slab = _divide_up(_divide_up(out_features, wanted), depth) * depth
-        slabs = _divide_up(out_features, slab)
-        blocks = slabs * _divide_up(total_rank, 64 if wide else 32)
+        slab = _divide_up(_divide_up(call.out_features, wanted), depth) * depth
+        slabs = _divide_up(call.out_features, slab)
+        blocks = slabs * _divide_up(R, 64 if wide else 32)
         for ranges_x in {max(1, multiprocessors // columns), _divide_up(multiprocessors, columns)}:
             plans[slabs, ranges_x] = BackwardPlan(
                 wide=wide,
@@ -185,21 +159,10 @@ def variants_backward(
 
 
 @lru_cache(maxsize=4096)
-def plan_backward(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    total_rank: int,
-    routed_experts: int,
-    element_size: int,
-    multiprocessors: int,
-) -> BackwardPlan:
+def plan_backward(call: Call, multiprocessors: int) -> BackwardPlan:
     """The backward pass for M tokens: of its variants the one with the lowest floor (`rode_kernels.cost`)."""
-    shape = (in_features, out_features, total_rank, max(routed_experts, 1), element_size, routed_experts > 0)
-    call, device = cost.Call(max(tokens, 1), *shape), _device(multiprocessors)
-    plans = variants_backward(
-        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
-    )
+    device = typical_device(multiprocessors)
+    plans = variants_backward(call, multiprocessors)
     return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))
 
 

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rode_kernels.cost import Call
 from rode_kernels.gpu import with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import plan_forward
@@ -40,7 +41,8 @@ def forward(
         bias = None if router_bias is None else router_bias.float().contiguous()
         # parts of K decide the bits: for the shape class, not for the very number of tokens
         most = triton.next_power_of_2(M)
-        plan = plan_forward(most, K, O, R, N if routed else 0, x.element_size(), device.multiprocessors(x))
+        call = Call(most, K, O, R, N, x.element_size(), routed=routed)
+        plan = plan_forward(call, device.multiprocessors(x))
         size = blocks(M, R, N, x.element_size())
         threshold, drops = dropout(x, dropout_p)
         of_sums = {**static(x, mixture), **drops}

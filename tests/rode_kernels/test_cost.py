@@ -13,12 +13,13 @@ from rode_kernels.cuda_emulated import machine, native
 from rode_kernels.plan import (
     plan_backward,
     plan_forward,
+    typical_device,
     variants_backward,
     variants_forward,
 )
 
 needs_emulator = pytest.mark.skipif(not backends()["cuda-emulated"].available, reason="needs the emulator")
-LLAVA = (4096, 4096, 30, 4, 2)
+LLAVA = (4096, 4096, 30, 4)
 RANKS = {30: (2, 4, 8, 16), 60: (30, 30), 112: (16,) * 7, 300: (100, 200)}
 
 
@@ -37,7 +38,6 @@ def test_formulas_tell_what_the_emulator_counts(R, router, dtype, M, K, O):
     """All variants: DRAM and L2 within 3 %."""
     ranks, e = RANKS[R], dtype.itemsize
     p = random_problem((M,), K=K, O=O, ranks=ranks, dtype=dtype, router=router, open_share=1.0)
-    N = len(ranks) if router else 0
     call = cost.Call(M, K, O, R, len(ranks), e, routed=router)
     options = dict(ranks=ranks, scaling=p.scaling, base=p.base, backend="cuda-emulated")
     names = ("x", "A", "B", "router_weight", "router_bias") if router else ("x", "A", "B", "gates")
@@ -49,14 +49,14 @@ def test_formulas_tell_what_the_emulator_counts(R, router, dtype, M, K, O):
     def operation(leaves):
         return (rectified_mixture if router else gated_mixture)(*leaves, **options)
 
-    for plan in variants_forward(M, K, O, R, N, e, 8):
+    for plan in variants_forward(call, 8):
         machine.plan = plan
         operation([getattr(p, n) for n in names])
         compare(cost.forward(call, plan), plan)
     machine.plan = None
     leaves = [getattr(p, n).detach().requires_grad_() for n in names]
     y = operation(leaves)
-    for machine.backward_plan in variants_backward(M, K, O, R, N, e, 8):
+    for machine.backward_plan in variants_backward(call, 8):
         torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
         compare(cost.backward(call, machine.backward_plan), machine.backward_plan)
 
@@ -81,7 +81,7 @@ def test_formulas_at_full_width():
     assert predicted.l2 == pytest.approx(one.l2, rel=0.03)
     some = traffic.backward(8192, 4096, 4096, 132)
     predicted = cost.backward(
-        cost.Call(8192, 4096, 4096, 30, 4, base=False), plan_backward(8192, *LLAVA, 132)
+        cost.Call(8192, 4096, 4096, 30, 4, base=False), plan_backward(cost.Call(8192, *LLAVA), 132)
     )
     assert predicted.dram == pytest.approx(some.dram, rel=0.03)
     assert predicted.l2 == pytest.approx(some.l2, rel=0.03)
@@ -95,21 +95,23 @@ def test_half_open_tiles_in_place_move_half_of_base():
 
 @pytest.mark.parametrize("multiprocessors", [20, 108, 132, 148])
 @pytest.mark.parametrize("tokens", [1, 16, 512, 4096, 8192, 65536])
-def test_the_lowest_floor_is_chosen(tokens, multiprocessors):
-    device = cost.Device(
-        "some", multiprocessors, 1e10 * multiprocessors, 3e10 * multiprocessors, 1e12 * multiprocessors
-    )
-    call = cost.Call(tokens, *LLAVA[:-1])
-    forward, backward = (
-        plan_forward(tokens, *LLAVA, multiprocessors),
-        plan_backward(tokens, *LLAVA, multiprocessors),
-    )
-    floors = [cost.forward(call, v).floor(device) for v in variants_forward(tokens, *LLAVA, multiprocessors)]
-    assert cost.forward(call, forward).floor(device) <= 1.25 * min(floors)
-    floors = [
-        cost.backward(call, v).floor(device) for v in variants_backward(tokens, *LLAVA, multiprocessors)
-    ]
-    assert cost.backward(call, backward).floor(device) <= 1.25 * min(floors)
+@pytest.mark.parametrize("open_share", [1.0, 0.1])
+def test_the_lowest_floor_is_chosen(tokens, multiprocessors, open_share):
+    device = typical_device(multiprocessors)
+    call = cost.Call(tokens, *LLAVA, open_share=open_share)
+    for of, choose, variants in (
+        (cost.forward, plan_forward, variants_forward),
+        (cost.backward, plan_backward, variants_backward),
+    ):
+        floors = {v: of(call, v).floor(device) for v in variants(call, multiprocessors)}
+        assert len(floors) > 1
+        assert floors[choose(call, multiprocessors)] == min(floors.values())
+
+
+def test_what_is_expected_to_be_open_decides():
+    """With little to read of dy more parts of t cost less than ranges of dB."""
+    half, few = (plan_backward(cost.Call(8192, *LLAVA, open_share=s), 132) for s in (1.0, 0.05))
+    assert few.slabs > half.slabs
 
 
 def test_a_launch_of_few_blocks_has_their_share_of_the_device():

@@ -12,6 +12,7 @@ import torch
 
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
 from rode_kernels import backends, cuda_emulated, gated_mixture, rectified_mixture
+from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine
 from rode_kernels.plan import BackwardPlan, plan_backward
 from rode_kernels.reference import dropout_keep
@@ -41,8 +42,9 @@ def sweep(
     for machine.seed, many in ((seed, False), (seed + 1, True)):
         machine.backward_plan = None
         if many:
-            N = len(p.ranks) if p.router_weight is not None else 0
-            plan = plan_backward(M, K, O, sum(p.ranks), N, dtype.itemsize, 1)
+            routed = p.router_weight is not None
+            call = Call(M, K, O, sum(p.ranks), len(p.ranks), dtype.itemsize, routed=routed)
+            plan = plan_backward(call, 1)
             depth = 128 // dtype.itemsize
             machine.backward_plan = replace(
                 plan, slabs=-(-O // depth), slab=depth, share_y=16, share_x=64, share_dx=64
@@ -60,6 +62,7 @@ def sweep(
         (65, 33, 200, (3,)),
         (80, 72, 800, (40, 24)),
         (130, 136, 72, (16, 40, 50)),
+        (18, 40, 40, (1,) * 40),
     ],
 )
 def test_edges(dtype, router, M, K, O, ranks):
@@ -240,7 +243,7 @@ def test_launches():
 def test_a_large_share_fits_what_a_block_can_note():
     """A device of few multiprocessors, 2^20 tokens: ranges are no longer than shared memory has room for, whatever the kernels."""
     for M, R, N, size in product((1, 2**20), (4, 30, 64, 1024), (0, 4, 64), (2, 4)):
-        plan = plan_backward(M, 4096, 4096, R, N, size, 1)
+        plan = plan_backward(Call(M, 4096, 4096, R, max(N, 1), size, routed=N > 0), 1)
         assert isinstance(plan, BackwardPlan)
         assert plan.share_y % 16 == plan.share_x % 64 == 0
         assert plan.share_y <= 16 * 1536

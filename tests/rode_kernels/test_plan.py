@@ -6,9 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rode_kernels.cost import Call
 from rode_kernels.plan import Plan, can_fuse, plan_forward
 
-LLAVA = dict(in_features=4096, out_features=4096, total_rank=30, routed_experts=4, element_size=2)
+
+def llava(tokens: int) -> Call:
+    return Call(tokens, 4096, 4096, 30, 4)
 
 
 @given(
@@ -23,9 +26,11 @@ LLAVA = dict(in_features=4096, out_features=4096, total_rank=30, routed_experts=
 def test_every_plan_is_one_that_the_kernels_have(
     tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
 ):
-    plan = plan_forward(
-        tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
+    experts = max(routed_experts, 1)
+    call = Call(
+        tokens, in_features, out_features, total_rank, experts, element_size, routed=routed_experts > 0
     )
+    plan = plan_forward(call, multiprocessors)
     plan.check(total_rank, routed_experts, element_size)
     depth = 128 // element_size
     stages, outs = -(-in_features // depth), -(-out_features // depth)
@@ -38,15 +43,15 @@ def test_every_plan_is_one_that_the_kernels_have(
 
 @pytest.mark.parametrize("multiprocessors", [108, 132])
 def test_one_launch_where_tiles_fill_the_device(multiprocessors):
-    assert plan_forward(8192, **LLAVA, multiprocessors=multiprocessors).fused
-    assert plan_forward(65536, **LLAVA, multiprocessors=multiprocessors).fused
-    assert not plan_forward(1024, **LLAVA, multiprocessors=multiprocessors).fused
+    assert plan_forward(llava(8192), multiprocessors).fused
+    assert plan_forward(llava(65536), multiprocessors).fused
+    assert not plan_forward(llava(1024), multiprocessors).fused
 
 
 def test_few_tokens_share_k():
     """Until the device is full, or reading the parts' sums again costs more than it saves."""
     for tokens, rows in ((1, 16), (16, 16), (17, 64), (512, 64)):
-        plan = plan_forward(tokens, **LLAVA, multiprocessors=108)
+        plan = plan_forward(llava(tokens), 108)
         assert (plan.fused, plan.rows) == (False, rows)
         of_a_tile, columns, K = min(tokens, rows), 40, 4096
         bytes_of = lambda splits: (columns + of_a_tile) * K * 2 / splits + splits * of_a_tile * columns * 4  # noqa: E731,B023
@@ -60,7 +65,7 @@ def test_wide_mixtures_take_two_launches():
     assert can_fuse(64, 16)
     assert not can_fuse(65, 0)
     assert not can_fuse(32, 17)
-    assert not plan_forward(65536, 4096, 4096, 256, 16, 2, 108).fused
+    assert not plan_forward(Call(65536, 4096, 4096, 256, 16), 108).fused
 
 
 @pytest.mark.parametrize(
