@@ -113,7 +113,8 @@ def _triton(call: cost.Call, ranks: tuple[int, ...], device: cost.Device, backwa
         gated=not call.routed,
         inplace=call.in_place,
     )
-    return [("triton", cost_of(launches[-4:] if backward else launches[:-4], call.element_size), False)]
+    name = "triton" if call.open_share == 1.0 else "triton, if all were open"
+    return [(name, cost_of(launches[-4:] if backward else launches[:-4], call.element_size), False)]
 
 
 def _table(what: str, rows: list[tuple], fewest: float, device: cost.Device) -> None:

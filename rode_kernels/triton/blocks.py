@@ -50,6 +50,12 @@ def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blo
     return Blocks(k=64, r=r, n=n, together=total_rank <= 32, o=o, x=256, tokens=32, rows=rows)
 
 
+def columns_of_expand(total_rank: int, element_size: int) -> int:
+    """Packed columns whose v `expand` holds at once: all of them up to R = 256, else 128; but 64 on AMD, and 32 in float32."""
+    most = 32 if element_size == 4 else 64 if device.amd() else 256 if total_rank <= 256 else 128
+    return min(most, max(16, triton.next_power_of_2(total_rank)))
+
+
 def static(x: Tensor, mixture: Mixture) -> dict:
     """Constants of every kernel with products."""
     return dict(

@@ -11,7 +11,16 @@ from rode_kernels.gpu import with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import plan_forward
 from rode_kernels.triton import device, forward_kernels, tune
-from rode_kernels.triton.blocks import blocks, columns, divide_up, dropout, like, share_out, static
+from rode_kernels.triton.blocks import (
+    blocks,
+    columns,
+    columns_of_expand,
+    divide_up,
+    dropout,
+    like,
+    share_out,
+    static,
+)
 
 
 def forward(
@@ -90,7 +99,7 @@ def forward(
             tune.tuned("shrink", of_sums, (*shape_class, parts), options, first, y)
             # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
             parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
-            held = tune.columns_of_expand(R, x.element_size())
+            held = columns_of_expand(R, x.element_size())
             of_y |= dict(WIDTH=width, BLOCK_R=held)
 
             def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:

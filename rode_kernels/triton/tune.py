@@ -79,12 +79,6 @@ def of_forward(
     return _of_device([_options(o, without) for o in fits if min(o[0], 64) == min(fits[0][0], 64)])
 
 
-def columns_of_expand(total_rank: int, element_size: int) -> int:
-    """Packed columns whose v `expand` holds at once: all of them up to R = 256, else 128; but 64 on AMD, and 32 in float32."""
-    most = 32 if element_size == 4 else 64 if device.amd() else 256 if total_rank <= 256 else 128
-    return min(most, max(16, triton.next_power_of_2(total_rank)))
-
-
 def of_backward(*num_warps: int) -> list[dict]:
     """Backward's blocks decide its bits; warps and stages do not. By rule, the first number of warps, first; on AMD, whose warps
     have fewer registers, no other."""

@@ -23,3 +23,17 @@ def backend(request, monkeypatch) -> str:
     if request.param == "cuda-emulated":  # warps and blocks in another order for each test
         monkeypatch.setattr(cuda_emulated.machine, "seed", zlib.crc32(request.node.name.encode()))
     return request.param
+
+
+@pytest.fixture
+def sums_in_order(monkeypatch):
+    """The interpreter's products are numpy's, which picks an order of summation by shape. Here k after k, as a GPU does."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        for k in range(a.data.shape[1]):
+            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k].astype(total.dtype)
+        return TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

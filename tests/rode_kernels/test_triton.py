@@ -1,16 +1,11 @@
-"""The Triton backend beyond the conformance suite: code for GPUs that are not here, launches, tuning, the interpreter.
+"""The Triton backend beyond the conformance suite: launches, what they move, the interpreter, devices.
 
-The suite itself runs on the interpreter (TRITON_INTERPRET=1, which `make test` sets). Compilation needs it off: another process.
+The suite itself runs on the interpreter (TRITON_INTERPRET=1, which `make test` sets).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -20,97 +15,31 @@ from mixture_oracle import check, operation, random_problem
 from rode_kernels import backends, rectified_mixture
 from rode_kernels import triton as triton_backend
 from rode_kernels.mixture import make_mixture
-from sass import ROOT, cuobjdump
+from sass import ROOT
 
 pytest.importorskip("triton")
 
 from rode_kernels.triton import interpreted, launch_backward, tune
+from rode_kernels.triton import launches as triton_launches
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
-SHARED_KIB = dict(zip(TARGETS, (163, 99, 227, 227, 99, 64, 64), strict=True))  # that a block can have
 interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
 
 
-def compiled(program: list[str]) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
-    run = subprocess.run(
-        [sys.executable, *program], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-def spills_allowed(report: dict, kind: str) -> int:
-    """A handful that ptxas takes by itself, far from the last register, so that more programs fit a multiprocessor. Any number in a
-    case of no real size, and where dropout meets rows that 4 does not divide, which is slow."""
-    if report["case"] in ("ones", "dropout on ragged rows"):
-        return 1 << 30
-    return 8 if report["registers"] < 128 else 0
-
-
-def check_code(kind: str, targets: tuple[str, ...]) -> None:
-    kernels = defaultdict(set)
-    for report in compiled(["tests/support/triton_code.py", kind, "calls", *targets]):
-        where = f"{report['kernel']} ({report['case']}) for {kind} on {report['target']}: {report}"
-        kernels[report["target"]].add(report["kernel"])
-        assert report["spills"] <= spills_allowed(report, kind), where
-        assert report["shared"] <= SHARED_KIB[report["target"]] * 1024, where
-        assert report["registers"] <= (512 if report["target"] == "gfx942" else 256), where
-        if (
-            kind != "float"
-        ):  # every product of 16-bit values; float32 without tf32 has no matrix instruction on most of them
-            assert report["left"] == report["left_wide"] == 0, where
-            assert report["matrix"] >= report["narrow_dots"], where
-        else:
-            assert report["narrow_dots"] == 0, where
-    everything = {"fused", "shrink", "expand", "through_y", "through_v", "through_x", "add"}
-    assert kernels == dict.fromkeys(targets, everything)
-
-
-needs_cuobjdump = pytest.mark.skipif(
-    cuobjdump() is None, reason="needs cuobjdump, as Triton's Linux wheel has it"
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "forward"),
+    [
+        (8192, (2, 4, 8, 16), ["fused"]),
+        (8192, (64,), ["fused"]),
+        (1, (2, 4, 8, 16), ["shrink", "expand"]),
+        (8192, (16,) * 16, ["shrink", "expand"]),
+    ],
+    ids=str,
 )
-
-
-@needs_cuobjdump
-def test_code_for_an_nvidia_and_an_amd_gpu():
-    check_code("bf16", ("sm_90", "gfx942"))
-
-
-@needs_cuobjdump
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "f16", "float"])
-def test_code_for_every_gpu(kind):
-    check_code(kind, TARGETS)
-
-
-@needs_cuobjdump
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "float"])
-def test_code_of_every_configuration(kind):
-    """What tuning may choose compiles and fits everywhere; a few spills are weighed by its measurement."""
-    reports = compiled(["tests/support/triton_code.py", kind, "choices", *TARGETS])
-    assert {r["kernel"] for r in reports} >= {"fused", "shrink", "expand", "through_y", "through_x"}
-    for report in reports:
-        assert report["spills"] <= 16, report
-        assert report["shared"] <= SHARED_KIB[report["target"]] * 1024, report
-
-
-LAUNCHES = """
-import json, torch
-from rode_kernels.triton.launches import record
-for M, ranks in ((8192, (2, 4, 8, 16)), (1, (2, 4, 8, 16)), (8192, (16,) * 16), (8192, (64,))):
-    print(json.dumps([l.kernel.__name__ for l in record(torch.bfloat16, tokens=M, ranks=ranks)]))
-"""
-
-
-def test_launches():
+def test_launches(tokens, ranks, forward):
     """Forward one where tiles of tokens fill the device, else two; backward three and the one that adds ranges."""
+    launches = triton_launches.record(torch.bfloat16, tokens=tokens, ranks=ranks)
     backward = ["through_y", "through_v", "through_x", "add"]
-    full, few, wide, one_wide = compiled(["-c", LAUNCHES])
-    assert full == one_wide == ["fused", *backward]
-    assert few == wide == ["shrink", "expand", *backward]
+    assert [one.kernel.fn.__name__ for one in launches] == [*forward, *backward]
 
 
 @interpreter
@@ -131,8 +60,6 @@ def test_launches():
 def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
     """Elements that the interpreter loads and stores, against the formulas; all gates open."""
     from triton.runtime.interpreter import InterpreterBuilder
-
-    from rode_kernels.triton import launches as triton_launches
 
     counted = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -172,102 +99,6 @@ def test_what_programs_move_with_many_tokens(monkeypatch):
     test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, dict(tokens=100, O=2048))
 
 
-@pytest.fixture
-def sums_in_order(monkeypatch):
-    """The interpreter's products are numpy's, which picks an order of summation by shape. Here k after k, as a GPU does."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        total = d.data.copy()
-        for k in range(a.data.shape[1]):
-            total += a.data[:, k, None].astype(total.dtype) * b.data[None, k].astype(total.dtype)
-        return TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-@interpreter
-@pytest.mark.usefixtures("sums_in_order")
-@pytest.mark.parametrize("tokens", [20, 150])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.half], ids=str)
-def test_configurations_change_no_bit(monkeypatch, tokens, dtype):
-    p = random_problem((tokens,), K=200, O=150, dtype=dtype)
-    results = []
-    for config in tune.CONFIGS:
-        monkeypatch.setattr(tune, "forced", tune._options(config, without=""))
-        results.append(operation(p, backend="triton"))
-    for other in results[1:]:
-        assert torch.equal(other.y, results[0].y)
-        for name, grad in results[0].grads.items():
-            assert torch.equal(grad, other.grads[name]), name
-
-
-@pytest.mark.parametrize("amd", [False, True])
-def test_configurations_are_few_and_pruned(monkeypatch, amd):
-    monkeypatch.setattr(tune.device, "amd", lambda: amd)
-    for configs in (tune.CONFIGS, tune.WIDE_CONFIGS):
-        assert len(set(configs)) == len(configs) <= 12
-    for tokens in (1, 16, 64, 131072):
-        for element_size in (2, 4):
-            for columns, passes in ((32, 1), (64, 1), (64, 4), (256, 1)):
-                for without in ("", "BLOCK_O"):
-                    options = tune.of_forward(tokens, element_size, columns, passes, without)
-                    assert options, (tokens, element_size, columns, passes)
-                    assert all(o["BLOCK_M"] <= max(16, tokens) for o in options)
-                    assert element_size == 2 or all(o["BLOCK_M"] <= 32 for o in options)
-                    assert len({min(o["BLOCK_M"], 64) for o in options}) == 1  # one matrix instruction
-                    assert [o for i, o in enumerate(options) if o in options[:i]] == []
-                    assert all(without not in o for o in options)
-                    assert not amd or all(o["num_stages"] <= 2 for o in options)
-
-
-class FakeDevice:
-    """Counts trials, and finds the third configuration fastest."""
-
-    def __init__(self, monkeypatch):
-        self.trials, self.ran = 0, []
-        monkeypatch.setattr(tune, "interpreted", lambda: False)
-        monkeypatch.setattr(tune.device, "capturing", lambda y: False)
-        monkeypatch.setattr(tune, "_winners", {})
-        monkeypatch.delenv("RODE_TRITON_AUTOTUNE", raising=False)
-        monkeypatch.setattr(tune.triton.testing, "do_bench", self.bench)
-
-    def bench(self, call, **_):
-        self.trials += 1
-        call()
-        return 1.0 if self.trials == 3 else 2.0
-
-    def call(self, tokens: int, y: torch.Tensor, scratch: bool = False, **constants) -> dict:
-        def run(to: torch.Tensor, **options) -> None:
-            to += 1.0
-            self.ran.append(options)
-
-        most = 1 << (tokens - 1).bit_length()
-        options = tune.of_forward(most, 2, 32)
-        tune.tuned("fused", constants, ("a shape", most), options, run, y, scratch=scratch)
-        return self.ran[-1]
-
-
-def test_the_fastest_is_kept_for_a_shape_class_and_not_for_a_number_of_tokens(monkeypatch):
-    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-    options = tune.of_forward(128, 2, 32)
-    assert device.call(100, y) == options[2]
-    assert device.trials == len(options)
-    assert device.call(128, y) == device.call(65, y) == options[2]
-    assert device.trials == len(options)
-    device.call(129, y)
-    assert device.trials == len(options) + len(tune.of_forward(256, 2, 32))
-    before = device.trials
-    device.call(100, y, DROPOUT=True)  # another kernel, for the compiler
-    assert device.trials == before + len(options)
-
-
-def test_trials_do_not_add_to_base_in_place(monkeypatch):
-    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-    device.call(100, y, scratch=True)
-    assert (y == 1.0).all()
-
-
 @interpreter
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
 def test_with_many_tokens_a_program_takes_several_blocks_of_y(monkeypatch, router):
@@ -278,87 +109,6 @@ def test_with_many_tokens_a_program_takes_several_blocks_of_y(monkeypatch, route
         if not router:
             p.gate_grad = gate_grad
         check(p, backend="triton")
-
-
-@interpreter
-@pytest.mark.parametrize("tokens", [4, 100])
-def test_trials_in_place_stay_within_their_memory(monkeypatch, tokens):
-    """base is a part of something wider; what a trial writes to is a copy, with rows as far apart as its own."""
-    p = random_problem((tokens,), K=64, O=48, dtype=torch.half)
-    wide = torch.randn(tokens, 144).half()
-    tried = []
-
-    def with_trial(kernel, constants, shape_class, options, run, y, *, scratch=False):
-        if scratch:
-            run(trial := y.clone(), **options[0])  # packed, unlike y
-            tried.append(trial)
-        run(y, **options[0])
-
-    monkeypatch.setattr(tune, "tuned", with_trial)
-    before, base = wide.clone(), wide[:, 48:96]
-    args = (p.x, p.A, p.B, p.router_weight, p.router_bias)
-    kwargs = dict(ranks=p.ranks, scaling=p.scaling, backend="triton")
-    y = rectified_mixture(*args, **kwargs, base=base, inplace=True)
-    assert y is base
-    assert torch.equal(tried[0], y)
-    assert torch.equal(wide[:, :48], before[:, :48])
-    assert torch.equal(wide[:, 96:], before[:, 96:])
-    assert torch.equal(y, rectified_mixture(*args, **kwargs, base=before[:, 48:96].contiguous()))
-
-
-def test_trials_that_find_no_memory_leave_the_choice_to_the_rule(monkeypatch):
-    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-
-    def no_room(*args, **kwargs):
-        raise torch.OutOfMemoryError("no 256 MB")
-
-    monkeypatch.setattr(tune.triton.testing, "do_bench", no_room)
-    assert device.call(100, y) == tune.of_forward(128, 2, 32)[0]
-    assert tune._winners == {}  # another call may find some
-
-
-@interpreter
-def test_tuning_goes_by_classes_of_tokens_whatever_the_strides_of_dy(monkeypatch):
-    keys = set()
-
-    def note(kernel, constants, shape_class, options, run, y, *, scratch=False):
-        keys.add((kernel, tuple(constants.items()), shape_class))
-        run(y, **options[0])
-
-    monkeypatch.setattr(tune, "tuned", note)
-    counts = []
-    for tokens in (33, 49, 50, 61):  # of which 16 divides none: those that it divides compile apart
-        p = random_problem((tokens,), K=32, O=48, dtype=torch.half)
-        p.dy = p.dy.t().contiguous().t()
-        operation(p, backend="triton")
-        counts.append(len(keys))
-    assert counts == counts[:1] * 4
-
-
-def test_tuning_can_be_switched_off(monkeypatch):
-    device, y = FakeDevice(monkeypatch), torch.zeros(4, dtype=torch.bfloat16)
-    monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "off")
-    assert device.call(100, y) == tune.of_forward(128, 2, 32)[0]
-    monkeypatch.setenv("RODE_TRITON_AUTOTUNE", "no")
-    with pytest.raises(ValueError, match="RODE_TRITON_AUTOTUNE: expected on or off, got 'no'"):
-        device.call(100, y)
-    monkeypatch.delenv("RODE_TRITON_AUTOTUNE")
-    monkeypatch.setattr(tune.device, "capturing", lambda y: True)
-    device.call(100, y)
-    assert device.trials == 0
-
-
-def test_a_kernel_that_cannot_be_captured_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(tune.device, "capturing", lambda y: True)
-
-    def run(y, **options):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    with pytest.raises(
-        RuntimeError, match=r"'fused' could not be captured .* run the call once before"
-    ) as caught:
-        tune.tuned("fused", {}, (), tune.of_backward(8), run, torch.zeros(1))
-    assert "not permitted" in str(caught.value.__cause__)
 
 
 @interpreter
