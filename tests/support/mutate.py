@@ -33,7 +33,12 @@ TESTS = {
 }
 TYPES = {"bf16": "bfloat16", "float": "float32"}
 # Mistakes that change nothing, (line of code, what is dropped) -> why.
-HARMLESS: dict[tuple[str, str], str] = {}
+HARMLESS = {
+    (
+        "const float gate = load(gates + (row * p.N + expert), inside);",
+        "inside",
+    ): "columns from R on have u = 0, rows from M on are not stored: a step of zeros may count as open",
+}
 
 
 @dataclass(frozen=True)
