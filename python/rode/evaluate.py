@@ -56,7 +56,7 @@ def evaluate(
     # Like with like: a batch decodes until its longest answer ends, and tasks differ most in that.
     order = sorted(range(len(examples)), key=lambda i: (examples[i].task, len(examples[i].question), i))
     config = getattr(model, "active_peft_config", None)
-    routed = gate_statistics and getattr(config, "gate", "none") != "none"
+    routed = gate_statistics and getattr(config, "routed", False)
     with GateStatistics().attach(model) if routed else nullcontext() as statistics:
         answers = answer(
             model,

@@ -207,7 +207,7 @@ def train(
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
-    routed = recipe.stage == "adapter" and model.active_peft_config.gate != "none"
+    routed = recipe.stage == "adapter" and model.active_peft_config.routed
     statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
     trainer = AnswerTrainer(
         model=model,

@@ -8,6 +8,8 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
+from rode.tuner.routing import routing_inputs
+from rode.tuner.sparsity import HoldSparsity
 from rode.tuner.statistics import GateReport, GateStatistics, LayerGates
 
 
@@ -27,10 +29,12 @@ __all__ = [
     "RODE",
     "GateReport",
     "GateStatistics",
+    "HoldSparsity",
     "LayerGates",
     "Linear",
     "RodeConfig",
     "RodeLayer",
     "RodeModel",
     "register",
+    "routing_inputs",
 ]

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
+from rode.tuner import rules
 from rode.tuner.peft_type import RODE
-
-GATES = ("relu", "softmax", "top1", "none")
-ROUTER_INITS = ("kaiming", "normal", "open")
-SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/sum r", "1/r")
+from rode.tuner.rules import AUX_LOSSES, GATES, ROUTER_INITS, ROUTER_INPUTS, SCALINGS
 
 _LOADING = """This is a RoDE adapter: `import rode` tells PEFT what that is, and must come first.
 
@@ -42,14 +37,46 @@ class RodeConfig(PeftConfig):
             and v_proj, in a model with a vision tower those of its language model. A vision tower or projector is adapted
             only where an entry names it (such as `.*vision_tower.*q_proj`).
         exclude_modules: names or a regex, taken out of target_modules.
-        gate: "relu" (RoDE: experts may be closed, exactly and for each token), "softmax" (dense), "top1" (the largest softmax value
-            is the gate of its expert, every other gate is 0; the gradient reaches all logits through that value), or "none"
-            (gates are 1: plain LoRA, which can be merged).
+        gate: what becomes of the logits. "relu" (RoDE: experts may be closed, exactly and for each token); "softmax" (dense);
+            "topk" (softmax values of the top_k largest, zeros for the rest); "sigmoid"; "gumbel-sigmoid" (a relaxed Bernoulli
+            sample in training, the sigmoid otherwise); "threshold" (what of the softmax is above a learned threshold, AdaMoLE);
+            "expert-choice" (each expert takes its tokens: a control that is not causal and refuses to generate); "none" (gates
+            are 1: plain LoRA, which can be merged).
+        router_input: where logits come from. "token" (a linear map of the layer's input); "sequence" (of its mean over the
+            prompt's tokens; in training the prompt is what `labels` leaves out); "task" and "cluster" (a table with a row for
+            each id, read by `rode_task_ids` or `rode_cluster_ids`, which a forward pass or `generate` must be given); "constant"
+            (one learned row: can be merged).
+        num_ids: rows of the table: tasks or clusters.
+        embedding_dim: the table holds embeddings of this size, and a linear router makes logits of them. None: it holds logits.
+        router_per: "projection", or "block": the adapted projections of one attention or feed-forward block share the gates
+            that its first one computes.
+        expert_per: "projection", or "block": an expert is the whole feed-forward block with its own adapters, and the blocks'
+            outputs are summed under the gates (MixLoRA); costs top_k passes through the block.
+        temperature: softmax and sigmoids divide their logits by it.
+        top_k: experts for each token, with gate "topk".
+        normalize: divide gates by their sum over experts.
+        scale_by_gate: False leaves a chosen expert's output unscaled, so that only an auxiliary loss trains the router.
+        max_threshold: of gate "threshold"; None for 1/N, which leaves at least one expert open.
+        capacity: mean number of experts for each token, with gate "expert-choice"; None for 2.
+        norm_experts: layer normalisation, with a trained factor and shift, of each token's R activations A x before the gates
+            (Dual-LoRA).
+        shared_A: all experts share one A, of their common rank (HydraLoRA).
+        universal_expert: the last expert is not routed: its gate is 1 minus the largest of the others' (MoCLE).
+        combine: "outputs" (`sum_i g_i B_i A_i x`), or "factors": A and B are averaged separately (`(sum_i g_i B_i)(sum_i g_i A_i)
+            x`, Polytropon), for gates that are the same for a whole sequence and experts of one rank.
+        aux_loss: added to the training loss. "none"; "load-balance" (N sum_i f_i P_i, Switch and Mixtral); "importance" (squared
+            coefficient of variation of the experts' summed gates; LoRAMoE's localised one with aux_groups); "l1" (mean over tokens
+            of the summed gates; ReMoE's with target_sparsity). The mean over an adapter's routers; padding is left out.
+        aux_weight: factor of that loss; None for 0.01, for "l1" 1e-8.
+        aux_groups: for "importance": the group (0 or 1) of each task. The first half of the experts is group 0, the rest group 1;
+            gates of a task's own group count 1 + aux_delta, the other's 1 - aux_delta. Needs `rode_task_ids`.
+        aux_delta: see aux_groups.
+        target_sparsity: for "l1": share of closed gates that `rode.tuner.HoldSparsity` (a Trainer callback) steers to.
         router_bias: give the router a bias. Default False: the paper's Eq. 3 has none.
         router_init: "kaiming" (uniform, as nn.Linear does; the default, because the paper says nothing: logits then have
-            zero mean, so about half of the relu gates start open and every expert sees tokens), "normal" (deviation
-            0.02), or "open" (weight 0, bias 1: each relu gate starts at exactly 1, as a plain sum of LoRA experts; needs
-            router_bias).
+            zero mean, so about half of the relu gates start open and every expert sees tokens; a table of logits starts uniform
+            within 0.001, as Polytropon's), "normal" (deviation 0.02), or "open" (weight 0, bias 1: each relu gate starts at
+            exactly 1, as a plain sum of LoRA experts; needs router_bias, or a table of logits).
         scaling: "alpha/r" (the paper), "alpha/sqrt(r)" (rank-stabilised), "alpha/sum r" (MOELoRA), "1/r" (alpha is not used), or
             one number per expert.
         rank_pattern: regex (matched at the end of a module's name) to the ranks of those layers.
@@ -79,6 +106,42 @@ class RodeConfig(PeftConfig):
         default=None, metadata={"help": "Names or one regex of modules to leave alone."}
     )
     gate: str = field(default="relu", metadata={"help": f"One of {', '.join(GATES)}."})
+    router_input: str = field(default="token", metadata={"help": f"One of {', '.join(ROUTER_INPUTS)}."})
+    num_ids: int | None = field(default=None, metadata={"help": "Number of tasks or clusters."})
+    embedding_dim: int | None = field(
+        default=None, metadata={"help": "Size of their embeddings; None: the table holds logits."}
+    )
+    router_per: str = field(default="projection", metadata={"help": "'projection' or 'block'."})
+    expert_per: str = field(default="projection", metadata={"help": "'projection' or 'block'."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides logits before softmax or sigmoid."})
+    top_k: int | None = field(default=None, metadata={"help": "Experts per token, with gate='topk'."})
+    normalize: bool = field(default=False, metadata={"help": "Divide gates by their sum."})
+    scale_by_gate: bool = field(
+        default=True, metadata={"help": "False: a chosen expert is not multiplied by its gate."}
+    )
+    max_threshold: float | None = field(default=None, metadata={"help": "Of gate='threshold'; None for 1/N."})
+    capacity: float | None = field(
+        default=None, metadata={"help": "Mean experts per token, with gate='expert-choice'; None for 2."}
+    )
+    norm_experts: bool = field(
+        default=False, metadata={"help": "Layer normalisation of A x before the gates."}
+    )
+    shared_A: bool = field(default=False, metadata={"help": "One A for all experts."})
+    universal_expert: bool = field(
+        default=False, metadata={"help": "The last expert's gate is 1 - the largest."}
+    )
+    combine: str = field(default="outputs", metadata={"help": "'outputs' or 'factors'."})
+    aux_loss: str = field(default="none", metadata={"help": f"One of {', '.join(AUX_LOSSES)}."})
+    aux_weight: float | None = field(default=None, metadata={"help": "Factor of the auxiliary loss."})
+    aux_groups: tuple[int, ...] | None = field(
+        default=None, metadata={"help": "Group (0 or 1) of each task, for aux_loss='importance'."}
+    )
+    aux_delta: float | None = field(
+        default=None, metadata={"help": "Strength of the groups, in [0, 1]; None for 0.1."}
+    )
+    target_sparsity: float | None = field(
+        default=None, metadata={"help": "Share of closed gates to hold, for aux_loss='l1'."}
+    )
     router_bias: bool = field(default=False, metadata={"help": "Give the router a bias."})
     router_init: str = field(default="kaiming", metadata={"help": f"One of {', '.join(ROUTER_INITS)}."})
     scaling: str | tuple[float, ...] = field(
@@ -107,55 +170,49 @@ class RodeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = RODE
-        self.ranks = _ranks("ranks", self.ranks)
-        self.alpha = _positive("alpha", self.alpha)
-        if not _is_real(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {self.dropout!r}")
-        _choice("gate", self.gate, GATES)
-        _choice("router_init", self.router_init, ROUTER_INITS)
-        self.scaling = _scaling(self.scaling)
-        for name in ("rank_pattern", "alpha_pattern"):
-            _check_pattern(name, getattr(self, name))
-        self.rank_pattern = {k: _ranks(f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items()}
-        self.alpha_pattern = {k: _positive(f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()}
-        self._check_router()
-        self._check_scaling()
-        self._check_modules()
+        rules.check(self)
 
-    def _check_router(self) -> None:
-        if self.gate == "none" and (self.router_bias or self.router_init != "kaiming"):
-            raise ValueError("gate='none' has no router: leave router_bias and router_init at their defaults")
-        if self.router_init == "open" and not (self.router_bias and self.gate == "relu"):
-            raise ValueError(
-                "router_init='open' starts relu gates at 1 through the router's bias: it needs gate='relu' and router_bias=True, "
-                f"got gate={self.gate!r} and router_bias={self.router_bias}"
-            )
+    @property
+    def routed(self) -> bool:
+        """Whether gates are computed at all."""
+        return self.gate != "none"
 
-    def _check_scaling(self) -> None:
-        if isinstance(self.scaling, str):
-            return
-        for name, ranks in (("ranks", self.ranks), *self.rank_pattern.items()):
-            if len(ranks) != len(self.scaling):
-                raise ValueError(
-                    f"scaling: expected one number per expert, got {len(self.scaling)} for the {len(ranks)} experts of {name}"
-                )
+    @property
+    def constant_gates(self) -> bool:
+        """Whether gates are the same for every input, so that the adapter is one matrix."""
+        return not self.routed or self.router_input == "constant"
 
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                _check_regex(name, value)
-            elif value is not None:
-                if not all(isinstance(entry, str) and entry for entry in value):
-                    raise TypeError(f"{name}: expected module names or one regex, got {value!r}")
-                setattr(self, name, set(value))
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(self, name) is not None and isinstance(self.target_modules, str):
-                raise ValueError(
-                    f"{name} selects among names: give target_modules as a list, or put the layers into its regex"
-                )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: set both or neither")
+    @property
+    def id_input(self) -> str | None:
+        """Name of the ids that the router reads ("rode_task_ids", "rode_cluster_ids"), or None."""
+        return {"task": "rode_task_ids", "cluster": "rode_cluster_ids"}.get(self.router_input)
+
+    @property
+    def table_of_logits(self) -> bool:
+        return self.router_input == "constant" or (self.id_input is not None and self.embedding_dim is None)
+
+    @property
+    def watches_passes(self) -> bool:
+        """Whether layers need to know of the forward pass that they are part of (`rode.tuner.routing`)."""
+        return (
+            self.aux_loss != "none"
+            or self.gate == "expert-choice"
+            or self.router_input in ("task", "cluster", "sequence")
+        )
+
+    def routed_experts(self, experts: int) -> int:
+        """Of a layer's experts, those that the router has a logit for."""
+        return experts - 1 if self.universal_expert else experts
+
+    def needs_router(self, experts: int) -> bool:
+        """Whether a layer of so many experts has a router: a softmax over one expert is 1 and needs none."""
+        gates_of_one = {
+            "softmax": True,
+            "topk": self.normalize or not self.scale_by_gate,
+            "threshold": self.normalize,
+        }
+        alone = experts == 1 and gates_of_one.get(self.gate, False)
+        return self.routed and not alone
 
     def expert_scaling(self, ranks: tuple[int, ...], alpha: float) -> tuple[float, ...]:
         """The factor of each expert of a layer with these ranks and this alpha."""
@@ -187,52 +244,3 @@ class RodeConfig(PeftConfig):
                 aside = card.with_suffix(".md.new")
                 aside.write_text(text, encoding="utf-8")
                 aside.replace(card)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _ranks(name: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        raise TypeError(f"{name}: expected one rank per expert, such as (2, 4, 8, 16), got {value!r}")
-    for rank in value:
-        if isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1:
-            raise ValueError(f"{name}: expected positive whole numbers, got {rank!r} in {value!r}")
-    return tuple(int(rank) for rank in value)
-
-
-def _positive(name: str, value: object) -> float:
-    if not _is_real(value) or value <= 0:
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    return float(value)
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _scaling(value: object) -> str | tuple[float, ...]:
-    if isinstance(value, str):
-        _choice("scaling", value, SCALINGS)
-        return value
-    if not isinstance(value, Sequence) or not all(_is_real(factor) for factor in value):
-        raise TypeError(
-            f"scaling: expected one of {', '.join(map(repr, SCALINGS))}, or one finite number per expert, got {value!r}"
-        )
-    return tuple(float(factor) for factor in value)
-
-
-def _check_pattern(name: str, value: object) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name}: expected a mapping from regex to value, got {value!r}")
-    for pattern in value:
-        _check_regex(name, pattern)
-
-
-def _check_regex(name: str, pattern: object) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{name}: {pattern!r} is not a regular expression ({error})") from None

@@ -8,43 +8,65 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
+from rode.tuner.blocks import BlockPass
 from rode.tuner.config import RodeConfig
-from rode.tuner.routers import COMPUTED_GATES, init_router_, router_logits
+from rode.tuner.gating import Gated
+from rode.tuner.routers import Routed, compute_gates, init_router_, init_table_, with_universal
+from rode.tuner.routing import Routing
 from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:
     from rode.tuner.statistics import GateRecorder
 
 
-class RodeLayer(BaseTunerLayer):
+class RodeLayer(Gated, BaseTunerLayer):
     """The parameters of each adapter, packed as the operation wants them.
 
-    For an adapter of N experts with R = sum of ranks: `rode_A` (R, in_features), `rode_B` (out_features, R), `rode_router`
-    (N, in_features) unless its gate is "none", `rode_router_bias` (N,) where asked for. All are float32 (float64 on a
-    float64 base), whatever the base layer's dtype, so that a reload gives the same bits.
+    For an adapter of N experts with R = sum of ranks, of which N' have a logit (N, or N - 1 beside a universal expert):
+
+    - `rode_A` (R, in_features), with shared_A (rank, in_features); `rode_B` (out_features, R);
+    - where it has a router `rode_router` (N', in_features), for embedded ids (N', embedding_dim), and `rode_router_bias` (N',)
+      where asked for; `rode_table` (ids, embedding_dim or N'), with router_input "constant" (1, N');
+    - `rode_threshold` (1, in_features) and `rode_threshold_bias` (1,) for gate "threshold";
+    - `rode_norm` and `rode_norm_bias` (R,) with norm_experts.
+
+    With router_per="block" only the block's first layer has a router. All are float32 (float64 on a float64 base), whatever the
+    base layer's dtype, so that a reload gives the same bits.
     """
 
-    adapter_layer_names = ("rode_A", "rode_B", "rode_router", "rode_router_bias")
-    other_param_names = ("rode_ranks", "rode_scaling", "rode_dropout", "rode_gate")
+    adapter_layer_names = (
+        "rode_A",
+        "rode_B",
+        "rode_router",
+        "rode_router_bias",
+        "rode_table",
+        "rode_threshold",
+        "rode_threshold_bias",
+        "rode_norm",
+        "rode_norm_bias",
+    )
+    other_param_names = ("rode_ranks", "rode_scaling", "rode_config", "rode_shares_gates")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.rode_A = nn.ParameterDict()
-        self.rode_B = nn.ParameterDict()
-        self.rode_router = nn.ParameterDict()
-        self.rode_router_bias = nn.ParameterDict()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self.rode_ranks: dict[str, tuple[int, ...]] = {}
         self.rode_scaling: dict[str, tuple[float, ...]] = {}
-        self.rode_dropout: dict[str, float] = {}
-        self.rode_gate: dict[str, str] = {}
+        self.rode_config: dict[str, RodeConfig] = {}
+        self.rode_shares_gates: dict[str, bool] = {}  # whether another layer of the block computes them
         self.gate_recorder: GateRecorder | None = None  # set while GateStatistics are attached
+        self.routing = Routing()
+        self.block_pass: BlockPass | None = None  # set where whole blocks are experts
+        self.place, self.block, self.in_tower = "", "", False
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
@@ -56,9 +78,10 @@ class RodeLayer(BaseTunerLayer):
         alpha: float,
         config: RodeConfig,
         inference_mode: bool = False,
+        shares_gates: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Adds an adapter, or starts it anew."""
+        """Adds an adapter, or starts it anew; with shares_gates its gates are computed by another layer of the block."""
         base = self.get_base_layer()
         device, base_dtype = self._get_base_layer_device_and_dtype(base)
         like = {
@@ -68,16 +91,31 @@ class RodeLayer(BaseTunerLayer):
         experts, total = len(ranks), sum(ranks)
         self.rode_ranks[adapter_name] = ranks
         self.rode_scaling[adapter_name] = config.expert_scaling(ranks, alpha)
-        self.rode_dropout[adapter_name] = config.dropout
-        self.rode_gate[adapter_name] = config.gate
-        self.rode_A[adapter_name] = nn.Parameter(torch.empty(total, self.in_features, **like))
+        self.rode_config[adapter_name] = config
+        self.rode_shares_gates[adapter_name] = shares_gates
+        rows = ranks[0] if config.shared_A else total
+        self.rode_A[adapter_name] = nn.Parameter(torch.empty(rows, self.in_features, **like))
         self.rode_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, total, **like))
-        if config.gate != "none":
-            self.rode_router[adapter_name] = nn.Parameter(torch.empty(experts, self.in_features, **like))
-            if config.router_bias:
-                self.rode_router_bias[adapter_name] = nn.Parameter(torch.empty(experts, **like))
+        if config.norm_experts:
+            self.rode_norm[adapter_name] = nn.Parameter(torch.ones(total, **like))
+            self.rode_norm_bias[adapter_name] = nn.Parameter(torch.zeros(total, **like))
+        if config.needs_router(experts) and not shares_gates:
+            self._add_router(adapter_name, config, config.routed_experts(experts), like)
         self.reset_parameters(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _add_router(self, name: str, config: RodeConfig, routed: int, like: dict[str, Any]) -> None:
+        width = self.in_features
+        if config.id_input or config.router_input == "constant":
+            width = config.embedding_dim
+            self.rode_table[name] = nn.Parameter(torch.empty(config.num_ids or 1, width or routed, **like))
+        if width is not None and config.router_input != "constant":
+            self.rode_router[name] = nn.Parameter(torch.empty(routed, width, **like))
+            if config.router_bias:
+                self.rode_router_bias[name] = nn.Parameter(torch.empty(routed, **like))
+        if config.gate == "threshold":
+            self.rode_threshold[name] = nn.Parameter(torch.empty(1, self.in_features, **like))
+            self.rode_threshold_bias[name] = nn.Parameter(torch.empty(1, **like))
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, config: RodeConfig) -> None:
@@ -91,6 +129,15 @@ class RodeLayer(BaseTunerLayer):
         if adapter_name in self.rode_router:
             bias = self.rode_router_bias.get(adapter_name)
             init_router_(self.rode_router[adapter_name], bias, config.router_init)
+        if adapter_name in self.rode_table:
+            init_table_(self.rode_table[adapter_name], not config.table_of_logits, config.router_init)
+        if adapter_name in self.rode_threshold:
+            init_router_(self.rode_threshold[adapter_name], self.rode_threshold_bias[adapter_name], "kaiming")
+
+    def packed_A(self, adapter: str) -> Tensor:
+        """A as (R, in_features), a shared one repeated for each expert."""
+        A = self.rode_A[adapter]
+        return A.repeat(len(self.rode_ranks[adapter]), 1) if self.rode_config[adapter].shared_A else A
 
     @torch.no_grad()
     def concatenate(self, adapters: Sequence[str], into: str) -> None:
@@ -106,20 +153,38 @@ class RodeLayer(BaseTunerLayer):
             ]
             self.rode_router_bias[into].copy_(torch.cat(rows))
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`sum_i scaling_i B_i A_i` (out_features, in_features), in the parameters' dtype; for constant gates only."""
-        ranks = torch.tensor(self.rode_ranks[adapter], device=self.rode_A[adapter].device)
-        scaling = self.rode_B[adapter].new_tensor(self.rode_scaling[adapter])
-        return (self.rode_B[adapter] * scaling.repeat_interleave(ranks)) @ self.rode_A[adapter]
+        """The one matrix (out_features, in_features) that an adapter with constant gates adds, in the parameters' dtype."""
+        A, B, config = self.packed_A(adapter), self.rode_B[adapter], self.rode_config[adapter]
+        ranks = self.rode_ranks[adapter]
+        gates = self._constant_gates(adapter, B)
+        if config.combine == "factors":
+            A, B = mixed_factors(A, B, gates[None], ranks[0])
+            return self.rode_scaling[adapter][0] * (B @ A)
+        factors = gates * B.new_tensor(self.rode_scaling[adapter])
+        return (B * factors.repeat_interleave(torch.tensor(ranks, device=B.device))) @ A
+
+    def _constant_gates(self, adapter: str, like: Tensor) -> Tensor:
+        """(N,) gates that do not depend on the input."""
+        config = self.rode_config[adapter]
+        if adapter not in self.rode_table:
+            return like.new_ones(len(self.rode_ranks[adapter]))
+        gates = compute_gates(config, self.rode_table[adapter][0].to(like), training=False).gates
+        return with_universal(gates) if config.universal_expert else gates
 
     def check_mergeable(self, adapter_names: list[str]) -> None:
         """Raises ValueError for adapters whose gates depend on the input, before any weight is touched."""
-        routed = [name for name in adapter_names if self.rode_gate.get(name, "none") != "none"]
+        routed = [
+            name
+            for name in adapter_names
+            if name in self.rode_config and not self.rode_config[name].constant_gates
+        ]
         if routed:
-            gates = ", ".join(sorted({self.rode_gate[name] for name in routed}))
+            gates = ", ".join(sorted({self.rode_config[name].gate for name in routed}))
             raise ValueError(
                 f"adapter {', '.join(map(repr, routed))}: its {gates} gates depend on the input, so it is no single weight and "
-                "cannot be merged; keep it as an adapter, or train with gate='none'"
+                "cannot be merged; keep it as an adapter, or train with gate='none' or router_input='constant'"
             )
 
 
@@ -133,18 +198,27 @@ class Linear(nn.Module, RodeLayer):
         ranks: tuple[int, ...],
         alpha: float,
         config: RodeConfig,
+        shares_gates: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         RodeLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, ranks, alpha, config, inference_mode=config.inference_mode)
+        self.update_layer(
+            adapter_name,
+            ranks,
+            alpha,
+            config,
+            inference_mode=config.inference_mode,
+            shares_gates=shares_gates,
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) to (..., out_features) in the base layer's output dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        block = self.block_pass
+        result = self.base_layer(x, *args, **kwargs) if block is None else block.base(self, x, args, kwargs)
         if self.disable_adapters or self.merged:
             return result
         if self.quantization_backend is not None:
@@ -160,32 +234,61 @@ class Linear(nn.Module, RodeLayer):
         options = {
             "ranks": self.rode_ranks[adapter],
             "scaling": self.rode_scaling[adapter],
-            "dropout_p": self.rode_dropout[adapter] if self.training else 0.0,
+            "dropout_p": self.rode_config[adapter].dropout if self.training else 0.0,
             "base": result if same else None,
             "inplace": same and self._owns(result),
         }
-        A, B = (_parameter(p[adapter], inputs) for p in (self.rode_A, self.rode_B))
-        gate = self.rode_gate[adapter]
-        if gate == "none":
+        A, B = (_parameter(p, inputs) for p in (self.packed_A(adapter), self.rode_B[adapter]))
+        config = self.rode_config[adapter]
+        if not config.needs_router(len(options["ranks"])):
             y = gated_mixture(inputs, A, B, A.new_ones(len(options["ranks"])), **options)
-        else:
-            router = self.rode_router[adapter]
+            return y if same else result + y.to(result.dtype)
+        own_router = config.router_input == "token" and adapter in self.rode_router
+        if config.gate == "relu" and own_router and not config.norm_experts:
             bias = self.rode_router_bias.get(adapter)
-            if gate == "relu":
-                router = _parameter(router, inputs)
-                bias = None if bias is None else _parameter(bias, inputs)
-                y, gates = rectified_mixture(inputs, A, B, router, bias, return_gates=True, **options)
+            bias = None if bias is None else _parameter(bias, inputs)
+            router = _parameter(self.rode_router[adapter], inputs)
+            y, gates = rectified_mixture(inputs, A, B, router, bias, return_gates=True, **options)
+            self._keep(adapter, Routed(gates, gates, gates > 0), gates, x)
+        else:
+            gates = self._gates(adapter, x)
+            if config.combine == "factors":
+                y = self._mix_factors(adapter, inputs, A, B, gates, options)
+            elif config.norm_experts:
+                y = self._mix_normed(adapter, inputs, A, B, gates, options)
             else:
-                gates = COMPUTED_GATES[gate](router_logits(x, router, bias))
                 y = gated_mixture(inputs, A, B, gates, **options)
-            if self.gate_recorder is not None:
-                self.gate_recorder.record(adapter, options["ranks"], gates.detach())
+        if self.gate_recorder is not None and (self.block_pass is None or self.block_pass.slot == 0):
+            gates = gates if self.block_pass is None else self.block_pass.whole
+            self.gate_recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
         return y if same else result + y.to(result.dtype)
+
+    def _mix_normed(
+        self, adapter: str, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """The experts' activations are normalised, and the operation gates them and takes them up: its A is the identity."""
+        down = F.linear(F.dropout(x, options["dropout_p"]), A.to(x.dtype))
+        factor, shift = self.rode_norm[adapter], self.rode_norm_bias[adapter]
+        normed = F.layer_norm(down.to(factor.dtype), factor.shape, factor, shift).to(x.dtype)
+        identity = torch.eye(len(factor), dtype=A.dtype, device=A.device)
+        return gated_mixture(normed, identity, B, gates, **(options | {"dropout_p": 0.0}))
+
+    def _mix_factors(
+        self, adapter: str, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        """One expert for each sequence, made of averaged A and averaged B; each sequence's gate is open for its own alone."""
+        rank, count = self.rode_ranks[adapter][0], gates.shape[0]
+        if any(size != 1 for size in gates.shape[1:-1]):
+            raise ValueError("combine='factors': ids for each token were given; pass one for each sequence")
+        own = torch.eye(count, dtype=A.dtype, device=A.device) if count > 1 else A.new_ones(1, 1)
+        A, B = mixed_factors(A, B, gates.reshape(count, -1).to(A.dtype), rank)
+        options |= {"ranks": (rank,) * count, "scaling": self.rode_scaling[adapter][:1] * count}
+        return gated_mixture(x, A, B, own.reshape(count, *(1,) * (x.dim() - 2), count), **options)
 
     def _owns(self, result: Tensor) -> bool:
         """Whether nobody else can hold the base layer's output: nn.Linear keeps none, a hook or another class might."""
         base = self.base_layer
-        if type(base) is not nn.Linear or base._forward_hooks:
+        if type(base) is not nn.Linear or base._forward_hooks or self.block_pass is not None:
             return False
         # With a bias and three dimensions F.linear returns a view, which autograd lets no such function write to; compiled code
         # is functional anyway.
@@ -230,14 +333,15 @@ class Linear(nn.Module, RodeLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Only constant gates are one matrix."""
-        return self.rode_gate.get(adapter_name) == "none"
+        config = self.rode_config.get(adapter_name)
+        return config is not None and config.constant_gates
 
     def __repr__(self) -> str:
         return "rode." + super().__repr__()
 
     def extra_repr(self) -> str:
         experts = ", ".join(
-            f"{name}={self.rode_gate[name]}{list(ranks)}" for name, ranks in self.rode_ranks.items()
+            f"{name}={self.rode_config[name].gate}{list(ranks)}" for name, ranks in self.rode_ranks.items()
         )
         return ", ".join(text for text in (experts, quantization_extra_repr(self)) if text)
 
@@ -255,3 +359,11 @@ def _parameter(p: Tensor, x: Tensor) -> Tensor:
     if p.dtype == x.dtype or (p.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
         return p
     return p.to(x.dtype)
+
+
+def mixed_factors(A: Tensor, B: Tensor, gates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Averages of A (N r, K) and of B (O, N r), each under gates (S, N): (S r, K) and (O, S r)."""
+    experts = gates.shape[1]
+    down = torch.einsum("sn,nrk->srk", gates, A.view(experts, rank, -1)).flatten(0, 1)
+    up = torch.einsum("sn,onr->osr", gates, B.view(-1, experts, rank)).flatten(1)
+    return down, up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +21,22 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from rode.tuner.blocks import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.layer import Linear, RodeLayer
+from rode.tuner.routing import SIDE_INPUTS, Routing, given_inputs, routing_of
 from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_OF_PEFT = (
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+)
 
 
 class RodeModel(BaseTuner):
@@ -95,7 +108,8 @@ class RodeModel(BaseTuner):
     def _prepare_model(self, peft_config: RodeConfig, model: nn.Module) -> None:
         """Settles which towers are closed to this adapter, before PEFT asks about the first module."""
         targets = peft_config.target_modules
-        roots = towers(model)
+        self._routing = routing_of(model) or Routing()
+        self._roots = roots = towers(model)
         opened = named_towers(targets, roots)
         self._closed = tuple(root for root in roots if root not in opened)
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -120,12 +134,91 @@ class RodeModel(BaseTuner):
     ) -> None:
         ranks = config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.ranks)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, current_key), config.alpha)
+        siblings = [m for m in parent.children() if isinstance(m, RodeLayer) and m is not target]
+        shares = self._shares_gates(config, adapter_name, siblings, ranks, current_key)
         if isinstance(target, RodeLayer):
-            target.update_layer(adapter_name, ranks, alpha, config, inference_mode=config.inference_mode)
-            return
-        _check_supported(target, current_key)
-        layer = Linear(target, adapter_name, ranks, alpha, config, **get_quantization_kwargs(self))
-        self._replace_module(parent, target_name, layer, target)
+            layer = target
+            layer.update_layer(
+                adapter_name,
+                ranks,
+                alpha,
+                config,
+                inference_mode=config.inference_mode,
+                shares_gates=shares,
+            )
+        else:
+            _check_supported(target, current_key)
+            layer = Linear(
+                target, adapter_name, ranks, alpha, config, shares, **get_quantization_kwargs(self)
+            )
+            self._replace_module(parent, target_name, layer, target)
+        layer.place, layer.block = current_key, current_key.rpartition(".")[0]
+        layer.in_tower = under(current_key, self._roots) is not None
+        layer.routing = self._routing
+        if config.expert_per == "block" and config.needs_router(len(ranks)):
+            self._run_block_by_expert(layer, siblings, parent)
+
+    def _shares_gates(
+        self,
+        config: RodeConfig,
+        adapter_name: str,
+        siblings: list[RodeLayer],
+        ranks: tuple[int, ...],
+        name: str,
+    ) -> bool:
+        """Whether an earlier layer of the block computes this one's gates."""
+        if config.router_per != "block" or not config.needs_router(len(ranks)):
+            return False
+        first = next(
+            (m for m in siblings if adapter_name in m.rode_config and not m.rode_shares_gates[adapter_name]),
+            None,
+        )
+        if first is not None and len(first.rode_ranks[adapter_name]) != len(ranks):
+            raise ValueError(
+                f"{name}: router_per='block' shares the gates of {first.place}, which has {len(first.rode_ranks[adapter_name])} "
+                f"experts, but rank_pattern gives {len(ranks)}; give them as many"
+            )
+        return first is not None
+
+    def _run_block_by_expert(self, layer: RodeLayer, siblings: list[RodeLayer], parent: nn.Module) -> None:
+        if "attn" in layer.block or "attention" in layer.block.lower():
+            raise ValueError(
+                f"{layer.place}: expert_per='block' runs a feed-forward block once for each expert, and this is attention; leave "
+                "it out of target_modules, or give it one expert by rank_pattern"
+            )
+        shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
+        if shared is None:
+            shared = BlockPass(layer.block)
+            self._routing.handles += shared.attach(parent)
+        layer.block_pass = shared
+
+    def _post_injection_hook(self, model: nn.Module, config: RodeConfig, adapter_name: str) -> None:
+        if config.watches_passes:
+            self._routing.attach(model)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
+        active = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        if any(config.gate == "expert-choice" for config in active):
+            raise ValueError(
+                "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
+                "generate; it is a control for training and scoring"
+            )
+        inputs = {name: kwargs.pop(name) for name in SIDE_INPUTS if name in kwargs}
+        prompt = next(
+            (
+                kwargs[name]
+                for name in ("input_ids", "inputs_embeds", "inputs")
+                if kwargs.get(name) is not None
+            ),
+            args[0] if args else None,
+        )
+        self._routing.prompt_length = None if prompt is None else prompt.shape[1]
+        try:
+            with given_inputs(self._routing, inputs):
+                return self.model.generate(*args, **kwargs)
+        finally:
+            self._routing.prompt_length = None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are float32 from the start; `autocast_adapter_dtype=False` asks for the base layer's dtype instead."""
@@ -149,9 +242,11 @@ class RodeModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
-        return super()._unload_and_optionally_merge(
+        model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
+        self._routing.detach()
+        return model
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
@@ -181,22 +276,25 @@ class RodeModel(BaseTuner):
             raise ValueError(f"adapter_name: {adapter_name!r} is in the model already")
         configs = [self.peft_config[name] for name in adapters]
         first = configs[0]
-        shared = (
-            "gate",
-            "dropout",
-            "target_modules",
-            "exclude_modules",
-            "layers_to_transform",
-            "layers_pattern",
-        )
+        own = {"ranks", "alpha", "scaling", "router_bias", "router_init", "init_weights", "modules_to_save"}
+        shared = [f.name for f in fields(first) if f.name not in own and f.name not in _PATTERNS + _OF_PEFT]
         for field in shared:
             if any(getattr(config, field) != getattr(first, field) for config in configs):
                 raise ValueError(f"adapters {list(adapters)} differ in {field}; they cannot become one")
-        if first.gate not in ("relu", "none"):
+        together = [name for name in ("shared_A", "universal_expert") if getattr(first, name)] + (
+            ["combine='factors'"] if first.combine == "factors" else []
+        )
+        if first.gate not in ("relu", "sigmoid", "none") or first.normalize or together:
+            what = together[0] if together else f"gate={first.gate!r}"
             raise ValueError(
-                f"gate={first.gate!r}: the gates of one adapter depend on each other; keep the adapters apart"
+                f"{what}: the experts of one adapter depend on each other; keep the adapters apart"
             )
-        for field in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        if first.id_input or first.router_input == "constant" or first.router_per == "block":
+            raise ValueError(
+                f"router_input={first.router_input!r}, router_per={first.router_per!r}: only routers that read their own layer's "
+                "input can stand side by side; keep the adapters apart"
+            )
+        for field in (*_PATTERNS, "modules_to_save"):
             if any(getattr(config, field) for config in configs):
                 raise ValueError(f"adapters {list(adapters)}: {field} cannot be carried over to one adapter")
         scaling = [

@@ -17,7 +17,7 @@ from rode.tuner import RodeConfig, RodeLayer
 CONFIGS = {
     "relu": {"ranks": (2, 4), "router_bias": True},
     "softmax": {"ranks": (3, 3), "gate": "softmax"},
-    "top1": {"ranks": (1, 2, 1), "gate": "top1"},
+    "topk": {"ranks": (1, 2, 1), "gate": "topk", "top_k": 2},
     "none": {"ranks": (8,), "gate": "none"},
     "patterns": {"ranks": (4,), "rank_pattern": {"lin1": (2, 1)}, "alpha_pattern": {"lin0": 5.0}},
     "modules_to_save": {"ranks": (2, 4), "target_modules": ["lin0"], "modules_to_save": ["lin1"]},

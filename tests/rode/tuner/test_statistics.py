@@ -168,9 +168,9 @@ def test_inference_mode_and_training_share_the_counts(tiny_llava, llava_batch):
         assert statistics.report().layers[0].tokens["all"] == 16
 
 
-def test_softmax_and_top1(tiny_llava, llava_batch):
-    for gate, open_experts in (("softmax", 3), ("top1", 1)):
-        model = adapted(tiny_llava, gate=gate)
+def test_softmax_and_topk(tiny_llava, llava_batch):
+    for gate, open_experts in (("softmax", 3), ("topk", 2)):
+        model = adapted(tiny_llava, gate=gate, **({"top_k": 2} if gate == "topk" else {}))
         with GateStatistics().attach(model) as statistics:
             model(**llava_batch)
         for layer in statistics.report().layers:

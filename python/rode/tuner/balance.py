@@ -1,0 +1,127 @@
+"""Auxiliary losses on gates: load balance, importance, L1. Each is a mean over routers, with padding left out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rode.tuner.routers import Routed
+
+if TYPE_CHECKING:
+    from rode.tuner.config import RodeConfig
+
+
+class GateRecord(NamedTuple):
+    """The gates of one router in one forward pass.
+
+    Attributes:
+        config: of the adapter. routed: of its routed experts, (..., N) with leading dimensions that broadcast over `tokens`.
+        tokens: leading shape of the layer's input. in_tower: its tokens are not those of input_ids.
+    """
+
+    config: RodeConfig
+    routed: Routed
+    tokens: tuple[int, ...]
+    in_tower: bool
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean over tokens of values (M, N) under weights (M,); a weight of 0 keeps even what is not finite out."""
+    kept = torch.where(weights[:, None] > 0, values, 0.0)
+    return (kept * weights[:, None]).sum(0) / weights.sum().clamp(min=1.0)
+
+
+def load_balance(shares: Tensor, open_: Tensor, weights: Tensor) -> Tensor:
+    """`N sum_i f_i P_i` (Switch Transformer, Eq. 4; Mixtral): 1 (k with k experts a token) when all experts are used alike.
+
+    Args:
+        shares: (M, N); P_i is their mean. open_: (M, N) bool; f_i is the share of tokens that chose i.
+        weights: (M,), 0 for padding.
+    """
+    chosen = _mean(open_.to(shares.dtype), weights)
+    return shares.shape[-1] * (chosen * _mean(shares, weights)).sum()
+
+
+def importance(total: Tensor) -> Tensor:
+    """Squared coefficient of variation, var / mean^2, of summed gates (N,) (Shazeer et al. 2017) or (batch, N) (LoRAMoE)."""
+    if total.numel() == 1:
+        return total.sum() * 0.0
+    return total.var() / (total.mean() ** 2 + 1e-10)
+
+
+def group_weights(groups: Tensor, experts: int, delta: float) -> Tensor:
+    """(batch,) groups to (batch, N): 1 + delta for experts of the sequence's own half, 1 - delta for the other half."""
+    half = (torch.arange(experts, device=groups.device) >= (experts + 1) // 2).to(groups.dtype)
+    return torch.where(groups[:, None] == half, 1.0 + delta, 1.0 - delta)
+
+
+def l1(gates: Tensor, open_: Tensor, weights: Tensor, target_sparsity: float | None) -> Tensor:
+    """Mean over tokens of the summed gates (M, N), each expert's weighted by how often it is open (ReMoE).
+
+    That weight, `f_i = (share of tokens that open i) / (1 - target_sparsity)`, pushes busy experts more; without a target it is 1.
+    """
+    mean = _mean(gates, weights)
+    if target_sparsity is not None:
+        mean = mean * (_mean(open_.to(gates.dtype), weights) / (1 - target_sparsity))
+    return mean.sum()
+
+
+def sparsity(records: list[GateRecord], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(closed gates, all gates) over the records' tokens that are not padding; counts on the device."""
+    closed, total = [], []
+    for record in records:
+        open_ = _rows(record.routed.open, record.tokens)
+        weights = token_weights(record, mask, open_).double()
+        closed.append(((~open_).double() * weights[:, None]).sum())
+        total.append(weights.sum() * open_.shape[-1])
+    return torch.stack(closed).sum(), torch.stack(total).sum()
+
+
+def _rows(values: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """(..., N), broadcast over the tokens, as (M, N)."""
+    return values.expand(*tokens, values.shape[-1]).flatten(0, -2)
+
+
+def token_weights(record: GateRecord, mask: Tensor | None, like: Tensor) -> Tensor:
+    """(M,) float: 1 for tokens that count, 0 for padding."""
+    count = like.shape[0]
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    if mask is None or record.in_tower:
+        return torch.ones(count, dtype=dtype, device=like.device)
+    if mask.numel() != count:
+        raise ValueError(
+            f"aux_loss: an adapted layer saw {count} tokens, but attention_mask has {mask.numel()}; call the model with a mask of "
+            "its input, or adapt other layers"
+        )
+    return mask.reshape(-1).to(like.device, dtype)
+
+
+def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """The loss of one router, without its weight: a scalar in the gates' dtype.
+
+    Args:
+        mask: (batch, T) bool, tokens that are not padding; None for all.
+        task_ids: (batch,) or (batch, T), for aux_groups.
+    """
+    config, routed, tokens = record.config, record.routed, record.tokens
+    gates, open_ = _rows(routed.gates, tokens), _rows(routed.open, tokens)
+    weights = token_weights(record, mask, gates)
+    if config.aux_loss == "l1":
+        return l1(gates, open_, weights, config.target_sparsity)
+    if config.aux_loss == "load-balance":
+        shares = _rows(routed.shares, tokens)
+        if config.gate == "softmax":  # all are open; the largest counts as the choice
+            open_ = torch.zeros_like(open_).scatter(-1, shares.argmax(-1, keepdim=True), True)
+        return load_balance(shares, open_, weights)
+    kept = torch.where(weights[:, None] > 0, gates, 0.0)
+    if config.aux_groups is None:
+        return importance(kept.sum(0))
+    if task_ids is None or task_ids.dim() != 1:
+        raise ValueError(
+            "aux_groups: which group a sequence belongs to follows from its task; pass rode_task_ids (batch,) to the model"
+        )
+    groups = torch.tensor(config.aux_groups, device=gates.device)[task_ids.to(gates.device)]
+    by_sequence = kept.unflatten(0, (tokens[0], -1)).sum(1)  # (batch, N)
+    return importance(by_sequence * group_weights(groups, gates.shape[-1], config.aux_delta).to(gates.dtype))

@@ -1,0 +1,147 @@
+"""How a layer comes by the gates of its adapters: its own router, the block's, ids, or a sequence's prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
+
+if TYPE_CHECKING:
+    from rode.tuner.blocks import BlockPass
+    from rode.tuner.config import RodeConfig
+    from rode.tuner.routing import Routing
+
+
+class Gated:
+    """The part of a `RodeLayer` that makes gates (..., N) of its input (..., in_features)."""
+
+    rode_ranks: dict[str, tuple[int, ...]]
+    rode_config: dict[str, RodeConfig]
+    rode_shares_gates: dict[str, bool]
+    rode_router: nn.ParameterDict
+    rode_router_bias: nn.ParameterDict
+    rode_table: nn.ParameterDict
+    rode_threshold: nn.ParameterDict
+    rode_threshold_bias: nn.ParameterDict
+    routing: Routing
+    block_pass: BlockPass | None
+    place: str  # the layer's name, for messages
+    block: str  # the name of the module that holds it
+    in_tower: bool  # its tokens are a tower's, and not those of input_ids
+
+    def _gates(self, adapter: str, x: Tensor) -> Tensor:
+        """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""
+        if self.block_pass is not None and (gates := self.block_pass.gates(adapter)) is not None:
+            return gates
+        if self.rode_shares_gates[adapter]:
+            return self._shared_gates(adapter, x)
+        config = self.rode_config[adapter]
+        routed = compute_gates(
+            config,
+            self._logits(adapter, x),
+            training=self.training,
+            threshold=self._threshold(adapter, x),
+            mask=self._mask(x) if config.gate == "expert-choice" else None,
+        )
+        gates = with_universal(routed.gates) if config.universal_expert else routed.gates
+        self._keep(adapter, routed, gates, x)
+        return gates if self.block_pass is None else self.block_pass.begin(adapter, routed, config.top_k)
+
+    def _keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None:
+        """For the auxiliary loss, and for the block's other layers."""
+        config = self.rode_config[adapter]
+        self.routing.record(config, routed, tuple(x.shape[:-1]), self.in_tower)
+        if config.router_per == "block":
+            self.routing.block_gates[self.block, adapter] = gates
+
+    def _shared_gates(self, adapter: str, x: Tensor) -> Tensor:
+        gates = self.routing.block_gates.get((self.block, adapter))
+        if gates is None or (gates.shape[0] not in (1, x.shape[0])):
+            raise RuntimeError(
+                f"{self.place}: router_per='block' takes the gates of the block's first adapted layer, which has not run on this "
+                "input; use router_per='projection' for a model that calls its layers in another order"
+            )
+        return gates
+
+    def _logits(self, adapter: str, x: Tensor) -> Tensor:
+        """(..., N') in float32 (float64 for float64 x)."""
+        config = self.rode_config[adapter]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        router, bias = self.rode_router.get(adapter), self.rode_router_bias.get(adapter)
+        if config.router_input == "token":
+            return router_logits(x, router, bias)
+        if config.router_input == "sequence":
+            return self._sequence_logits(adapter, x, router, bias)
+        table = self.rode_table[adapter]
+        if config.router_input == "constant":
+            return table.to(wide).reshape(*(1,) * (x.dim() - 1), -1)
+        ids = self.routing.ids(config, x)
+        if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= len(table):
+                raise ValueError(
+                    f"{config.id_input}: expected ids below num_ids={len(table)}, got {low if low < 0 else high}"
+                )
+        rows = table[ids]
+        return rows.to(wide) if config.table_of_logits else router_logits(rows, router, bias)
+
+    def _sequence_logits(self, adapter: str, x: Tensor, router: Tensor, bias: Tensor | None) -> Tensor:
+        """Of the mean input over the prompt's tokens: (batch, 1, N'). While an answer grows, those of its prompt."""
+        if x.dim() != 3:
+            raise ValueError(
+                f"{self.place}: router_input='sequence' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
+            )
+        routing, key = self.routing, (self.place, adapter)
+        if routing.decoding:
+            kept = routing.sequence_logits.get(key)
+            if kept is None or kept.shape[0] != x.shape[0]:
+                raise RuntimeError(
+                    f"{self.place}: router_input='sequence' reads the prompt, which this cache was not filled with by this adapter"
+                )
+            return kept
+        prompt = None if self.in_tower else routing.prompt
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if prompt is None:
+            weights = torch.ones(x.shape[:2], dtype=wide, device=x.device)
+        else:
+            weights = self._fit(prompt, x).to(x.device, wide)
+        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = torch.bmm(weights[:, None], x.to(wide))
+        logits = router_logits(pooled, router, bias)
+        if not torch.is_grad_enabled():
+            routing.sequence_logits[key] = logits
+        return logits
+
+    def _threshold(self, adapter: str, x: Tensor) -> Tensor | None:
+        """(..., 1): max_threshold * sigmoid(w x + b), AdaMoLE."""
+        if adapter not in self.rode_threshold:
+            return None
+        config = self.rode_config[adapter]
+        most = config.max_threshold or 1.0 / config.routed_experts(len(self.rode_ranks[adapter]))
+        return (
+            most * router_logits(x, self.rode_threshold[adapter], self.rode_threshold_bias[adapter]).sigmoid()
+        )
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        if self.routing.decoding:
+            raise RuntimeError(
+                "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
+                "generate; it is a control for training and scoring"
+            )
+        if x.dim() != 3:
+            raise ValueError(
+                f"{self.place}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
+            )
+        mask = None if self.in_tower else self.routing.mask
+        return None if mask is None else self._fit(mask, x).to(x.device)
+
+    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{self.place}: attention_mask is for tokens of shape {tuple(mask.shape)}, but the layer saw {tuple(x.shape[:-1])}"
+            )
+        return mask

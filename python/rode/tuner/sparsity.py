@@ -1,0 +1,57 @@
+"""Steers the L1 loss on gates to a target share of closed ones, step by step (ReMoE, Wang et al. 2024, Eq. 9)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from rode.tuner.routing import routing_of
+
+
+class HoldSparsity(TrainerCallback, ExportableState):
+    """A callback for transformers' Trainer: after each optimizer step the L1 loss's weight is multiplied by `factor` where too few
+    gates of the step were closed (RodeConfig.target_sparsity), and divided by it otherwise.
+
+    `rode train` adds it by itself. Its state is saved with checkpoints and taken up again when training resumes.
+
+    Args:
+        factor: above 1.
+        multiplier: what aux_weight is multiplied by at the start.
+    """
+
+    def __init__(self, factor: float = 1.2, multiplier: float = 1.0) -> None:
+        if not factor > 1:
+            raise ValueError(f"factor: expected a number above 1, got {factor!r}")
+        self.factor, self.multiplier, self.sparsity = factor, multiplier, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if state.global_step > 0 and isinstance(saved, dict):
+            self.multiplier = saved["args"]["multiplier"]
+        routing = routing_of(model)
+        if routing is not None:
+            routing.l1_factor, routing.closed, routing.gates_seen = self.multiplier, None, None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        routing = routing_of(model)
+        if routing is None or routing.closed is None:
+            return
+        counts = torch.stack((routing.closed, routing.gates_seen))
+        if args.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        routing.closed = routing.gates_seen = None
+        self.sparsity = float(counts[0] / counts[1])
+        self.multiplier *= self.factor if self.sparsity < routing.target_sparsity else 1 / self.factor
+        routing.l1_factor = self.multiplier
+
+    def scalars(self) -> dict[str, float]:
+        """For a training log: the last step's share of closed gates, and the multiplier."""
+        if self.sparsity is None:
+            return {}
+        return {"gates/sparsity": self.sparsity, "gates/l1_multiplier": self.multiplier}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"factor": self.factor, "multiplier": self.multiplier}, "attributes": {}}

@@ -1,0 +1,299 @@
+"""Side inputs on their way to the layers, and routers that other layers or sequences share."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model, inject_adapter_in_model
+
+from rode.tuner import RodeConfig, RodeLayer, routing_inputs
+
+COMMON = {"ranks": (2, 3), "dropout": 0.0, "init_weights": False, "task_type": "CAUSAL_LM"}
+TASK = {"gate": "softmax", "router_input": "task", "num_ids": 3}
+
+
+def adapted(tiny_llava, **fields):
+    torch.manual_seed(4)
+    model = get_peft_model(tiny_llava(), RodeConfig(**{**COMMON, **fields}))
+    for name, p in model.named_parameters():
+        if "rode_table" in name:
+            torch.nn.init.normal_(p)
+    return model.eval()
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, RodeLayer)]
+
+
+def test_tasks_change_the_output_row_by_row(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, **TASK)
+    ids = torch.tensor([0, 2])
+    both = model(**llava_batch, rode_task_ids=ids).logits
+    same = model(**llava_batch, rode_task_ids=torch.tensor([0, 0])).logits
+    torch.testing.assert_close(both[0], same[0])
+    assert (both[1, 2:] - same[1, 2:]).abs().max() > 1e-3
+    by_token = model(**llava_batch, rode_task_ids=ids[:, None].expand(2, 9)).logits
+    torch.testing.assert_close(by_token, both)
+    with routing_inputs(model, task_ids=ids):
+        torch.testing.assert_close(model(**llava_batch).logits, both)
+    inner = model.get_base_model()
+    with routing_inputs(inner, task_ids=ids):  # without PEFT around it
+        torch.testing.assert_close(inner(**llava_batch).logits, both)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (
+            None,
+            r"rode_task_ids: router_input='task' needs the task of each row; pass rode_task_ids=\(batch,\)",
+        ),
+        (torch.tensor([0, 3]), "expected ids below num_ids=3, got 3"),
+        (torch.tensor([0, -1]), "got -1"),
+        (torch.tensor([0.0, 1.0]), r"expected int64 of shape \(2,\), got torch.float32"),
+        (torch.tensor([0, 1, 2]), r"got torch.int64 \(3,\)"),
+        (torch.zeros(2, 4, dtype=torch.int64), r"expected shape \(2,\) or \(2, 9\), got \(2, 4\)"),
+    ],
+)
+def test_wrong_ids_are_named(tiny_llava, llava_batch, ids, words):
+    model = adapted(tiny_llava, **TASK)
+    model(
+        **llava_batch, rode_task_ids=torch.tensor([0, 1])
+    )  # what this pass was given does not help the next
+    with pytest.raises(ValueError, match=words):
+        model(**llava_batch, rode_task_ids=ids)
+
+
+def test_unknown_routing_inputs(tiny_llava):
+    with pytest.raises(ValueError, match="no RoDE layer"), routing_inputs(tiny_llava()):
+        pass
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation_knows_the_task(tiny_llava, llava_batch, num_beams):
+    model = adapted(tiny_llava, **TASK)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": num_beams, "eos_token_id": None}
+    ids = torch.tensor([1, 2])
+    together = model.generate(**llava_batch, rode_task_ids=ids, **options)
+    for row in range(2):
+        alone = {name: t[row : row + 1] for name, t in llava_batch.items()}
+        got = model.generate(**alone, rode_task_ids=ids[row : row + 1], **options)
+        assert torch.equal(got[0], together[row])
+    # each step's token is the argmax of a pass over the whole text so far
+    if num_beams == 1:
+        text = together[:, :-1]
+        mask = torch.cat((llava_batch["attention_mask"], torch.ones(2, 3, dtype=torch.int64)), dim=1)
+        logits = model(
+            input_ids=text,
+            attention_mask=mask,
+            pixel_values=llava_batch["pixel_values"],
+            rode_task_ids=ids,
+        ).logits
+        assert torch.equal(logits[:, 8:].argmax(-1), together[:, 9:])
+
+
+def test_a_sequence_is_routed_by_its_prompt_alone(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="softmax", router_input="sequence")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        out = model.generate(**llava_batch, **options, return_dict_in_generate=True, output_logits=True)
+    answers = out.sequences
+    # the same logits in one pass, where labels say what is the prompt
+    labels = answers[:, :-1].clone()
+    labels[:, :9] = -100
+    mask = torch.cat((llava_batch["attention_mask"], torch.ones(2, 3, dtype=torch.int64)), dim=1)
+    batch = {
+        "input_ids": answers[:, :-1],
+        "attention_mask": mask,
+        "pixel_values": llava_batch["pixel_values"],
+    }
+    logits = model(**batch, labels=labels).logits
+    torch.testing.assert_close(logits[:, 8:], torch.stack(out.logits, 1), rtol=1e-4, atol=1e-4)
+    prompt = torch.arange(12).expand(2, 12) < 9
+    torch.testing.assert_close(model(**batch, rode_prompt_mask=prompt).logits, logits)
+    # without a cache each pass sees the answer too, and must not read it
+    again = model.generate(**llava_batch, **options, use_cache=False)
+    assert torch.equal(again, answers)
+    # and neither padding nor a neighbour is read
+    alone = {name: t[1:, 2:] if t.dim() == 2 else t[1:] for name, t in llava_batch.items()}
+    torch.testing.assert_close(
+        model(**alone).logits[0], model(**llava_batch).logits[1, 2:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_sequence_gates_are_the_means_formula(mlp):
+    torch.manual_seed(3)
+    fields = {**COMMON, "gate": "softmax", "router_input": "sequence", "target_modules": ["lin0"]}
+    model = get_peft_model(mlp(), RodeConfig(**fields))
+    layer = model.base_model.model.lin0
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    prompt = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    layer.routing.prompt = prompt
+    y = layer(x)
+    A, B, router = (getattr(layer, n)["default"] for n in ("rode_A", "rode_B", "rode_router"))
+    for b in range(2):
+        mean = x[b, prompt[b]].mean(0)
+        gates = (router @ mean).softmax(0)
+        for t in range(4):
+            want = layer.base_layer(x[b, t])
+            want = want + 8 * gates[0] * (B[:, :2] @ (A[:2] @ x[b, t]))
+            want = want + 16 / 3 * gates[1] * (B[:, 2:] @ (A[2:] @ x[b, t]))
+            torch.testing.assert_close(y[b, t], want)
+
+
+@pytest.mark.parametrize("gate", ["relu", "softmax", "sigmoid", "gumbel-sigmoid"])
+def test_constant_gates_merge(mlp, gate):
+    torch.manual_seed(3)
+    fields = {**COMMON, "gate": gate, "router_input": "constant", "target_modules": ["lin0"]}
+    model = get_peft_model(mlp(), RodeConfig(**fields)).eval()
+    layer = model.base_model.model.lin0
+    with torch.no_grad():
+        layer.rode_table["default"].copy_(torch.tensor([[0.4, -0.7]]))
+    x = torch.randn(5, 12, dtype=torch.float64)
+    want = model(x)
+    h = layer.rode_table["default"][0]
+    gates = {"relu": h.relu(), "softmax": h.softmax(0)}.get(gate, h.sigmoid())
+    A, B = layer.rode_A["default"], layer.rode_B["default"]
+    delta = 8 * gates[0] * B[:, :2] @ A[:2] + 16 / 3 * gates[1] * B[:, 2:] @ A[2:]
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["relu", "softmax"])
+def test_one_router_for_a_block(tiny_llava, llava_batch, gate):
+    model = adapted(tiny_llava, gate=gate, router_per="block")
+    q, v = layers_of(model)[:2]
+    assert "default" in q.rode_router
+    assert "default" not in v.rode_router
+    seen = {}
+    q.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
+    v.register_forward_hook(lambda m, args, out: seen.update(y=out))
+    model(**llava_batch)
+    x = seen["x"]
+    h = x @ q.rode_router["default"].T
+    gates = h.relu() if gate == "relu" else h.softmax(-1)
+    A, B = v.rode_A["default"], v.rode_B["default"]
+    want = v.base_layer(x)
+    want = want + 8 * gates[..., :1] * (x @ A[:2].T @ B[:, :2].T)
+    want = want + 16 / 3 * gates[..., 1:] * (x @ A[2:].T @ B[:, 2:].T)
+    torch.testing.assert_close(seen["y"], want, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_experts_must_agree(tiny_llava):
+    config = RodeConfig(**COMMON, router_per="block", rank_pattern={"v_proj": (2, 2, 2)})
+    with pytest.raises(
+        ValueError, match=r"v_proj: router_per='block' shares the gates of .*q_proj, which has 2"
+    ):
+        get_peft_model(tiny_llava(), config)
+
+
+def test_whole_blocks_are_no_attention(tiny_llava):
+    fields = {"gate": "topk", "top_k": 1, "normalize": True, "router_per": "block", "expert_per": "block"}
+    with pytest.raises(ValueError, match="this is attention"):
+        get_peft_model(tiny_llava(), RodeConfig(**COMMON, **fields))
+
+
+BLOCK = {
+    "gate": "topk",
+    "top_k": 2,
+    "normalize": True,
+    "router_per": "block",
+    "expert_per": "block",
+    "target_modules": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+@pytest.mark.parametrize("fields", [TASK, BLOCK, {"gate": "softmax", "router_input": "sequence"}])
+def test_checkpointing_changes_no_bit(tiny_llava, llava_batch, fields):
+    fields = {**fields, "ranks": (2, 3, 2)}
+    ids = {"rode_task_ids": torch.tensor([0, 2])} if "num_ids" in fields else {}
+    grads = []
+    for checkpointing in (False, True):
+        model = adapted(tiny_llava, **fields).train()
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        labels = llava_batch["input_ids"].masked_fill(llava_batch["attention_mask"] == 0, -100)
+        labels[:, :6] = -100
+        model(**llava_batch, **ids, labels=labels).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[1][n], g) for n, g in grads[0].items())
+    assert any("rode_table" in n or "rode_router" in n for n in grads[0])
+
+
+@pytest.mark.parametrize("fields", [TASK, BLOCK])
+def test_adapters_off_is_the_base_model(tiny_llava, llava_batch, fields):
+    model = adapted(tiny_llava, **{**fields, "ranks": (2, 3)})
+    with model.disable_adapter():
+        off = model(**llava_batch).logits
+    assert torch.equal(off, tiny_llava().eval()(**llava_batch).logits)
+
+
+def test_a_copy_after_a_pass_is_a_model_of_its_own(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, **{**TASK, "router_per": "block"})
+    ids = torch.tensor([0, 1])
+    want = model(**llava_batch, rode_task_ids=ids).logits
+    inner = model.get_base_model()
+    other = copy.deepcopy(inner)
+    assert layers_of(other)[0].routing is not layers_of(model)[0].routing
+    assert len({id(m.routing) for m in layers_of(other)}) == 1
+    assert torch.equal(other(**llava_batch, rode_task_ids=ids).logits, want)
+
+
+def test_unload_takes_the_hooks_away(tiny_llava, llava_batch):
+    for fields in (TASK, BLOCK):
+        model = adapted(tiny_llava, **fields)
+        plain = model.unload()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+        assert torch.equal(plain(**llava_batch).logits, tiny_llava().eval()(**llava_batch).logits)
+
+
+def test_transformers_loading_routes_too(tiny_llava, llava_batch, tmp_path):
+    model = adapted(tiny_llava, **TASK)
+    ids = torch.tensor([2, 0])
+    want = model(**llava_batch, rode_task_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    plain = tiny_llava().eval()
+    plain.load_adapter(str(tmp_path))
+    torch.testing.assert_close(plain(**llava_batch, rode_task_ids=ids).logits, want)
+
+
+def test_two_adapters_share_the_state(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, **TASK)
+    model.add_adapter("second", RodeConfig(**COMMON, **{**TASK, "num_ids": 2}))
+    model.base_model.set_adapter(["default", "second"])
+    model(**llava_batch, rode_task_ids=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="below num_ids=2, got 2"):
+        model(**llava_batch, rode_task_ids=torch.tensor([0, 2]))
+    injected = inject_adapter_in_model(RodeConfig(**COMMON, **TASK), tiny_llava())
+    assert len({id(m.routing) for m in layers_of(injected)}) == 1
+
+
+def test_expert_choice_is_not_causal_says_so_and_does_not_generate(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="expert-choice", capacity=1.0)
+    batch = dict(llava_batch)
+    first = model(**batch).logits
+    batch["input_ids"] = batch["input_ids"].clone()
+    batch["input_ids"][0, 8] = 60  # the last token changes what earlier ones get
+    assert (model(**batch).logits[0, :8] - first[0, :8]).abs().max() > 0
+    with pytest.raises(ValueError, match="cannot generate; it is a control"):
+        model.generate(**llava_batch, max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="cannot generate"):  # past PEFT, at the first step with a cache
+        model.get_base_model().generate(**llava_batch, max_new_tokens=2, eos_token_id=None)
+
+
+def test_expert_choice_leaves_padding_out():
+    from rode.tuner.routers import expert_choice
+
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 3, dtype=torch.float64)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]).bool()
+    routed = expert_choice(logits, mask, 1.5)
+    assert routed.open.sum(1).tolist() == [[3, 3, 3], [2, 2, 2]]  # ceil(1.5 * 6 / 3), ceil(1.5 * 4 / 3)
+    alone = expert_choice(logits[1:, 2:], None, 1.5)
+    assert torch.equal(routed.gates[1, 2:], alone.gates[0])
+    assert routed.gates[1, :2].count_nonzero() == 0
