@@ -125,7 +125,8 @@ def test_a_sequence_is_routed_by_its_prompt_alone(tiny_llava, llava_batch):
 
 def test_sequence_gates_are_the_means_formula(mlp):
     torch.manual_seed(3)
-    fields = {**COMMON, "gate": "softmax", "router_input": "sequence", "target_modules": ["lin0"]}
+    fields = {"gate": "softmax", "router_input": "sequence", "target_modules": ["lin0"]}
+    fields = {**COMMON, **fields, "task_type": None}
     model = get_peft_model(mlp(), RodeConfig(**fields))
     layer = model.base_model.model.lin0
     x = torch.randn(2, 4, 12, dtype=torch.float64)
@@ -146,7 +147,8 @@ def test_sequence_gates_are_the_means_formula(mlp):
 @pytest.mark.parametrize("gate", ["relu", "softmax", "sigmoid", "gumbel-sigmoid"])
 def test_constant_gates_merge(mlp, gate):
     torch.manual_seed(3)
-    fields = {**COMMON, "gate": gate, "router_input": "constant", "target_modules": ["lin0"]}
+    fields = {"gate": gate, "router_input": "constant", "target_modules": ["lin0"]}
+    fields = {**COMMON, **fields, "task_type": None}
     model = get_peft_model(mlp(), RodeConfig(**fields)).eval()
     layer = model.base_model.model.lin0
     with torch.no_grad():
