@@ -31,6 +31,7 @@ def evaluate(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     source: Any = None,
+    routes: Any = None,
     gate_statistics: bool = True,
     progress: bool = True,
 ) -> Scores:
@@ -41,7 +42,7 @@ def evaluate(
     gates opened (`rode.tuner.GateReport`).
 
     Args:
-        model, processor, prompt, batch_size, max_new_tokens, source, progress: see `rode.generate.answer`.
+        model, processor, prompt, batch_size, max_new_tokens, source, routes, progress: see `rode.generate.answer`.
         examples: at least one.
         gate_statistics: False does without gates.json, and without the counting.
 
@@ -67,6 +68,8 @@ def evaluate(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             source=source,
+            tasks=[examples[i].task for i in order],
+            routes=routes,
             progress=progress,
         )
     if statistics is not None:

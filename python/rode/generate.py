@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from rode.routes import Routes, make_routes
 from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
 
 
@@ -30,6 +31,8 @@ def answer(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     source: Any = None,
+    tasks: Sequence[str | None] | None = None,
+    routes: Routes | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Answer each question about the picture beside it.
@@ -46,6 +49,8 @@ def answer(
         max_new_tokens: the longest answer, in tokens.
         batch_size: questions at a time.
         source: where pictures come from; None reads them (`PixelSource`).
+        tasks: the task of each question, for an adapter whose router reads it.
+        routes: what its router reads (`rode.routes.make_routes`); None for an adapter that reads nothing but tasks.
         progress: show a bar.
 
     Returns:
@@ -61,7 +66,8 @@ def answer(
             f"batch_size and max_new_tokens: expected at least 1, got {batch_size}, {max_new_tokens}"
         )
     encoder = PromptEncoder(processor, prompt)
-    collate = GenerationCollator(encoder, source or PixelSource(processor))
+    routes = routes or make_routes(getattr(model, "active_peft_config", None), model, processor)
+    collate = GenerationCollator(encoder, source or PixelSource(processor), routes)
     tokenizer = processor.tokenizer
     ends = _end_tokens(model, processor)
     settings = GenerationConfig(
@@ -76,7 +82,8 @@ def answer(
     answers: list[str] = []
     bar = tqdm(total=len(images), desc="answers", unit="answer", disable=not progress)
     for start in range(0, len(images), batch_size):
-        batch = collate(images[start : start + batch_size], questions[start : start + batch_size])
+        part = slice(start, start + batch_size)
+        batch = collate(images[part], questions[part], None if tasks is None else tasks[part])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]

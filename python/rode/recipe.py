@@ -43,6 +43,8 @@ class ModelConfig:
     """"memory" and "disk" compute the frozen tower once for each picture; "live" at every step."""
     features_dir: str = "runs/features"
     """Where "disk" keeps them."""
+    clusters: str | None = None
+    """File of `rode fit-clusters`, for an adapter whose router reads the cluster of a question."""
 
 
 @dataclass
@@ -126,7 +128,8 @@ class Recipe:
     stage: Literal["adapter", "projector"] = "adapter"
     """"projector" is LLaVA's stage 1: the projector alone. "adapter" trains what `adapter` says."""
     adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of `rode.tuner.RodeConfig`."""
+    """Fields of `rode.tuner.RodeConfig`; with `preset: NAME` those that differ from a preset's (`rode.tuner.presets`); with
+    `method: peft` and `peft_type: POLY` (LORA, XLORA, ...) the fields of PEFT's own configuration."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output_dir: str | None = None
@@ -237,29 +240,71 @@ def _check(recipe: Recipe) -> None:
                 "training.projector_learning_rate: in stage 'projector' it is training.learning_rate"
             )
     else:
-        adapter_config(recipe)
+        _check_routing(recipe, adapter_config(recipe))
+
+
+def _check_routing(recipe: Recipe, config: Any) -> None:
+    """What the adapter's router wants of data and model."""
+    by_row = getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
+    by_row = by_row or getattr(config, "aux_groups", None) or getattr(config, "gate", "") == "expert-choice"
+    by_row = by_row or getattr(config, "n_tasks", None)
+    if by_row and recipe.training.questions_per_picture > 1:
+        raise RecipeError(
+            "training.questions_per_picture: this adapter treats a sequence as one question, so its picture cannot be shared by "
+            f"several; set it to 1, got {recipe.training.questions_per_picture}"
+        )
+    if getattr(config, "id_input", None) == "rode_cluster_ids" and recipe.model.clusters is None:
+        raise RecipeError(
+            "model.clusters: router_input 'cluster' wants the file that `rode fit-clusters` writes"
+        )
 
 
 def adapter_config(recipe: Recipe) -> Any:
-    """The `rode.tuner.RodeConfig` that the recipe's `adapter` describes, every key checked."""
-    from rode.tuner import RodeConfig
+    """The PEFT configuration that the recipe's `adapter` describes, every key checked."""
+    values = dict(recipe.adapter)
+    method = values.pop("method", "rode")
+    if method == "peft":
+        cls, values = _peft_class(values)
+    elif method == "rode":
+        from rode.tuner import RodeConfig as cls
+        from rode.tuner.presets import preset_fields
 
-    known = {f.name for f in fields(RodeConfig)} - {
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "inference_mode",
-    }
-    for key in recipe.adapter:
+        if "preset" in values:
+            try:
+                values = preset_fields(values.pop("preset"), **values)
+            except ValueError as error:
+                raise RecipeError(f"adapter.{error}") from error
+    else:
+        raise RecipeError(f"adapter.method: expected one of rode, peft, got {method!r}")
+    known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
+    for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
-    values = {"task_type": "CAUSAL_LM", **recipe.adapter}
+    values = {"task_type": "CAUSAL_LM", **values}
     if recipe.training.projector_learning_rate is not None:
         values["modules_to_save"] = [*(values.get("modules_to_save") or []), "multi_modal_projector"]
     try:
-        return RodeConfig(**values)
+        return cls(**values)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"adapter: {error}") from error
+
+
+def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """PEFT's configuration class for `peft_type`, and the other values; default targets are the language model's."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from rode.tuner.targets import VISION_LANGUAGE_REGEX
+
+    known = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    name = values.pop("peft_type", None)
+    if name not in known or name == "RODE":
+        raise RecipeError(
+            f"adapter.peft_type: expected a method of PEFT such as LORA, POLY or XLORA, got {name!r}"
+        )
+    cls = known[name]
+    if "target_modules" in {f.name for f in fields(cls)}:
+        values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
+    return cls, values
 
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:

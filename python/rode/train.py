@@ -14,12 +14,14 @@ from typing import Any
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
+from rode.clusters import FILE as CLUSTERS
 from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
 from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
+from rode.routes import make_routes
 from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
-from rode.tuner import GateStatistics
+from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
 from rode.vlm.packing import pack_by_picture
@@ -207,13 +209,19 @@ def train(
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
-    routed = recipe.stage == "adapter" and model.active_peft_config.routed
+    config = getattr(model, "active_peft_config", None)
+    routed = getattr(config, "routed", False)
+    if getattr(config, "target_sparsity", None) is not None:
+        callbacks.append(HoldSparsity())
+    routes = make_routes(config, model, processor, recipe.model.clusters)
+    if routes.cluster_input is not None and arguments.process_index == 0:
+        routes.clusters.save(run_dir / CLUSTERS)  # answers need them as the training did
     statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
         train_dataset=items.examples,
-        data_collator=TrainingCollator(encoder, source),
+        data_collator=TrainingCollator(encoder, source, routes),
         callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,

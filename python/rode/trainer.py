@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rode.tuner import GateStatistics
+from rode.tuner import GateStatistics, HoldSparsity
+from rode.vlm.collator import IGNORE
 from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
 from rode.vlm.loss import answer_loss
 from rode.vlm.packing import packed_attention
@@ -109,6 +110,8 @@ class AnswerTrainer(Trainer):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
+        config = getattr(self.model, "active_peft_config", None)
+        self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
         self.language_model = get_llava(self.model).model.language_model
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -124,6 +127,8 @@ class AnswerTrainer(Trainer):
         labels = inputs.pop("labels")
         self.truncated_answers += inputs.pop("truncated")
         segments = inputs.pop("segments", None)
+        if self.reads_prompts:
+            inputs["rode_prompt_mask"] = labels == IGNORE
         with nullcontext() if segments is None else packed_attention(self.language_model, segments):
             loss = answer_loss(model, self.head, inputs, labels, num_items_in_batch)
         # The count spans all processes while DDP averages gradients over them.
@@ -141,6 +146,10 @@ class AnswerTrainer(Trainer):
         if self.statistics is not None and "loss" in logs:
             logs.update(self.statistics.report().scalars())
             self.statistics.reset()
+        if "loss" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, HoldSparsity):
+                    logs.update(callback.scalars())
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

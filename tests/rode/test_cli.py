@@ -55,7 +55,7 @@ def test_help(capsys, command):
 
 def shown_commands():
     """Every `rode` command in the help texts and in docs/training.md."""
-    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA]
+    texts = [cli.TOP, *(module.DESCRIPTION for module in cli.MODULES)]
     texts.append((Path(__file__).parents[2] / "docs" / "training.md").read_text())
     lines = [
         line.split("   ")[0].strip()

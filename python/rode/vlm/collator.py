@@ -13,6 +13,7 @@ from rode.vlm.prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
 IGNORE = -100  # what cross-entropy leaves out
+Routes = Callable[[Sequence["str | None"], Sequence[str]], "dict[str, torch.Tensor]"]
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
@@ -39,10 +40,11 @@ class TrainingCollator:
     Args:
         encoder: turns questions and answers into ids.
         source: `PixelSource` or `FeatureSource`.
+        routes: (tasks, questions) -> what an adapter's router reads (`rode.routes.Routes`), by row; None for nothing.
     """
 
-    def __init__(self, encoder: PromptEncoder, source: Any) -> None:
-        self.encoder, self.source = encoder, source
+    def __init__(self, encoder: PromptEncoder, source: Any, routes: Routes | None = None) -> None:
+        self.encoder, self.source, self.routes = encoder, source, routes
         self._warned = False
 
     def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -72,6 +74,9 @@ class TrainingCollator:
             "pixel_values": torch.stack(pictures),
             "truncated": torch.tensor(len(cut)),
         }
+        if self.routes is not None:
+            firsts = [examples[0] for examples in packs]
+            batch |= self.routes([e.task for e in firsts], [e.question for e in firsts])
         if any(len(examples) > 1 for examples in packs):
             batch["position_ids"] = _pad([r.positions for r in rows], 0, "right")
             batch["segments"] = _pad([r.segments for r in rows], PADDING, "right")
@@ -84,19 +89,27 @@ class GenerationCollator:
     Args:
         encoder: turns questions into ids, exactly as in training.
         source: `PixelSource` or `FeatureSource`, or any function from a picture to its tensor with `image_tokens`.
+        routes: as in `TrainingCollator`.
     """
 
-    def __init__(self, encoder: PromptEncoder, source: Callable[[str], torch.Tensor]) -> None:
-        self.encoder, self.source = encoder, source
+    def __init__(
+        self, encoder: PromptEncoder, source: Callable[[str], torch.Tensor], routes: Routes | None = None
+    ) -> None:
+        self.encoder, self.source, self.routes = encoder, source, routes
 
-    def __call__(self, images: Sequence[str], questions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, images: Sequence[str], questions: Sequence[str], tasks: Sequence[str | None] | None = None
+    ) -> dict[str, torch.Tensor]:
         pictures = [self.source(image) for image in images]
         rows = [
             self.encoder.encode_prompt(question, self.source.image_tokens(picture))
             for question, picture in zip(questions, pictures, strict=True)
         ]
-        return {
+        batch = {
             "input_ids": _pad(rows, _pad_id(self.encoder), "left"),
             "attention_mask": _pad([[1] * len(row) for row in rows], 0, "left"),
             "pixel_values": torch.stack(pictures),
         }
+        if self.routes is not None:
+            batch |= self.routes([None] * len(rows) if tasks is None else tasks, questions)
+        return batch

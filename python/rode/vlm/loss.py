@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from rode.tuner.routing import learned_share
 from rode.vlm.collator import IGNORE
 
 
@@ -17,7 +18,7 @@ def answer_loss(
     labels: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """The loss that `model(**inputs, labels=labels)` has, computed on fewer positions.
+    """The loss that `model(**inputs, labels=labels)` has, auxiliary losses included, computed on fewer positions.
 
     Only hidden states whose next token is learned reach `head`: with 576 picture tokens before a short answer that
     is a small part, and vocabulary-wide logits are the largest tensors of a step.
@@ -30,7 +31,7 @@ def answer_loss(
         num_items: tokens learned in the whole accumulated batch; None for those of `labels`.
 
     Returns:
-        float32 scalar: sum of the cross-entropies / num_items.
+        float32 scalar: sum of the cross-entropies / num_items, and of an auxiliary loss this batch's share of learned tokens.
     """
     targets = labels[:, 1:]  # position t predicts token t + 1
     learned = targets != IGNORE
@@ -42,8 +43,13 @@ def answer_loss(
     # A hook on the head, not a call into the model's parts: PEFT's and DDP's own wrapping of forward stays in force.
     handle = head.register_forward_pre_hook(select)
     try:
-        logits = model(**inputs).logits  # (learned, vocabulary)
+        output = model(**inputs)
     finally:
         handle.remove()
+    logits = output.logits  # (learned, vocabulary)
     total = F.cross_entropy(logits.float(), targets[learned], reduction="sum")
-    return total / (num_items if num_items is not None else learned.sum().clamp(min=1))
+    count = num_items if num_items is not None else learned.sum().clamp(min=1)
+    loss = total / count
+    if (aux := output.get("aux_loss")) is not None:  # of an adapter's gates, see rode.tuner.routing
+        loss = loss + (aux * learned_share(labels, count)).to(loss.device, loss.dtype)
+    return loss

@@ -1,0 +1,103 @@
+"""`rode evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rode.commands.options import TASK_NAMES, load, model_options, positive, routes
+
+DESCRIPTION = """\
+Answer the questions of held-out records and score the answers.
+
+Writes predictions.jsonl and metrics.json, prints the table. With --predictions nothing is generated: the metrics are
+computed anew from the file.
+
+examples:
+  rode evaluate recipes/own-records.yaml
+  rode evaluate recipes/own-records.yaml --untrained --out runs/own-records/before
+  rode evaluate --model DIR --adapter runs/own-records --data records.jsonl --split test --tasks nutrition
+  rode evaluate --predictions runs/own-records/evaluation/predictions.jsonl
+"""
+
+
+def add_parser(commands: Any, **options: Any) -> None:
+    options["parents"] = [*options.get("parents", []), model_options()]
+    sub = commands.add_parser(
+        "evaluate", help="answers and metrics on held-out records", description=DESCRIPTION, **options
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; in place of --model and --data")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe")
+    sub.add_argument("--data", metavar="JSONL", nargs="+", help="files of records")
+    sub.add_argument("--split", choices=("train", "val", "test"), help="default test")
+    sub.add_argument("--tasks", nargs="+", choices=TASK_NAMES)
+    sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
+    sub.add_argument(
+        "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the recipe, else ./evaluation"
+    )
+    sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default error")
+    sub.add_argument("--untrained", action="store_true", help="the recipe's model before training")
+    sub.add_argument("--predictions", metavar="JSONL", help="score these answers anew, without a model")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rode.evaluate import evaluate, format_scores, rescore
+
+    if args.predictions:
+        if args.recipe or args.model or args.adapter or args.data:
+            raise ValueError(
+                "--predictions is scored as it stands: leave out recipe, --model, --adapter and --data"
+            )
+        print(format_scores(rescore(args.predictions)))
+        return 0
+    from rode.data.mixture import Source
+    from rode.recipe import EvaluationConfig, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
+    if recipe is None and not args.data:
+        raise ValueError(
+            "nothing to evaluate on: give a RECIPE, or --data records.jsonl with --model or --adapter"
+        )
+    settings = recipe.evaluation if recipe else EvaluationConfig()
+    if recipe and not args.untrained and not args.adapter and recipe.stage == "adapter":
+        args.adapter = str(recipe.run_dir)
+    if recipe and not args.untrained and not args.projector and recipe.stage == "projector":
+        args.projector = str(recipe.run_dir)
+    if args.data:
+        tasks = {"tasks": args.tasks} if args.tasks else {}
+        sources = [Source(path, **tasks) for path in args.data]
+    else:
+        sources = [
+            Source(**{**vars(s), **({"tasks": args.tasks} if args.tasks else {})})
+            for s in recipe.data.sources
+        ]
+    from rode.evaluate import evaluation_examples
+    from rode.vlm import drop_bad_images
+
+    examples = evaluation_examples(sources, args.split or settings.split, args.limit or settings.limit)
+    on_bad_image = args.on_bad_image or (recipe.data.on_bad_image if recipe else "error")
+    examples, skipped = drop_bad_images(examples, on_bad_image)
+    for line in skipped:
+        print(f"left out: {line}", file=sys.stderr)
+    model, processor, prompt = load(args, recipe)
+    default_out = (
+        recipe.run_dir / ("untrained" if args.untrained else "evaluation") if recipe else Path("evaluation")
+    )
+    out = Path(args.out) if args.out else default_out
+    scores = evaluate(
+        model,
+        processor,
+        examples,
+        out,
+        prompt=prompt,
+        batch_size=args.batch_size or settings.batch_size,
+        max_new_tokens=args.max_new_tokens or settings.max_new_tokens,
+        routes=routes(args, model, processor),
+        progress=not args.quiet,
+    )
+    print(format_scores(scores))
+    print(f"predictions and metrics in {out}" + (f"; records left out: {len(skipped)}" if skipped else ""))
+    return 0

@@ -1,0 +1,80 @@
+"""Options that several commands share, and the model that they name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+TASK_NAMES = ("ingredients", "recipe", "nutrition", "category")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "number of at least 1"  # what argparse calls it in its message
+
+
+def model_options() -> argparse.ArgumentParser:
+    """A parent parser: which model, which adapter, how it answers."""
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory")
+    model.add_argument(
+        "--adapter", metavar="DIR", help="adapter: an output_dir or a checkpoint-N of `rode train`"
+    )
+    model.add_argument("--projector", metavar="PATH", help="projector.safetensors of stage 1, or its folder")
+    model.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of frozen weights")
+    model.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    model.add_argument(
+        "--prompt", choices=("vicuna", "chat_template", "auto"), help="as the adapter was trained"
+    )
+    model.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default 256)")
+    model.add_argument("--batch-size", type=positive, metavar="N", help="questions at a time (default 8)")
+    return model
+
+
+def saved_recipe(adapter: str | None) -> Any:
+    """The recipe beside an adapter that `rode train` wrote (one folder up for a checkpoint), or None."""
+    from rode.recipe import load_recipe
+
+    if adapter is None:
+        return None
+    for folder in (Path(adapter), Path(adapter).parent):
+        if (folder / "recipe.yaml").is_file():
+            return load_recipe(folder / "recipe.yaml")
+    return None
+
+
+def load(args: argparse.Namespace, recipe: Any = None) -> tuple[Any, Any, str]:
+    """(model, processor, prompt style) that the options and the recipe name."""
+    from rode.recipe import ModelConfig
+    from rode.vlm import load_adapter, load_vlm
+
+    recipe = recipe or saved_recipe(args.adapter)
+    if recipe is None and args.model is None:
+        raise ValueError("no model: give --model DIR, or an --adapter that `rode train` wrote")
+    config = recipe.model if recipe else ModelConfig(path=args.model)
+    model, processor = load_vlm(
+        args.model or config.path,
+        dtype=args.dtype or config.dtype,
+        device=args.device or config.device,
+        attention=config.attention,
+        projector=args.projector or config.projector,
+    )
+    if args.adapter:
+        model = load_adapter(model, args.adapter)
+    return model, processor, args.prompt or config.prompt
+
+
+def routes(args: argparse.Namespace, model: Any, processor: Any) -> Any:
+    """What the adapter's router reads; clusters stand beside an adapter, or in its checkpoints' parent."""
+    from rode.clusters import FILE
+    from rode.routes import make_routes
+
+    folders = [] if args.adapter is None else [Path(args.adapter), Path(args.adapter).parent]
+    clusters = next((folder for folder in folders if (folder / FILE).is_file()), None)
+    return make_routes(getattr(model, "active_peft_config", None), model, processor, clusters)

@@ -1,0 +1,64 @@
+"""`rode train RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+DESCRIPTION = """\
+Train what a recipe says: an adapter, or (stage: projector) LLaVA's projector.
+
+Writes to output_dir (runs/NAME): the adapter, recipe.yaml, history.json, tensorboard/ and checkpoint-N/ with adapter,
+optimizer, scheduler and random state. Ctrl-C ends after the step under way and leaves a checkpoint to --resume from.
+
+examples:
+  rode train recipes/own-records.yaml
+  rode train recipes/own-records.yaml training.max_steps=50 data.sources.0.path=my.jsonl
+  rode train recipes/own-records.yaml --resume
+  torchrun --nproc-per-node 4 -m rode train recipes/unifood-rode-7b.yaml
+"""
+
+
+def add_parser(commands: Any, **options: Any) -> None:
+    sub = commands.add_parser(
+        "train", help="train an adapter or a projector from a recipe", description=DESCRIPTION, **options
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe: training.seed=1")
+    sub.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint; without a path from the latest",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from rode.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from rode.train import train
+
+    result = train(recipe, resume=args.resume, progress=not args.quiet)
+    if result.interrupted:
+        print(
+            f"interrupted at step {result.metrics['steps']}; go on with --resume ({result.checkpoint})",
+            file=sys.stderr,
+        )
+        return 130
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+        return 0
+    what = "projector" if recipe.stage == "projector" else "adapter"
+    print(
+        f"{what} in {result.output_dir}: {result.metrics['steps']} steps on {result.metrics['examples']} examples, "
+        f"mean loss {result.metrics['train_loss']:.4f}"
+    )
+    for name in ("skipped_records", "truncated_answers"):
+        if result.metrics[name]:
+            print(f"{name}: {result.metrics[name]}")
+    return 0

@@ -1,0 +1,88 @@
+"""From examples to the side inputs that an adapter's router reads: the task of each row, or the cluster of its question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rode.clusters import FILE, Clusters, Embedder
+from rode.data import TASKS
+
+
+class Routes:
+    """Makes side inputs; nothing for an adapter that needs none.
+
+    Args:
+        config: the adapter's PEFT configuration, or None.
+        clusters: for router_input "cluster". embed: texts to embeddings, with clusters.
+
+    Raises:
+        ValueError: the adapter has another number of tasks or clusters.
+    """
+
+    def __init__(self, config: Any, clusters: Clusters | None = None, embed: Embedder | None = None) -> None:
+        self.clusters, self.embed = clusters, embed
+        self.task_input: str | None = None
+        if str(getattr(config, "peft_type", "")).rpartition(".")[2] == "POLY":  # PEFT's own name for them
+            self.task_input = "task_ids"
+            self._count("n_tasks", config.n_tasks)
+        by_id = getattr(config, "id_input", None)
+        groups = getattr(config, "aux_groups", None)
+        if by_id == "rode_task_ids" or groups is not None:
+            self.task_input = "rode_task_ids"
+            self._count("num_ids" if by_id else "aux_groups", config.num_ids if by_id else len(groups))
+        self.cluster_input = "rode_cluster_ids" if by_id == "rode_cluster_ids" else None
+        if self.cluster_input is not None:
+            if clusters is None or embed is None:
+                raise ValueError(
+                    "adapter: router_input 'cluster' reads the cluster of each question; name the file of `rode fit-clusters` in "
+                    "model.clusters"
+                )
+            if len(clusters) != config.num_ids:
+                raise ValueError(
+                    f"adapter.num_ids: expected the {len(clusters)} clusters of the file, got {config.num_ids}"
+                )
+        self._known: dict[str, int] = {}  # cluster of each question seen
+
+    @staticmethod
+    def _count(name: str, count: int) -> None:
+        if count != len(TASKS):
+            raise ValueError(
+                f"adapter.{name}: expected {len(TASKS)}, for the tasks {', '.join(TASKS)}; got {count}"
+            )
+
+    def __call__(self, tasks: Sequence[str | None], questions: Sequence[str]) -> dict[str, Tensor]:
+        """Side inputs (rows,) int64 for rows with these tasks and questions.
+
+        Raises:
+            ValueError: a row without a task, where the router reads it.
+        """
+        inputs: dict[str, Tensor] = {}
+        if self.task_input is not None:
+            if None in tasks:
+                raise ValueError(
+                    f"this adapter's router reads the task of a question: say which of {', '.join(TASKS)} it is (--task)"
+                )
+            inputs[self.task_input] = torch.tensor([TASKS.index(task) for task in tasks])
+        if self.cluster_input is not None:
+            new = [q for q in dict.fromkeys(questions) if q not in self._known]
+            if new:
+                self._known.update(zip(new, self.clusters.ids(self.embed(new)).tolist(), strict=True))
+            inputs[self.cluster_input] = torch.tensor([self._known[q] for q in questions])
+        return inputs
+
+
+def make_routes(config: Any, model: Any, processor: Any, clusters: str | Path | None = None) -> Routes:
+    """The routes of an adapter on a model; `clusters` is a file of `rode fit-clusters`, or a folder that may hold one."""
+    if getattr(config, "id_input", None) != "rode_cluster_ids":
+        return Routes(config)
+    if clusters is None or (Path(clusters).is_dir() and not (Path(clusters) / FILE).is_file()):
+        return Routes(config)  # says what is missing
+    found = Clusters.load(clusters)
+    return Routes(
+        config, found, Embedder(processor.tokenizer, model.get_input_embeddings().weight, found.encoder)
+    )
