@@ -8,7 +8,7 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
-from rode.tuner.statistics import GateReport, GateStatistics, LayerGates
+from rode.tuner.statistics import ExampleGates, GateReport, GateStatistics, LayerGates
 
 
 def register() -> None:
@@ -25,6 +25,7 @@ register()
 
 __all__ = [
     "RODE",
+    "ExampleGates",
     "GateReport",
     "GateStatistics",
     "LayerGates",
