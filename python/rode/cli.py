@@ -21,6 +21,7 @@ Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA ex
   rode train recipes/own-records.yaml model.path=DIR       train an adapter
   rode evaluate recipes/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
+  rode analyze runs/own-records                            what its router does on held-out records
 """
 
 TRAIN = """\
@@ -143,6 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--json", action="store_true", help="one JSON object a line: image, question, answer, parsed"
     )
+
+    from rode.analyze.command import add_parser as add_analyze
+
+    add_analyze(add, model)
 
     sub = commands.add_parser(
         "data", help="turn data sets into records", description=DATA, formatter_class=raw
