@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rode import cli
+from rode.analyze.command import ANALYZE
 from rode.cli import main
 from rode.trainer import latest_checkpoint
 
@@ -44,7 +45,8 @@ def fails(capsys, argv, message, code=1):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["generate"], ["data"], ["data", "convert"]]
+    "command",
+    [[], ["train"], ["evaluate"], ["generate"], ["analyze"], ["data"], ["data", "convert"]],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -54,9 +56,10 @@ def test_help(capsys, command):
 
 
 def shown_commands():
-    """Every `rode` command in the help texts and in docs/training.md."""
-    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA]
-    texts.append((Path(__file__).parents[2] / "docs" / "training.md").read_text())
+    """Every `rode` command in the help texts and in two pages of docs/."""
+    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA, ANALYZE]
+    docs = Path(__file__).parents[2] / "docs"
+    texts += [(docs / page).read_text() for page in ("training.md", "analysis.md")]
     lines = [
         line.split("   ")[0].strip()
         for text in texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -18,8 +19,11 @@ Writes analysis.json and report.html, prints a summary. Nothing is generated unl
 examples:
   rode analyze runs/own-records
   rode analyze runs/own-records --limit 200 --against runs/softmax
+  rode analyze runs/own-records --against untrained
   rode analyze ADAPTER_DIR --model DIR --data records.jsonl --split val --out analysis
 """
+
+UNTRAINED = "untrained"
 
 
 def add_parser(add: Callable[..., argparse.ArgumentParser], model: argparse.ArgumentParser) -> None:
@@ -43,7 +47,9 @@ def add_parser(add: Callable[..., argparse.ArgumentParser], model: argparse.Argu
     sub.add_argument("--limit", type=_positive, metavar="N", help="at most N examples of each source")
     sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default: the recipe's, else error")
     sub.add_argument(
-        "--against", metavar="ADAPTER2", help="set its sparsity beside this one's, such as softmax's"
+        "--against",
+        metavar="ADAPTER2",
+        help="set another adapter's numbers beside this one's, such as softmax's; 'untrained' for this one before training",
     )
     sub.add_argument(
         "--answers",
@@ -70,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     analysis = _analysed(args, args.adapter, recipe, settings, examples)
     against = None
     if args.against:
-        other = _analysed(args, args.against, _saved_recipe(args.against) or recipe, settings, examples)
-        against = {key: other[key] for key in ("adapter", "gate", "loss", "open_by_task", "sparsity")}
+        saved = None if args.against == UNTRAINED else _saved_recipe(args.against)
+        against = _analysed(args, args.against, saved or recipe, settings, examples)
     analysis = {"split": settings.split, "answers": args.answers, **analysis, "against": against}
     page = write_report(args.out or Path(args.adapter) / "analysis", analysis)
     print(format_analysis(analysis))
@@ -114,7 +120,11 @@ def _analysed(
     from rode.cli import _load
 
     # A model of its own for each adapter: the other's may have another projector.
-    model, processor, prompt = _load(argparse.Namespace(**{**vars(args), "adapter": adapter}), recipe)
+    chosen = copy.copy(args)
+    chosen.adapter = None if adapter == UNTRAINED else adapter
+    model, processor, prompt = _load(chosen, recipe)
+    if adapter == UNTRAINED:
+        model = _untrained(model, args.adapter)
     measured = measure(
         model,
         processor,
@@ -126,3 +136,16 @@ def _analysed(
         progress=not args.quiet,
     )
     return {"adapter": adapter, "gate": model.active_peft_config.gate, **summarise(measured)}
+
+
+def _untrained(model: Any, adapter: str) -> Any:
+    """The model with an adapter of the same configuration as it starts: what a random router does."""
+    import torch
+    from peft import get_peft_model
+
+    from rode.tuner import RodeConfig
+
+    config = RodeConfig.from_pretrained(adapter)
+    config.inference_mode = False
+    torch.manual_seed(0)
+    return get_peft_model(model, config).eval()

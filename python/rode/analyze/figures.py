@@ -76,7 +76,7 @@ def open_rates(analysis: dict[str, Any]) -> Any:
     axis.set_xticks(range(len(analysis["tasks"])), analysis["tasks"])
     axis.set_ylabel("open rate, %")
     axis.set_ylim(0, 100)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -123,5 +123,5 @@ def sparsity(analysis: dict[str, Any]) -> Any:
             axis.bar(at, heights, width=0.33, label=f"{one['adapter']} ({one['gate']})", color=COLOURS[n])
         axis.set_xticks(range(len(kinds)), kinds, fontsize=8)
         axis.set_title(title, fontsize=9)
-    axes[0][1].legend(fontsize=7)
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure

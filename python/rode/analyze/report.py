@@ -60,6 +60,11 @@ def _page(analysis: dict[str, Any]) -> str:
         f"<h2>Open rate</h2>{_table(text.open_rows(analysis))}{_image(figures.open_rates(analysis), 'Open rate by task')}",
         *_maps(analysis, "open_rate", "Open rate by block and expert"),
         *_maps(analysis, "mean_gate", "Mean gate by block and expert, closed ones counted as 0"),
+        *(
+            part
+            for other in text.adapters(analysis)[1:]
+            for part in _maps(other, "mean_gate", f"Mean gate of {other['adapter']} ({other['gate']})")
+        ),
         f"<h2>Dead experts</h2>{_units(analysis)}",
     ]
     if analysis["sharing"]:

@@ -27,14 +27,18 @@ def open_rows(analysis: dict[str, Any]) -> Rows:
 
 
 def best_measure(analysis: dict[str, Any]) -> str:
-    """By which use tells tasks apart: open rates where gates close at all, else shares of the gates."""
-    sparsity = analysis["sparsity"]["all tasks"]["all"]
-    return "open_rate" if sparsity["zeros"] > 0 else "gate_share"
+    """By which use tells tasks apart: open rates where the gates of every adapter close at all, else shares of the gates."""
+    closes = [one["sparsity"]["all tasks"]["all"]["zeros"] > 0 for one in adapters(analysis)]
+    return "open_rate" if all(closes) else "gate_share"
 
 
 def sharing_rows(analysis: dict[str, Any], kind: str, measure: str) -> Rows:
     """For each pair of tasks their similarity beside its reference levels."""
     rows = [["shared", "of the two", "experts at random", "task at random", "p", "halves of one task"]]
+    others = {}
+    if analysis.get("against"):
+        rows[0].append(f"of {analysis['against']['adapter']}")
+        others = {(*e["tasks"], e["kind"], e["measure"]): e for e in analysis["against"]["sharing"]}
     for entry in analysis["sharing"]:
         if entry["kind"] == kind and entry["measure"] == measure:
             rows.append(
@@ -47,12 +51,15 @@ def sharing_rows(analysis: dict[str, Any], kind: str, measure: str) -> Rows:
                     " ".join(fixed(entry["halves"][task]) for task in entry["tasks"]),
                 ]
             )
+            if analysis.get("against"):
+                other = others.get((*entry["tasks"], kind, measure))
+                rows[-1].append(fixed(other and other["jaccard"]))
     return rows
 
 
 def adapters(analysis: dict[str, Any]) -> list[dict[str, Any]]:
     """The adapter, and the one that it is set against."""
-    return [analysis, *([analysis["against"]] if analysis["against"] else [])]
+    return [analysis] + ([analysis["against"]] if analysis.get("against") else [])
 
 
 def sparsity_rows(analysis: dict[str, Any]) -> Rows:

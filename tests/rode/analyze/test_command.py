@@ -75,6 +75,15 @@ def test_options_and_another_adapter(capsys, adapter, make_recipe, tmp_path, foo
     assert zeros[1] == 0
     said = capsys.readouterr().out
     assert f"{tmp_path / 'softmax'} (softmax)" in said
+    assert "(gate share; 1 is the same)" in said  # softmax's open rates say nothing
+    assert (out / "report.html").read_text().count("data:image/svg") == 6
+    # the adapter before training: a random router over the bare model
+    assert main(["analyze", str(adapter), "--against", "untrained", "--out", str(out), "--quiet"]) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    assert found["against"]["adapter"] == "untrained"
+    assert found["against"]["gate"] == "relu"
+    assert found["against"]["open_rate"] != found["open_rate"]
+    assert "of untrained" in capsys.readouterr().out
     # without a recipe beside the adapter: the model and the records are named
     (adapter / "recipe.yaml").unlink()
     bare = [

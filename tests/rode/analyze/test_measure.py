@@ -211,7 +211,7 @@ def test_one_task_alone_and_one_example(two_tasks):
     assert found["sharing"] == []
     _, found = run(told_apart(), two_tasks[:2])
     assert shared(found, "answer")["halves"] == {"recipe": None, "category": None}
-    text = format_analysis({"adapter": "a", "gate": "relu", "against": None, **found})
+    text = format_analysis({"adapter": "a", "gate": "relu", **found})
     assert "dead: 1 of 3 experts (by rank 1: 1 of 1, 2: 0 of 1, 3: 0 of 1)" in text
     row = sharing_rows(found, "answer", "open_rate")[1]
     assert row[:2] == ["recipe & category", "0.00"]
