@@ -82,7 +82,7 @@ def summarise(measured: Mapping[str, TaskGates], seed: int = 0) -> Analysis:
         }
         for name, value in (("open_rate", "open"), ("mean_gate", "gates"))
     }
-    rates = torch.cat([s.mean("open")[:-1] for s in sums.values()])  # (tasks * kinds, U), without "all"
+    rates = torch.cat([s.mean("open") for s in sums.values()])  # (tasks * kinds, U)
     most = rates.nan_to_num(nan=-1.0).max(0).values
     least = rates.nan_to_num(nan=2.0).min(0).values
 

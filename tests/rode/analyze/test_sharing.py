@@ -53,6 +53,11 @@ def test_tasks_with_experts_of_their_own():
     assert found["top_second"] == [(1, 0.0, 1.0), (4, 0.0, 1.0)]
 
 
+def test_experts_are_shuffled_within_their_layer():
+    a = usage([[0.5, 0.5, 0.5, 0, 0, 0]] * 2)
+    assert share(a, a, LAYERS, seeded())["unrelated"] == pytest.approx({"mean": 1, "high": 1})
+
+
 def test_tasks_that_do_the_same():
     a = usage([[0.5, 0.1, 0.0, 1, 0, 0.02]] * 6)
     found = share(a, a, LAYERS, seeded())

@@ -274,6 +274,9 @@ def test_examples_and_answers_are_told_apart(tiny_llava, llava_batch):
         assert summary.tokens == {"image": 16, "prompt": 8, "answer": 8, "all": 32}
         rate = (layer.open[..., 1].sum() / layer.tokens.sum()).item()
         assert summary.open_rate["all"][1] == pytest.approx(rate)
+    with GateStatistics(answers=True).attach(model) as statistics:
+        model(**llava_batch, labels=ids)  # what is learned is an answer, whatever else it is
+    assert statistics.report().layers[0].tokens == {"image": 0, "prompt": 0, "answer": 16, "all": 16}
     assert set(report.scalars()) >= {"gates/open_image", "gates/open_prompt", "gates/open_answer"}
 
 
