@@ -56,6 +56,8 @@ class SourceConfig:
     """By which metrics are kept apart; null for what the records say."""
     weight: float = 1.0
     """Passes over this source per epoch: 0.5 half of it (the other half in the next epoch), 0 leaves it out."""
+    fraction: float = 1.0
+    """Share of its training records to use: 0.25 is a quarter of them, in every epoch the same, and part of 0.5's half."""
     tasks: list[TaskName] = field(default_factory=lambda: list(ALL_TASKS))
     split_fractions: dict[str, float] | None = None
     """{train: 0.8, val: 0.1, test: 0.1} for records that state no split: a hash of the id decides."""

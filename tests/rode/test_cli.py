@@ -44,7 +44,8 @@ def fails(capsys, argv, message, code=1):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["generate"], ["data"], ["data", "convert"]]
+    "command",
+    [[], ["train"], ["evaluate"], ["generate"], ["analyze"], ["fit-clusters"], ["data"], ["data", "convert"]],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -54,9 +55,10 @@ def test_help(capsys, command):
 
 
 def shown_commands():
-    """Every `rode` command in the help texts and in docs/training.md."""
+    """Every `rode` command in the help texts and in some pages of docs/."""
     texts = [cli.TOP, *(module.DESCRIPTION for module in cli.MODULES)]
-    texts.append((Path(__file__).parents[2] / "docs" / "training.md").read_text())
+    docs = Path(__file__).parents[2] / "docs"
+    texts += [(docs / page).read_text() for page in ("training.md", "analysis.md")]
     lines = [
         line.split("   ")[0].strip()
         for text in texts

@@ -53,6 +53,7 @@ BAD = [
         "data: {sources: [{path: a, weight: -1}]}",
         r"data.sources\[0\]: weight of a: expected a finite number >= 0",
     ),
+    ("data: {sources: [{path: a, fraction: 2}]}", r"data.sources\[0\]: fraction of a: expected more than 0"),
     (
         "data: {sources: [{path: a, tasks: [cook]}]}",
         r"data.sources\[0\].tasks\[0\]: expected one of .*got 'cook'",

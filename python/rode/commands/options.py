@@ -19,13 +19,14 @@ def positive(text: str) -> int:
 positive.__name__ = "number of at least 1"  # what argparse calls it in its message
 
 
-def model_options() -> argparse.ArgumentParser:
-    """A parent parser: which model, which adapter, how it answers."""
+def model_options(adapter: bool = True) -> argparse.ArgumentParser:
+    """A parent parser: which model, how it answers, and with `adapter` which adapter."""
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory")
-    model.add_argument(
-        "--adapter", metavar="DIR", help="adapter: an output_dir or a checkpoint-N of `rode train`"
-    )
+    if adapter:
+        model.add_argument(
+            "--adapter", metavar="DIR", help="adapter: an output_dir or a checkpoint-N of `rode train`"
+        )
     model.add_argument("--projector", metavar="PATH", help="projector.safetensors of stage 1, or its folder")
     model.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of frozen weights")
     model.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")

@@ -22,6 +22,8 @@ class Source:
         name: by which metrics are kept apart; None for the `source` that each record states.
         weight: passes over this source's examples per epoch: 1 each once, 0.5 half of them (the other half
             in the next epoch), 3 each three times, 0 leaves the source out.
+        fraction: share of the training records to use, in (0, 1]: a hash of the id decides, so that a smaller share is part of a
+            larger one. Other splits are whole.
         tasks: which questions to ask.
         split_fractions: {"train": 0.8, "val": 0.1, "test": 0.1}, for records that state no split
             (`hash_split` with seed 0, so that it never moves with a training seed); None: such a record is
@@ -33,10 +35,15 @@ class Source:
     weight: float = 1.0
     tasks: Sequence[str] = TASKS
     split_fractions: Mapping[str, float] | None = None
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"weight of {self.path}: expected a finite number >= 0, got {self.weight!r}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"fraction of {self.path}: expected more than 0 and at most 1, got {self.fraction!r}; weight 0 leaves it out"
+            )
         if self.name == "all":
             raise ValueError('name: "all" stands for all sources together in the metrics; choose another')
         for task in self.tasks:
@@ -73,6 +80,11 @@ def hash_split(id: str, fractions: Mapping[str, float], seed: int = 0) -> str:
         if point < 0:
             return split
     return present[-1]  # the shares' sum may fall short of 1 by rounding
+
+
+def within_fraction(id: str, fraction: float) -> bool:
+    """Whether a record is among the first `fraction` of all in the order of a hash of their ids."""
+    return stable_hash("fraction", id) / 2**64 < fraction or fraction == 1
 
 
 @dataclass(frozen=True)
@@ -151,9 +163,14 @@ def load_examples(sources: Iterable[Source], split: str, *, wording: str = "firs
         weights.append(source.weight)
         paths.append(str(source.path))
         if split == "train" and not counts[-1]:
+            part = "" if source.fraction == 1 else f" in a fraction of {source.fraction:g}"
+            mend = (
+                "weight 0 or other tasks"
+                if source.fraction == 1
+                else "a larger fraction, weight 0 or other tasks"
+            )
             raise ValueError(
-                f"{source.path}: no example of split 'train' for {', '.join(source.tasks)}; "
-                "give it weight 0 or other tasks"
+                f"{source.path}: no example of split 'train' for {', '.join(source.tasks)}{part}; give it {mend}"
             )
     if not examples:
         raise ValueError(f"no example of split {split!r} in {', '.join(paths) or 'no sources'}")
@@ -169,5 +186,5 @@ def _records(source: Source, split: str) -> Iterable[FoodRecord]:
                     "write one, or give the source split_fractions"
                 )
             record = dataclasses.replace(record, split=hash_split(record.id, source.split_fractions))
-        if record.split == split:
+        if record.split == split and (split != "train" or within_fraction(record.id, source.fraction)):
             yield record

@@ -10,7 +10,7 @@ from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
 from rode.tuner.routing import routing_inputs
 from rode.tuner.sparsity import HoldSparsity
-from rode.tuner.statistics import GateReport, GateStatistics, LayerGates
+from rode.tuner.statistics import ExampleGates, GateReport, GateStatistics, LayerGates
 
 
 def register() -> None:
@@ -27,6 +27,7 @@ register()
 
 __all__ = [
     "RODE",
+    "ExampleGates",
     "GateReport",
     "GateStatistics",
     "HoldSparsity",

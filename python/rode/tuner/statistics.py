@@ -13,46 +13,93 @@ from torch import Tensor, nn
 from rode.tuner.layer import RodeLayer
 from rode.tuner.targets import towers, under
 
+IGNORE = -100  # labels of what is not learned
 KINDS = ("image", "text")
+ANSWER_KINDS = ("image", "prompt", "answer")
+CARRIED = 0.9
+"""Share of a token's gate mass that `ExampleGates.carriers` counts experts for."""
 
 
 class _TokenKinds:
     """What each token of the running forward pass is; shared by all recorders, None between passes."""
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None  # (2, batch, tokens) bool: image, text; padding is neither
+        self.rows: Tensor | None = None  # (kinds, batch, tokens) bool; padding is of no kind
 
 
 class GateRecorder:
     """Sums of one layer's gates, on the device. A layer calls `record` while statistics are attached."""
 
-    def __init__(self, name: str, kinds: _TokenKinds, in_tower: bool) -> None:
-        self.name, self._kinds, self._in_tower = name, kinds, in_tower
+    def __init__(self, name: str, kinds: _TokenKinds, in_tower: bool, by_example: bool = False) -> None:
+        self.name, self._kinds, self._in_tower, self._by_example = name, kinds, in_tower, by_example
         self.ranks: dict[str, tuple[int, ...]] = {}
-        self.sums: dict[str, Tensor] = {}  # adapter -> (2, 1 + 2 N) float64: tokens, open gates, gates
+        self.sums: dict[str, Tensor] = {}  # adapter -> (kinds, 1 + 2 N) float64: tokens, open gates, gates
+        # adapter -> a (kinds, batch, 1 + 2 N + 4) float64 for each pass: the same, then `_mixing`
+        self.examples: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
     def record(self, adapter: str, ranks: tuple[int, ...], gates: Tensor) -> None:
-        """Adds gates (..., N). Outside of a forward pass, as when checkpointing computes a layer again, nothing counts."""
+        """Adds gates (..., N), which may have 1 in place of a dimension of the tokens that they do not depend on.
+
+        Outside of a forward pass, as when checkpointing computes a layer again, nothing counts.
+        """
         rows = self._kinds.rows
         if rows is None:
             return
         if self._in_tower:  # its tokens are patches, and not those of input_ids
-            rows = torch.stack((gates.new_ones(gates.shape[:-1]), gates.new_zeros(gates.shape[:-1]))).bool()
-        if rows.shape[1:] != gates.shape[:-1]:
-            raise ValueError(
-                f"GateStatistics: layer {self.name} saw tokens of shape {tuple(gates.shape[:-1])}, but input_ids has shape "
-                f"{tuple(rows.shape[1:])}; call detach() before running such a model, or adapt other layers"
-            )
+            image = gates.new_ones(gates.shape[:-1], dtype=torch.bool)
+            rows = torch.stack((image, *[~image] * (len(rows) - 1)))
+        gates = self._for_each_token(gates, rows.shape[1:])
         # (tokens, 1 + 2 N); torch.where and a float64 sum, for a product under autocast would round the counts, and a
         # non-finite gate of padding would reach every sum
         values = torch.cat((torch.ones_like(gates[..., :1]), (gates > 0).to(gates.dtype), gates), dim=-1)
+        self.ranks[adapter] = ranks
+        if self._by_example:
+            values = torch.cat((values.double(), _mixing(gates)), dim=-1)
+            sums = torch.where(rows[..., None], values, 0).flatten(2, -2).sum(2)
+            self.examples.setdefault(adapter, []).append(sums)
+            return
         sums = torch.where(rows[..., None], values, 0).flatten(1, -2).sum(1, dtype=torch.float64)
         if adapter not in self.sums:
-            self.ranks[adapter] = ranks
             with torch.inference_mode(False):  # a tensor that later passes of any mode may add to
                 self.sums[adapter] = torch.zeros(sums.shape, dtype=sums.dtype, device=sums.device)
         self.sums[adapter] += sums
+
+    def _for_each_token(self, gates: Tensor, tokens: torch.Size) -> Tensor:
+        """gates (..., N) expanded to (*tokens, N)."""
+        shape = gates.shape[:-1]
+        if len(shape) == len(tokens) and all(n in (1, want) for n, want in zip(shape, tokens, strict=True)):
+            return gates.expand(*tokens, gates.shape[-1])
+        raise ValueError(
+            f"GateStatistics: layer {self.name} saw tokens of shape {tuple(shape)}, but input_ids has shape {tuple(tokens)}; "
+            "call detach() before running such a model, or adapt other layers"
+        )
+
+    def total(self) -> dict[str, Tensor]:
+        """adapter -> (kinds, 1 + 2 N), whichever way it was counted."""
+        width = {adapter: 1 + 2 * len(ranks) for adapter, ranks in self.ranks.items()}
+        summed = {
+            adapter: sum(part.sum(1) for part in parts)[:, : width[adapter]]
+            for adapter, parts in self.examples.items()
+        }
+        return {**self.sums, **summed}
+
+
+def _mixing(gates: Tensor) -> Tensor:
+    """How a token's gates (..., N) mix the experts: (..., 4) float64.
+
+    Exact zeros; effective number of experts (exp of the entropy of the gates, normalised to a sum of 1); the fewest experts that
+    carry `CARRIED` of the sum; 1 where every gate is zero, and there the two numbers before are 0.
+    """
+    mass = gates.double().abs()
+    total = mass.sum(-1, keepdim=True)
+    share = mass / torch.where(total > 0, total, 1)
+    effective = torch.exp(-torch.xlogy(share, share).sum(-1, keepdim=True))
+    carried = share.sort(-1, descending=True).values.cumsum(-1)
+    carriers = 1.0 + (carried < CARRIED - 1e-6).sum(-1, keepdim=True)  # equal gates are equal up to rounding
+    zeros = (gates == 0).sum(-1, keepdim=True).double()
+    nothing = (total == 0).double()
+    return torch.cat((zeros, effective * (1 - nothing), carriers * (1 - nothing), nothing), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +109,7 @@ class LayerGates:
     Attributes:
         name: of the layer. block: number of its transformer block (the first number in the name), or None.
         adapter, ranks: whose gates, and the rank of each expert.
-        tokens: tokens seen, by kind ("image", "text", "all").
+        tokens: tokens seen, by kind ("image", "text", "all"; with `answers` "image", "prompt", "answer", "all").
         open_rate: by kind, for each expert the share of tokens whose gate is above 0; None where no such token was seen.
         mean_gate: by kind, for each expert the mean gate over all those tokens, closed ones included; None likewise.
     """
@@ -74,6 +121,32 @@ class LayerGates:
     tokens: dict[str, int]
     open_rate: dict[str, tuple[float, ...] | None]
     mean_gate: dict[str, tuple[float, ...] | None]
+
+
+@dataclass(frozen=True)
+class ExampleGates:
+    """Sums over the tokens of one adapted layer, example by example in the order they were run; float64 on the host.
+
+    Attributes:
+        name, block, adapter, ranks: as in `LayerGates`. kinds: what the second dimension stands for.
+        tokens: (examples, kinds). open, gates: (examples, kinds, N), numbers of open gates and sums of gates.
+        zeros: (examples, kinds) gates that are exactly 0. closed: tokens whose gates are all 0.
+        effective: summed effective number of experts, the exp of the entropy of a token's normalised gates; 0 for a closed token.
+        carriers: summed fewest experts that carry 90 % of a token's gates; likewise.
+    """
+
+    name: str
+    block: int | None
+    adapter: str
+    ranks: tuple[int, ...]
+    kinds: tuple[str, ...]
+    tokens: Tensor
+    open: Tensor
+    gates: Tensor
+    zeros: Tensor
+    effective: Tensor
+    carriers: Tensor
+    closed: Tensor
 
 
 @dataclass(frozen=True)
@@ -96,7 +169,7 @@ class GateReport:
         """A row for each transformer block, a column for each expert (Fig. 6 of the paper): the mean over the block's layers.
 
         Args:
-            value: "mean_gate" or "open_rate". kind: "image", "text" or "all".
+            value: "mean_gate" or "open_rate". kind: a key of `LayerGates.tokens`.
 
         Returns:
             The blocks' numbers, and the rows in their order. Layers outside of blocks are left out. Where layers of a block have
@@ -115,7 +188,7 @@ class GateReport:
     def scalars(self, prefix: str = "gates") -> dict[str, float]:
         """Means over layers for a training log: open rate by kind, and open rate and gate of each expert over all tokens."""
         out: dict[str, float] = {}
-        for kind in KINDS:
+        for kind in dict.fromkeys(kind for layer in self.layers for kind in layer.tokens if kind != "all"):
             rows = [layer.open_rate[kind] for layer in self.layers if layer.open_rate[kind] is not None]
             if rows:
                 out[f"{prefix}/open_{kind}"] = _mean([rate for row in rows for rate in row])
@@ -137,6 +210,10 @@ class GateStatistics:
     Args:
         image_token_id: the placeholder of image tokens in input_ids. Default: what the model's configuration says; a model
             that has none has text tokens only.
+        answers: tell the answer's tokens from the prompt's by the `labels` that the model is called with: kinds are then
+            `ANSWER_KINDS`.
+        by_example: keep sums for each row of each batch, and how its tokens mix the experts, for `examples`; they stay on the
+            device until then, some 8 (1 + 2 N + 4) bytes for each example, layer and kind.
 
     Example:
         ```py
@@ -146,8 +223,12 @@ class GateStatistics:
         ```
     """
 
-    def __init__(self, image_token_id: int | None = None) -> None:
+    def __init__(
+        self, image_token_id: int | None = None, *, answers: bool = False, by_example: bool = False
+    ) -> None:
         self.image_token_id = image_token_id
+        self.kinds = ANSWER_KINDS if answers else KINDS
+        self.by_example = by_example
         self._kinds = _TokenKinds()
         self._layers: list[tuple[RodeLayer, GateRecorder]] = []
         self._hooks: list[Any] = []
@@ -178,14 +259,16 @@ class GateStatistics:
         roots = towers(model)
         self._layers = []
         for name, layer in layers:
-            layer.gate_recorder = GateRecorder(name, self._kinds, under(name, roots) is not None)
+            layer.gate_recorder = GateRecorder(
+                name, self._kinds, under(name, roots) is not None, self.by_example
+            )
             self._layers.append((layer, layer.gate_recorder))
         parameters = inspect.signature(model.forward)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = parameters.bind_partial(*args, **kwargs).arguments
             given = {**given, **given.get("kwargs", {})}
-            self._begin(given.get("input_ids"), given.get("attention_mask"))
+            self._begin(given.get("input_ids"), given.get("attention_mask"), given.get("labels"))
 
         def after(*_: object) -> None:
             self._kinds.rows = None
@@ -197,7 +280,7 @@ class GateStatistics:
         return self
 
     @torch.no_grad()
-    def _begin(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    def _begin(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         if input_ids is None:
             raise ValueError(
                 "GateStatistics: the model was called without input_ids, so image and text tokens cannot be told apart; pass "
@@ -205,7 +288,16 @@ class GateStatistics:
             )
         token = self.image_token_id
         image = torch.zeros_like(input_ids).bool() if token is None else input_ids == token
-        rows = torch.stack((image, ~image))
+        if self.kinds == KINDS:
+            rows = torch.stack((image, ~image))
+        elif labels is None:
+            raise ValueError(
+                "GateStatistics: answers=True tells answers by labels, and the model was called without; pass labels (-100 on "
+                "prompt and padding), or leave answers out"
+            )
+        else:
+            answer = labels != IGNORE
+            rows = torch.stack((image & ~answer, ~image & ~answer, answer))
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
                 raise ValueError(
@@ -229,6 +321,7 @@ class GateStatistics:
         """Sets all counts to zero."""
         for _, recorder in self._layers:
             recorder.sums.clear()
+            recorder.examples.clear()
 
     def __enter__(self) -> GateStatistics:
         return self
@@ -240,21 +333,45 @@ class GateStatistics:
         """Fetches the counts from the device; may be called while attached, and after."""
         return GateReport(
             tuple(
-                _layer_gates(recorder.name, adapter, recorder.ranks[adapter], sums.cpu())
+                _layer_gates(recorder.name, adapter, recorder.ranks[adapter], self.kinds, sums.cpu())
                 for _, recorder in self._layers
-                for adapter, sums in recorder.sums.items()
+                for adapter, sums in recorder.total().items()
             )
         )
 
+    def examples(self) -> tuple[ExampleGates, ...]:
+        """With `by_example`: one entry for each adapted layer and adapter that saw a token, fetched from the device."""
+        return tuple(
+            _example_gates(recorder.name, adapter, recorder.ranks[adapter], self.kinds, parts)
+            for _, recorder in self._layers
+            for adapter, parts in recorder.examples.items()
+        )
 
-def _layer_gates(name: str, adapter: str, ranks: tuple[int, ...], sums: Tensor) -> LayerGates:
-    experts = len(ranks)
-    by_kind = dict(zip((*KINDS, "all"), (*sums, sums.sum(0)), strict=True))
-    shares = {kind: (row[1:] / row[0]).tolist() if row[0] > 0 else None for kind, row in by_kind.items()}
+
+def _block(name: str) -> int | None:
     number = re.search(r"\.(\d+)\.", name)
+    return None if number is None else int(number[1])
+
+
+def _example_gates(
+    name: str, adapter: str, ranks: tuple[int, ...], kinds: tuple[str, ...], parts: list[Tensor]
+) -> ExampleGates:
+    sums = torch.cat(parts, dim=1).transpose(0, 1).cpu()  # (examples, kinds, 1 + 2 N + 4)
+    tokens, opened, gates, mixing = sums.split((1, len(ranks), len(ranks), 4), dim=-1)
+    return ExampleGates(
+        name, _block(name), adapter, ranks, kinds, tokens[..., 0], opened, gates, *mixing.unbind(-1)
+    )
+
+
+def _layer_gates(
+    name: str, adapter: str, ranks: tuple[int, ...], kinds: tuple[str, ...], sums: Tensor
+) -> LayerGates:
+    experts = len(ranks)
+    by_kind = dict(zip((*kinds, "all"), (*sums, sums.sum(0)), strict=True))
+    shares = {kind: (row[1:] / row[0]).tolist() if row[0] > 0 else None for kind, row in by_kind.items()}
     return LayerGates(
         name=name,
-        block=None if number is None else int(number[1]),
+        block=_block(name),
         adapter=adapter,
         ranks=ranks,
         tokens={kind: int(row[0]) for kind, row in by_kind.items()},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rode.data.mixture import Mixture, Source, hash_split, load_examples
+from rode.data.mixture import Mixture, Source, hash_split, load_examples, within_fraction
 from rode.data.records import FoodRecord, RecordError, write_records
 
 FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}
@@ -107,6 +107,32 @@ def test_records_without_a_split(tmp_path: Path) -> None:
         assert all(e.split == split == hash_split(e.record_id, FRACTIONS) for e in part)
 
 
+def test_a_smaller_fraction_is_part_of_a_larger_one(tmp_path: Path) -> None:
+    ids = [f"dish_{i}" for i in range(8000)]
+    kept = {f: [id for id in ids if within_fraction(id, f)] for f in (1 / 8, 1 / 4, 1 / 2, 1.0)}
+    assert kept[1.0] == ids
+    for small, large in ((1 / 8, 1 / 4), (1 / 4, 1 / 2)):
+        assert set(kept[small]) < set(kept[large])
+        # 4 standard deviations of a binomial
+        assert abs(len(kept[small]) / len(ids) - small) < 4 * (small * (1 - small) / len(ids)) ** 0.5
+    # known values: the part must be the same on another machine
+    assert kept[1 / 8][:4] == ["dish_9", "dish_31", "dish_38", "dish_44"]
+    # which part is used says nothing about the split that a hash makes
+    train = [hash_split(id, FRACTIONS) == "train" for id in kept[1 / 4]]
+    assert abs(sum(train) / len(train) - 0.5) < 4 * (0.25 / len(train)) ** 0.5
+    path = file_of(tmp_path / "dish_.jsonl", 64)
+    source = Source(path, tasks=("category",), fraction=0.25)
+    used = [example.record_id for example in load_examples([source], "train").examples]
+    assert used == [id for id in ids[:64] if id in kept[1 / 4]]
+    held_out = Source(file_of(tmp_path / "b.jsonl", 64, split="test"), fraction=0.25)
+    assert len(load_examples([held_out], "test").examples) == 64
+    few = Source(file_of(tmp_path / "c.jsonl", 1), fraction=1e-9)
+    with pytest.raises(
+        ValueError, match=r"category.* in a fraction of 1e-09; give it a larger fraction, weight 0"
+    ):
+        load_examples([few], "train")
+
+
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     full, empty = file_of(tmp_path / "a.jsonl", 3), file_of(tmp_path / "b.jsonl", 3, category=None)
     with pytest.raises(
@@ -126,6 +152,9 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     [
         ({"weight": -1.0}, "weight of a.jsonl: expected a finite number >= 0, got -1.0"),
         ({"weight": float("nan")}, "weight of a.jsonl: expected a finite number >= 0, got nan"),
+        ({"fraction": 0.0}, "fraction of a.jsonl: expected more than 0 and at most 1, got 0.0"),
+        ({"fraction": 1.5}, "fraction of a.jsonl: expected more than 0 and at most 1, got 1.5"),
+        ({"fraction": float("nan")}, "fraction of a.jsonl: expected more than 0 and at most 1, got nan"),
         ({"tasks": ("cook",)}, "tasks of a.jsonl: expected some of .*, got 'cook'"),
         ({"name": "all"}, 'name: "all" stands for all sources'),
         ({"split_fractions": {"train": 0.4}}, "expected a sum of 1, got 0.4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rode.tuner import GateStatistics, RodeConfig, RodeLayer
+from rode.tuner.statistics import GateRecorder, _TokenKinds
 
 RANKS = (2, 4, 1)
 
@@ -136,11 +138,12 @@ class Fetches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_counting_never_fetches_from_the_device(tiny_llava, llava_batch):
+@pytest.mark.parametrize("options", [{}, {"by_example": True}])
+def test_counting_never_fetches_from_the_device(tiny_llava, llava_batch, options):
     model = adapted(tiny_llava)
     with Fetches() as without:
         model(**llava_batch)
-    statistics = GateStatistics().attach(model)
+    statistics = GateStatistics(**options).attach(model)
     with Fetches() as with_statistics:
         model(**llava_batch)
 
@@ -221,6 +224,101 @@ def test_summaries(tiny_llava, llava_batch):
     assert json.loads(json.dumps(report.to_dict()))["layers"][0]["tokens"]["text"] == 8
 
 
+def mixed_by_hand(gates):
+    """(zeros, effective number, carriers of 90 %, closed) of one token."""
+    total = sum(gates)
+    if total == 0:
+        return len(gates), 0.0, 0, 1
+    shares = sorted((g / total for g in gates), reverse=True)
+    effective = math.exp(-sum(p * math.log(p) for p in shares if p > 0))
+    carriers = next(k for k in range(1, len(shares) + 1) if sum(shares[:k]) >= 0.9 - 1e-9)
+    return sum(g == 0 for g in gates), effective, carriers, 0
+
+
+def test_examples_and_answers_are_told_apart(tiny_llava, llava_batch):
+    model = adapted(tiny_llava)
+    labels = llava_batch["input_ids"].clone()
+    labels[:, :-2] = -100  # the last two tokens of each row are its answer
+    batch = {**llava_batch, "labels": labels}
+    with GateStatistics(answers=True, by_example=True).attach(model) as statistics:
+        seen = inputs_by_layer(model, lambda: (model(**batch), model(**batch)))
+        layers = statistics.examples()
+        report = statistics.report()
+        statistics.reset()
+        assert statistics.examples() == ()
+    assert [layer.name for layer in layers] == list(seen)
+    ids, mask = llava_batch["input_ids"], llava_batch["attention_mask"]
+    for layer, summary in zip(layers, report.layers, strict=True):
+        assert layer.kinds == ("image", "prompt", "answer")
+        assert layer.tokens.tolist() == [[4, 3, 2], [4, 1, 2]] * 2
+        router = model.get_base_model().get_submodule(layer.name).rode_router["default"].detach()
+        x = seen[layer.name][0]
+        for row in range(2):
+            by_kind = {0: [], 1: [], 2: []}
+            for t in range(ids.shape[1]):
+                if mask[row, t]:
+                    kind = 2 if labels[row, t] != -100 else 0 if ids[row, t] == 100 else 1
+                    by_kind[kind].append((router @ x[row, t]).clamp(min=0).tolist())
+            for example in (row, row + 2):
+                for kind, tokens in by_kind.items():
+                    mixed = [mixed_by_hand(gates) for gates in tokens]
+                    for i in range(len(RANKS)):
+                        assert layer.open[example, kind, i] == sum(g[i] > 0 for g in tokens)
+                        assert layer.gates[example, kind, i].item() == pytest.approx(
+                            sum(g[i] for g in tokens), rel=1e-5
+                        )
+                    got = (layer.zeros, layer.effective, layer.carriers, layer.closed)
+                    for column, sums in enumerate(got):
+                        want = sum(m[column] for m in mixed)
+                        assert sums[example, kind].item() == pytest.approx(want, rel=1e-5)
+        assert summary.tokens == {"image": 16, "prompt": 8, "answer": 8, "all": 32}
+        rate = (layer.open[..., 1].sum() / layer.tokens.sum()).item()
+        assert summary.open_rate["all"][1] == pytest.approx(rate)
+    with GateStatistics(answers=True).attach(model) as statistics:
+        model(**llava_batch, labels=ids)  # what is learned is an answer, whatever else it is
+    assert statistics.report().layers[0].tokens == {"image": 0, "prompt": 0, "answer": 16, "all": 16}
+    assert set(report.scalars()) >= {"gates/open_image", "gates/open_prompt", "gates/open_answer"}
+
+
+@pytest.mark.parametrize(
+    ("gates", "want"),
+    [
+        ([0.25, 0.25, 0.25, 0.25], (0, 4.0, 4, 0)),
+        ([0.0, 3.0, 0.0, 0.0], (3, 1.0, 1, 0)),
+        ([0.9, 0.1, 0.0, 0.0], (2, mixed_by_hand([0.9, 0.1])[1], 1, 0)),
+        ([0.0, 0.0, 0.0, 0.0], (4, 0.0, 0, 1)),
+        ([0.1] * 10, (0, 10.0, 9, 0)),
+    ],
+)
+def test_how_gates_mix(gates, want):
+    kinds = _TokenKinds()
+    kinds.rows = torch.tensor([[[False]], [[True]]])
+    recorder = GateRecorder("a.0.b", kinds, in_tower=False, by_example=True)
+    recorder.record("default", (1,) * len(gates), torch.tensor([[gates]]))
+    (sums,) = recorder.examples["default"]
+    assert sums[1, 0, -4:].tolist() == pytest.approx(want, rel=1e-6)
+    assert not sums[0].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1), (1, 3)])
+def test_gates_that_do_not_depend_on_the_token_count_for_each(shape):
+    kinds = _TokenKinds()
+    kinds.rows = torch.tensor([[[1, 0, 0], [1, 0, 0]], [[0, 1, 1], [0, 1, 0]]]).bool()
+    gates = torch.rand(*shape, 4) - 0.5
+    sums = []
+    for given in (gates, gates.expand(2, 3, 4).contiguous()):
+        recorder = GateRecorder("a.0.b", kinds, in_tower=False)
+        recorder.record("default", (1, 1, 1, 1), given)
+        sums.append(recorder.sums["default"])
+    assert torch.equal(*sums)
+    assert sums[0][:, 0].tolist() == [2, 3]
+    for wrong in (torch.rand(2, 2, 4), torch.rand(6, 4)):
+        with pytest.raises(
+            ValueError, match=r"layer a.0.b saw tokens of shape .* input_ids has shape \(2, 3\)"
+        ):
+            recorder.record("default", (1, 1, 1, 1), wrong)
+
+
 def test_what_cannot_be_counted_is_refused(tiny_llava, llava_batch):
     with pytest.raises(ValueError, match="no RoDE layer"):
         GateStatistics().attach(tiny_llava())
@@ -237,3 +335,8 @@ def test_what_cannot_be_counted_is_refused(tiny_llava, llava_batch):
         model(input_ids=llava_batch["input_ids"][:, -2:], attention_mask=torch.ones(2, 1, 2, 2).bool())
     statistics.detach()
     model(inputs_embeds=embeds)
+    with (
+        GateStatistics(answers=True).attach(model),
+        pytest.raises(ValueError, match="answers=True tells answers by labels"),
+    ):
+        model(**llava_batch)
