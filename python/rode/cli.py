@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rode import compose_cli
+
 # torch, transformers and peft are imported by the commands that need them.
 
 TOP = """\
@@ -144,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="one JSON object a line: image, question, answer, parsed"
     )
 
+    compose_cli.add_parser(commands, common, model)
     sub = commands.add_parser(
         "data", help="turn data sets into records", description=DATA, formatter_class=raw
     )

@@ -151,8 +151,8 @@ def load_projector(model: Any, path: str | Path) -> None:
     projector.to(next(iter(state.values())).dtype).load_state_dict(state)
 
 
-def load_adapter(model: Any, directory: str | Path) -> Any:
-    """Put a saved adapter on a model, for inference: a PeftModel in eval mode.
+def load_adapter(model: Any, directory: str | Path, name: str = "default") -> Any:
+    """Put a saved adapter on a model, for inference: a PeftModel in eval mode. A PeftModel gets one more, which is not active.
 
     An adapter that was trained with the projector carries it and gets it back in float32.
     """
@@ -165,4 +165,7 @@ def load_adapter(model: Any, directory: str | Path) -> Any:
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
     if json.loads(file.read_text()).get("modules_to_save"):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
-    return PeftModel.from_pretrained(model, str(directory)).eval()
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(directory), name)
+        return model.eval()
+    return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()
