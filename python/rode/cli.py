@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rode.commands import analyze, data, evaluate, fit_clusters, generate, train
+from rode.commands import analyze, compose, data, evaluate, fit_clusters, generate, train
 
 # torch, transformers and peft are imported by the commands that need them.
 
@@ -26,7 +26,7 @@ Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA ex
 """
 
 
-MODULES = (train, evaluate, generate, analyze, fit_clusters, data)
+MODULES = (train, evaluate, generate, analyze, compose, fit_clusters, data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -131,7 +131,8 @@ class Recipe:
     """"projector" is LLaVA's stage 1: the projector alone. "adapter" trains what `adapter` says."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Fields of `rode.tuner.RodeConfig`; with `preset: NAME` those that differ from a preset's (`rode.tuner.presets`); with
-    `method: peft` and `peft_type: POLY` (LORA, XLORA, ...) the fields of PEFT's own configuration."""
+    `method: peft` and `peft_type: POLY` (LORA, XLORA, ...) the fields of PEFT's own configuration; with `method: moe-llava`
+    those of `rode.tuner.moe_llava.MoeConfig`."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output_dir: str | None = None
@@ -262,7 +263,7 @@ def _check_routing(recipe: Recipe, config: Any) -> None:
 
 
 def adapter_config(recipe: Recipe) -> Any:
-    """The PEFT configuration that the recipe's `adapter` describes, every key checked."""
+    """The PEFT configuration (or MoeConfig) that the recipe's `adapter` describes, every key checked."""
     values = dict(recipe.adapter)
     method = values.pop("method", "rode")
     if method == "peft":
@@ -276,14 +277,17 @@ def adapter_config(recipe: Recipe) -> Any:
                 values = preset_fields(values.pop("preset"), **values)
             except ValueError as error:
                 raise RecipeError(f"adapter.{error}") from error
+    elif method == "moe-llava":
+        from rode.tuner.moe_llava import MoeConfig as cls
     else:
-        raise RecipeError(f"adapter.method: expected one of rode, peft, got {method!r}")
+        raise RecipeError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
     known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
     for key in values:
         if key not in known:
             raise RecipeError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
-    values = {"task_type": "CAUSAL_LM", **values}
-    if recipe.training.projector_learning_rate is not None:
+    if method != "moe-llava":
+        values = {"task_type": "CAUSAL_LM", **values}
+    if method != "moe-llava" and recipe.training.projector_learning_rate is not None:
         values["modules_to_save"] = [*(values.get("modules_to_save") or []), "multi_modal_projector"]
     try:
         return cls(**values)

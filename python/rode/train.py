@@ -22,6 +22,7 @@ from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
 from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
+from rode.tuner.moe_llava import MoeConfig, convert_to_moe
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
 from rode.vlm.packing import pack_by_picture
@@ -91,7 +92,8 @@ def _packed(mixture: Mixture, most: int) -> Mixture:
 
 
 def make_trainable(model: Any, recipe: Recipe) -> Any:
-    """Freeze the model and add what the recipe trains, in float32: a PeftModel in stage "adapter", else the model.
+    """Freeze the model and add what the recipe trains, in float32: a PeftModel in stage "adapter" (a MoE-LLaVA is
+    the model itself, converted), else the model.
 
     Everything random in it follows `training.seed`.
     """
@@ -103,9 +105,14 @@ def make_trainable(model: Any, recipe: Recipe) -> Any:
         get_projector(model).float().requires_grad_(True)
         return model
     config = adapter_config(recipe)
+    set_seed(recipe.training.seed)
+    if isinstance(config, MoeConfig):
+        convert_to_moe(model, config)
+        if recipe.training.projector_learning_rate is not None:
+            get_projector(model).float().requires_grad_(True)
+        return model
     if config.modules_to_save:
         get_projector(model).float()
-    set_seed(recipe.training.seed)
     return get_peft_model(model, config)
 
 

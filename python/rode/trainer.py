@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from rode.tuner import GateStatistics, HoldSparsity
+from rode.tuner.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.vlm.collator import IGNORE
 from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
 from rode.vlm.loss import answer_loss
@@ -90,7 +91,7 @@ class AnswerTrainer(Trainer):
         plan: order of the examples, see `EpochSampler`.
         lengths: of the examples, to batch like with like; None for the plan's order.
         projector_rate: learning rate of the projector's parameters; None for the common one.
-        projector_only: checkpoints hold the projector instead of an adapter.
+        projector_only: checkpoints hold the projector instead of an adapter. (A MoE-LLaVA's hold its mixtures.)
         statistics: gates counted between two log lines and logged with them.
     """
 
@@ -165,16 +166,25 @@ class AnswerTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.projector_only:
+        model, directory = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+        mixtures = moe_layers(model)
+        if not self.projector_only and not mixtures:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_projector(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+            if mixtures:
+                save_moe(model, directory)
+            if self.projector_only or self.projector_rate is not None:
+                save_projector(model, directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.projector_only:
-            load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
-        else:
+        mixtures = moe_layers(self.model)
+        if not self.projector_only and not mixtures:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if mixtures:
+            load_moe_weights(self.model, resume_from_checkpoint)
+        if self.projector_only or self.projector_rate is not None:
+            load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -19,8 +19,8 @@ def positive(text: str) -> int:
 positive.__name__ = "number of at least 1"  # what argparse calls it in its message
 
 
-def model_options(adapter: bool = True) -> argparse.ArgumentParser:
-    """A parent parser: which model, how it answers, and with `adapter` which adapter."""
+def model_options(adapter: bool = True, answers: bool = True) -> argparse.ArgumentParser:
+    """A parent parser: which model, with `adapter` which adapter, with `answers` how long they may be."""
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory")
     if adapter:
@@ -33,7 +33,10 @@ def model_options(adapter: bool = True) -> argparse.ArgumentParser:
     model.add_argument(
         "--prompt", choices=("vicuna", "chat_template", "auto"), help="as the adapter was trained"
     )
-    model.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (default 256)")
+    if answers:
+        model.add_argument(
+            "--max-new-tokens", type=positive, metavar="N", help="longest answer (default 256)"
+        )
     model.add_argument("--batch-size", type=positive, metavar="N", help="questions at a time (default 8)")
     return model
 

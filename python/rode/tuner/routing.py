@@ -171,26 +171,26 @@ class Routing:
         return ids.reshape(*ids.shape, *(1,) * (x.dim() - 1 - ids.dim()))
 
 
-def add_to_output(output: Any, aux: Tensor, kwargs: dict[str, Any]) -> Any:
+def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
     """A model's output with `aux_loss` in it, and added to its loss where it has one.
 
     A micro-batch of an accumulated batch counts by its share of learned tokens, as its cross-entropy does, where Trainer tells
     (`num_items_in_batch`).
     """
     if isinstance(output, tuple):
-        if kwargs.get("labels") is None:
+        if given.get("labels") is None:
             raise ValueError(
                 "aux_loss: a tuple without a loss has no place for it; call with return_dict=True"
             )
-        return (output[0] + _share(aux, kwargs), *output[1:])
+        return (output[0] + _share(aux, given), *output[1:])
     if getattr(output, "loss", None) is not None:
-        output["loss"] = output.loss + _share(aux, kwargs).to(output.loss.device)
+        output["loss"] = output.loss + _share(aux, given).to(output.loss.device)
     output["aux_loss"] = aux
     return output
 
 
-def _share(aux: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+def _share(aux: Tensor, given: dict[str, Any]) -> Tensor:
+    total, labels = given.get("num_items_in_batch"), given.get("labels")
     return aux if total is None or labels is None else aux * learned_share(labels, total)
 
 

@@ -151,18 +151,29 @@ def load_projector(model: Any, path: str | Path) -> None:
     projector.to(next(iter(state.values())).dtype).load_state_dict(state)
 
 
-def load_adapter(model: Any, directory: str | Path) -> Any:
-    """Put a saved adapter on a model, for inference: a PeftModel in eval mode.
+def load_adapter(model: Any, directory: str | Path, name: str = "default") -> Any:
+    """Put a saved adapter on a model, for inference: a PeftModel in eval mode. A PeftModel gets one more, which is not active.
 
-    An adapter that was trained with the projector carries it and gets it back in float32.
+    An adapter that was trained with the projector carries it and gets it back in float32. A folder of MoE-LLaVA turns the model
+    itself into the mixture.
     """
     from peft import PeftModel
 
     import rode.tuner  # noqa: F401  (registers the RODE method with PEFT)
+    from rode.tuner.moe_llava import MOE_CONFIG, load_moe
+
+    if (Path(directory) / MOE_CONFIG).is_file():
+        if (Path(directory) / PROJECTOR_FILE).is_file():
+            load_projector(model, directory)
+        load_moe(model, directory)
+        return model.eval()
 
     file = Path(directory) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
     if json.loads(file.read_text()).get("modules_to_save"):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
-    return PeftModel.from_pretrained(model, str(directory)).eval()
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(directory), name)
+        return model.eval()
+    return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()

@@ -1,0 +1,184 @@
+"""`rode compose`: the command around `rode.compose`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from rode.commands.options import TASK_NAMES, load, model_options, positive, saved_recipe
+
+DESCRIPTION = """\
+Make one plain-LoRA adapter of several (LoRAHub): their matrices are added up with coefficients that a search without
+gradients finds on a few held-out examples. The adapters were trained with gate: none and the same rank; they stay as they are.
+
+Writes the adapter and compose.json (coefficients, every evaluation) to --out, for `rode generate --adapter` and
+`rode evaluate --adapter`.
+
+examples:
+  rode compose runs/lora-ingredients runs/lora-nutrition --out runs/composed --tasks recipe
+  rode compose runs/a runs/b runs/c --out runs/abc --data new-task.jsonl --split train --examples 20 --budget 100
+"""
+
+
+def add_parser(commands: Any, **options: Any) -> None:
+    options["parents"] = [*options.get("parents", []), model_options(adapter=False, answers=False)]
+    sub = commands.add_parser(
+        "compose",
+        help="one plain-LoRA adapter from several, by a few examples",
+        description=DESCRIPTION,
+        **options,
+    )
+    sub.set_defaults(run=run, adapter=None)
+    sub.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="two or more folders that `rode train` wrote"
+    )
+    sub.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not hold anything")
+    sub.add_argument(
+        "--data",
+        metavar="JSONL",
+        nargs="+",
+        help="files of records; default: those of the first adapter's recipe",
+    )
+    sub.add_argument("--split", choices=("train", "val", "test"), default="val", help="default val")
+    sub.add_argument("--tasks", nargs="+", choices=TASK_NAMES)
+    sub.add_argument(
+        "--examples", type=positive, default=5, metavar="N", help="drawn from the split (default 5)"
+    )
+    sub.add_argument(
+        "--budget", type=positive, default=40, metavar="N", help="evaluations of the search (default 40)"
+    )
+    sub.add_argument("--seed", type=int, default=0, help="of the draw and of the search (default 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    _check_usage(args, out)
+    recipes = {adapter: found for adapter in args.adapters if (found := saved_recipe(adapter)) is not None}
+    recipe = next(iter(recipes.values()), None)
+    _check_recipes(args, recipes)
+    examples = _draw_examples(args, recipe)
+
+    from rode.compose import compose, few_shot_loss
+    from rode.vlm import FeatureSource, load_adapter
+
+    model, processor, prompt = load(args, recipe)
+    source = FeatureSource(
+        model, processor
+    )  # a picture goes through the frozen tower once, not once for each evaluation
+    names = [f"source{i}" for i in range(len(args.adapters))]
+    for name, adapter in zip(names, args.adapters, strict=True):
+        model = load_adapter(model, adapter, name)
+    options = {"prompt": prompt, "batch_size": args.batch_size or 8, "source": source}
+    loss = few_shot_loss(model, processor, examples, **options)
+    alone = []
+    for name in names:
+        model.set_adapter(name)
+        alone.append(loss())
+    search = compose(model, names, loss, "default", budget=args.budget, seed=args.seed)
+    _write(args, out, model, recipe, search, alone, [example.record_id for example in examples])
+    for adapter, weight, single in zip(args.adapters, search.best.weights, alone, strict=True):
+        print(f"{weight:+.4f}  {adapter} (alone: loss {single:.4f})")
+    print(f"adapter in {out}: loss {search.best.loss:.4f} on {len(examples)} examples")
+    return 0
+
+
+def _check_usage(args: argparse.Namespace, out: Path) -> None:
+    """What can be told before a model is loaded."""
+    from peft import PeftConfig
+
+    from rode.compose import check_composable
+
+    if len(args.adapters) < 2:
+        raise ValueError(f"expected two or more adapters to compose, got {args.adapters[0]} alone")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} holds something already: give another --out")
+    for adapter in args.adapters:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{adapter}: no adapter here (adapter_config.json is missing)")
+    check_composable({adapter: PeftConfig.from_pretrained(adapter) for adapter in args.adapters})
+    try:
+        import nevergrad  # noqa: F401  (the search needs it; better now than after the model is loaded)
+    except ImportError as error:
+        raise ImportError("rode compose searches with nevergrad: pip install 'rode[compose]'") from error
+
+
+def _check_recipes(args: argparse.Namespace, recipes: dict[str, Any]) -> None:
+    for key, option in (("path", "model"), ("projector", "projector"), ("prompt", "prompt")):
+        values = {adapter: getattr(recipe.model, key) for adapter, recipe in recipes.items()}
+        if getattr(args, option) is None and len(set(values.values())) > 1:
+            text = ", ".join(f"{value} ({adapter})" for adapter, value in values.items())
+            raise ValueError(
+                f"the adapters were trained with different model.{key}: {text}; if they fit all the same, give --{option}"
+            )
+
+
+def _draw_examples(args: argparse.Namespace, recipe: Any) -> list[Any]:
+    from rode.data.mixture import Source
+    from rode.evaluate import evaluation_examples
+    from rode.vlm import drop_bad_images
+
+    tasks = {"tasks": args.tasks} if args.tasks else {}
+    if args.data:
+        sources = [Source(path, **tasks) for path in args.data]
+    elif recipe is not None:
+        sources = [Source(**{**vars(source), **tasks}) for source in recipe.data.sources]
+    else:
+        raise ValueError("nothing to find coefficients on: give --data records.jsonl")
+    found = evaluation_examples(sources, args.split)
+    drawn = random.Random(args.seed).sample(found, min(args.examples, len(found)))
+    return drop_bad_images(drawn)[0]
+
+
+def _write(
+    args: argparse.Namespace,
+    out: Path,
+    model: Any,
+    recipe: Any,
+    search: Any,
+    alone: list[float],
+    records: list[str],
+) -> None:
+    """The folder, aside and then renamed."""
+    import nevergrad
+    import peft
+    import torch
+    import transformers
+
+    import rode
+    from rode.compose import BOUND, PENALTY
+    from rode.files import write_text
+    from rode.recipe import dump_recipe
+
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    model.save_pretrained(str(aside), selected_adapters=["default"])
+    found = {
+        "adapters": args.adapters,
+        "coefficients": search.best.weights,
+        "loss": search.best.loss,
+        "objective": search.best.objective,
+        "losses_alone": alone,
+        "bound": BOUND,
+        "penalty": PENALTY,
+        "budget": args.budget,
+        "seed": args.seed,
+        "optimizer": search.optimizer,
+        "split": args.split,
+        "records": records,
+        "evaluations": [dataclasses.asdict(evaluation) for evaluation in search.evaluations],
+        "versions": {m.__name__: m.__version__ for m in (rode, torch, transformers, peft, nevergrad)},
+    }
+    write_text(aside / "compose.json", json.dumps(found, indent=1) + "\n")
+    if recipe is not None:  # by which generate and evaluate find model and prompt
+        given = {"path": args.model, "projector": args.projector, "prompt": args.prompt}
+        config = dataclasses.replace(recipe.model, **{key: value for key, value in given.items() if value})
+        changed = dataclasses.replace(recipe, name=out.name, output_dir=str(out), model=config)
+        note = (
+            "# Of the first adapter that `rode compose` was given; how this one was made says compose.json.\n"
+        )
+        write_text(aside / "recipe.yaml", note + dump_recipe(changed))
+    os.replace(aside, out)
