@@ -31,6 +31,7 @@ combinations of foods that none was trained on, prints the table and writes OUT/
 examples:
   rode demo
   rode demo --scale 4                       four times the steps
+  rode demo --prepare --test-records 72     up to the projector, and OUT/base.yaml to train any adapter from there
   rode demo --data DIR                      records.jsonl in DIR instead of drawn plates
   rode demo --data DIR --model LLAVA_DIR    and a real LLaVA checkpoint instead of the small model
 """
@@ -186,6 +187,7 @@ class Demo:
         data: folder with records.jsonl instead of drawn plates.
         model: LLaVA checkpoint directory instead of the small model; its own projector is kept as it is.
         seed: of plates, weights and the order of examples.
+        test_records: how many are held out.
         progress: show bars.
     """
 
@@ -194,12 +196,14 @@ class Demo:
         out: str | os.PathLike[str],
         *,
         scale: float = 1.0,
+        test_records: int = SIZES.test_records,
         data: str | None = None,
         model: str | None = None,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
         self.paths, self.scale, self.seed, self.progress = Paths(Path(out)), scale, seed, progress
+        self.test_records = test_records
         self.data = None if data is None else Path(data) / "records.jsonl"
         self.model = model
         if self.data is not None and not self.data.is_file():
@@ -223,13 +227,7 @@ class Demo:
         self.describe()
         with outcome.phase("answers before training"):
             self.evaluate(UNTRAINED, *self.load(None))
-        projector = None
-        if self.small:
-            with outcome.phase("projector: words (no language model)"):
-                projector = self.align(train)
-            with outcome.phase("projector: LLaVA's stage 1"):
-                result = self.train("projector", SIZES.projector_steps, projector)
-                projector = result.output_dir
+        projector = self.train_projector(train)
         for name, (title, _) in METHODS.items():
             with outcome.phase(f"{title}: training"):
                 result = self.train(name, SIZES.adapter_steps, projector)
@@ -238,6 +236,36 @@ class Demo:
         self.finish()
         return outcome
 
+    def run_prepare(self) -> Path:
+        """Everything up to the adapters: plates, model, projector, and a recipe to train any adapter from there; its path."""
+        from rode.files import write_text
+        from rode.recipe import dump_recipe
+
+        parts.check_packages(drawings=self.drawn, models=self.small)
+        shutil.rmtree(self.paths.runs, ignore_errors=True)
+        self.prepare()
+        self.describe()
+        projector = self.train_projector(self.train_examples)
+        settings = self.recipe("rode", SIZES.adapter_steps, projector)
+        settings.name, settings.output_dir, settings.adapter = "plates" if self.drawn else "demo", None, {}
+        settings.evaluation.batch_size = SIZES.test_records if self.small else 8
+        settings.evaluation.max_new_tokens = SIZES.max_new_tokens if self.drawn else 256
+        file = self.paths.out / "base.yaml"
+        write_text(file, dump_recipe(settings))
+        print(
+            f"\nrecipe: {file}\n\nnext:\n  rode reproduce table4 --base {file}   # the paper's Table 4 on it"
+        )
+        return file
+
+    def train_projector(self, train: list[Example]) -> Path | None:
+        """The small model's projector: its start, then LLaVA's stage 1. None for a model that has one."""
+        if not self.small:
+            return None
+        with self.outcome.phase("projector: words (no language model)"):
+            projector = self.align(train)
+        with self.outcome.phase("projector: LLaVA's stage 1"):
+            return self.train("projector", SIZES.projector_steps, projector).output_dir
+
     def prepare(self) -> None:
         """Plates and model, where they are not given."""
         outcome, paths = self.outcome, self.paths
@@ -245,10 +273,10 @@ class Demo:
             with outcome.phase("plates"):
                 shutil.rmtree(paths.plates, ignore_errors=True)
                 self.data = plates.make_plates(
-                    paths.plates, train=SIZES.train_plates, test=SIZES.test_records, seed=self.seed
+                    paths.plates, train=SIZES.train_plates, test=self.test_records, seed=self.seed
                 )
         self.train_examples = examples_of(self.data, "train")
-        self.test_examples = examples_of(self.data, "test", SIZES.test_records)
+        self.test_examples = examples_of(self.data, "test", self.test_records)
         for split, examples in (("train", self.train_examples), ("test", self.test_examples)):
             if not examples:
                 raise ValueError(f"{self.data}: no record of split {split!r} answers any task")
@@ -295,10 +323,8 @@ class Demo:
         self.outcome.histories["words"] = [{"step": i, "loss": x} for i, x in enumerate(found.losses, 1)]
         return save_projector(model, self.paths.runs / "words").parent
 
-    def train(self, run: str, base_steps: int, projector: Path | None) -> Any:
-        from rode.train import train
-
-        settings = recipe(
+    def recipe(self, run: str, base_steps: int, projector: Path | None) -> Any:
+        return recipe(
             self.paths,
             self.model,
             self.data,
@@ -308,6 +334,11 @@ class Demo:
             projector=projector,
             drawn=self.drawn,
         )
+
+    def train(self, run: str, base_steps: int, projector: Path | None) -> Any:
+        from rode.train import train
+
+        settings = self.recipe(run, base_steps, projector)
         result = train(settings, progress=self.progress)
         if result.interrupted:
             raise KeyboardInterrupt
@@ -387,6 +418,15 @@ def _scale(text: str) -> float:
 _scale.__name__ = "number above 0"  # what argparse calls it
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+_count.__name__ = "number of at least 1"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rode demo`; its exit code. Errors are left to `rode.cli.main`, which names them in one line."""
     parser = argparse.ArgumentParser(
@@ -398,6 +438,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", metavar="DIR", help="folder with records.jsonl (docs/records.md)")
     parser.add_argument("--model", metavar="DIR", help="a LLaVA checkpoint that transformers loads")
+    parser.add_argument(
+        "--prepare", action="store_true", help="stop before the adapters; write OUT/base.yaml"
+    )
+    parser.add_argument(
+        "--test-records", type=_count, default=SIZES.test_records, metavar="N", help="held out (default 24)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
@@ -405,7 +451,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     transformers.logging.set_verbosity_error()  # of what it says while it loads, nothing is for whoever runs this
     transformers.logging.disable_progress_bar()
-    Demo(
-        args.out, scale=args.scale, data=args.data, model=args.model, seed=args.seed, progress=not args.quiet
-    ).run()
+    demo = Demo(
+        args.out,
+        scale=args.scale,
+        data=args.data,
+        model=args.model,
+        seed=args.seed,
+        test_records=args.test_records,
+        progress=not args.quiet,
+    )
+    if args.prepare:
+        demo.run_prepare()
+    else:
+        demo.run()
     return 0
