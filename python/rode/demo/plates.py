@@ -84,6 +84,16 @@ def category(combination: Sequence[str]) -> str:
     return "snack" if names & {"bread", "cheese"} else "salad"
 
 
+def _combinations() -> list[Combination]:
+    return [c for size in SIZES for c in itertools.combinations(foods(), size)]
+
+
+def most_held_out() -> int:
+    """Half of what the smallest category has, from each category."""
+    every = _combinations()
+    return len(CATEGORIES) * min(sum(category(c) == kind for c in every) // 2 for kind in CATEGORIES)
+
+
 def split_combinations(held_out: int, seed: int) -> tuple[list[Combination], list[Combination]]:
     """All combinations of 2 or 3 foods as (for training, held out). The two are disjoint.
 
@@ -93,12 +103,9 @@ def split_combinations(held_out: int, seed: int) -> tuple[list[Combination], lis
         ValueError: more are asked for than half of what the smallest category has.
     """
     rng = random.Random(f"combinations {seed}")
-    every = [c for size in SIZES for c in itertools.combinations(foods(), size)]
-    smallest = min(sum(category(c) == kind for c in every) for kind in CATEGORIES)
-    if not 0 < held_out <= len(CATEGORIES) * (smallest // 2):
-        raise ValueError(
-            f"held_out: expected 1 to {len(CATEGORIES) * (smallest // 2)} combinations, got {held_out}"
-        )
+    every = _combinations()
+    if not 0 < held_out <= most_held_out():
+        raise ValueError(f"held_out: expected 1 to {most_held_out()} combinations, got {held_out}")
     kept: list[Combination] = []
     for i in range(held_out):
         kind = CATEGORIES[i % len(CATEGORIES)]
@@ -168,19 +175,19 @@ def make_plates(directory: str | os.PathLike[str], *, train: int, test: int, see
 
     Args:
         train: plates of combinations for training, drawn evenly over categories.
-        test: plates held out, each of another combination that no training plate has.
+        test: plates held out, of combinations that no training plate has: each of another one while there are enough.
 
     Returns:
         Path of records.jsonl.
     """
     directory = Path(directory)
     (directory / "images").mkdir(parents=True, exist_ok=True)
-    for_training, held_out = split_combinations(test, seed)
+    for_training, held_out = split_combinations(min(test, most_held_out()), seed)
     by_kind: dict[str, list[Combination]] = {kind: [] for kind in CATEGORIES}
     for combination in for_training:
         by_kind[category(combination)].append(combination)
     rng = random.Random(f"plates {seed}")
-    chosen: list[tuple[str, Combination]] = [("test", c) for c in held_out]
+    chosen: list[tuple[str, Combination]] = [("test", held_out[i % len(held_out)]) for i in range(test)]
     for _ in range(train):
         chosen.append(("train", _draw(by_kind[rng.choice(CATEGORIES)], rng)))
     records: list[FoodRecord] = []
