@@ -111,7 +111,7 @@ def make_trainable(model: Any, recipe: Recipe) -> Any:
         if recipe.training.projector_learning_rate is not None:
             get_projector(model).float().requires_grad_(True)
         return model
-    if config.modules_to_save:
+    if getattr(config, "modules_to_save", None):
         get_projector(model).float()
     return get_peft_model(model, config)
 
