@@ -21,6 +21,7 @@ Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA ex
   rode train recipes/own-records.yaml model.path=DIR       train an adapter
   rode evaluate recipes/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
+  rode reproduce table2                                    a table of the paper beside its numbers
 """
 
 TRAIN = """\
@@ -144,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="one JSON object a line: image, question, answer, parsed"
     )
 
+    from rode.reproduce.command import add_parser
+
+    add_parser(add)
     sub = commands.add_parser(
         "data", help="turn data sets into records", description=DATA, formatter_class=raw
     )
