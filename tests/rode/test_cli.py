@@ -15,6 +15,7 @@ import yaml
 
 from rode import cli
 from rode.cli import main
+from rode.reproduce.command import DESCRIPTION as REPRODUCE
 from rode.trainer import latest_checkpoint
 
 RECIPE = """
@@ -44,7 +45,7 @@ def fails(capsys, argv, message, code=1):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["generate"], ["data"], ["data", "convert"]]
+    "command", [[], ["train"], ["evaluate"], ["generate"], ["data"], ["data", "convert"], ["reproduce"]]
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -54,9 +55,10 @@ def test_help(capsys, command):
 
 
 def shown_commands():
-    """Every `rode` command in the help texts and in docs/training.md."""
-    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA]
-    texts.append((Path(__file__).parents[2] / "docs" / "training.md").read_text())
+    """Every `rode` command in the help texts, in docs/training.md and docs/reproduce.md."""
+    texts = [cli.TOP, cli.TRAIN, cli.EVALUATE, cli.GENERATE, cli.DATA, REPRODUCE]
+    docs = Path(__file__).parents[2] / "docs"
+    texts += [(docs / page).read_text() for page in ("training.md", "reproduce.md")]
     lines = [
         line.split("   ")[0].strip()
         for text in texts

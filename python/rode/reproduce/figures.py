@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, PAPER = "#2563eb", "#94a3b8"
+MARKERS = "osD^vP"
+"""Of ranks, in Figure 8; its colours are of routers."""
 SAVING = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
 """One set of numbers, one SVG."""
 HeatMap = tuple[list[int], list[list[float | None]]]
@@ -69,6 +71,8 @@ def heat_maps(report: Report, results: Mapping[str, Sequence[Result]], tables: T
 
 def bars(report: Report, tables: Tables) -> Figure:
     """Figure 7: a panel for each metric, for each variant our bar and the paper's."""
+    from matplotlib.patches import Patch
+
     figure = _figure(figsize=(3.1 * len(report.headings), 3.4))
     panels = figure.subplots(1, len(report.headings), squeeze=False)[0]
     for axes, metric in zip(panels, report.headings, strict=True):
@@ -80,31 +84,47 @@ def bars(report: Report, tables: Tables) -> Figure:
             if cell.paper is not None:
                 axes.bar(place + 0.2, cell.paper, 0.38, color=PAPER)
         axes.set_xticks(range(len(report.rows)), [row.name for row in report.rows])
-    _legend(figure)
+        axes.set_xlim(-0.6, len(report.rows) - 0.4)  # the place of a bar that is not there stays
+    marks = [Patch(color=OURS, label="ours"), Patch(color=PAPER, label="paper")]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def parameters(report: Report, tables: Tables, what: str) -> Figure:
+def parameters(report: Report, tables: Tables) -> Figure:
     """Figure 8: trainable parameters against each metric, the paper's runs above, ours (of our model) below."""
-    figure = _figure(figsize=(3.4 * len(report.headings), 6.2))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(figsize=(3.4 * len(report.headings), 6.6))
     panels = figure.subplots(2, len(report.headings), squeeze=False)
-    adapted = tables.data[tables.item(what).data].adapted
-    for column, metric in enumerate(report.headings):
-        above, below = panels[0][column], panels[1][column]
-        for axes in (above, below):
-            _label(axes, tables, metric)
-        for row in report.rows:
+    adapted = tables.data[tables.item(report.what).data].adapted
+    variants = [tables.variants[row.variant] for row in report.rows]
+    routers, ranks = (list(dict.fromkeys(getattr(v, part) for v in variants)) for part in ("router", "ranks"))
+    styles = [
+        {
+            "color": f"C{routers.index(v.router)}",
+            "marker": MARKERS[ranks.index(v.ranks) % len(MARKERS)],
+            "ls": "none",
+        }
+        for v in variants
+    ]
+    for (above, below), metric in zip(panels.T, report.headings, strict=True):
+        for row, variant, style in zip(report.rows, variants, styles, strict=True):
             cell = row.cells[metric]
             if cell.paper is not None:
-                count = adapted.parameters(tables.variants[row.variant])
-                _point(above, count, cell.paper, None, row.name, PAPER)
+                above.errorbar([adapted.parameters(variant)], [cell.paper], **style)
             if cell.mean is not None and row.trainable_parameters is not None:
-                _point(below, row.trainable_parameters, cell.mean, cell.spread, row.name, OURS)
+                spread = None if cell.spread is None else [cell.spread]
+                below.errorbar([row.trainable_parameters], [cell.mean], yerr=spread, capsize=3, **style)
         for axes, whose in ((above, "paper"), (below, "ours")):
+            _label(axes, tables, metric)
             axes.set_xlabel(f"trainable parameters ({whose})", fontsize=9)
-            axes.margins(0.25)
+            axes.xaxis.set_major_formatter(EngFormatter())
+            axes.margins(0.15)
             if not axes.containers:
                 _nothing(axes)
+    marks = [Line2D([], [], label=row.name, **style) for row, style in zip(report.rows, styles, strict=True)]
+    figure.legend(handles=marks, loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -113,22 +133,10 @@ def _label(axes: Any, tables: Tables, metric: str) -> None:
     axes.set_title(f"{shown.heading} ({shown.better} is better)", fontsize=10)
 
 
-def _point(axes: Any, x: float, y: float, spread: float | None, name: str, colour: str) -> None:
-    axes.errorbar([x], [y], yerr=None if spread is None else [spread], fmt="o", capsize=3, color=colour)
-    axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-
-
 def _nothing(axes: Any) -> None:
     axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes, color=PAPER)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def _legend(figure: Figure) -> None:
-    from matplotlib.patches import Patch
-
-    marks = [Patch(color=OURS, label="ours"), Patch(color=PAPER, label="paper")]
-    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
 
 
 def draw(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables) -> Figure | None:
@@ -142,7 +150,7 @@ def draw(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables
         return heat_maps(report, results, tables)
     if kind == "bars":
         return bars(report, tables)
-    return parameters(report, tables, report.what) if kind == "parameters" else None
+    return parameters(report, tables) if kind == "parameters" else None
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

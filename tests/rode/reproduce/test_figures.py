@@ -88,7 +88,14 @@ def test_figure_8(processes, reproduce, drawn):
     assert len(points(above)) == 9
     assert points(above)[0] == (4_194_304.0, 7.59)
     assert points(above)[-1] == (16_777_216.0, 9.66)
-    assert [text.get_text() for text in below.texts] == ["8 none", "2,4,6,8 relu"]
+    legend = drawn("fig8").legends[0]
+    styles = {
+        text.get_text(): (line.get_color(), line.get_marker())
+        for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+    assert len(set(styles.values())) == 9
+    assert styles["8,8,8,8 relu"][0] == styles["2,4,6,8 relu"][0]
+    assert styles["2,4,6,8 softmax"][1] == styles["2,4,6,8 relu"][1]
     assert [text.get_text() for text in axes[5].texts] == ["not run"]  # ROUGE-L was not measured
 
 
