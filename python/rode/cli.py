@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rode.commands import analyze, compose, data, evaluate, fit_clusters, generate, train
+from rode.commands import analyze, compose, data, evaluate, fit_clusters, generate, reproduce, train
 
 # torch, transformers and peft are imported by the commands that need them.
 
@@ -23,10 +23,11 @@ Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA ex
   rode evaluate recipes/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
   rode analyze runs/own-records                            what its router does on held-out records
+  rode reproduce table2                                    a table of the paper beside its numbers
 """
 
 
-MODULES = (train, evaluate, generate, analyze, compose, fit_clusters, data)
+MODULES = (train, evaluate, generate, analyze, reproduce, compose, fit_clusters, data)
 
 
 def _parser() -> argparse.ArgumentParser:

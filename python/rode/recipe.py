@@ -1,11 +1,14 @@
 """The recipe: one YAML file for an experiment, checked field by field when it is read.
 
-Paths in a recipe are relative to the working directory; `~` and `$VARIABLES` are expanded.
+Paths in a recipe are relative to the working directory; `~` and `$VARIABLES` are expanded. `extends: other.yaml`, relative to
+the file that names it, is merged below it: mappings key by key, all else (and `adapter`, whose fields for one method
+another may refuse) as a whole.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import types
 import typing
@@ -167,7 +170,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if is_dataclass(hint):
-        return _build(hint, value, where)
+        return build(hint, value, where)
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         inner = [h for h in get_args(hint) if h is not type(None)]
@@ -191,10 +194,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     raise RecipeError(f"{where}: expected {_describe(hint)}, got {value!r}")
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build(cls: type, values: Any, where: str = "") -> Any:
+    """A dataclass from plain values, every key and type checked against its fields. Raises RecipeError, naming `where`."""
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
-        raise RecipeError(f"{where or 'recipe'}: expected a mapping, got {values!r}")
+        raise RecipeError(f"{where or 'at the top'}: expected a mapping, got {values!r}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -315,7 +319,7 @@ def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """A recipe from plain values, checked. Raises RecipeError."""
-    recipe = _build(Recipe, values, "")
+    recipe = build(Recipe, values)
     _check(recipe)
     return recipe
 
@@ -348,25 +352,65 @@ def _override(values: dict[str, Any], assignment: str) -> None:
     node[index(last)] = value
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both and key != "adapter" else value
+    return out
+
+
+def recipe_values(path: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
+    """The plain values of a recipe file with those of the file that it extends below them, unchecked.
+
+    Args:
+        path: the YAML file.
+        base: stands in for what the file's `extends` names, whether it has one or not.
+
+    Raises:
+        FileNotFoundError; RecipeError for what is not YAML, no mapping, or extends itself.
+    """
+    chain: list[dict[str, Any]] = []
+    seen: list[Path] = []
+    following: Path | None = Path(path)
+    while following is not None:
+        file = following
+        if not file.is_file():
+            named = f", which {seen[-1]} extends" if seen else ""
+            raise FileNotFoundError(f"{file}: no such recipe{named}")
+        if any(file.samefile(other) for other in seen):
+            raise RecipeError(f"{path}: extends: expected an end, got {' -> '.join(map(str, [*seen, file]))}")
+        seen.append(file)
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"{file}: expected a mapping at the top, got {type(values).__name__}")
+        parent = values.pop("extends", None)
+        if not isinstance(parent, str | None):
+            raise RecipeError(f"{file}: extends: expected the name of a recipe file, got {parent!r}")
+        chain.append(values)
+        following = None if parent is None else file.parent / parent
+        if base is not None and len(chain) == 1:
+            following = Path(base)
+    return functools.reduce(_merge, reversed(chain))
+
+
+def load_recipe(
+    path: str | Path, overrides: typing.Sequence[str] = (), *, base: str | Path | None = None
+) -> Recipe:
+    """Read a recipe file and what it extends.
 
     Args:
         path: the YAML file.
         overrides: "training.max_steps=20", "data.sources.0.path=my.jsonl": values as YAML.
+        base: see `recipe_values`.
 
     Raises:
         FileNotFoundError; RecipeError for unknown keys, wrong types and impossible values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    values = recipe_values(path, base=base)
     try:
         for assignment in overrides:
             _override(values, assignment)
@@ -376,5 +420,5 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML that `load_recipe` reads back to an equal recipe."""
+    """YAML that `load_recipe` reads back to an equal recipe; what it extends is written out."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)

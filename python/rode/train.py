@@ -6,11 +6,13 @@ import dataclasses
 import json
 import logging
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -35,8 +37,8 @@ class TrainResult:
     """What a run left behind.
 
     Attributes:
-        output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, tensorboard/,
-            checkpoint-N/.
+        output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, training.json (metrics and
+            machine; there once training has ended), tensorboard/, checkpoint-N/.
         model: the trained model, in eval mode (a PeftModel in stage "adapter").
         processor: its processor.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
@@ -150,6 +152,12 @@ def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Pa
     return None
 
 
+def _machine(device: torch.device, processes: int) -> str:
+    """What training ran on, in words."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{processes} x {name}, {os.cpu_count()} CPU cores ({platform.machine()})"
+
+
 def train(
     recipe: Recipe,
     *,
@@ -213,6 +221,7 @@ def train(
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    (run_dir / "training.json").unlink(missing_ok=True)
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
@@ -257,6 +266,10 @@ def train(
         write_text(run_dir / "history.json", json.dumps(history, indent=1))
     if not stop.asked:
         trainer.save_model(str(run_dir))
+        if trainer.is_world_process_zero():  # after the adapter, whose end it marks
+            ran_on = _machine(arguments.device, arguments.world_size)
+            text = json.dumps({"metrics": metrics, "machine": ran_on}, indent=1)
+            write_text(run_dir / "training.json", text + "\n")
     return TrainResult(
         run_dir, model, processor, metrics, history, stop.asked, latest_checkpoint(run_dir), skipped
     )

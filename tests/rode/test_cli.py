@@ -45,7 +45,18 @@ def fails(capsys, argv, message, code=1):
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["train"], ["evaluate"], ["generate"], ["analyze"], ["fit-clusters"], ["data"], ["data", "convert"]],
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["generate"],
+        ["analyze"],
+        ["reproduce"],
+        ["compose"],
+        ["fit-clusters"],
+        ["data"],
+        ["data", "convert"],
+    ],
 )
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as exit:
@@ -58,7 +69,7 @@ def shown_commands():
     """Every `rode` command in the help texts and in some pages of docs/."""
     texts = [cli.TOP, *(module.DESCRIPTION for module in cli.MODULES)]
     docs = Path(__file__).parents[2] / "docs"
-    texts += [(docs / page).read_text() for page in ("training.md", "analysis.md")]
+    texts += [(docs / page).read_text() for page in ("training.md", "analysis.md", "reproduce.md")]
     lines = [
         line.split("   ")[0].strip()
         for text in texts

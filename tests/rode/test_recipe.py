@@ -16,7 +16,14 @@ from transformers import (
     get_scheduler,
 )
 
-from rode.recipe import RecipeError, adapter_config, dump_recipe, load_recipe, recipe_from_dict
+from rode.recipe import (
+    RecipeError,
+    adapter_config,
+    dump_recipe,
+    load_recipe,
+    recipe_from_dict,
+    recipe_values,
+)
 from rode.trainer import parameter_groups, training_arguments
 from rode.tuner import RodeLayer
 
@@ -99,6 +106,66 @@ def test_overrides(tmp_path):
             load_recipe(file, [override])
     with pytest.raises(FileNotFoundError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def written(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_what_is_extended_lies_below(tmp_path):
+    (tmp_path / "sub").mkdir()
+    written(
+        tmp_path,
+        a="name: a\nmodel: {path: m, dtype: float32}\ndata: {sources: [{path: x}, {path: y}]}\n"
+        "adapter: {ranks: [8], alpha: 3}\ntraining: {betas: [0.5, 0.6], batch_size: 2, seed: 7}\n",
+        b="extends: a.yaml\nname: b\ntraining: {batch_size: 3, betas: [0.1, 0.2]}\n",
+        other="name: other\nmodel: {path: n}\ndata: {sources: [{path: z}]}\ntraining: {seed: 9}\n",
+    )
+    file = tmp_path / "sub" / "c.yaml"
+    file.write_text(
+        "extends: ../b.yaml\nadapter: {ranks: [2, 4]}\ndata: {sources: [{path: z}]}\ntraining: {seed: 8}\n"
+    )
+    recipe = load_recipe(file, ["training.batch_size=5"])
+    assert recipe.name == "b"
+    assert (recipe.model.path, recipe.model.dtype) == ("m", "float32")
+    assert [source.path for source in recipe.data.sources] == ["z"]  # a list is replaced
+    assert recipe.adapter == {"ranks": [2, 4]}  # so is the adapter: alpha stays behind
+    assert (recipe.training.seed, recipe.training.batch_size, recipe.training.betas) == (8, 5, [0.1, 0.2])
+    assert "extends" not in dump_recipe(recipe)
+    assert load_recipe(tmp_path / "a.yaml").training.seed == 7  # what is below is not changed
+
+    on_other = load_recipe(file, base=tmp_path / "other.yaml")
+    assert (on_other.name, on_other.model.path, on_other.adapter) == ("other", "n", {"ranks": [2, 4]})
+    assert (on_other.training.seed, on_other.training.batch_size) == (8, 4)
+    assert load_recipe(tmp_path / "other.yaml", base=tmp_path / "b.yaml").training.betas == [0.1, 0.2]
+
+
+def test_what_cannot_be_extended(tmp_path):
+    written(
+        tmp_path, a="extends: b.yaml\n", b="extends: a.yaml\n", c="extends: [a.yaml]\n", d="extends: e.yaml\n"
+    )
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    with pytest.raises(RecipeError, match=f"{a}: extends: expected an end, got {a} -> {b} -> {a}"):
+        load_recipe(a)
+    with pytest.raises(
+        RecipeError, match=r"c.yaml: extends: expected the name of a recipe file, got \['a.yaml'\]"
+    ):
+        load_recipe(tmp_path / "c.yaml")
+    with pytest.raises(
+        FileNotFoundError, match=f"e.yaml: no such recipe, which {tmp_path / 'd.yaml'} extends"
+    ):
+        load_recipe(tmp_path / "d.yaml")
+    with pytest.raises(RecipeError, match="extends: expected an end"):
+        load_recipe(tmp_path / "d.yaml", base=tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize("file", sorted((RECIPES / "paper").glob("*-*.yaml")), ids=lambda file: file.stem)
+def test_a_variant_is_the_shared_run_but_for_its_adapter(file):
+    values, shared = recipe_values(file), recipe_values(RECIPES / "unifood-7b.yaml")
+    assert values["name"] == file.stem
+    assert {**values, "name": "", "adapter": {}} == {**shared, "name": "", "adapter": {}}
+    load_recipe(file)
 
 
 def test_paths_are_expanded(monkeypatch):

@@ -216,6 +216,7 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
     assert 3 <= step < 400
     assert result.checkpoint == directory / f"checkpoint-{step}"
     assert not (directory / "adapter_model.safetensors").exists()  # an unfinished run has no result
+    assert not (directory / "training.json").exists()
     with pytest.raises(FileExistsError, match=rf"holds checkpoint-{step}: pass --resume"):
         train(recipe, examples=examples)
     # a short way on: the schedule is that of the longer run, the weights those of the checkpoint
@@ -223,6 +224,19 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
     rest = train(recipe, examples=examples, resume=True, progress=False)
     assert rest.metrics["steps"] == step + 2
     assert (directory / "adapter_model.safetensors").exists()
+    recorded = json.loads((directory / "training.json").read_text())
+    assert recorded["metrics"] == rest.metrics
+    assert recorded["machine"].startswith("1 x cpu, ")
+
+
+def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_recipe, examples, monkeypatch):
+    recipe = make_recipe(training={"max_steps": 1})
+    mark = train(recipe, examples=examples, progress=False).output_dir / "training.json"
+    assert mark.exists()
+    monkeypatch.setattr("rode.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, examples=examples, resume=True, progress=False)
+    assert not mark.exists()
 
 
 def test_bad_pictures(make_recipe, examples, tmp_path, caplog):

@@ -1,0 +1,203 @@
+"""The result of a run: one small JSON file for each variant and seed, meant to be kept and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rode.files import write_text
+from rode.recipe import Recipe, RecipeError, adapter_config, build
+
+Result = dict[str, Any]
+PACKAGES = ("rode", "torch", "transformers", "peft")
+LOSSES = 200
+"""Points of the loss kept at most."""
+OF_A_RUN = frozenset({"name", "adapter", "training.seed", "output_dir"})
+"""What runs of one table may differ in."""
+
+
+def result_path(results: Path, base: str, variant: str, seed: int) -> Path:
+    return results / base / variant / f"seed-{seed}.json"
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """ "key.sub: 20 (was 30)" for everything in which two nested mappings differ, but for the keys to ignore."""
+
+    def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+        if prefix in ignore:
+            return {}
+        if not isinstance(values, Mapping) or not values:
+            return {prefix: values}
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return out
+
+    a, b = flat(now), flat(then)
+    missing = object()
+
+    def said(value: Any) -> str:
+        return "nothing" if value is missing else json.dumps(value, ensure_ascii=False)
+
+    pairs = [(key, a.get(key, missing), b.get(key, missing)) for key in dict.fromkeys([*a, *b])]
+    return [
+        f"{key}: {said(x)} (was {said(y)})" for key, x, y in pairs if x is missing or y is missing or x != y
+    ]
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def settings(recipe: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
+    """A recorded recipe for comparison: keys that came later at their defaults, and for files of records their hashes, for
+    what they hold counts and not where they lie."""
+    try:
+        recipe = plain(build(Recipe, recipe))
+    except RecipeError:  # keys that are no more show as a difference
+        recipe = json.loads(json.dumps(recipe))
+    for source in recipe["data"]["sources"]:
+        source["path"] = data.get(source["path"], source["path"])
+    return recipe
+
+
+def file_hash(path: str) -> str:
+    """SHA-256 of a file of records; the pictures that it names are not read.
+
+    Raises:
+        FileNotFoundError: naming the override that mends it.
+    """
+    try:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        return digest.hexdigest()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such file of records; data.sources.0.path=FILE or --base RECIPE names another"
+        ) from None
+
+
+def _versions() -> dict[str, str | None]:
+    out: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            out[package] = None
+    return out
+
+
+def _gates(path: Path) -> dict[str, Any] | None:
+    """Means by block and expert from an evaluation's gates.json, by kind of token; None if there is none."""
+    if not path.is_file():
+        return None
+    from rode.tuner import GateReport, LayerGates
+
+    layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+    report = GateReport(tuple(LayerGates(**layer) for layer in layers))
+
+    def rounded(rows: list[list[float | None]]) -> list[list[float | None]]:
+        return [[None if value is None else float(f"{value:.5g}") for value in row] for row in rows]
+
+    out: dict[str, Any] = {}
+    for kind in ("all", "image", "text"):
+        blocks, means = report.heat_map("mean_gate", kind)
+        opens = report.heat_map("open_rate", kind)[1]
+        out[kind] = {"blocks": blocks, "mean_gate": rounded(means), "open_rate": rounded(opens)}
+    return out
+
+
+def _losses(history: list[dict[str, Any]]) -> list[list[float]]:
+    """[step, loss] from Trainer's log, thinned evenly; the last one stays. JSON has no NaN: null stands for it."""
+    points = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    every = max(1, math.ceil(len(points) / LOSSES))
+    kept = points[::-1][::every][::-1]
+    return [[step, float(f"{loss:.5g}") if math.isfinite(loss) else None] for step, loss in kept]
+
+
+def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[dict[str, Any]]) -> Result:
+    """The result of a run from what training and evaluation left in its folder.
+
+    Args:
+        recipe: what was run.
+        base: name of the recipe below the variant.
+        data: file of records -> hash.
+        commands: {"command", "seconds", "exit_code"} of each process that the run took, failed ones too.
+    """
+    folder = recipe.run_dir
+
+    def read(name: str) -> Any:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    training = read("training.json")
+    return {
+        "variant": recipe.name,
+        "base": base,
+        "seed": recipe.training.seed,
+        "metrics": read("evaluation/metrics.json")["all"],
+        **{key: training["metrics"][key] for key in ("trainable_parameters", "steps", "examples")},
+        "seconds": round(sum(entry["seconds"] for entry in commands), 1),
+        "commands": commands,
+        "machine": training["machine"],
+        "versions": _versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "adapter": json.loads(json.dumps(adapter_config(recipe).to_dict(), default=str)),
+        "recipe": plain(recipe),
+        "data": dict(data),
+        "loss": _losses(read("history.json")),
+        "gates": _gates(folder / "evaluation" / "gates.json"),
+    }
+
+
+def write_result(path: Path, result: Result) -> None:
+    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_result(path: Path) -> Result:
+    """Raises ValueError for what is no result, naming the file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(result[key], dict) for key in ("metrics", "recipe", "data")):
+            raise TypeError
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{path}: not a result of `rode reproduce`; move it away") from None
+    return result
+
+
+def read_results(
+    results: Path, base: str, variants: Iterable[str], seeds: Collection[int] | None = None
+) -> dict[str, list[Result]]:
+    """Variant -> what is there, by seed; variants with nothing have an empty list. `seeds` None takes all."""
+    out: dict[str, list[Result]] = {}
+    for variant in variants:
+        found = [read_result(path) for path in (results / base / variant).glob("seed-*.json")]
+        found = [result for result in found if seeds is None or result["seed"] in seeds]
+        out[variant] = sorted(found, key=lambda result: result["seed"])
+    return out
+
+
+def incomparable(results: Mapping[str, list[Result]]) -> list[str]:
+    """A line for each result that was made otherwise than the first one (or, in its adapter, than its variant's first)."""
+    every = [result for found in results.values() for result in found]
+    lines = []
+    for result in every:
+        first, mine = every[0], results[result["variant"]][0]
+        now, then = (settings(r["recipe"], r["data"]) for r in (result, first))
+        found = differences(now, then, OF_A_RUN)
+        found += [f"adapter.{d}" for d in differences(result["recipe"]["adapter"], mine["recipe"]["adapter"])]
+        if found:
+            lines.append(
+                f"{result['variant']} seed {result['seed']} was not run as {first['variant']} seed {first['seed']} was: "
+                + "; ".join(found)
+            )
+    return lines

@@ -1,0 +1,240 @@
+"""The runs of a table: planned, compared with what is there, then trained and evaluated in processes of their own, so that
+memory is freed after each and a crash loses one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rode.files import write_text
+from rode.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from rode.reproduce.results import (
+    collect,
+    differences,
+    file_hash,
+    plain,
+    read_result,
+    result_path,
+    settings,
+    write_result,
+)
+from rode.reproduce.tables import Tables
+
+Call = Callable[[Sequence[str]], int]
+NOT_COMPARED = frozenset({"output_dir"})
+OURS = ("name", "output_dir", "training.seed")
+
+
+class RunFailed(RuntimeError):
+    """A process of a run ended with an error, which it has said itself."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed.
+
+    Attributes:
+        recipe: resolved; its output_dir is the run's folder.
+        base: name of the recipe below the variant.
+        result: the file that its result is kept in.
+        data: file of records -> hash.
+    """
+
+    recipe: Recipe
+    base: str
+    result: Path
+    data: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.recipe.name} seed {self.recipe.training.seed}"
+
+    @property
+    def state(self) -> Literal["finished", "trained", "begun", "new"]:
+        """How far it has come: "trained" lacks the evaluation, "begun" has a checkpoint to go on from."""
+        from rode.trainer import latest_checkpoint
+
+        folder = self.recipe.run_dir
+        if self.result.is_file():
+            return "finished"
+        if (folder / "training.json").is_file():
+            return "trained"
+        return "new" if latest_checkpoint(folder) is None else "begun"
+
+
+def plan(
+    tables: Tables,
+    variants: Iterable[str],
+    seeds: Iterable[int],
+    *,
+    base: Path,
+    base_name: str,
+    overrides: Sequence[str] = (),
+    results: Path,
+    runs: Path,
+) -> list[Run]:
+    """The runs, each seed of all variants before the next seed; every recipe is checked before anything starts.
+
+    Args:
+        base: recipe below the variants.
+        base_name: its name, by which results and run folders are kept apart.
+        overrides: of every recipe.
+        results, runs: folders of results and of run folders.
+
+    Raises:
+        RecipeError, FileNotFoundError: recipes and files of records.
+        ValueError: a result or a run folder that another recipe or other data has made.
+    """
+    for assignment in overrides:
+        key = assignment.partition("=")[0]
+        if key in OURS:
+            raise RecipeError(
+                f"override {assignment!r}: {key} is set here for each run: see --seeds, --runs and --results"
+            )
+    hashes: dict[str, str] = {}
+    out = []
+    for seed in seeds:
+        for variant in variants:
+            recipe = load_recipe(tables.recipe(variant), overrides, base=base)
+            recipe.name, recipe.training.seed = variant, seed
+            recipe.output_dir = str(runs / base_name / f"{variant}-seed{seed}")
+            for source in recipe.data.sources:
+                if source.path not in hashes:
+                    hashes[source.path] = file_hash(source.path)
+            data = {source.path: hashes[source.path] for source in recipe.data.sources}
+            run = Run(recipe, base_name, result_path(results, base_name, variant, seed), data)
+            _check_unchanged(run)
+            out.append(run)
+    return out
+
+
+def _check_unchanged(run: Run) -> None:
+    """That what is there of a run was made by its recipe, or ValueError."""
+    recipe_file = run.recipe.run_dir / "recipe.yaml"
+    if run.result.is_file():
+        result = read_result(run.result)
+        place, then = run.result, settings(result["recipe"], result["data"])
+        mend = "give its settings again, move the file away, or write to another folder with --results"
+    elif recipe_file.is_file() and run.state != "new":
+        try:
+            then = settings(plain(load_recipe(recipe_file)), run.data)
+        except RecipeError as error:
+            raise ValueError(f"{run}: {error}; delete its folder to begin anew") from error
+        place, mend = (
+            run.recipe.run_dir,
+            "give its settings again, delete the folder, or use another with --runs",
+        )
+    else:
+        return
+    found = differences(settings(plain(run.recipe), run.data), then, NOT_COMPARED)
+    if found:
+        raise ValueError(f"{run}: {place} was made by another recipe: {'; '.join(found)}; {mend}")
+
+
+def call(command: Sequence[str]) -> int:
+    """Runs a command to its end; its exit code.
+
+    A Ctrl-C (or SIGTERM) goes on to the command, whose end is waited for: training leaves a checkpoint then.
+
+    Raises:
+        KeyboardInterrupt: after the end of a command that was interrupted.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def forward(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+        if child is not None and os.name == "posix":
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGINT)
+
+    before: dict[int, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # not in the main thread: whoever runs us there keeps the signals
+                before[number] = signal.signal(number, forward)
+        # a group of its own, or a Ctrl-C would come twice, from the terminal and from here, and the second stops at once
+        child = subprocess.Popen(list(command), start_new_session=os.name == "posix")
+        if asked:
+            forward()
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked or code == 130:
+        raise KeyboardInterrupt
+    return code
+
+
+def _shown(command: Sequence[str]) -> str:
+    """As it can be typed elsewhere."""
+    return shlex.join("python" if word == sys.executable else word for word in command)
+
+
+class Attempts:
+    """The processes that a run took, kept in its folder: it may be stopped and gone on with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "attempts.json"
+        self.entries: list[dict[str, Any]] = []
+        if self.path.is_file():
+            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def make(self, command: Sequence[str], call: Call) -> int:
+        """Calls and takes down; passes on what `call` raises."""
+        start, code = time.monotonic(), None  # interrupted: no exit code
+        try:
+            code = call(command)
+        finally:
+            seconds = round(time.monotonic() - start, 1)
+            self.entries.append({"command": _shown(command), "seconds": seconds, "exit_code": code})
+            write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+        return code
+
+
+def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool = False) -> None:
+    """Trains (or goes on from the latest checkpoint), evaluates and writes the result.
+
+    Args:
+        call: runs a command; this module's, but for tests.
+        launcher: what starts training, in place of this Python: `LAUNCHER -m rode train ...`. Evaluation takes one process.
+        quiet: no progress bars.
+
+    Raises:
+        RunFailed: training or evaluation ended with an error. KeyboardInterrupt: it was stopped.
+    """
+    state, folder = run.state, run.recipe.run_dir
+    if state == "finished":
+        return
+    recipe_file = folder / "recipe.yaml"
+    options = ["--quiet"] if quiet else []
+    if state == "new":
+        (folder / "attempts.json").unlink(missing_ok=True)
+    attempts = Attempts(folder)
+    python = [sys.executable, "-m", "rode"]
+    if state != "trained":
+        write_text(recipe_file, dump_recipe(run.recipe))
+        resume = ["--resume"] if state == "begun" else []
+        start = [*launcher, "-m", "rode"] if launcher else python
+        _succeed(run, "training", attempts.make([*start, "train", str(recipe_file), *resume, *options], call))
+        if not (folder / "training.json").is_file():
+            raise RunFailed(
+                f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
+            )
+    _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(recipe_file), *options], call))
+    write_result(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
+
+
+def _succeed(run: Run, what: str, code: int) -> None:
+    if code:
+        raise RunFailed(f"{run}: {what} ended with exit code {code}")
