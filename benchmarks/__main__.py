@@ -1,5 +1,6 @@
 """`python -m benchmarks traffic|roofline [--json FILE]`,
-`python -m benchmarks mixture --backend NAME [--rounds N] [--json FILE]`."""
+`python -m benchmarks mixture --backend NAME [--rounds N] [--json FILE]`,
+`python -m benchmarks presets [--rounds N] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     two = commands.add_parser("mixture", help="time against plain PyTorch")
     two.add_argument("--backend", required=True, choices=("cpu", "cuda", "triton"))
     two.add_argument("--rounds", type=int, default=30)
-    for command in (one, two, three):
+    four = commands.add_parser("presets", help="parameters, memory and step time of every published system")
+    four.add_argument("--rounds", type=int, default=20)
+    for command in (one, two, three, four):
         command.add_argument("--json", metavar="FILE", help="also write the table there")
     options = parser.parse_args(arguments)
     if options.command == "traffic":
@@ -26,6 +29,10 @@ def main(arguments: list[str] | None = None) -> None:
         from benchmarks import roofline
 
         roofline.main(options.json)
+    elif options.command == "presets":
+        from benchmarks import presets
+
+        presets.main(options.json, options.rounds)
     else:
         from benchmarks import mixture
 

@@ -314,6 +314,8 @@ def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     cls = known[name]
     if "target_modules" in {f.name for f in fields(cls)}:
         values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
+    if name == "XLORA" and isinstance(values.get("adapters"), dict):  # PEFT finds them only under these names
+        values["adapters"] = {str(i): path for i, path in enumerate(values["adapters"].values())}
     return cls, values
 
 
