@@ -98,6 +98,98 @@ def test_bad_fields_are_named(fields, error, words):
         RodeConfig(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"router_input": "image"}, "router_input: expected one of 'token', 'sequence', 'task'"),
+        ({"gate": "none", "router_input": "task", "num_ids": 2}, "router_input: gate='none' has no router"),
+        ({"gate": "none", "aux_loss": "l1"}, "aux_loss: gate='none' has no router"),
+        ({"router_input": "task"}, "say how many tasks there are in num_ids"),
+        ({"router_input": "cluster"}, "how many clusters"),
+        ({"num_ids": 3}, "num_ids: router_input='token' reads no ids"),
+        (
+            {"router_input": "constant", "embedding_dim": 3},
+            "embedding_dim: router_input='constant' reads no ids",
+        ),
+        ({"num_ids": 0}, "num_ids: expected a positive whole number, got 0"),
+        ({"router_input": "task", "num_ids": 2, "router_bias": True}, "a table of logits, which is all bias"),
+        ({"gate": "topk"}, "say how many experts each token gets in top_k"),
+        ({"gate": "topk", "top_k": 5}, "top_k: expected at most the 4 routed experts, got 5"),
+        ({"gate": "topk", "top_k": 4, "universal_expert": True}, "at most the 3 routed experts"),
+        ({"gate": "topk", "top_k": 1, "normalize": True, "scale_by_gate": False}, "set one of them"),
+        ({"top_k": 1}, "top_k: gate='relu' chooses no k experts, so it must stay None; got 1"),
+        ({"scale_by_gate": False}, "scale_by_gate: gate='relu' chooses no k"),
+        ({"temperature": 0.5}, "temperature: gate='relu' divides by no temperature"),
+        ({"gate": "softmax", "temperature": 0}, "temperature: expected a positive number, got 0"),
+        ({"gate": "softmax", "normalize": True}, "normalize: gate='softmax' is not normalised afterwards"),
+        ({"normalize": 1}, "normalize: expected True or False, got 1"),
+        ({"max_threshold": 0.1}, "max_threshold: gate='relu' has no threshold"),
+        (
+            {"gate": "threshold", "router_input": "task", "num_ids": 2},
+            "learns a threshold for each token, got router_input='task'",
+        ),
+        ({"gate": "expert-choice", "router_input": "sequence"}, "experts choose among tokens"),
+        ({"capacity": 2}, "capacity: gate='relu' has no capacity"),
+        ({"universal_expert": True}, "universal_expert: its gate is 1 minus the largest"),
+        ({"gate": "softmax", "universal_expert": True, "ranks": (4,)}, "needs another expert beside it"),
+        (
+            {"gate": "topk", "top_k": 1, "scale_by_gate": False, "universal_expert": True},
+            "its gate would always be 0",
+        ),
+        ({"shared_A": True}, r"shared_A: experts that share A have its rank, got ranks=\(2, 4, 8, 16\)"),
+        (
+            {"shared_A": True, "ranks": (2, 2), "rank_pattern": {"v_proj": (1, 2)}},
+            r"got rank_pattern\['v_proj'\]=\(1, 2\)",
+        ),
+        (
+            {"norm_experts": True, "gate": "softmax", "router_input": "constant"},
+            "normalised activations are no matrix",
+        ),
+        ({"combine": "factors", "ranks": (2, 2)}, "router_input='token' has gates for each token"),
+        (
+            {"combine": "factors", "router_input": "task", "num_ids": 2},
+            "averages matrices of one shape, got ranks",
+        ),
+        (
+            {"combine": "factors", "router_input": "task", "num_ids": 2, "ranks": (2, 2), "shared_A": True},
+            "goes with none of shared_A",
+        ),
+        (
+            {
+                "combine": "factors",
+                "router_input": "task",
+                "num_ids": 2,
+                "ranks": (2, 2),
+                "scaling": (1.0, 2.0),
+            },
+            "one scaling for the averaged pair",
+        ),
+        ({"expert_per": "block"}, "it needs gate='topk', normalize=True"),
+        ({"aux_weight": 0.1}, "aux_weight: aux_loss='none'"),
+        ({"aux_loss": "load-balance"}, "balances a softmax, got gate='relu'"),
+        ({"aux_loss": "l1", "gate": "softmax"}, "closes gates that nothing else bounds, got gate='softmax'"),
+        ({"aux_loss": "l1", "aux_weight": -1}, "aux_weight: expected a number >= 0, got -1"),
+        ({"target_sparsity": 0.5}, "target_sparsity steers aux_loss='l1' on relu gates"),
+        ({"aux_loss": "l1", "target_sparsity": 1.5}, "expected a share between 0 and 1, got 1.5"),
+        ({"aux_loss": "l1", "target_sparsity": 0.5, "aux_weight": 0}, "0 stays 0; start above 0"),
+        ({"aux_groups": (0, 1)}, "aux_groups: aux_loss='none' has no groups"),
+        ({"aux_loss": "importance", "aux_groups": (0, 2)}, r"expected 0 or 1 for each task, got \(0, 2\)"),
+        ({"aux_loss": "importance", "aux_delta": 0.2}, "without aux_groups"),
+        (
+            {"aux_loss": "importance", "aux_groups": (0, 1), "aux_delta": 2},
+            r"aux_delta: expected a number in \[0, 1\]",
+        ),
+        (
+            {"aux_loss": "importance", "aux_groups": (0, 1), "router_input": "task", "num_ids": 3},
+            "one for each of 3 tasks, got 2",
+        ),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused_with_the_reason(fields, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        RodeConfig(**fields)
+
+
 def test_unknown_field_is_refused():
     with pytest.raises(TypeError, match="rank"):
         RodeConfig(rank=8)

@@ -339,6 +339,27 @@ def test_adapter_reloads_to_the_same_bits(name, tmp_path):
         assert torch.equal(again(x, **inputs), want)
 
 
+def test_polytropon_is_pefts_poly():
+    """With the same matrices and task vectors, PEFT's own layer gives the same output."""
+    from peft import PolyConfig
+
+    from rode.tuner import routing_inputs
+
+    fields = {"r": 2, "n_tasks": 3, "n_skills": 3, "target_modules": ["v_proj"], "init_weights": False}
+    theirs = get_peft_model(Model(), PolyConfig(**fields)).double().eval()
+    mine = adapted("polytropon")
+    a, b = mine.base_model.model.v_proj, theirs.base_model.model.v_proj
+    with torch.no_grad():
+        b.base_layer.weight.copy_(a.base_layer.weight)
+        b.poly_router["default"].module_logits.copy_(a.rode_table["default"])
+        b.poly_lora_A["default"].copy_(a.rode_A["default"].view(3, 2, WIDTH).transpose(1, 2)[None])
+        b.poly_lora_B["default"].copy_(a.rode_B["default"].T.reshape(3, 2, WIDTH)[None])
+        x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+        with routing_inputs(mine, task_ids=TASK_IDS):
+            mine.base_model.model.mlp = theirs.base_model.model.mlp = nn.Identity()
+            torch.testing.assert_close(mine(x), theirs.base_model(x, task_ids=TASK_IDS))
+
+
 def test_gumbel_sigmoid_samples_in_training_as_torch_does():
     from rode.tuner.routers import gumbel_sigmoid_gates
 

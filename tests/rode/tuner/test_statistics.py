@@ -340,3 +340,26 @@ def test_what_cannot_be_counted_is_refused(tiny_llava, llava_batch):
         pytest.raises(ValueError, match="answers=True tells answers by labels"),
     ):
         model(**llava_batch)
+
+
+def test_whole_blocks_as_experts_count_once(tiny_llava, llava_batch):
+    fields = {"gate": "topk", "top_k": 2, "normalize": True, "router_per": "block", "expert_per": "block"}
+    model = adapted(tiny_llava, **fields, target_modules=["gate_proj", "up_proj", "down_proj"])
+    with GateStatistics().attach(model) as statistics:
+        model(**llava_batch)
+    layers = statistics.report().layers
+    assert len(layers) == 6
+    for layer in layers:
+        assert layer.tokens["all"] == 16
+        assert sum(layer.open_rate["all"]) == pytest.approx(2)
+        assert sum(layer.mean_gate["all"]) == pytest.approx(1, rel=1e-5)
+    assert layers[0].mean_gate == layers[1].mean_gate == layers[2].mean_gate  # one router for the block
+
+
+def test_gates_of_a_task_count_for_every_token(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="softmax", router_input="task", num_ids=2)
+    with GateStatistics().attach(model) as statistics:
+        model(**llava_batch, rode_task_ids=torch.tensor([0, 1]))
+    for layer in statistics.report().layers:
+        assert layer.tokens["all"] == 16
+        assert sum(layer.mean_gate["text"]) == pytest.approx(1, rel=1e-5)
