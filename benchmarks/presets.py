@@ -2,15 +2,13 @@
 
 The step is forward, backward and AdamW of a Llama of four blocks (hidden 576, SmolLM2-135M's shapes) in float32, adapters trained
 and the rest frozen. Each preset's logits are checked against the plain-PyTorch backend first. Rounds are interleaved in one
-process; times are medians of per-round ratios to PEFT's LoRA of rank 8, with the first and last decile.
+process; times are medians of per-round ratios to PEFT's LoRA of rank 8, with quartiles.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import write_json
-from benchmarks.mixture import describe
+from benchmarks.block import saved_bytes
+from benchmarks.timing import headline, interleaved, machine, ratios
 from rode.tuner import RodeConfig
 from rode.tuner.moe_llava import convert_to_moe
 from rode.tuner.presets import PRESETS, TASKS, preset
@@ -119,20 +118,8 @@ class Case:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def saved(self) -> int:
-        """Bytes that one forward pass keeps for backward: distinct storages that are no parameter."""
-        own = {p.untyped_storage().data_ptr() for p in [*self.model.parameters(), *self.model.buffers()]}
-        kept: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = self.model(**self.batch).loss
-        del loss
-        return sum(kept.values())
+        """Bytes that one forward pass keeps for backward."""
+        return saved_bytes(lambda: self.model(**self.batch).loss, self.model)
 
     def check(self) -> None:
         """The logits of the chosen backend are plain PyTorch's.
@@ -152,12 +139,10 @@ class Case:
         if not error < 1e-4:
             raise RuntimeError(f"{self.name} is wrong (logits, relative error {error:.2e}): nothing is timed")
 
-    def step(self, optimizer: torch.optim.Optimizer) -> float:
-        start = time.perf_counter()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         self.model(**self.batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 @contextmanager
@@ -194,34 +179,28 @@ def main(json_file: str | None, rounds: int, rows: int = 4, tokens: int = 256) -
         name: torch.optim.AdamW([p for p in case.model.parameters() if p.requires_grad], lr=1e-5)
         for name, case in cases.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for name, case in cases.items():
-        case.step(adamw[name])
-    for i in range(rounds):
-        order = list(cases)[i % len(cases) :] + list(cases)[: i % len(cases)]
-        for name in order:
-            times[name].append(cases[name].step(adamw[name]))
+    times = interleaved(
+        {name: lambda c=case, o=adamw[name]: c.step(o) for name, case in cases.items()}, rounds, warm_up=1
+    )
+    about = machine()
     table = []
-    print(f"{describe('cpu')}, torch {torch.__version__}; {rows} x {tokens} tokens, {rounds} rounds")
+    print(f"{headline(about)}; {rows} x {tokens} tokens, {rounds} rounds")
     print(f"{'':16} {'trained':>10} {'on Llama-7B':>12} {'kept, MiB':>10} {'step against ' + BASELINE:>26}")
     for name, case in cases.items():
-        ratios = sorted(t / b for t, b in zip(times[name], times[BASELINE], strict=True))
+        ratio = ratios(times, name, BASELINE)
         row = {
             "system": name,
             "trained": case.trained(),
             "trained_llama_7b": None if name == "X-LoRA (PEFT)" else of_the_paper(all_[name]),
             "kept_mib": (case.saved() - bare) / 2**20,
-            "step_ratio": statistics.median(ratios),
-            "low": ratios[len(ratios) // 10],
-            "high": ratios[-1 - len(ratios) // 10],
-            "step_seconds": statistics.median(times[name]),
+            "step_ratio": ratio._asdict(),
+            "step_seconds": sorted(times[name])[len(times[name]) // 2],
         }
         table.append(row)
         seven = "-" if row["trained_llama_7b"] is None else f"{row['trained_llama_7b']:,}"
         print(
-            f"{name:16} {row['trained']:>10,} {seven:>12} {row['kept_mib']:>10.1f} {row['step_ratio']:>10.2f}x "
-            f"({row['low']:.2f} to {row['high']:.2f})",
+            f"{name:16} {row['trained']:>10,} {seven:>12} {row['kept_mib']:>10.1f}   {ratio}",
             flush=True,
         )
     if json_file:
-        write_json(json_file, {"machine": describe("cpu"), "rows": table})
+        write_json(json_file, {"benchmark": "presets", **about, "rows": table})

@@ -28,7 +28,8 @@ class Embedder:
     """
 
     def __init__(self, tokenizer: Any, table: Tensor, encoder: str | None = None) -> None:
-        self.tokenizer, self.table, self.encoder = tokenizer, table.detach(), encoder
+        # on the CPU: workers of a data loader embed too
+        self.tokenizer, self.table, self.encoder = tokenizer, table.detach().cpu(), encoder
         if encoder is not None:
             from transformers import AutoModel, AutoTokenizer
 
@@ -44,7 +45,7 @@ class Embedder:
         for text in texts:
             ids = torch.tensor([self.tokenizer(text, add_special_tokens=self.encoder is not None).input_ids])
             if self.encoder is None:
-                rows.append(F.embedding(ids.to(self.table.device), self.table).float().mean(1).cpu())
+                rows.append(F.embedding(ids, self.table).float().mean(1))
             else:
                 rows.append(self.model(input_ids=ids).last_hidden_state.float().mean(1))
         return F.normalize(torch.cat(rows), dim=1)

@@ -301,6 +301,7 @@ def adapter_config(recipe: Recipe) -> Any:
 
 def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """PEFT's configuration class for `peft_type`, and the other values; default targets are the language model's."""
+    from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     from rode.tuner.targets import VISION_LANGUAGE_REGEX
@@ -312,6 +313,11 @@ def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             f"adapter.peft_type: expected a method of PEFT such as LORA, POLY or XLORA, got {name!r}"
         )
     cls = known[name]
+    if issubclass(cls, PromptLearningConfig) or name == "ADALORA":
+        why = "has a loss of its own" if name == "ADALORA" else "puts tokens before the picture"
+        raise RecipeError(
+            f"adapter.peft_type: {name} {why}, which training on answers does not know; use another method"
+        )
     if "target_modules" in {f.name for f in fields(cls)}:
         values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
     if name == "XLORA" and isinstance(values.get("adapters"), dict):  # PEFT finds them only under these names

@@ -32,9 +32,13 @@ class Routes:
             self._count("n_tasks", config.n_tasks)
         by_id = getattr(config, "id_input", None)
         groups = getattr(config, "aux_groups", None)
+        self.reads_tasks = self.task_input is not None or by_id == "rode_task_ids"
         if by_id == "rode_task_ids" or groups is not None:
             self.task_input = "rode_task_ids"
-            self._count("num_ids" if by_id else "aux_groups", config.num_ids if by_id else len(groups))
+            if by_id == "rode_task_ids":
+                self._count("num_ids", config.num_ids)
+            if groups is not None:
+                self._count("aux_groups", len(groups))
         self.cluster_input = "rode_cluster_ids" if by_id == "rode_cluster_ids" else None
         if self.cluster_input is not None:
             if clusters is None or embed is None:
@@ -62,7 +66,7 @@ class Routes:
             ValueError: a row without a task, where the router reads it.
         """
         inputs: dict[str, Tensor] = {}
-        if self.task_input is not None:
+        if self.task_input is not None and (self.reads_tasks or None not in tasks):
             if None in tasks:
                 raise ValueError(
                     f"this adapter's router reads the task of a question: say which of {', '.join(TASKS)} it is (--task)"

@@ -47,6 +47,17 @@ def test_routes_that_do_not_fit_are_refused(config, words):
         Routes(config)
 
 
+def test_groups_of_a_loss_need_no_task_at_inference():
+    assert Routes(preset("loramoe"))([None], ["Is it spicy?"]) == {}
+
+
+def test_clusters_with_groups_count_tasks_for_the_groups(tmp_path):
+    clusters, embed = Clusters(torch.eye(16)), object()
+    config = preset("mocle", aux_loss="importance", aux_groups=(0, 1, 0, 1))
+    routes = Routes(config, clusters, embed)
+    assert (routes.task_input, routes.cluster_input) == ("rode_task_ids", "rode_cluster_ids")
+
+
 def test_a_question_without_a_task_is_refused():
     with pytest.raises(ValueError, match=r"reads the task of a question: say which of .*--task"):
         Routes(preset("moelora"))([None], ["Is it spicy?"])

@@ -17,10 +17,12 @@ class GateRecord(NamedTuple):
     """The gates of one router in one forward pass.
 
     Attributes:
-        config: of the adapter. routed: of its routed experts, (..., N) with leading dimensions that broadcast over `tokens`.
+        adapter, config: whose they are.
+        routed: of its routed experts, (..., N) with leading dimensions that broadcast over `tokens`.
         tokens: leading shape of the layer's input. in_tower: its tokens are not those of input_ids.
     """
 
+    adapter: str
     config: RodeConfig
     routed: Routed
     tokens: tuple[int, ...]
@@ -98,6 +100,14 @@ def token_weights(record: GateRecord, mask: Tensor | None, like: Tensor) -> Tens
     return mask.reshape(-1).to(like.device, dtype)
 
 
+def check_ids(name: str, ids: Tensor, count: int, field: str) -> None:
+    """Raises ValueError for ids outside of [0, count); on a CPU, where looking costs nothing."""
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name}: expected ids below {field}={count}, got {low if low < 0 else high}")
+
+
 def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """The loss of one router, without its weight: a scalar in the gates' dtype.
 
@@ -118,10 +128,13 @@ def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | N
     kept = torch.where(weights[:, None] > 0, gates, 0.0)
     if config.aux_groups is None:
         return importance(kept.sum(0))
-    if task_ids is None or task_ids.dim() != 1:
+    if task_ids is None or task_ids.shape != tokens[:1]:
+        got = None if task_ids is None else tuple(task_ids.shape)
         raise ValueError(
-            "aux_groups: which group a sequence belongs to follows from its task; pass rode_task_ids (batch,) to the model"
+            f"aux_groups: which group a sequence belongs to follows from its task; pass rode_task_ids ({tokens[0]},) to the model, "
+            f"got {got}"
         )
+    check_ids("rode_task_ids", task_ids, len(config.aux_groups), "aux_groups")
     groups = torch.tensor(config.aux_groups, device=gates.device)[task_ids.to(gates.device)]
     by_sequence = kept.unflatten(0, (tokens[0], -1)).sum(1)  # (batch, N)
     return importance(by_sequence * group_weights(groups, gates.shape[-1], config.aux_delta).to(gates.dtype))

@@ -35,7 +35,7 @@ class BlockPass:
         """Sets the hooks on the block; their handles."""
         return [
             block.register_forward_pre_hook(self._before),
-            block.register_forward_hook(self._after, with_kwargs=True),
+            block.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def base(self, layer: RodeLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -64,20 +64,28 @@ class BlockPass:
             return None
         return self._chosen[..., self.slot].to(self._weights.dtype)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one pass."""
+        return BlockPass(self.name).__dict__
+
     def _before(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self.slot, self._adapter = 0, None
         self._chosen = self._weights = self.whole = None
         self._base.clear()
 
     def _after(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        if self._weights is None:  # adapters are off, or none of this block is active
-            self._base.clear()
-            return output
-        weights = self._weights.to(output.dtype)
-        total = weights[..., :1] * output
-        for self.slot in range(1, weights.shape[-1]):
-            total = total + weights[..., self.slot, None] * block.forward(*args, **kwargs)
-        self._before(block, args)
-        return total
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None
+    ) -> Tensor | None:
+        # Whatever happens, nothing of this pass stays: checkpointing ends a recomputation early, by an exception.
+        try:
+            if (
+                output is None or self._weights is None
+            ):  # it failed; or no adapter here has the block for its experts
+                return output
+            weights = self._weights.to(output.dtype)
+            total = weights[..., :1] * output
+            for self.slot in range(1, weights.shape[-1]):
+                total = total + weights[..., self.slot, None] * block.forward(*args, **kwargs)
+            return total
+        finally:
+            self._before(block, args)

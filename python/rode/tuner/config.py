@@ -197,6 +197,7 @@ class RodeConfig(PeftConfig):
         return (
             self.aux_loss != "none"
             or self.gate == "expert-choice"
+            or self.router_per == "block"
             or self.router_input in ("task", "cluster", "sequence")
         )
 

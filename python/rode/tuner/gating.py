@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rode.tuner.balance import check_ids
 from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Gated:
 
     def _gates(self, adapter: str, x: Tensor) -> Tensor:
         """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""
-        if self.block_pass is not None and (gates := self.block_pass.gates(adapter)) is not None:
+        if self.runs_block(adapter) and (gates := self.block_pass.gates(adapter)) is not None:
             return gates
         if self.rode_shares_gates[adapter]:
             return self._shared_gates(adapter, x)
@@ -48,18 +49,22 @@ class Gated:
         )
         gates = with_universal(routed.gates) if config.universal_expert else routed.gates
         self._keep(adapter, routed, gates, x)
-        return gates if self.block_pass is None else self.block_pass.begin(adapter, routed, config.top_k)
+        return self.block_pass.begin(adapter, routed, config.top_k) if self.runs_block(adapter) else gates
+
+    def runs_block(self, adapter: str) -> bool:
+        """Whether this adapter's experts are the whole block."""
+        return self.block_pass is not None and self.rode_config[adapter].expert_per == "block"
 
     def _keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None:
         """For the auxiliary loss, and for the block's other layers."""
         config = self.rode_config[adapter]
-        self.routing.record(config, routed, tuple(x.shape[:-1]), self.in_tower)
+        self.routing.record(adapter, config, routed, tuple(x.shape[:-1]), self.in_tower)
         if config.router_per == "block":
             self.routing.block_gates[self.block, adapter] = gates
 
     def _shared_gates(self, adapter: str, x: Tensor) -> Tensor:
         gates = self.routing.block_gates.get((self.block, adapter))
-        if gates is None or (gates.shape[0] not in (1, x.shape[0])):
+        if gates is None or any(n not in (1, m) for n, m in zip(gates.shape, x.shape[:-1], strict=False)):
             raise RuntimeError(
                 f"{self.place}: router_per='block' takes the gates of the block's first adapted layer, which has not run on this "
                 "input; use router_per='projection' for a model that calls its layers in another order"
@@ -79,12 +84,7 @@ class Gated:
         if config.router_input == "constant":
             return table.to(wide).reshape(*(1,) * (x.dim() - 1), -1)
         ids = self.routing.ids(config, x)
-        if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= len(table):
-                raise ValueError(
-                    f"{config.id_input}: expected ids below num_ids={len(table)}, got {low if low < 0 else high}"
-                )
+        check_ids(config.id_input, ids, len(table), "num_ids")
         rows = table[ids]
         return rows.to(wide) if config.table_of_logits else router_logits(rows, router, bias)
 
@@ -96,24 +96,29 @@ class Gated:
             )
         routing, key = self.routing, (self.place, adapter)
         if routing.decoding:
-            kept = routing.sequence_logits.get(key)
+            kept = routing.kept_logits().get(key)
             if kept is None or kept.shape[0] != x.shape[0]:
                 raise RuntimeError(
                     f"{self.place}: router_input='sequence' reads the prompt, which this cache was not filled with by this adapter"
                 )
             return kept
-        prompt = None if self.in_tower else routing.prompt
+        prompt = None if self.in_tower else routing.read_prompt()
         wide = torch.promote_types(x.dtype, torch.float32)
         if prompt is None:
             weights = torch.ones(x.shape[:2], dtype=wide, device=x.device)
         else:
             weights = self._fit(prompt, x).to(x.device, wide)
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
+        tokens = weights.sum(1, keepdim=True)
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool((tokens == 0).any()):
+            raise ValueError(
+                f"{self.place}: router_input='sequence' reads the prompt, and a row has none: labels learn every token of it; pass "
+                "rode_prompt_mask"
+            )
+        weights = weights / tokens.clamp(min=1)
         with torch.autocast(x.device.type, enabled=False):
             pooled = torch.bmm(weights[:, None], x.to(wide))
         logits = router_logits(pooled, router, bias)
-        if not torch.is_grad_enabled():
-            routing.sequence_logits[key] = logits
+        routing.sequence_logits[key] = logits.detach()
         return logits
 
     def _threshold(self, adapter: str, x: Tensor) -> Tensor | None:
@@ -136,7 +141,7 @@ class Gated:
             raise ValueError(
                 f"{self.place}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        mask = None if self.in_tower else self.routing.mask
+        mask = None if self.in_tower else self.routing.read_mask()
         return None if mask is None else self._fit(mask, x).to(x.device)
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:

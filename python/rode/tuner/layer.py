@@ -96,7 +96,7 @@ class RodeLayer(Gated, BaseTunerLayer):
         rows = ranks[0] if config.shared_A else total
         self.rode_A[adapter_name] = nn.Parameter(torch.empty(rows, self.in_features, **like))
         self.rode_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, total, **like))
-        if config.norm_experts:
+        if config.norm_experts and config.needs_router(experts):
             self.rode_norm[adapter_name] = nn.Parameter(torch.ones(total, **like))
             self.rode_norm_bias[adapter_name] = nn.Parameter(torch.zeros(total, **like))
         if config.needs_router(experts) and not shares_gates:
@@ -259,7 +259,7 @@ class Linear(nn.Module, RodeLayer):
             else:
                 y = gated_mixture(inputs, A, B, gates, **options)
         if self.gate_recorder is not None and (self.block_pass is None or self.block_pass.slot == 0):
-            gates = gates if self.block_pass is None else self.block_pass.whole
+            gates = self.block_pass.whole if self.runs_block(adapter) else gates
             self.gate_recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
         return y if same else result + y.to(result.dtype)
 

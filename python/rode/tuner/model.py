@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -71,6 +72,8 @@ class RodeModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(self._no_match(model, adapter_name, str(error))) from None
         config = self.peft_config[adapter_name]
+        if config.watches_passes:
+            self._routing.attach(self.model)
         # Bare names match a tower as a matter of course; of a regex it may not be what was meant.
         if isinstance(config.target_modules, str) and (held := self._held_back(model, config)):
             warnings.warn(
@@ -170,7 +173,13 @@ class RodeModel(BaseTuner):
         if config.router_per != "block" or not config.needs_router(len(ranks)):
             return False
         first = next(
-            (m for m in siblings if adapter_name in m.rode_config and not m.rode_shares_gates[adapter_name]),
+            (
+                m
+                for m in siblings
+                if adapter_name in m.rode_config
+                and not m.rode_shares_gates[adapter_name]
+                and config.needs_router(len(m.rode_ranks[adapter_name]))
+            ),
             None,
         )
         if first is not None and len(first.rode_ranks[adapter_name]) != len(ranks):
@@ -181,10 +190,12 @@ class RodeModel(BaseTuner):
         return first is not None
 
     def _run_block_by_expert(self, layer: RodeLayer, siblings: list[RodeLayer], parent: nn.Module) -> None:
-        if "attn" in layer.block or "attention" in layer.block.lower():
+        inside = [layer.block, *(name for name, _ in parent.named_modules())]
+        takes = inspect.signature(parent.forward).parameters
+        if "attention_mask" in takes or any("attn" in n.lower() or "attention" in n.lower() for n in inside):
             raise ValueError(
-                f"{layer.place}: expert_per='block' runs a feed-forward block once for each expert, and this is attention; leave "
-                "it out of target_modules, or give it one expert by rank_pattern"
+                f"{layer.place}: expert_per='block' runs a feed-forward block once for each expert, and the module around this "
+                "layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
             )
         shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
         if shared is None:
@@ -192,13 +203,10 @@ class RodeModel(BaseTuner):
             self._routing.handles += shared.attach(parent)
         layer.block_pass = shared
 
-    def _post_injection_hook(self, model: nn.Module, config: RodeConfig, adapter_name: str) -> None:
-        if config.watches_passes:
-            self._routing.attach(model)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
-        active = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
+        active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
         if any(config.gate == "expert-choice" for config in active):
             raise ValueError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
@@ -213,12 +221,16 @@ class RodeModel(BaseTuner):
             ),
             args[0] if args else None,
         )
-        self._routing.prompt_length = None if prompt is None else prompt.shape[1]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            self._routing.generating = mask.bool()
+        elif prompt is not None:
+            self._routing.generating = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         try:
             with given_inputs(self._routing, inputs):
                 return self.model.generate(*args, **kwargs)
         finally:
-            self._routing.prompt_length = None
+            self._routing.generating = None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are float32 from the start; `autocast_adapter_dtype=False` asks for the base layer's dtype instead."""

@@ -163,7 +163,8 @@ def expert_choice(logits: Tensor, mask: Tensor | None, capacity: float, temperat
     if mask is None:
         mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     experts = logits.shape[-1]
-    places = torch.ceil(mask.sum(1, keepdim=True) * (capacity / experts)).clamp(max=logits.shape[1])
+    # in float64 and the product first: a rounded factor would make 7 of 21 * 2 / 7
+    places = torch.ceil(mask.sum(1, keepdim=True).double() * capacity / experts)
     wish = values.detach().masked_fill(~mask[..., None], -1.0)
     order = wish.sort(dim=1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(

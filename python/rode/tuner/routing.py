@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Routing:
         side: side inputs of the running pass by name. mask: (batch, T) bool, what is not padding, or None.
         prompt: (batch, T) bool, the prompt's tokens, or None. decoding: a key-value cache holds earlier tokens.
         records: gates of this pass, while they are collected, else None.
-        sequence_logits, block_gates: by layer or block, what later calls reuse.
+        sequence_logits, block_gates: of this pass, by layer or block; the former stay with the key-value cache that it filled.
         l1_factor: what `HoldSparsity` multiplies the L1 loss by. closed, gates_seen: counts since it last read them, or None.
     """
 
@@ -41,11 +42,15 @@ class Routing:
         self.given: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
         self.prompt: Tensor | None = None
+        self._told_prompt = True
         self.decoding = False
         self.records: list[GateRecord] | None = None
         self.sequence_logits: dict[tuple[str, str], Tensor] = {}
         self.block_gates: dict[tuple[str, str], Any] = {}
-        self.prompt_length: int | None = None
+        self.generating: Tensor | None = None  # (batch, T) bool: the prompt that `generate` was called with
+        self.unreadable_mask = False  # a mask was given that is not (batch, T)
+        self._past: Any = None
+        self._kept: WeakKeyDictionary[Any, dict[tuple[str, str], Tensor]] = WeakKeyDictionary()
         self.l1_factor = 1.0
         self.target_sparsity: float | None = None
         self.closed: Tensor | None = None
@@ -85,29 +90,79 @@ class Routing:
         ids = bound.get("input_ids")
         ids = bound.get("inputs_embeds") if ids is None else ids
         mask, labels = bound.get("attention_mask"), bound.get("labels")
-        past = bound.get("past_key_values")
-        self.decoding = past is not None and past.get_seq_length() > 0
+        self._past = past = bound.get("past_key_values")
+        held = 0 if past is None else int(past.get_seq_length())
+        self.decoding = held > 0
+        self.block_gates, self.sequence_logits = {}, {}
         tokens = None if ids is None else tuple(ids.shape[:2])
         self.mask = None
-        if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None:
+        two = isinstance(mask, Tensor) and mask.dim() == 2
+        self.unreadable_mask = mask is not None and not two
+        if two and tokens is not None:
             self.mask = mask[:, -tokens[1] :].bool()  # with a cache the mask covers the past too
-        self._set_prompt(labels, tokens, ids)
         training = model.training and torch.is_grad_enabled()
+        self._set_prompt(labels, tokens, held, training)
         self.records = [] if training else None
         return args, kwargs
 
-    def _set_prompt(self, labels: Tensor | None, tokens: tuple[int, int] | None, ids: Tensor | None) -> None:
-        prompt = self.side.get("rode_prompt_mask")
-        if prompt is None and labels is not None:
-            prompt = labels == IGNORE
-        if prompt is None and tokens is not None and self.prompt_length is not None and not self.decoding:
-            prompt = torch.arange(tokens[1], device=ids.device).expand(tokens) < self.prompt_length
-        if prompt is not None and self.mask is not None:
-            prompt = prompt.bool() & self.mask
-        self.prompt = self.mask if prompt is None else prompt.bool()
+    def _set_prompt(
+        self, labels: Tensor | None, tokens: tuple[int, int] | None, held: int, training: bool
+    ) -> None:
+        given, self.prompt, self._told_prompt = self.side.get("rode_prompt_mask"), None, True
+        if given is None and self.generating is not None:
+            given = self.generating
+            length = given.shape[1]
+            # in pieces, of which a router would see one at a time
+            self._told_prompt = held >= length or (held == 0 and tokens is not None and tokens[1] >= length)
+        elif given is None:
+            self._told_prompt = labels is not None or not training
+        if given is not None and self._told_prompt and tokens is not None and not held:
+            self.prompt = _fit_rows(given.bool(), tokens)
+        elif given is None and labels is not None:
+            self.prompt = labels == IGNORE
+        if self.prompt is None:
+            self.prompt = self.mask
+        elif self.mask is not None:
+            self.prompt = self.prompt & self.mask
+
+    def read_prompt(self) -> Tensor | None:
+        """The prompt's tokens, (batch, T) bool, for a router that reads them; None for all.
+
+        Raises:
+            ValueError: they cannot be told from what the model was called with.
+        """
+        if not self._told_prompt:
+            raise ValueError(
+                "router_input='sequence' reads the prompt: in training pass labels or rode_prompt_mask to the model, and in "
+                "generation do not fill the cache in pieces (prefill_chunk_size)"
+            )
+        return self.read_mask() if self.prompt is None else self.prompt
+
+    def read_mask(self) -> Tensor | None:
+        """What is not padding, (batch, T) bool; None for all.
+
+        Raises:
+            ValueError: a mask was given in which padding cannot be told.
+        """
+        if self.unreadable_mask:
+            raise ValueError(
+                "attention_mask: expected shape (batch, tokens), so that padding can be left out; got another one (as with a "
+                "static cache or a mask of your own)"
+            )
+        return self.mask
+
+    def kept_logits(self) -> dict[tuple[str, str], Tensor]:
+        """Logits that the prompt of the running pass's key-value cache led to."""
+        return {} if self._past is None else self._kept.get(self._past, {})
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        cache = getattr(output, "past_key_values", None)
+        if self.sequence_logits and cache is not None:
+            self._kept[cache] = self.sequence_logits
+        self._past, self.sequence_logits = None, {}
         records, self.records = self.records, None
+        if not torch.is_grad_enabled():  # no backward will compute a layer again
+            self.side, self.prompt, self.mask = {}, None, None
         records = [r for r in records or [] if r.config.aux_loss != "none"]
         if not records or output is None:  # None: the pass failed, and its own error is on the way
             return None
@@ -125,23 +180,25 @@ class Routing:
 
     def loss(self, records: list[GateRecord]) -> Tensor:
         """The weighted auxiliary loss: for each adapter the mean over its routers."""
-        by_config: dict[int, list[GateRecord]] = {}
+        by_adapter: dict[str, list[GateRecord]] = {}
         for record in records:
-            by_config.setdefault(id(record.config), []).append(record)
-        total = None
-        for group in by_config.values():
+            by_adapter.setdefault(record.adapter, []).append(record)
+        total, mask = None, self.read_mask()
+        for group in by_adapter.values():
             config = group[0].config
-            losses = [auxiliary_loss(r, self.mask, self.side.get("rode_task_ids")) for r in group]
+            losses = [auxiliary_loss(r, mask, self.side.get("rode_task_ids")) for r in group]
             first = losses[0]
             weight = config.aux_weight * (self.l1_factor if config.target_sparsity is not None else 1.0)
             mean = torch.stack([x.to(first.device, first.dtype) for x in losses]).mean() * weight
             total = mean if total is None else total + mean.to(total.device, total.dtype)
         return total
 
-    def record(self, config: RodeConfig, routed: Any, tokens: tuple[int, ...], in_tower: bool) -> None:
+    def record(
+        self, adapter: str, config: RodeConfig, routed: Any, tokens: tuple[int, ...], in_tower: bool
+    ) -> None:
         """Keeps gates for the auxiliary loss; not outside of a training pass, as when checkpointing computes a layer again."""
         if self.records is not None and config.aux_loss != "none":
-            self.records.append(GateRecord(config, routed, tokens, in_tower))
+            self.records.append(GateRecord(adapter, config, routed, tokens, in_tower))
 
     def ids(self, config: RodeConfig, x: Tensor) -> Tensor:
         """The ids that this adapter's router reads, int64, with x's leading dimensions or 1 in their place.
@@ -158,7 +215,9 @@ class Routing:
             )
         ids = ids.to(x.device)
         batch = x.shape[0]
-        if ids.dim() == 0 or ids.is_floating_point() or batch % ids.shape[0]:
+        rows = 0 if ids.dim() == 0 else ids.shape[0]
+        repeats = rows > 0 and batch % rows == 0 and (batch == rows or not torch.is_grad_enabled())
+        if ids.is_floating_point() or not repeats:
             raise ValueError(
                 f"{name}: expected int64 of shape ({batch},), got {ids.dtype} {tuple(ids.shape)}"
             )
@@ -183,10 +242,23 @@ def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
                 "aux_loss: a tuple without a loss has no place for it; call with return_dict=True"
             )
         return (output[0] + _share(aux, given), *output[1:])
+    if output.get("aux_loss") is not None:
+        raise ValueError(
+            "aux_loss: the model has an auxiliary loss of its own (output_router_logits); turn it off, or the adapter's"
+        )
     if getattr(output, "loss", None) is not None:
         output["loss"] = output.loss + _share(aux, given).to(output.loss.device)
     output["aux_loss"] = aux
     return output
+
+
+def _fit_rows(prompt: Tensor, tokens: tuple[int, int]) -> Tensor:
+    """A prompt mask (rows, P) for a pass of `tokens` (batch, T): rows repeated for beams, and nothing of it in an answer so far."""
+    rows, length = prompt.shape
+    if tokens[0] % rows or tokens[1] < length:
+        raise ValueError(f"rode_prompt_mask: expected shape {tokens}, got {tuple(prompt.shape)}")
+    prompt = prompt.repeat_interleave(tokens[0] // rows, dim=0)
+    return nn.functional.pad(prompt, (0, tokens[1] - length))
 
 
 def _share(aux: Tensor, given: dict[str, Any]) -> Tensor:

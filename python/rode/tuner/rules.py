@@ -83,8 +83,11 @@ def _check_router_values(config: RodeConfig) -> None:
             raise TypeError(f"{name}: expected True or False, got {getattr(config, name)!r}")
     for name in ("num_ids", "embedding_dim", "top_k"):
         value = getattr(config, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}: expected a positive whole number, got {value!r}")
+        setattr(config, name, int(value))
     for name in ("temperature", "capacity", "max_threshold"):
         if getattr(config, name) is not None:
             setattr(config, name, _positive(name, getattr(config, name)))
@@ -120,6 +123,10 @@ def _check_router(config: RodeConfig) -> None:
             f"router_input={config.router_input!r} reads no ids",
             "num_ids",
             "embedding_dim",
+        )
+    if config.router_input == "constant" and config.router_per == "block":
+        raise ValueError(
+            "router_per='block' shares what is computed from an input; router_input='constant' has none"
         )
     if config.table_of_logits and config.router_bias:
         raise ValueError(
@@ -175,9 +182,13 @@ def _check_gate(config: RodeConfig) -> None:
             )
         if not config.scale_by_gate:
             raise ValueError("universal_expert: with scale_by_gate=False its gate would always be 0")
+        if config.normalize and config.top_k == 1:
+            raise ValueError("universal_expert: a normalised top-1 gate is always 1, which leaves it 0")
         for name, ranks in _all_ranks(config):
-            if len(ranks) < 2:
-                raise ValueError(f"universal_expert: {name} needs another expert beside it, got {ranks}")
+            if len(ranks) < 3:
+                raise ValueError(
+                    f"universal_expert: {name} needs two routed experts beside it (one alone has all), got {ranks}"
+                )
 
 
 def _check_combination(config: RodeConfig) -> None:
@@ -230,6 +241,10 @@ def _check_aux(config: RodeConfig) -> None:
         config.aux_weight = _AUX_WEIGHTS[kind]
     elif not _is_real(config.aux_weight) or config.aux_weight < 0:
         raise ValueError(f"aux_weight: expected a number >= 0, got {config.aux_weight!r}")
+    if not config.scale_by_gate and kind != "load-balance":
+        raise ValueError(
+            f"scale_by_gate=False leaves the router to aux_loss='load-balance' alone, got aux_loss={kind!r}: it would never learn"
+        )
     if kind == "load-balance" and config.gate not in _SOFT[:3]:
         raise ValueError(
             f"aux_loss='load-balance' balances a softmax, got gate={config.gate!r}; use one of {', '.join(_SOFT[:3])}"

@@ -230,3 +230,45 @@ def test_a_strong_l1_closes_gates(tiny_llava, llava_batch, tmp_path):
     mask = llava_batch["attention_mask"].bool()
     gates = [(seen["x"] @ w.T).relu()[mask].sum(1).mean() for w in (before, layer.rode_router["default"])]
     assert gates[1] < 0.5 * gates[0]
+
+
+def test_two_adapters_with_one_configuration_count_twice(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, "l1").train()
+    one = model(**llava_batch, labels=labels_of(llava_batch)).aux_loss
+    model.add_adapter("again", model.peft_config["default"])
+    model.load_state_dict(
+        {n.replace("default", "again"): p for n, p in model.state_dict().items() if ".default" in n},
+        strict=False,
+    )
+    model.base_model.set_adapter(["default", "again"])
+    both = model(**llava_batch, labels=labels_of(llava_batch)).aux_loss
+    assert both > 1.5 * one
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.tensor([0, -1]), "below aux_groups=2, got -1"),
+        (torch.tensor([0, 2]), "got 2"),
+        (torch.tensor([0]), r"pass rode_task_ids \(2,\) to the model, got \(1,\)"),
+    ],
+)
+def test_wrong_tasks_of_groups_are_named(tiny_llava, llava_batch, ids, words):
+    with pytest.raises(ValueError, match=words):
+        adapted(tiny_llava, "groups").train()(**llava_batch, rode_task_ids=ids)
+
+
+def test_padding_that_cannot_be_told_is_an_error(tiny_llava, llava_batch):
+    four = llava_batch["attention_mask"][:, None, None].bool().expand(-1, 1, 9, 9)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(batch, tokens\)"):
+        adapted(tiny_llava, "importance").train()(**{**llava_batch, "attention_mask": four})
+
+
+def test_a_models_own_auxiliary_loss_is_not_overwritten():
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+    from rode.tuner.routing import add_to_output
+
+    output = MoeCausalLMOutputWithPast(loss=torch.tensor(1.0), aux_loss=torch.tensor(2.0))
+    with pytest.raises(ValueError, match="an auxiliary loss of its own"):
+        add_to_output(output, torch.tensor(3.0), {})

@@ -131,11 +131,21 @@ def test_bad_fields_are_named(fields, error, words):
         ({"gate": "expert-choice", "router_input": "sequence"}, "experts choose among tokens"),
         ({"capacity": 2}, "capacity: gate='relu' has no capacity"),
         ({"universal_expert": True}, "universal_expert: its gate is 1 minus the largest"),
-        ({"gate": "softmax", "universal_expert": True, "ranks": (4,)}, "needs another expert beside it"),
+        (
+            {"gate": "softmax", "universal_expert": True, "ranks": (4, 4)},
+            "needs two routed experts beside it",
+        ),
         (
             {"gate": "topk", "top_k": 1, "scale_by_gate": False, "universal_expert": True},
             "its gate would always be 0",
         ),
+        ({"gate": "topk", "top_k": 1, "normalize": True, "universal_expert": True}, "top-1 gate is always 1"),
+        ({"gate": "topk", "top_k": 1, "scale_by_gate": False}, "it would never learn"),
+        (
+            {"gate": "topk", "top_k": 1, "scale_by_gate": False, "aux_loss": "importance"},
+            "leaves the router to aux_loss='load-balance' alone, got aux_loss='importance'",
+        ),
+        ({"router_input": "constant", "router_per": "block"}, "shares what is computed from an input"),
         ({"shared_A": True}, r"shared_A: experts that share A have its rank, got ranks=\(2, 4, 8, 16\)"),
         (
             {"shared_A": True, "ranks": (2, 2), "rank_pattern": {"v_proj": (1, 2)}},
@@ -188,6 +198,12 @@ def test_bad_fields_are_named(fields, error, words):
 def test_combinations_that_make_no_sense_are_refused_with_the_reason(fields, words):
     with pytest.raises((TypeError, ValueError), match=words):
         RodeConfig(**fields)
+
+
+def test_whole_numbers_of_numpy_are_saved(tmp_path):
+    np = pytest.importorskip("numpy")
+    RodeConfig(gate="topk", top_k=np.int64(2)).save_pretrained(tmp_path)
+    assert RodeConfig.from_pretrained(tmp_path).top_k == 2
 
 
 def test_unknown_field_is_refused():

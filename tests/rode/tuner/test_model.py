@@ -208,6 +208,22 @@ def test_weighted_adapter_refuses_what_is_no_sum(mlp):
     assert set(model.peft_config) == {"default", "other"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"norm_experts": True}, "norm_experts: the experts of one adapter depend on each other"),
+        ({"shared_A": True, "ranks": (2, 2)}, "shared_A: the experts"),
+        ({"gate": "sigmoid", "normalize": True}, "gate='sigmoid': the experts"),
+        ({"router_input": "task", "num_ids": 2}, "only routers that read their own layer's input"),
+        ({"router_per": "block"}, "only routers that read their own layer's input"),
+    ],
+)
+def test_weighted_adapters_whose_experts_hang_together_are_refused(mlp, fields, words):
+    model = make(mlp, **fields).base_model
+    with pytest.raises(ValueError, match=words):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
 def test_injection_without_a_peft_model(mlp):
     model = inject_adapter_in_model(RodeConfig(ranks=(2,), target_modules=["lin0"]), mlp())
     assert isinstance(model.lin0, RodeLayer)

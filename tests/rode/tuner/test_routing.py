@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 
-from rode.tuner import RodeConfig, RodeLayer, routing_inputs
+from rode.tuner import GateStatistics, RodeConfig, RodeLayer, routing_inputs
 
 COMMON = {"ranks": (2, 3), "dropout": 0.0, "init_weights": False, "task_type": "CAUSAL_LM"}
 TASK = {"gate": "softmax", "router_input": "task", "num_ids": 3}
@@ -194,7 +194,7 @@ def test_blocks_experts_must_agree(tiny_llava):
 
 def test_whole_blocks_are_no_attention(tiny_llava):
     fields = {"gate": "topk", "top_k": 1, "normalize": True, "router_per": "block", "expert_per": "block"}
-    with pytest.raises(ValueError, match="this is attention"):
+    with pytest.raises(ValueError, match="is or holds attention"):
         get_peft_model(tiny_llava(), RodeConfig(**COMMON, **fields))
 
 
@@ -299,3 +299,152 @@ def test_expert_choice_leaves_padding_out():
     alone = expert_choice(logits[1:, 2:], None, 1.5)
     assert torch.equal(routed.gates[1, 2:], alone.gates[0])
     assert routed.gates[1, :2].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("how", ["add", "load"])
+def test_a_later_adapter_is_told_of_the_pass_too(tiny_llava, llava_batch, tmp_path, how):
+    """PEFT's hook after injection runs for a model's first adapter alone."""
+    ids = torch.tensor([0, 2])
+    want = adapted(tiny_llava, **TASK)
+    want.save_pretrained(tmp_path)
+    model = adapted(tiny_llava, gate="relu")
+    if how == "load":
+        model.load_adapter(str(tmp_path), "later")
+    else:
+        model.add_adapter("later", RodeConfig(**{**COMMON, **TASK}))
+        for mine, theirs in zip(layers_of(model), layers_of(want), strict=True):
+            for name in ("rode_A", "rode_B", "rode_table"):
+                getattr(mine, name)["later"].data.copy_(getattr(theirs, name)["default"])
+    model.set_adapter("later")
+    model.eval()
+    torch.testing.assert_close(
+        model(**llava_batch, rode_task_ids=ids).logits, want(**llava_batch, rode_task_ids=ids).logits
+    )
+    model.add_adapter("l1", RodeConfig(**COMMON, aux_loss="l1", aux_weight=1.0))
+    model.set_adapter("l1")
+    assert model.train()(**llava_batch, labels=llava_batch["input_ids"]).aux_loss > 0
+
+
+FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("gate", ["softmax", "relu", "topk"])
+def test_blocks_as_experts_leave_other_adapters_alone(tiny_llava, llava_batch, gate):
+    k = {"top_k": 1} if gate == "topk" else {}
+    model = adapted(tiny_llava, gate=gate, target_modules=FEED_FORWARD, **k)
+    want = model(**llava_batch).logits
+    model.add_adapter("blocks", RodeConfig(**{**COMMON, **BLOCK}))
+    model.set_adapter("default")
+    model.eval()
+    torch.testing.assert_close(model(**llava_batch).logits, want)
+    with GateStatistics().attach(model) as statistics:
+        model(**llava_batch)
+    assert all(layer.tokens["all"] == 16 for layer in statistics.report().layers)
+    model.delete_adapter("blocks")
+    torch.testing.assert_close(model(**llava_batch).logits, want)
+
+
+def test_blocks_that_hold_attention_are_refused():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(**sizes, vocab_size=50, word_embed_proj_dim=16))
+    with pytest.raises(ValueError, match="is or holds attention"):
+        get_peft_model(model, RodeConfig(**{**COMMON, **BLOCK, "target_modules": ["fc1", "fc2"]}))
+
+
+def test_checkpointed_blocks_keep_nothing(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, **BLOCK).train()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model(**llava_batch, labels=llava_batch["input_ids"]).loss.backward()
+    for layer in layers_of(model):
+        assert layer.block_pass._base == {}
+        assert layer.block_pass._weights is layer.block_pass.whole is None
+    copy.deepcopy(model.get_base_model())
+
+
+@pytest.mark.parametrize("first", ["q_proj", "gate_proj"])
+def test_a_layer_without_a_router_leads_no_block(tiny_llava, llava_batch, first):
+    targets = ["q_proj", "v_proj"] if first == "q_proj" else FEED_FORWARD
+    fields = {"ranks": (2, 3, 2), "gate": "softmax", "router_per": "block"}
+    model = adapted(tiny_llava, **fields, target_modules=targets, rank_pattern={first: (4,)})
+    assert "default" in layers_of(model)[1].rode_router
+    model(**llava_batch)
+
+
+def test_sequence_logits_belong_to_their_cache(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="softmax", router_input="sequence")
+    first = {name: t[:1] for name, t in llava_batch.items()}
+    other = dict(first, input_ids=first["input_ids"].clone())
+    other["input_ids"][0, 5:] = torch.tensor([60, 61, 62, 63])
+    step = torch.tensor([[33]])
+
+    def next_logits(cache):
+        return model(input_ids=step, past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad():
+        want = next_logits(model(**first, use_cache=True).past_key_values)
+        cache = model(**first, use_cache=True).past_key_values
+        model(**other, use_cache=True)  # another prompt in between
+        torch.testing.assert_close(next_logits(cache), want)
+        strange = copy.deepcopy(model(**first, use_cache=True).past_key_values)
+        with pytest.raises(RuntimeError, match="which this cache was not filled with"):
+            next_logits(strange)
+    with_graph = model(**first, use_cache=True).past_key_values
+    torch.testing.assert_close(next_logits(with_graph), want)
+
+
+def test_sequence_routers_and_other_ways_to_generate(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="softmax", router_input="sequence")
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    want = model.generate(**llava_batch, **options)
+    static = model.generate(**llava_batch, **options, cache_implementation="static")
+    assert torch.equal(static, want)
+    lookup = {name: t[:1] for name, t in llava_batch.items()}
+    assert torch.equal(model.generate(**lookup, **options, prompt_lookup_num_tokens=2), want[:1])
+    prompt = llava_batch["attention_mask"].bool()
+    for more in ({"num_beams": 2}, {"use_cache": False}):
+        model.generate(**llava_batch, **options, **more, rode_prompt_mask=prompt)
+    with pytest.raises(ValueError, match="do not fill the cache in pieces"):
+        model.generate(**llava_batch, **options, prefill_chunk_size=3)
+
+
+def test_a_prompt_that_cannot_be_told_is_an_error(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="softmax", router_input="sequence").train()
+    with pytest.raises(ValueError, match="pass labels or rode_prompt_mask"):
+        model(**llava_batch)
+    with pytest.raises(ValueError, match="a row has none: labels learn every token"):
+        model(**llava_batch, labels=llava_batch["input_ids"].clamp(min=1))
+    four = llava_batch["attention_mask"][:, None, None].bool().expand(-1, 1, 9, 9)
+    model = adapted(tiny_llava, gate="expert-choice")
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(batch, tokens\)"):
+        model(**{**llava_batch, "attention_mask": four})
+
+
+def test_ids_of_a_pass_are_gone_after_it(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, **TASK)
+    with torch.no_grad():
+        model(**llava_batch, rode_task_ids=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="needs the task"):  # past the hooks
+            model.get_base_model().model(**llava_batch)
+
+
+def test_adapters_off_may_generate(tiny_llava, llava_batch):
+    model = adapted(tiny_llava, gate="expert-choice")
+    with model.disable_adapter():
+        model.generate(**llava_batch, max_new_tokens=2)
+
+
+def test_normalised_experts_of_one_need_no_norm(tiny_llava, llava_batch):
+    fields = {"ranks": (2, 3), "gate": "softmax", "norm_experts": True, "rank_pattern": {"v_proj": (4,)}}
+    model = adapted(tiny_llava, **fields).train()
+    model(**llava_batch, labels=llava_batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_capacity_is_not_rounded_up_by_accident():
+    from rode.tuner.routers import expert_choice
+
+    routed = expert_choice(torch.randn(1, 21, 7), None, 2.0)
+    assert routed.open.sum(1).tolist() == [[6] * 7]  # ceil(21 * 2 / 7)
