@@ -293,9 +293,9 @@ class RodeModel(BaseTuner):
         for field in shared:
             if any(getattr(config, field) != getattr(first, field) for config in configs):
                 raise ValueError(f"adapters {list(adapters)} differ in {field}; they cannot become one")
-        together = [name for name in ("shared_A", "universal_expert") if getattr(first, name)] + (
-            ["combine='factors'"] if first.combine == "factors" else []
-        )
+        together = [
+            name for name in ("shared_A", "universal_expert", "norm_experts") if getattr(first, name)
+        ] + (["combine='factors'"] if first.combine == "factors" else [])
         if first.gate not in ("relu", "sigmoid", "none") or first.normalize or together:
             what = together[0] if together else f"gate={first.gate!r}"
             raise ValueError(
