@@ -10,6 +10,7 @@
 
 namespace py = pybind11;
 using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, row stride, column stride
+using StridedWeight = std::tuple<uintptr_t, int64_t, int64_t, bool>;  // and whether in the accumulation type
 
 namespace {
 
@@ -26,11 +27,16 @@ struct CpuProblem : rode::OwnedProblem {
 rode::Matrix matrix(const Strided& s) {
   return {reinterpret_cast<void*>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)};
 }
+rode::Weight weight(const StridedWeight& s) {
+  rode::Weight w;
+  w.data = reinterpret_cast<void*>(std::get<0>(s)), w.row = std::get<1>(s), w.column = std::get<2>(s), w.wide = std::get<3>(s);
+  return w;
+}
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-void forward(const CpuProblem& p, const Strided& x, const Strided& base, const Strided& y, uintptr_t A, uintptr_t B,
-             uintptr_t router, uintptr_t router_bias, uintptr_t u, uintptr_t g) {
-  rode::forward(p.problem, {matrix(x), matrix(base), matrix(y), pointer(A), pointer(B), pointer(router),
+void forward(const CpuProblem& p, const Strided& x, const Strided& base, const Strided& y, const StridedWeight& A,
+             const StridedWeight& B, const StridedWeight& router, uintptr_t router_bias, uintptr_t u, uintptr_t g) {
+  rode::forward(p.problem, {matrix(x), matrix(base), matrix(y), weight(A), weight(B), weight(router),
                             pointer(router_bias), pointer(u), pointer(g)});
 }
 

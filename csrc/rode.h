@@ -38,12 +38,15 @@ struct Problem {
   int threads = 1;
 };
 
+// A weight as its owner holds it: in dtype, or in C (float32 beside 16-bit x), to be rounded to dtype once.
+struct Weight : Matrix {
+  bool wide = false;
+};
+
 // Contiguous arrays of C unless said otherwise; null where absent.
 struct Forward {
   Matrix x, base, y;         // in dtype; y may be base
-  const void* A;             // (R, K)
-  const void* B;             // (R, O): row j holds column j of the paper's B
-  const void* router;        // (N, K)
+  Weight A, B, router;       // (R, K), (O, R), (N, K)
   const void* router_bias;   // (N)
   void* u;                   // (M, R) out; 0 where not wanted
   void* g;                   // (M, N) out with a router, else in

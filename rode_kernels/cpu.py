@@ -71,6 +71,11 @@ def _strided(t: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
 
 
+def _weight(t: Tensor | None, x: Tensor) -> tuple[int, int, int, bool]:
+    """As `_strided`, and whether it is wider than x: the core rounds it."""
+    return (*_strided(t), t is not None and t.dtype != x.dtype)
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -112,21 +117,18 @@ def forward(
     y = base if inplace else torch.empty(M, O, dtype=x.dtype, device=x.device)
     u = torch.empty(M, mixture.total_rank, dtype=wide, device=x.device)
     if router_weight is None:
-        g, Wr, br = gates.contiguous(), None, None
+        g, br = gates.contiguous(), None
     else:
         g = torch.empty(M, mixture.num_experts, dtype=wide, device=x.device)
-        Wr = rounded(router_weight, x.dtype).contiguous()
         br = None if router_bias is None else router_bias.to(wide).contiguous()
-    A_rows = rounded(A, x.dtype).contiguous()  # (R, K)
-    B_rows = rounded(B, x.dtype).t().contiguous()  # (R, O): a column of B becomes a row to add
     _native.forward(
         _problem(x, O, mixture, seed, dropout_p, dense),
         _strided(x),
         _strided(base),
         _strided(y),
-        _address(A_rows),
-        _address(B_rows),
-        _address(Wr),
+        _weight(A, x),
+        _weight(B, x),
+        _weight(router_weight, x),
         _address(br),
         _address(u),
         _address(g),

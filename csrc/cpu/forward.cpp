@@ -1,26 +1,47 @@
 // The forward pass. Compiled once per instruction set; RODE_ISA names the namespace.
-#include "rows.h"
+//
+// A block of tokens at a time. Down: each expert's rows of A against the tokens that have it open, lanes along K. Up: chunks of B that
+// stay in cache, tokens with the same open experts together.
+#include "weights.h"
 
 namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;  // tokens whose sums are in flight at once: 4 x 4 vectors
+constexpr int kAlone = 8;     // vectors of a token on its own
+#else
+constexpr int kTogether = 2;
+constexpr int kAlone = 4;
+#endif
+constexpr int kTileVectors = 4;
+
+template <class T>
+struct ForwardWeights {
+  using C = typename AccumulationOf<T>::type;
+  const C *A, *router;  // rows of K
+  const C* B;           // in chunks
+  Chunks chunks;
+};
 
 template <class T>
 class ForwardPass {
   using C = typename AccumulationOf<T>::type;
 
  public:
-  ForwardPass(const rode::Problem& problem, const rode::Forward& arrays)
+  ForwardPass(const rode::Problem& problem, const rode::Forward& arrays, const ForwardWeights<T>& weights)
       : p(problem),
         a(arrays),
-        x_(kBlockTokens * p.in_features),
+        w(weights),
+        x_(is_direct<T>(a.x) ? 0 : kBlockTokens * p.in_features),
         dropped_(p.dropout.on ? kBlockTokens * p.in_features : 0),
-        coefficients_(p.total_rank),
-        terms_(p.total_rank) {}
+        v_(kBlockTokens * p.total_rank),
+        terms_(kBlockTokens * p.total_rank) {}
 
   void run(int64_t m0, int64_t tokens) {
     const C* rows[kBlockTokens];
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
-    if (a.router != nullptr) gate(rows, tokens, g);
+    if (a.router) gate(rows, tokens, g);
     if (p.dropout.on) {
       for (int64_t i = 0; i < tokens; ++i) {
         if (!p.dense && !any_open(g + i * p.experts, p.experts)) continue;
@@ -31,13 +52,16 @@ class ForwardPass {
     }
     C* u = static_cast<C*>(a.u) + m0 * p.total_rank;
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) u[i] = 0;
-    dots_where_open(p, g, rows, tokens, static_cast<const C*>(a.A), p.in_features, u);
-    for (int64_t i = 0; i < tokens; ++i) expand(m0 + i, g + i * p.experts, u + i * p.total_rank);
+    dots_where_open(p, g, rows, tokens, w.A, p.in_features, u);
+    for (int64_t i = 0; i < tokens; ++i) weigh(i, g + i * p.experts, u + i * p.total_rank);
+    sort(tokens);
+    group(tokens);
+    expand(m0);
   }
 
  private:
   void gate(const C* const* rows, int64_t tokens, C* g) const {
-    dots(rows, tokens, static_cast<const C*>(a.router), p.experts, p.in_features, g, p.experts);
+    dots(rows, tokens, w.router, p.experts, p.in_features, g, p.experts);
     const C* bias = static_cast<const C*>(a.router_bias);
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t e = 0; e < p.experts; ++e) {
@@ -47,57 +71,147 @@ class ForwardPass {
       }
   }
 
-  // y = base + v B^T for one token; a token with nothing open leaves y alone where y is base.
-  void expand(int64_t m, const C* g, const C* u) const {
+  // v of one token's open experts, and the rows of a chunk that it multiplies.
+  void weigh(int64_t i, const C* g, const C* u) {
+    C* v = v_.get() + i * p.total_rank;
+    int32_t* terms = terms_.get() + i * p.total_rank;
     int64_t count = 0;
+    uint64_t pattern = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
+      pattern = pattern * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(e + 1);
       const C factor = static_cast<C>(p.scaling[e]) * g[e];
       for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; ++j) {
-        coefficients_.get()[count] = round_to<T>(factor * u[j]);
-        terms_.get()[count++] = static_cast<const C*>(a.B) + j * p.out_features;
+        v[count] = round_to<T>(factor * u[j]);
+        terms[count++] = static_cast<int32_t>(j);
       }
     }
-    const T* base = static_cast<const T*>(a.base.data) + (a.base ? m * a.base.row : 0);
-    T* y = static_cast<T*>(a.y.data) + m * a.y.row;
-    if (count == 0 && base == y) return;
-    C sums[kChunk];
-    const C* chunk_rows[kRowsAtOnce];
-    for (int64_t c = 0; c < p.out_features; c += kChunk) {
-      const int64_t n = p.out_features - c < kChunk ? p.out_features - c : kChunk;
-      combine_columns(count, c, n, sums, chunk_rows);
-      for (int64_t i = 0; i < n; ++i) {
-        const C start = a.base ? widen(base[(c + i) * a.base.column]) : C(0);
-        y[(c + i) * a.y.column] = narrow<T>(start + sums[i]);
-      }
+    counts_[i] = count;
+    patterns_[i] = pattern;
+  }
+
+  // Tokens with one pattern next to each other.
+  void sort(int64_t tokens) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      int64_t at = i;
+      for (; at > 0 && patterns_[order_[at - 1]] > patterns_[i]; --at) order_[at] = order_[at - 1];
+      order_[at] = i;
     }
   }
 
-  static constexpr int64_t kRowsAtOnce = 64;
+  // Hashes decide who may stand together; whether they are alike is seen here.
+  bool alike(int64_t i, int64_t k) const {
+    return patterns_[i] == patterns_[k] && counts_[i] == counts_[k] &&
+           std::memcmp(terms_.get() + i * p.total_rank, terms_.get() + k * p.total_rank, counts_[i] * sizeof(int32_t)) == 0;
+  }
 
-  void combine_columns(int64_t count, int64_t c, int64_t n, C* sums, const C** chunk_rows) const {
-    C part[kChunk];
-    for (int64_t j = 0; j == 0 || j < count; j += kRowsAtOnce) {
-      const int64_t some = count - j < kRowsAtOnce ? count - j : kRowsAtOnce;
-      for (int64_t i = 0; i < some; ++i) chunk_rows[i] = terms_.get()[j + i] + c;
-      combine(coefficients_.get() + j, chunk_rows, some, n, j == 0 ? sums : part);
-      for (int64_t i = 0; j > 0 && i < n; ++i) sums[i] += part[i];
+  // Who is computed together: kTogether tokens with the same open experts, or one. Of those that y is base for, only who adds to it.
+  void group(int64_t tokens) {
+    const bool in_place = a.base && a.base.data == a.y.data;
+    groups_ = 0;
+    for (int64_t i = 0; i < tokens;) {
+      int64_t together = 1;
+      while (together < kTogether && i + together < tokens && alike(order_[i], order_[i + together])) ++together;
+      if (together < kTogether) together = 1;
+      if (!in_place || counts_[order_[i]] != 0) {
+        starts_[groups_] = i;
+        sizes_[groups_++] = together;
+      }
+      i += together;
+    }
+  }
+
+  // y = base + v B^T.
+  void expand(int64_t m0) const {
+    for (int64_t chunk = 0; chunk < w.chunks.count; ++chunk) {
+      const C* B = w.B + chunk * w.chunks.width * p.total_rank;
+      const int64_t c = chunk * w.chunks.width;
+      const int64_t n = p.out_features - c < w.chunks.width ? p.out_features - c : w.chunks.width;
+      for (int64_t i = 0; i < groups_; ++i)
+        if (sizes_[i] == kTogether)
+          tile<kTogether, kTileVectors>(m0, order_ + starts_[i], B, c, n);
+        else
+          tile<1, kAlone>(m0, order_ + starts_[i], B, c, n);
+    }
+  }
+
+  template <int TM, int V>
+  void tile(int64_t m0, const int64_t* who, const C* B, int64_t c, int64_t n) const {
+    constexpr int64_t lanes = kLanes<C>;
+    int64_t k = 0;
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(m0, who, B + k, c + k, V * lanes);
+    for (; k < n; k += lanes) columns<TM, 1>(m0, who, B + k, c + k, n - k < lanes ? n - k : lanes);
+  }
+
+  template <int TM, int V>
+  void columns(int64_t m0, const int64_t* who, const C* B, int64_t c, int64_t n) const {
+    constexpr int64_t lanes = kLanes<C>;
+    const int64_t count = counts_[who[0]], width = w.chunks.width;
+    const int32_t* terms = terms_.get() + who[0] * p.total_rank;
+    const C* v[TM];
+    for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * p.total_rank;
+    Vector<C> sums[TM][V] = {};
+    for (int64_t j = 0; j < count; ++j) {
+      const C* row = B + terms[j] * width;
+      Vector<C> b[V];
+      for (int i = 0; i < V; ++i) b[i] = load(row + i * lanes);
+      for (int m = 0; m < TM; ++m)
+        for (int i = 0; i < V; ++i) sums[m][i] += v[m][j] * b[i];
+    }
+    for (int m = 0; m < TM; ++m) finish<V>(m0 + who[m], c, n, sums[m]);
+  }
+
+  template <int V>
+  void finish(int64_t m, int64_t c, int64_t n, const Vector<C> (&sums)[V]) const {
+    constexpr int64_t lanes = kLanes<C>;
+    const T* base = static_cast<const T*>(a.base.data) + (a.base ? m * a.base.row + c * a.base.column : 0);
+    T* y = static_cast<T*>(a.y.data) + m * a.y.row + c * a.y.column;
+    if (n == V * lanes && a.y.column == 1 && (!a.base || a.base.column == 1)) {
+      for (int i = 0; i < V; ++i) {
+        const Vector<C> start = a.base ? load_wide<T>(base + i * lanes) : Vector<C>{};
+        store_narrow<T>(y + i * lanes, start + sums[i]);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const C start = a.base ? widen(base[i * a.base.column]) : C(0);
+      y[i * a.y.column] = narrow<T>(start + sums[i / lanes][i % lanes]);
     }
   }
 
   const rode::Problem& p;
   const rode::Forward& a;
-  Scratch<C> x_, dropped_, coefficients_;
-  Scratch<const C*> terms_;
+  const ForwardWeights<T>& w;
+  Scratch<C> x_, dropped_, v_;
+  Scratch<int32_t> terms_;
+  int64_t counts_[kBlockTokens], order_[kBlockTokens];
+  int64_t starts_[kBlockTokens], sizes_[kBlockTokens], groups_ = 0;
+  uint64_t patterns_[kBlockTokens];
 };
 
 template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {
+  using C = typename AccumulationOf<T>::type;
   const int64_t blocks = (p.tokens + kBlockTokens - 1) / kBlockTokens;
   const int threads = thread_count(p, blocks);
+  const bool copies = !stands_as_rows<T>(a.A, p.in_features);
+  const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
+  const Chunks chunks = chunks_of(p.out_features, p.total_rank, sizeof(C), kAlone * kLanes<C>);
+  Scratch<C> A(copies ? p.total_rank * p.in_features : 0), router(copies_router ? p.experts * p.in_features : 0);
+  Scratch<C> B(chunks.count * chunks.width * p.total_rank);
+  const ForwardWeights<T> weights = {copies ? A.get() : static_cast<const C*>(a.A.data),
+                                     copies_router ? router.get() : static_cast<const C*>(a.router.data), B.get(), chunks};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    ForwardPass<T> pass(p, a);
+#pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < (copies ? p.total_rank : 0); ++r) copy_row<T>(a.A, r, p.in_features, A.get() + r * p.in_features);
+#pragma omp for schedule(static) nowait
+    for (int64_t r = 0; r < (copies_router ? p.experts : 0); ++r)
+      copy_row<T>(a.router, r, p.in_features, router.get() + r * p.in_features);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < chunks.count; ++i)
+      pack_chunk<T>(a.B, i, chunks, p.total_rank, p.out_features, B.get() + i * chunks.width * p.total_rank);
+    ForwardPass<T> pass(p, a, weights);
 #pragma omp for schedule(dynamic)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t m0 = b * kBlockTokens, left = p.tokens - m0;

@@ -98,11 +98,69 @@ template <class C>
 inline void store(C* p, Vector<C> v) {
   std::memcpy(p, &v, sizeof v);
 }
+// The sum of the lanes, by halves: the same bits wherever it stands.
+template <int N, class C>
+inline C sum_of_halves(const C* p) {
+  if constexpr (N == 1) {
+    return p[0];
+  } else {
+    typedef C Half __attribute__((vector_size(N / 2 * sizeof(C))));
+    Half low, high;
+    std::memcpy(&low, p, sizeof low);
+    std::memcpy(&high, p + N / 2, sizeof high);
+    low += high;
+    C rest[N / 2];
+    std::memcpy(rest, &low, sizeof low);
+    return sum_of_halves<N / 2, C>(rest);
+  }
+}
 template <class C>
-inline C sum(Vector<C> v) {  // in the order of lanes: the same bits wherever it stands
-  C total = v[0];
-  for (int i = 1; i < kLanes<C>; ++i) total += v[i];
-  return total;
+inline C sum(Vector<C> v) {
+  C lanes[kLanes<C>];
+  std::memcpy(lanes, &v, sizeof v);
+  return sum_of_halves<kLanes<C>, C>(lanes);
+}
+
+// kLanes elements of T as the accumulation type, and back, rounded.
+template <class T>
+inline Vector<typename AccumulationOf<T>::type> load_wide(const T* p) {
+  using C = typename AccumulationOf<T>::type;
+  if constexpr (sizeof(T) == sizeof(C)) {
+    return load(reinterpret_cast<const C*>(p));
+  } else {
+    Vector<C> v;
+    for (int i = 0; i < kLanes<C>; ++i) v[i] = widen(p[i]);
+    return v;
+  }
+}
+template <class T>
+inline void store_narrow(T* p, Vector<typename AccumulationOf<T>::type> v) {
+  using C = typename AccumulationOf<T>::type;
+  if constexpr (sizeof(T) == sizeof(C)) {
+    store(reinterpret_cast<C*>(p), v);
+  } else {
+    for (int i = 0; i < kLanes<C>; ++i) p[i] = narrow<T>(v[i]);
+  }
+}
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+template <>
+inline Vector<float> load_wide<BFloat16>(const BFloat16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  const Words w = __builtin_convertvector(h, Words) << 16;
+  Vector<float> v;
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+template <>
+inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
+  Words w;
+  std::memcpy(&w, &v, sizeof w);
+  w = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+  w = v != v ? Words{} + 0x7FC0u : w;
+  const Halves h = __builtin_convertvector(w, Halves);
+  std::memcpy(p, &h, sizeof h);
 }
 
 // dots[m * stride + r] = <rows[m], weights[r]> over n elements, for TM x TR pairs. Sums run along lanes, so a pair's bits do not
@@ -130,7 +188,11 @@ void dots_of_rows(const C* const* rows, const C* weights, int64_t count, int64_t
   int64_t r = 0;
   for (; r + kTileRows <= count; r += kTileRows)
     dot_tile<C, TM, kTileRows>(rows, weights + r * n, n, dots + r, stride);
-  for (; r < count; ++r) dot_tile<C, TM, 1>(rows, weights + r * n, n, dots + r, stride);
+  switch (count - r) {
+    case 3: if constexpr (kTileRows > 3) dot_tile<C, TM, 3>(rows, weights + r * n, n, dots + r, stride); break;
+    case 2: if constexpr (kTileRows > 2) dot_tile<C, TM, 2>(rows, weights + r * n, n, dots + r, stride); break;
+    case 1: dot_tile<C, TM, 1>(rows, weights + r * n, n, dots + r, stride); break;
+  }
 }
 
 // dots (tokens, count), row stride `stride`: every row against every one of `count` weight rows of length n.
@@ -138,7 +200,11 @@ template <class C>
 void dots(const C* const* rows, int64_t tokens, const C* weights, int64_t count, int64_t n, C* out, int64_t stride) {
   int64_t m = 0;
   for (; m + 4 <= tokens; m += 4) dots_of_rows<C, 4>(rows + m, weights, count, n, out + m * stride, stride);
-  for (; m < tokens; ++m) dots_of_rows<C, 1>(rows + m, weights, count, n, out + m * stride, stride);
+  switch (tokens - m) {
+    case 3: dots_of_rows<C, 3>(rows + m, weights, count, n, out + m * stride, stride); break;
+    case 2: dots_of_rows<C, 2>(rows + m, weights, count, n, out + m * stride, stride); break;
+    case 1: dots_of_rows<C, 1>(rows + m, weights, count, n, out + m * stride, stride); break;
+  }
 }
 
 // out[c] = sum_j coefficients[j] * rows[j][c] for c in [0, n).
@@ -193,7 +259,10 @@ void outer_tile(const C* const* coefficients, const C* const* rows, int64_t toke
 template <class C>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<C*>(std::malloc((count > 0 ? count : 1) * sizeof(C)))) {
+  explicit Scratch(int64_t count) {
+    const size_t bytes = (count > 0 ? count : 1) * sizeof(C);
+    // whole vectors on whole cache lines: a load across two costs twice
+    data_ = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
     if (data_ == nullptr) std::abort();  // out of memory inside a parallel region: no exception may cross it
   }
   ~Scratch() { std::free(data_); }

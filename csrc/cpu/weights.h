@@ -1,0 +1,83 @@
+// Weights as the kernels read them: rounded to x's dtype once, and where that pays laid out anew.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// Element (r, c) of a weight, rounded to T, in the accumulation type.
+template <class T>
+typename AccumulationOf<T>::type weight_at(const rode::Weight& w, int64_t r, int64_t c) {
+  using C = typename AccumulationOf<T>::type;
+  const int64_t at = r * w.row + c * w.column;
+  return w.wide ? round_to<T>(static_cast<const C*>(w.data)[at]) : widen(static_cast<const T*>(w.data)[at]);
+}
+
+// Whether its rows can be used where they stand.
+template <class T>
+bool stands_as_rows(const rode::Weight& w, int64_t columns) {
+  return sizeof(T) == sizeof(typename AccumulationOf<T>::type) && w.column == 1 && w.row == columns;
+}
+
+template <class T, class C>
+void copy_row(const rode::Weight& w, int64_t r, int64_t n, C* out) {
+  for (int64_t c = 0; c < n; ++c) out[c] = weight_at<T>(w, r, c);
+}
+
+// B in chunks of `width` outputs, (chunks, R, width): of a chunk all experts' columns lie together, and stay in the first cache.
+struct Chunks {
+  int64_t width, count;
+};
+
+// As many outputs at a time as leave a chunk small, in steps of `step`.
+inline Chunks chunks_of(int64_t outputs, int64_t total_rank, int64_t element, int64_t step) {
+  constexpr int64_t kBytes = 24 * 1024;
+  int64_t width = kBytes / (total_rank * element) / step * step;
+  const int64_t most = 4 * step;
+  if (width < step) width = step;
+  if (width > most) width = most;
+  return {width, (outputs + width - 1) / width};
+}
+
+// Four neighbours of row r, from column c.
+template <class T, class Four>
+Four four_of(const rode::Weight& w, int64_t r, int64_t c) {
+  Four v;
+  for (int i = 0; i < 4; ++i) v[i] = weight_at<T>(w, r, c + i);
+  return v;
+}
+
+// Chunk i of B; what lies beyond the last output is 0. Four rows by four columns at a time: one by one it would take as long as a
+// few dozen tokens do.
+template <class T, class C>
+void pack_chunk(const rode::Weight& B, int64_t i, const Chunks& chunks, int64_t total_rank, int64_t outputs, C* out) {
+  typedef C Four __attribute__((vector_size(4 * sizeof(C))));
+  const int64_t first = i * chunks.width, width = chunks.width;
+  const int64_t n = outputs - first < width ? outputs - first : width;
+  const int64_t whole = n / 4 * 4, whole_ranks = total_rank / 4 * 4;
+  const bool plain = B.column == 1 && (sizeof(T) == sizeof(C));
+  for (int64_t o = 0; o < whole; o += 4) {
+    for (int64_t j = 0; j < whole_ranks; j += 4) {
+      Four a, b, c, d;
+      if (plain) {
+        const C* p = static_cast<const C*>(B.data) + (first + o) * B.row + j;
+        std::memcpy(&a, p, sizeof a), std::memcpy(&b, p + B.row, sizeof b);
+        std::memcpy(&c, p + 2 * B.row, sizeof c), std::memcpy(&d, p + 3 * B.row, sizeof d);
+      } else {
+        a = four_of<T, Four>(B, first + o, j), b = four_of<T, Four>(B, first + o + 1, j);
+        c = four_of<T, Four>(B, first + o + 2, j), d = four_of<T, Four>(B, first + o + 3, j);
+      }
+      const Four ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      const Four columns[4] = {__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
+                               __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5), __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7)};
+      for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * width + o, &columns[k], sizeof(Four));
+    }
+    for (int64_t j = whole_ranks; j < total_rank; ++j)
+      for (int k = 0; k < 4; ++k) out[j * width + o + k] = weight_at<T>(B, first + o + k, j);
+  }
+  for (int64_t o = whole; o < width; ++o)
+    for (int64_t j = 0; j < total_rank; ++j) out[j * width + o] = o < n ? weight_at<T>(B, first + o, j) : C(0);
+}
+
+}  // namespace
