@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #ifdef RODE_X86
-#define RODE_FOR_EACH_ISA(F) F(avx512) F(avx2) F(generic)
+#define RODE_FOR_EACH_ISA(F) F(avx512bf16) F(avx512) F(avx2) F(generic)
 #else
 #define RODE_FOR_EACH_ISA(F) F(generic)
 #endif
@@ -32,6 +32,13 @@ struct Isa {
 #ifdef RODE_X86
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool has_avx512bf16() {
+#ifdef RODE_X86
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

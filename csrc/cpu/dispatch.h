@@ -7,7 +7,7 @@
 
 namespace rode {
 
-// Chooses by name ("avx512", "avx2", "generic"), or the best one of this processor for "". Throws std::invalid_argument for a
+// Chooses by name ("avx512bf16", "avx512", "avx2", "generic"), or the best one of this processor for "". Throws std::invalid_argument for a
 // name that was not built or that the processor lacks.
 void set_isa(const std::string& name);
 const char* isa();

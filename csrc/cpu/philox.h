@@ -45,7 +45,7 @@ void drop(const rode::Dropout& dropout, uint64_t first, int64_t n, const C* in, 
     for (int64_t j = 0; j < count; ++j) {
       const int64_t e = begin + j;
       const uint32_t word = words[(e & 3) * kCounters + (e >> 2)];
-      out[i + j] = word >= dropout.threshold ? in[i + j] : C(0);  // select: a dropped infinity is gone
+      out[i + j] = word >= dropout.threshold ? in[i + j] : C{};  // select: a dropped infinity is gone
     }
     i += count;
   }

@@ -12,28 +12,41 @@ namespace {
 template <class T>
 void widen_row(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n, typename AccumulationOf<T>::type* out) {
   const T* p = static_cast<const T*>(matrix.data) + m * matrix.row + first * matrix.column;
-  if (matrix.column == 1)
-    for (int64_t i = 0; i < n; ++i) out[i] = widen(p[i]);
-  else
+  if (matrix.column == 1) {
+    using C = typename AccumulationOf<T>::type;
+    int64_t i = 0;
+    for (; i + kLanes<C> <= n; i += kLanes<C>) store(out + i, load_wide<T>(p + i));
+    for (; i < n; ++i) out[i] = widen(p[i]);
+  } else {
     for (int64_t i = 0; i < n; ++i) out[i] = widen(p[i * matrix.column]);
+  }
 }
 
-// Whether rows can be used where they stand.
-template <class T>
+// Whether rows of T can be read as rows of E where they stand.
+template <class T, class E>
 bool is_direct(const rode::Matrix& matrix) {
-  using C = typename AccumulationOf<T>::type;
-  return sizeof(T) == sizeof(C) && matrix.column == 1;
+  return sizeof(T) == sizeof(E) && matrix.column == 1;
 }
 
-// rows[i] = columns [first, first + n) of token m0 + i, for `tokens` tokens: in place where it can be, else widened into `scratch`.
-template <class T, class C>
-void gather_rows(const rode::Matrix& matrix, int64_t m0, int64_t tokens, int64_t first, int64_t n, C* scratch,
-                 const C** rows) {
+template <class T, class E>
+void copy_row_as(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n, E* out) {
+  if constexpr (sizeof(T) == sizeof(E)) {
+    const T* p = static_cast<const T*>(matrix.data) + m * matrix.row + first * matrix.column;
+    for (int64_t i = 0; i < n; ++i) out[i] = p[i * matrix.column];
+  } else {
+    widen_row<T>(matrix, m, first, n, out);
+  }
+}
+
+// rows[i] = columns [first, first + n) of token m0 + i, for `tokens` tokens: in place where it can be, else in `scratch`.
+template <class T, class E>
+void gather_rows(const rode::Matrix& matrix, int64_t m0, int64_t tokens, int64_t first, int64_t n, E* scratch,
+                 const E** rows) {
   for (int64_t i = 0; i < tokens; ++i) {
-    if (is_direct<T>(matrix)) {
-      rows[i] = static_cast<const C*>(matrix.data) + (m0 + i) * matrix.row + first;
+    if (is_direct<T, E>(matrix)) {
+      rows[i] = static_cast<const E*>(matrix.data) + (m0 + i) * matrix.row + first;
     } else {
-      widen_row<T>(matrix, m0 + i, first, n, scratch + i * n);
+      copy_row_as<T>(matrix, m0 + i, first, n, scratch + i * n);
       rows[i] = scratch + i * n;
     }
   }
@@ -59,10 +72,10 @@ constexpr int64_t kChunk = 256;
 
 // For each token in turn, out[expert's columns] = <rows[token], weights of the expert> where the expert is open (or `dense`).
 // Skipped pairs leave `out` alone. weights (R, n).
-template <class C>
-void dots_where_open(const rode::Problem& p, const C* gates, const C* const* rows, int64_t tokens, const C* weights,
+template <class E, class C>
+void dots_where_open(const rode::Problem& p, const C* gates, const E* const* rows, int64_t tokens, const E* weights,
                      int64_t n, C* out) {
-  const C* chosen[kBlockTokens];
+  const E* chosen[kBlockTokens];
   int64_t index[kBlockTokens];
   C result[kBlockTokens * kTileRows];
   for (int64_t e = 0; e < p.experts; ++e) {

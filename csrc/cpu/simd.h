@@ -8,6 +8,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #if defined(_MSC_VER) && !defined(__clang__)
 #error "the native core uses GNU vector extensions: build with GCC or Clang, or set RODE_NATIVE=off"
 #endif
@@ -75,6 +79,9 @@ inline BFloat16 narrow<BFloat16>(float v) {  // round to nearest even; a NaN sta
   const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
   return {static_cast<uint16_t>(v != v ? 0x7FC0u : rounded >> 16)};
 }
+
+template <>
+inline float narrow<float>(float v) { return v; }
 
 // A value rounded to T, held in the accumulation type: what enters a second product.
 template <class T>
@@ -163,47 +170,101 @@ inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+#if defined(__F16C__)
+template <>
+inline Vector<float> load_wide<Float16>(const Float16* p) {
+#if defined(__AVX512F__)
+  // with a mask of all lanes: GCC 12 warns of its own header otherwise
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+template <>
+inline void store_narrow<Float16>(Float16* p, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+#endif
+
+// A vector of what enters a product: the accumulation type, or with dot-product instructions pairs of bfloat16.
+template <class E>
+struct Operand {
+  using C = E;
+  using V = Vector<E>;
+  static constexpr int lanes = kLanes<E>;
+  static V at(const E* p) { return load(p); }
+  static V first(const E* p, int64_t n) { return load_first(p, n); }
+  static void add(Vector<C>& sum, V x, V w) { sum += x * w; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<BFloat16> {
+  using C = float;
+  using V = __m512bh;
+  static constexpr int lanes = 32;
+  static V at(const BFloat16* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V first(const BFloat16* p, int64_t n) {
+    BFloat16 elements[lanes] = {};
+    std::memcpy(elements, p, n * sizeof(BFloat16));
+    return at(elements);
+  }
+  static void add(Vector<float>& sum, V x, V w) { sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, x, w); }
+};
+#endif
+
 // dots[m * stride + r] = <rows[m], weights[r]> over n elements, for TM x TR pairs. Sums run along lanes, so a pair's bits do not
 // depend on the tile that it is computed in.
-template <class C, int TM, int TR>
-void dot_tile(const C* const* rows, const C* weights, int64_t n, C* dots, int64_t stride) {
-  Vector<C> sums[TM][TR] = {};
+template <class E, int TM, int TR>
+void dot_tile(const E* const* rows, const E* weights, int64_t n, typename Operand<E>::C* dots, int64_t stride) {
+  using O = Operand<E>;
+  using C = typename O::C;
+  Vector<C> sums[TM][TR];
+  for (int m = 0; m < TM; ++m)
+    for (int r = 0; r < TR; ++r) sums[m][r] = Vector<C>{};
   const auto step = [&](int64_t k, auto load_at) {
-    Vector<C> x[TM];
+    typename O::V x[TM];
     for (int m = 0; m < TM; ++m) x[m] = load_at(rows[m] + k);
     for (int r = 0; r < TR; ++r) {
-      const Vector<C> w = load_at(weights + r * n + k);
-      for (int m = 0; m < TM; ++m) sums[m][r] += x[m] * w;
+      const typename O::V w = load_at(weights + r * n + k);
+      for (int m = 0; m < TM; ++m) O::add(sums[m][r], x[m], w);
     }
   };
   int64_t k = 0;
-  for (; k + kLanes<C> <= n; k += kLanes<C>) step(k, [](const C* p) { return load(p); });
-  if (k < n) step(k, [left = n - k](const C* p) { return load_first(p, left); });
+  for (; k + O::lanes <= n; k += O::lanes) step(k, [](const E* p) { return O::at(p); });
+  if (k < n) step(k, [left = n - k](const E* p) { return O::first(p, left); });
   for (int m = 0; m < TM; ++m)
     for (int r = 0; r < TR; ++r) dots[m * stride + r] = sum<C>(sums[m][r]);
 }
 
-template <class C, int TM>
-void dots_of_rows(const C* const* rows, const C* weights, int64_t count, int64_t n, C* dots, int64_t stride) {
+template <class E, int TM, class C>
+void dots_of_rows(const E* const* rows, const E* weights, int64_t count, int64_t n, C* dots, int64_t stride) {
   int64_t r = 0;
   for (; r + kTileRows <= count; r += kTileRows)
-    dot_tile<C, TM, kTileRows>(rows, weights + r * n, n, dots + r, stride);
+    dot_tile<E, TM, kTileRows>(rows, weights + r * n, n, dots + r, stride);
   switch (count - r) {
-    case 3: if constexpr (kTileRows > 3) dot_tile<C, TM, 3>(rows, weights + r * n, n, dots + r, stride); break;
-    case 2: if constexpr (kTileRows > 2) dot_tile<C, TM, 2>(rows, weights + r * n, n, dots + r, stride); break;
-    case 1: dot_tile<C, TM, 1>(rows, weights + r * n, n, dots + r, stride); break;
+    case 3: if constexpr (kTileRows > 3) dot_tile<E, TM, 3>(rows, weights + r * n, n, dots + r, stride); break;
+    case 2: if constexpr (kTileRows > 2) dot_tile<E, TM, 2>(rows, weights + r * n, n, dots + r, stride); break;
+    case 1: dot_tile<E, TM, 1>(rows, weights + r * n, n, dots + r, stride); break;
   }
 }
 
 // dots (tokens, count), row stride `stride`: every row against every one of `count` weight rows of length n.
-template <class C>
-void dots(const C* const* rows, int64_t tokens, const C* weights, int64_t count, int64_t n, C* out, int64_t stride) {
+template <class E, class C>
+void dots(const E* const* rows, int64_t tokens, const E* weights, int64_t count, int64_t n, C* out, int64_t stride) {
   int64_t m = 0;
-  for (; m + 4 <= tokens; m += 4) dots_of_rows<C, 4>(rows + m, weights, count, n, out + m * stride, stride);
+  for (; m + 4 <= tokens; m += 4) dots_of_rows<E, 4>(rows + m, weights, count, n, out + m * stride, stride);
   switch (tokens - m) {
-    case 3: dots_of_rows<C, 3>(rows + m, weights, count, n, out + m * stride, stride); break;
-    case 2: dots_of_rows<C, 2>(rows + m, weights, count, n, out + m * stride, stride); break;
-    case 1: dots_of_rows<C, 1>(rows + m, weights, count, n, out + m * stride, stride); break;
+    case 3: dots_of_rows<E, 3>(rows + m, weights, count, n, out + m * stride, stride); break;
+    case 2: dots_of_rows<E, 2>(rows + m, weights, count, n, out + m * stride, stride); break;
+    case 1: dots_of_rows<E, 1>(rows + m, weights, count, n, out + m * stride, stride); break;
   }
 }
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixture_oracle import ON_GPUS, check, operation, oracle, random_problem
-from rode_kernels import gated_mixture, rectified_mixture
+from rode_kernels import backends, gated_mixture, rectified_mixture
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MIXED = [(d, None) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
@@ -280,7 +280,39 @@ def test_index_arithmetic_past_two_to_the_31():
     assert (wide[-2] == 0).all()
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ranks", [(2, 1, 3, 4), (5,) * 7])
+def test_cpu_bits_of_a_token_are_its_own(dtype, ranks):
+    """Tokens with the same open experts are computed together: that decides about speed, and not about a bit."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    torch.manual_seed(0)
+    tokens, K, O, N = 37, 70, 301, len(ranks)
+    x, A = torch.randn(tokens, K).to(dtype), torch.randn(sum(ranks), K)
+    B, base = torch.randn(O, sum(ranks)), torch.randn(tokens, O).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    patterns = torch.rand(3, N) < 0.5
+    gates = (torch.rand(tokens, N) + 0.1) * patterns[torch.arange(tokens) % 3]
+    A, B, gates = A.to(wide), B.to(wide), gates.to(wide)
+    options = {"ranks": ranks, "scaling": [0.5 + i for i in range(N)], "backend": "cpu"}
+    y = gated_mixture(x, A, B, gates, base=base, **options)
+    for m in range(tokens):
+        alone = gated_mixture(x[m : m + 1], A, B, gates[m : m + 1], base=base[m : m + 1], **options)
+        assert torch.equal(alone[0], y[m])
+    v = torch.cat(
+        [
+            s * g[:, None] * x.double() @ part.T.to(dtype).double()
+            for s, g, part in zip(options["scaling"], gates.double().T, A.split(ranks), strict=True)
+        ],
+        dim=1,
+    )
+    want = base.double() + v.to(dtype).double() @ B.to(dtype).double().T
+    plain = base + (v.to(dtype) @ B.to(dtype).T)
+    error, bound = (y.double() - want).abs().max(), (plain.double() - want).abs().max()
+    assert error <= 2 * bound + 1e-12
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
     """The same suite's core on the code paths that this processor would not pick."""
     env = dict(os.environ, RODE_CPU_ISA=isa, RODE_BACKEND="")
@@ -291,6 +323,7 @@ def test_other_instruction_sets(isa):
         f"{__file__}::test_parameter_dtypes",
         f"{__file__}::test_random_problems",
         f"{__file__}::test_strides",
+        f"{__file__}::test_cpu_bits_of_a_token_are_its_own",
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *tests],
