@@ -218,6 +218,7 @@ def test_an_interrupt_reaches_the_command_and_its_end_is_waited_for(monkeypatch,
 
     monkeypatch.setattr(subprocess, "Popen", remember)
     ready, over = tmp_path / "ready", threading.Event()
+    before = signal.getsignal(signal.SIGINT)
 
     def interrupt():
         while not ready.exists() and not over.wait(0.01):
@@ -233,4 +234,4 @@ def test_an_interrupt_reaches_the_command_and_its_end_is_waited_for(monkeypatch,
         over.set()
         thread.join()
     assert started[0].returncode == 5  # its own handler ran
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
