@@ -155,7 +155,8 @@ def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Pa
 def _machine(device: torch.device, processes: int) -> str:
     """What training ran on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{processes} x {name}, {os.cpu_count()} CPU cores ({platform.machine()})"
+    threads = torch.get_num_threads()  # another number adds up in another order
+    return f"{processes} x {name}, {os.cpu_count()} CPU cores ({platform.machine()}), {threads} threads"
 
 
 def train(
