@@ -405,7 +405,9 @@ def test_sequence_routers_and_other_ways_to_generate(tiny_llava, llava_batch):
     assert torch.equal(model.generate(**lookup, **options, prompt_lookup_num_tokens=2), want[:1])
     prompt = llava_batch["attention_mask"].bool()
     for more in ({"num_beams": 2}, {"use_cache": False}):
-        model.generate(**llava_batch, **options, **more, rode_prompt_mask=prompt)
+        plain = model.generate(**llava_batch, **options, **more)
+        assert torch.equal(model.generate(**llava_batch, **options, **more, rode_prompt_mask=prompt), plain)
+    assert torch.equal(plain, want)
     with pytest.raises(ValueError, match="do not fill the cache in pieces"):
         model.generate(**llava_batch, **options, prefill_chunk_size=3)
 
@@ -432,8 +434,10 @@ def test_ids_of_a_pass_are_gone_after_it(tiny_llava, llava_batch):
 
 def test_adapters_off_may_generate(tiny_llava, llava_batch):
     model = adapted(tiny_llava, gate="expert-choice")
+    options = {"max_new_tokens": 2, "do_sample": False}
     with model.disable_adapter():
-        model.generate(**llava_batch, max_new_tokens=2)
+        off = model.generate(**llava_batch, **options)
+    assert torch.equal(off, tiny_llava().eval().generate(**llava_batch, **options))
 
 
 def test_normalised_experts_of_one_need_no_norm(tiny_llava, llava_batch):
