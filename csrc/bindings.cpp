@@ -41,10 +41,10 @@ void forward(const CpuProblem& p, const Strided& x, const Strided& base, const S
 }
 
 void backward(const CpuProblem& p, const Strided& dy, const Strided& x, const Strided& dx, uintptr_t dgates,
-              uintptr_t u, uintptr_t g, uintptr_t A, uintptr_t B, uintptr_t router, uintptr_t v, uintptr_t du,
-              uintptr_t dh, uintptr_t dA, uintptr_t dB, uintptr_t drouter, uintptr_t dbias) {
-  rode::backward(p.problem, {matrix(dy), matrix(x), matrix(dx), pointer(dgates), pointer(u), pointer(g), pointer(A),
-                             pointer(B), pointer(router), pointer(v), pointer(du), pointer(dh), pointer(dA),
+              uintptr_t u, uintptr_t g, const StridedWeight& A, const StridedWeight& B, const StridedWeight& router,
+              uintptr_t v, uintptr_t du, uintptr_t dh, uintptr_t dA, uintptr_t dB, uintptr_t drouter, uintptr_t dbias) {
+  rode::backward(p.problem, {matrix(dy), matrix(x), matrix(dx), pointer(dgates), pointer(u), pointer(g), weight(A),
+                             weight(B), weight(router), pointer(v), pointer(du), pointer(dh), pointer(dA),
                              pointer(dB), pointer(drouter), pointer(dbias)});
 }
 

@@ -56,7 +56,7 @@ struct Backward {
   Matrix dy, x, dx;          // in dtype; dy null: no gradient reaches y
   const void* dgates;        // (M, N): gradient that reaches the returned gates
   const void *u, *g;         // as forward left them
-  const void *A, *B, *router;
+  Weight A, B, router;       // (R, K), (O, R), (N, K)
   void *v, *du, *dh;         // (M, R), (M, R), (M, N) out: what the weight gradients are sums of; v null: no dB
   void *dA, *dB, *drouter, *dbias;  // (R, K), (R, O), (N, K), (N) out
 };

@@ -11,7 +11,7 @@ import torch  # before the native module: both then share torch's OpenMP runtime
 from torch import Tensor
 
 from rode_kernels.mixture import Mixture
-from rode_kernels.reference import accumulation_dtype, rounded
+from rode_kernels.reference import accumulation_dtype
 
 try:
     import rode_kernels._native as _native
@@ -159,9 +159,6 @@ def backward(
     def empty(wanted: bool, *shape: int, dtype: torch.dtype = wide) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
 
-    A_rows = rounded(A, x.dtype).contiguous() if need_x else None
-    B_rows = rounded(B, x.dtype).t().contiguous()
-    Wr = rounded(router_weight, x.dtype).contiguous() if router_weight is not None else None
     dgates = None if dgates is None else dgates.to(wide).contiguous()
     v, du = empty(need_B, M, R), empty(True, M, R)
     dh = empty(True, M, N)  # gradient of the router's logits, or of the gates where no router is
@@ -180,9 +177,9 @@ def backward(
         _address(dgates),
         _address(u),
         _address(g),
-        _address(A_rows),
-        _address(B_rows),
-        _address(Wr),
+        _weight(A, x),
+        _weight(B, x),
+        _weight(router_weight, x),
         _address(v),
         _address(du),
         _address(dh),

@@ -1,40 +1,114 @@
 // The backward pass. Compiled once per instruction set; RODE_ISA names the namespace.
 //
-// First over tokens: t = dy B, then v, du, dh and dx. Then over columns of the weight gradients: each thread owns columns and walks
-// all tokens in order, so the bits do not depend on the number of threads.
-#include "rows.h"
+// First over tokens, a group of them at a time: t = dy B, then v, du, dh, and dx = drop'(du A) + dh Wr. Then over columns of the
+// weight gradients.
+#include "expand.h"
+#include "outer.h"
 
 namespace {
 
 template <class T>
+struct BackwardWeights {
+  using C = typename AccumulationOf<T>::type;
+  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O)
+  const typename Path<T>::Column* A;  // in chunks
+  const C* router;                    // in chunks of the same width
+  Chunks chunks;
+  int64_t terms;
+};
+
+// dx = drop'(sums) + dh Wr.
+template <class T>
+struct IntoInputGradient {
+  using C = typename AccumulationOf<T>::type;
+  const rode::Problem& p;
+  const rode::Backward& a;
+  const BackwardWeights<T>& w;
+  int64_t m0, chunk;
+
+  void prefetch(int64_t i, int64_t c, int64_t n) const {
+    const char* first = reinterpret_cast<const char*>(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c);
+    for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(first + b, 1, 2);
+  }
+
+  template <int TM, int V>
+  RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
+    constexpr int64_t lanes = kLanes<C>;
+    const C* g = static_cast<const C*>(a.g) + (m0 + who[0]) * p.experts;  // open experts are the same for all of them
+    if (p.dropout.on && any_open(g, p.experts)) RODE_UNROLL for (int m = 0; m < TM; ++m) {
+        C kept[V * lanes];  // sums themselves stay in registers
+        RODE_UNROLL for (int i = 0; i < V; ++i) store(kept + i * lanes, sums[m][i]);
+        drop(p.dropout, static_cast<uint64_t>(m0 + who[m]) * p.in_features + c, n, kept, kept);
+        RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
+      }
+    if (a.router) {
+      const C* router = w.router + chunk * w.chunks.width * p.experts + (c - chunk * w.chunks.width);
+      for (int64_t e = 0; e < p.experts; ++e) {
+        if (g[e] == 0) continue;
+        Vector<C> of_row[V];
+        RODE_UNROLL for (int i = 0; i < V; ++i) of_row[i] = load(router + e * w.chunks.width + i * lanes);
+        RODE_UNROLL for (int m = 0; m < TM; ++m) {
+          const C dh = static_cast<const C*>(a.dh)[(m0 + who[m]) * p.experts + e];
+          RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] += dh * of_row[i];
+        }
+      }
+    }
+    RODE_UNROLL for (int m = 0; m < TM; ++m) {
+      T* dx = static_cast<T*>(a.dx.data) + (m0 + who[m]) * a.dx.row + c;
+      RODE_UNROLL for (int i = 0; i < V; ++i) if ((i + 1) * lanes <= n) { store_narrow<T>(dx + i * lanes, sums[m][i]); }
+      else {
+        T last[lanes];
+        store_narrow<T>(last, sums[m][i]);
+        for (int64_t l = 0; i * lanes + l < n; ++l) dx[i * lanes + l] = last[l];
+      }
+    }
+  }
+};
+
+template <class T>
 class TokenPass {
   using C = typename AccumulationOf<T>::type;
+  using Row = typename Path<T>::Row;
 
  public:
-  TokenPass(const rode::Problem& problem, const rode::Backward& arrays)
+  TokenPass(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights)
       : p(problem),
         a(arrays),
-        dy_(kBlockTokens * p.out_features),
-        t_(kBlockTokens * p.total_rank),
-        coefficients_(p.total_rank > p.experts ? p.total_rank : p.experts),
-        terms_(p.total_rank > p.experts ? p.total_rank : p.experts) {}
+        w(weights),
+        dy_(a.dy && !is_direct<T, Row>(a.dy) ? block_ * p.out_features : 0),
+        t_(block_ * p.total_rank),
+        dots_(p),
+        up_(p, w.terms, w.chunks.width) {}
 
   void run(int64_t m0, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; i += block_) gradients_of_v(m0 + i, tokens - i < block_ ? tokens - i : block_);
+    if (!a.dx) return;
+    const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
+    const C* du = static_cast<const C*>(a.du) + m0 * p.total_rank;
+    for (int64_t i = 0; i < tokens; ++i) up_.token(i, g + i * p.experts, du + i * p.total_rank);
+    up_.group(tokens, g, false);
+    IntoInputGradient<T> output{p, a, w, m0, 0};
+    for (; output.chunk < w.chunks.count; ++output.chunk)
+      up_.chunk(w.A + output.chunk * w.chunks.width * w.terms, w.chunks.width, output.chunk * w.chunks.width,
+                w.chunks.columns(output.chunk, p.in_features), output);
+  }
+
+ private:
+  void gradients_of_v(int64_t m0, int64_t tokens) {
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     C* t = t_.get();
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
     if (a.dy) {
-      const C* rows[kBlockTokens];
+      const Row *rows[kBlockTokens], *next[kBlockTokens];
       gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
-      dots_where_open(p, g, rows, tokens, static_cast<const C*>(a.B), p.out_features, t);
+      const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
+      const bool direct = is_direct<T, Row>(a.dy);
+      if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
+      dots_.where_open(g, rows, tokens, w.B, t, direct ? next : nullptr, of_next);
     }
-    for (int64_t i = 0; i < tokens; ++i) {
-      gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
-      if (a.dx) input_gradient(m0 + i, g + i * p.experts);
-    }
+    for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }
 
- private:
   void gates_and_coefficients(int64_t m, const C* g, const C* t) const {
     const C* u = static_cast<const C*>(a.u) + m * p.total_rank;
     C* du = static_cast<C*>(a.du) + m * p.total_rank;
@@ -49,7 +123,7 @@ class TokenPass {
         if (v != nullptr) v[j] = open ? round_to<T>(scaling * g[e] * u[j]) : C(0);
       }
       dg *= scaling;
-      if (a.router != nullptr) {
+      if (a.router) {
         if (a.dgates != nullptr) dg += static_cast<const C*>(a.dgates)[m * p.experts + e];
         if (!open) dg = 0;
       }
@@ -57,118 +131,119 @@ class TokenPass {
     }
   }
 
-  // dx = drop'(du A) + dh Wr for one token.
-  void input_gradient(int64_t m, const C* g) const {
-    const C* du = static_cast<const C*>(a.du) + m * p.total_rank;
-    const C* dh = static_cast<const C*>(a.dh) + m * p.experts;
-    T* dx = static_cast<T*>(a.dx.data) + m * a.dx.row;
-    C sums[kChunk], router[kChunk];
-    for (int64_t c = 0; c < p.in_features; c += kChunk) {
-      const int64_t n = p.in_features - c < kChunk ? p.in_features - c : kChunk;
-      int64_t count = 0;
-      for (int64_t e = 0; e < p.experts; ++e)
-        for (int64_t j = p.offsets[e]; g[e] != 0 && j < p.offsets[e + 1]; ++j)
-          add_term(du[j], static_cast<const C*>(a.A) + j * p.in_features + c, &count);
-      combine(coefficients_.get(), terms_.get(), count, n, sums);
-      if (p.dropout.on && count > 0) drop(p.dropout, static_cast<uint64_t>(m) * p.in_features + c, n, sums, sums);
-      if (a.router != nullptr) {
-        count = 0;
-        for (int64_t e = 0; e < p.experts; ++e)
-          if (g[e] != 0) add_term(dh[e], static_cast<const C*>(a.router) + e * p.in_features + c, &count);
-        combine(coefficients_.get(), terms_.get(), count, n, router);
-        for (int64_t i = 0; i < n; ++i) sums[i] += router[i];
-      }
-      for (int64_t i = 0; i < n; ++i) dx[c + i] = narrow<T>(sums[i]);
-    }
-  }
-
-  void add_term(C coefficient, const C* row, int64_t* count) const {
-    coefficients_.get()[*count] = coefficient;
-    terms_.get()[(*count)++] = row;
-  }
-
   const rode::Problem& p;
   const rode::Backward& a;
-  Scratch<C> dy_, t_, coefficients_;
-  Scratch<const C*> terms_;
+  const BackwardWeights<T>& w;
+  const int64_t block_ = block_tokens(p);
+  Scratch<Row> dy_;
+  Scratch<C> t_;
+  Dots<Row> dots_;
+  Expansion<T> up_;
 };
 
-constexpr int64_t kSumTokens = 256;  // tokens whose contributions are summed before they join the total
-constexpr int64_t kColumns = 128;    // columns of a weight gradient that one unit of work owns
+constexpr int64_t kColumns = 128;  // columns of a weight gradient that one unit of work owns
 
 template <class T>
 class WeightPass {
   using C = typename AccumulationOf<T>::type;
+  using Row = typename Path<T>::Row;
 
  public:
-  explicit WeightPass(const rode::Problem& problem, const rode::Backward& arrays)
-      : p(problem), a(arrays), x_(kSumTokens * kColumns), dropped_(p.dropout.on ? kSumTokens * kColumns : 0) {}
+  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const Occurrences<T>& open)
+      : p(problem),
+        a(arrays),
+        open_(open),
+        rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
+        dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
+        dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
+        zeros_(kColumns) {
+    for (int64_t i = 0; i < kColumns; ++i) zeros_.get()[i] = Row{};
+  }
 
-  // Columns [c, c + n) of dA and of the router's gradient, from the same rows of x.
-  void input_columns(int64_t c, int64_t n) {
-    for (int64_t m0 = 0; m0 < p.tokens; m0 += kSumTokens) {
-      const int64_t tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
-      const C* rows[kSumTokens];
-      gather_rows<T>(a.x, m0, tokens, c, n, x_.get(), rows);
-      if (a.drouter != nullptr)
-        for (int64_t e = 0; e < p.experts; ++e)
-          add(static_cast<const C*>(a.dh), p.experts, e, e, e + 1, m0, tokens, rows, n,
-              static_cast<C*>(a.drouter) + c, p.in_features);
+  // Columns [c, c + n) of dA and of the router's gradient, from the same rows of x. Columns from `next` on come after them.
+  void input_columns(int64_t c, int64_t n, int64_t next) {
+    for (int64_t block = 0; block < open_.blocks(); ++block) {
+      const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
+      const Row* rows[kSumTokens];
+      gather_rows<T>(a.x, m0, tokens, c, n, rows_.get(), rows);
+      Ahead ahead = after(a.x, m0 + tokens, p.in_features, c, n, next);
+      if (a.drouter != nullptr) router_columns(block, m0, tokens, c, n, rows, ahead);
       if (a.dA == nullptr) continue;
       if (p.dropout.on)
         for (int64_t i = 0; i < tokens; ++i) {
           if (!any_open(static_cast<const C*>(a.g) + (m0 + i) * p.experts, p.experts)) continue;
-          C* out = dropped_.get() + i * kColumns;
+          Row* out = dropped_.get() + i * kColumns;
           drop(p.dropout, static_cast<uint64_t>(m0 + i) * p.in_features + c, n, rows[i], out);
           rows[i] = out;
         }
-      experts(static_cast<const C*>(a.du), m0, tokens, rows, n, static_cast<C*>(a.dA) + c, p.in_features);
+      for (int64_t e = 0; e < p.experts; ++e)
+        expert(block, e, open_.of_x(block, e), rows, n, static_cast<C*>(a.dA) + p.offsets[e] * p.in_features + c, p.in_features,
+               ahead);
     }
   }
 
-  void output_columns(int64_t c, int64_t n) {
-    for (int64_t m0 = 0; m0 < p.tokens; m0 += kSumTokens) {
-      const int64_t tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
-      const C* rows[kSumTokens];
-      gather_rows<T>(a.dy, m0, tokens, c, n, x_.get(), rows);
-      experts(static_cast<const C*>(a.v), m0, tokens, rows, n, static_cast<C*>(a.dB) + c, p.out_features);
+  void output_columns(int64_t c, int64_t n, int64_t next) {
+    for (int64_t block = 0; block < open_.blocks(); ++block) {
+      const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
+      const Row* rows[kSumTokens];
+      gather_rows<T>(a.dy, m0, tokens, c, n, rows_.get(), rows);
+      Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
+      for (int64_t e = 0; e < p.experts; ++e)
+        expert(block, e, open_.of_dy(block, e), rows, n, static_cast<C*>(a.dB) + p.offsets[e] * p.out_features + c, p.out_features,
+               ahead);
     }
   }
 
  private:
-  void experts(const C* coefficients, int64_t m0, int64_t tokens, const C* const* rows, int64_t n, C* out,
-               int64_t stride) const {
-    for (int64_t e = 0; e < p.experts; ++e)
-      add(coefficients, p.total_rank, e, p.offsets[e], p.offsets[e + 1], m0, tokens, rows, n, out, stride);
+  // The next block of tokens, or the first of other columns.
+  Ahead after(const rode::Matrix& matrix, int64_t m, int64_t columns, int64_t c, int64_t n, int64_t next) const {
+    if (m >= p.tokens) m = 0, c = next, n = columns - next < kColumns ? columns - next : kColumns;
+    const int64_t left = p.tokens - m;
+    return Ahead(matrix, sizeof(T), m, n <= 0 ? 0 : left < kSumTokens ? left : kSumTokens, c, n);
   }
 
-  // out[j] += sum over the tokens that have expert e open of coefficients[m][j] * rows[m], for j in [begin, end).
-  void add(const C* coefficients, int64_t width, int64_t e, int64_t begin, int64_t end, int64_t m0, int64_t tokens,
-           const C* const* rows, int64_t n, C* out, int64_t stride) const {
-    const C* chosen[kSumTokens];
-    const C* factors[kSumTokens];
-    int64_t count = 0;
-    for (int64_t i = 0; i < tokens; ++i)
-      if (static_cast<const C*>(a.g)[(m0 + i) * p.experts + e] != 0) {
-        chosen[count] = rows[i];
-        factors[count++] = coefficients + (m0 + i) * width + begin;
+  void expert(int64_t block, int64_t e, const typename Path<T>::Column* coefficients, const Row* const* rows, int64_t n, C* out,
+              int64_t stride, Ahead& ahead) const {
+    const Row* chosen[kSumTokens + 1];
+    const int64_t count = open_.count(block, e);
+    for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
+    chosen[count] = zeros_.get();  // the last pair's second
+    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, stride, ahead);
+  }
+
+  // dh is not rounded, so what it multiplies is not in pairs.
+  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t c, int64_t n, const Row* const* rows, Ahead& ahead) {
+    C* out = static_cast<C*>(a.drouter) + c;
+    int64_t open = 0;
+    for (int64_t e = 0; e < p.experts; ++e) open += open_.count(block, e);
+    // Where many gates are open it takes less time to multiply closed ones' zeros too, unless a product is not finite.
+    if (4 * open >= tokens * p.experts) {
+      for (int64_t e = 0; e < p.experts; ++e)
+        for (int64_t i = 0; i < n; ++i) dense_.get()[e * kColumns + i] = C(0);
+      outer(static_cast<const C*>(a.dh) + m0 * p.experts, p.experts, rows, tokens, n, dense_.get(), kColumns, ahead);
+      bool finite = true;
+      for (int64_t e = 0; e < p.experts; ++e)
+        for (int64_t i = 0; i < n; ++i) finite &= dense_.get()[e * kColumns + i] - dense_.get()[e * kColumns + i] == 0;
+      if (finite) {
+        for (int64_t e = 0; e < p.experts; ++e)
+          for (int64_t i = 0; i < n; ++i) out[e * p.in_features + i] += dense_.get()[e * kColumns + i];
+        return;
       }
-    for (int64_t j = begin; j < end && count > 0;) {
-      const bool four = j + 4 <= end;
-      for (int64_t c = 0; c < n; c += 2 * kLanes<C>)
-        if (four)
-          outer_tile<C, 4>(factors, chosen, count, c, n, out + j * stride, stride);
-        else
-          outer_tile<C, 1>(factors, chosen, count, c, n, out + j * stride, stride);
-      const int64_t step = four ? 4 : 1;
-      for (int64_t i = 0; i < count; ++i) factors[i] += step;
-      j += step;
+    }
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const Row* chosen[kSumTokens];
+      const int64_t count = open_.count(block, e);
+      for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
+      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * p.in_features, p.in_features, ahead);
     }
   }
 
   const rode::Problem& p;
   const rode::Backward& a;
-  Scratch<C> x_, dropped_;
+  const Occurrences<T>& open_;
+  Scratch<Row> rows_;
+  Scratch<C> dense_;
+  Scratch<Row> dropped_, zeros_;
 };
 
 template <class C>
@@ -182,8 +257,7 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   for (int64_t e = 0; e < p.experts; ++e) {
     for (int64_t m0 = 0; m0 < p.tokens; m0 += kSumTokens) {
       C part = 0;
-      for (int64_t m = m0; m < p.tokens && m < m0 + kSumTokens; ++m)
-        part += static_cast<const C*>(a.dh)[m * p.experts + e];
+      for (int64_t m = m0; m < p.tokens && m < m0 + kSumTokens; ++m) part += static_cast<const C*>(a.dh)[m * p.experts + e];
       out[e] += part;
     }
   }
@@ -192,7 +266,9 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
 template <class T>
 void backward(const rode::Problem& p, const rode::Backward& a) {
   using C = typename AccumulationOf<T>::type;
-  const int64_t blocks = (p.tokens + kBlockTokens - 1) / kBlockTokens;
+  using Row = typename Path<T>::Row;
+  using Column = typename Path<T>::Column;
+  const int64_t unit = unit_tokens(p), token_units = (p.tokens + unit - 1) / unit;
   const bool in = a.dA != nullptr || a.drouter != nullptr, out = a.dB != nullptr && a.dy;
   const int64_t in_units = in ? (p.in_features + kColumns - 1) / kColumns : 0;
   const int64_t units = in_units + (out ? (p.out_features + kColumns - 1) / kColumns : 0);
@@ -200,24 +276,46 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   zero<C>(a.dB, p.total_rank * p.out_features);
   zero<C>(a.drouter, p.experts * p.in_features);
   zero<C>(a.dbias, p.experts);
-  const int threads = thread_count(p, blocks > units ? blocks : units);
+  const int threads = thread_count(p, token_units > units ? token_units : units);
+
+  const int64_t terms = terms_of<T>(p);
+  const Chunks of_B = row_chunks<Row>(p.out_features), chunks = column_chunks<T>(p.in_features, terms);
+  Scratch<Row> B(a.dy ? of_B.count * of_B.width * p.total_rank : 0);
+  Scratch<Column> A(a.dx ? chunks.count * chunks.width * terms : 0);
+  Scratch<C> router(a.dx && a.router ? chunks.count * chunks.width * p.experts : 0);
+  Occurrences<T> open(p);
+  const BackwardWeights<T> weights = {{B.get(), p.total_rank, p.out_features, of_B.width}, A.get(), router.get(), chunks, terms};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
+      pack_transposed<T>(a.B, i, of_B, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
+#pragma omp for schedule(static) nowait
+    for (int64_t e = 0; e < (a.dx && a.router ? p.experts : 0); ++e)
+      pack_row<T>(a.router, e, chunks, p.experts, p.in_features, router.get());
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i)
+      pack_rows_as_columns<T>(p, a.A, i, chunks, A.get() + i * chunks.width * terms);
     {
-      TokenPass<T> pass(p, a);
+      TokenPass<T> pass(p, a, weights);
 #pragma omp for schedule(dynamic)
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t m0 = b * kBlockTokens, left = p.tokens - m0;
-        pass.run(m0, left < kBlockTokens ? left : kBlockTokens);
+      for (int64_t b = 0; b < token_units; ++b) {
+        const int64_t m0 = b * unit, left = p.tokens - m0;
+        pass.run(m0, left < unit ? left : unit);
       }
     }
-    WeightPass<T> pass(p, a);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < (units > 0 ? open.blocks() : 0); ++b)
+      open.collect(b, static_cast<const C*>(a.g), static_cast<const C*>(a.du), static_cast<const C*>(a.v),
+                   a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
+    WeightPass<T> pass(p, a, open);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const bool input = unit < in_units;
-      const int64_t c = (input ? unit : unit - in_units) * kColumns;
+    for (int64_t i = 0; i < units; ++i) {
+      const bool input = i < in_units;
+      const int64_t c = (input ? i : i - in_units) * kColumns;
       const int64_t left = (input ? p.in_features : p.out_features) - c, n = left < kColumns ? left : kColumns;
-      input ? pass.input_columns(c, n) : pass.output_columns(c, n);
+      const int64_t next = c + threads * kColumns;  // most likely
+      input ? pass.input_columns(c, n, next) : pass.output_columns(c, n, next);
     }
   }
   if (a.dbias != nullptr) bias_gradient<C>(p, a);
@@ -230,10 +328,14 @@ namespace RODE_ISA {
 
 void backward(const Problem& p, const Backward& a) {
   switch (p.dtype) {
-    case DType::float64: return ::backward<double>(p, a);
-    case DType::float32: return ::backward<float>(p, a);
-    case DType::float16: return ::backward<Float16>(p, a);
-    case DType::bfloat16: return ::backward<BFloat16>(p, a);
+    case DType::float64:
+      return ::backward<double>(p, a);
+    case DType::float32:
+      return ::backward<float>(p, a);
+    case DType::float16:
+      return ::backward<Float16>(p, a);
+    case DType::bfloat16:
+      return ::backward<BFloat16>(p, a);
   }
 }
 

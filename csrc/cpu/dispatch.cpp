@@ -10,11 +10,11 @@
 
 namespace rode {
 
-#define RODE_DECLARE(NAME)                                            \
-  namespace NAME {                                                    \
-  void forward(const Problem&, const Forward&);                       \
-  void backward(const Problem&, const Backward&);                     \
-  void keep_mask(const Dropout&, uint64_t, int64_t, float*);          \
+#define RODE_DECLARE(NAME)                                   \
+  namespace NAME {                                           \
+  void forward(const Problem&, const Forward&);              \
+  void backward(const Problem&, const Backward&);            \
+  void keep_mask(const Dropout&, uint64_t, int64_t, float*); \
   }
 RODE_FOR_EACH_ISA(RODE_DECLARE)
 
@@ -30,8 +30,8 @@ struct Isa {
 
 [[maybe_unused]] bool has_avx512() {
 #ifdef RODE_X86
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 #else
   return false;
 #endif

@@ -7,8 +7,8 @@
 
 namespace rode {
 
-// Chooses by name ("avx512bf16", "avx512", "avx2", "generic"), or the best one of this processor for "". Throws std::invalid_argument for a
-// name that was not built or that the processor lacks.
+// Chooses by name ("avx512bf16", "avx512", "avx2", "generic"), or the best one of this processor for "". Throws
+// std::invalid_argument for a name that was not built or that the processor lacks.
 void set_isa(const std::string& name);
 const char* isa();
 bool has_openmp();

@@ -1,4 +1,4 @@
-// Reading a matrix of any dtype and strides as rows of the accumulation type, and lists of the tokens that an expert is open for.
+// Reading a matrix of any dtype and strides as rows, and how tokens are cut into blocks.
 #pragma once
 
 #include "../rode.h"
@@ -40,8 +40,7 @@ void copy_row_as(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n
 
 // rows[i] = columns [first, first + n) of token m0 + i, for `tokens` tokens: in place where it can be, else in `scratch`.
 template <class T, class E>
-void gather_rows(const rode::Matrix& matrix, int64_t m0, int64_t tokens, int64_t first, int64_t n, E* scratch,
-                 const E** rows) {
+void gather_rows(const rode::Matrix& matrix, int64_t m0, int64_t tokens, int64_t first, int64_t n, E* scratch, const E** rows) {
   for (int64_t i = 0; i < tokens; ++i) {
     if (is_direct<T, E>(matrix)) {
       rows[i] = static_cast<const E*>(matrix.data) + (m0 + i) * matrix.row + first;
@@ -65,33 +64,8 @@ inline int thread_count(const rode::Problem& p, int64_t units) {
   return threads < 1 ? 1 : static_cast<int>(threads);
 }
 
-// Tokens of a block that stay in cache while all experts are computed for them.
-constexpr int64_t kBlockTokens = 16;
-// Columns that are finished at a time while rows of A or B stream by.
-constexpr int64_t kChunk = 256;
-
-// For each token in turn, out[expert's columns] = <rows[token], weights of the expert> where the expert is open (or `dense`).
-// Skipped pairs leave `out` alone. weights (R, n).
-template <class E, class C>
-void dots_where_open(const rode::Problem& p, const C* gates, const E* const* rows, int64_t tokens, const E* weights,
-                     int64_t n, C* out) {
-  const E* chosen[kBlockTokens];
-  int64_t index[kBlockTokens];
-  C result[kBlockTokens * kTileRows];
-  for (int64_t e = 0; e < p.experts; ++e) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < tokens; ++i)
-      if (p.dense || gates[i * p.experts + e] != 0) {
-        index[count] = i;
-        chosen[count++] = rows[i];
-      }
-    for (int64_t j = p.offsets[e]; j < p.offsets[e + 1] && count > 0; j += kTileRows) {
-      const int64_t width = p.offsets[e + 1] - j < kTileRows ? p.offsets[e + 1] - j : kTileRows;
-      dots(chosen, count, weights + j * n, width, n, result, static_cast<int64_t>(kTileRows));
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t r = 0; r < width; ++r) out[index[i] * p.total_rank + j + r] = result[i * kTileRows + r];
-    }
-  }
-}
+// Tokens of a block that stay in cache while all experts are computed for them: more where the experts are what fills it.
+constexpr int64_t kBlockTokens = 32;
+inline int64_t block_tokens(const rode::Problem& p) { return p.total_rank > 96 ? kBlockTokens : kBlockTokens / 2; }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>  // integer_sequence: a type without functions
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -16,17 +17,19 @@
 #error "the native core uses GNU vector extensions: build with GCC or Clang, or set RODE_NATIVE=off"
 #endif
 
+// Before loops over what is to stay in registers: without it GCC passes their sums through the stack.
+#define RODE_UNROLL _Pragma("GCC unroll 16")
+// And on functions that are handed them by reference.
+#define RODE_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileRows = 4;  // 4 x 4 sums in flight need 32 registers
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kTileRows = 2;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 2;
 #endif
 
 template <class C>
@@ -81,7 +84,9 @@ inline BFloat16 narrow<BFloat16>(float v) {  // round to nearest even; a NaN sta
 }
 
 template <>
-inline float narrow<float>(float v) { return v; }
+inline float narrow<float>(float v) {
+  return v;
+}
 
 // A value rounded to T, held in the accumulation type: what enters a second product.
 template <class T>
@@ -97,6 +102,9 @@ inline Vector<C> load(const C* p) {
 }
 template <class C>
 inline Vector<C> load_first(const C* p, int64_t n) {  // the first n lanes, the rest 0
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4) return (Vector<C>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   C lanes[kLanes<C>] = {};
   std::memcpy(lanes, p, n * sizeof(C));
   return load(lanes);
@@ -105,27 +113,46 @@ template <class C>
 inline void store(C* p, Vector<C> v) {
   std::memcpy(p, &v, sizeof v);
 }
-// The sum of the lanes, by halves: the same bits wherever it stands.
-template <int N, class C>
-inline C sum_of_halves(const C* p) {
-  if constexpr (N == 1) {
-    return p[0];
-  } else {
-    typedef C Half __attribute__((vector_size(N / 2 * sizeof(C))));
-    Half low, high;
-    std::memcpy(&low, p, sizeof low);
-    std::memcpy(&high, p + N / 2, sizeof high);
-    low += high;
-    C rest[N / 2];
-    std::memcpy(rest, &low, sizeof low);
-    return sum_of_halves<N / 2, C>(rest);
+// kLanes vectors as the rows of a square: after it lane i of v[j] is what was lane j of v[i].
+template <int Half, int... I, class V>
+RODE_INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  const V low = __builtin_shufflevector(a, b, (I & Half ? lanes + I - Half : I)...);
+  b = __builtin_shufflevector(a, b, (I & Half ? lanes + I : I + Half)...);
+  a = low;
+}
+template <int Half, class C>
+RODE_INLINE void transpose(Vector<C>* v) {
+  if constexpr (Half > 0) {
+    RODE_UNROLL for (int i = 0; i < kLanes<C>; ++i) if (!(i & Half))
+        swap_blocks<Half>(v[i], v[i + Half], std::make_integer_sequence<int, kLanes<C>>{});
+    transpose<Half / 2, C>(v);
+  }
+}
+
+// out[i] = the sum of v[i]'s lanes, by halves; of n vectors, the same bits wherever one stands.
+template <int Half, class C>
+RODE_INLINE void merge(Vector<C>* v) {
+  if constexpr (Half > 0) {
+    RODE_UNROLL for (int i = 0; i < Half; ++i) {
+      swap_blocks<Half>(v[i], v[i + Half], std::make_integer_sequence<int, kLanes<C>>{});
+      v[i] += v[i + Half];
+    }
+    merge<Half / 2, C>(v);
   }
 }
 template <class C>
-inline C sum(Vector<C> v) {
-  C lanes[kLanes<C>];
-  std::memcpy(lanes, &v, sizeof v);
-  return sum_of_halves<kLanes<C>, C>(lanes);
+void sums(const Vector<C>* v, int64_t n, C* out) {
+  constexpr int64_t lanes = kLanes<C>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    Vector<C> some[lanes];
+    RODE_UNROLL for (int l = 0; l < lanes; ++l) some[l] = i + l < n ? v[i + l] : Vector<C>{};
+    merge<lanes / 2, C>(some);
+    if (n - i >= lanes)
+      store(out + i, some[0]);
+    else
+      std::memcpy(out + i, some, (n - i) * sizeof(C));
+  }
 }
 
 // kLanes elements of T as the accumulation type, and back, rounded.
@@ -162,6 +189,13 @@ inline Vector<float> load_wide<BFloat16>(const BFloat16* p) {
 }
 template <>
 inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
+#if defined(__AVX512BF16__)
+  if (_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0) {  // the instruction makes zeros of denormal numbers
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+    return;
+  }
+#endif
   Words w;
   std::memcpy(&w, &v, sizeof w);
   w = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
@@ -220,119 +254,69 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// dots[m * stride + r] = <rows[m], weights[r]> over n elements, for TM x TR pairs. Sums run along lanes, so a pair's bits do not
-// depend on the tile that it is computed in.
-template <class E, int TM, int TR>
-void dot_tile(const E* const* rows, const E* weights, int64_t n, typename Operand<E>::C* dots, int64_t stride) {
-  using O = Operand<E>;
-  using C = typename O::C;
-  Vector<C> sums[TM][TR];
-  for (int m = 0; m < TM; ++m)
-    for (int r = 0; r < TR; ++r) sums[m][r] = Vector<C>{};
-  const auto step = [&](int64_t k, auto load_at) {
-    typename O::V x[TM];
-    for (int m = 0; m < TM; ++m) x[m] = load_at(rows[m] + k);
-    for (int r = 0; r < TR; ++r) {
-      const typename O::V w = load_at(weights + r * n + k);
-      for (int m = 0; m < TM; ++m) O::add(sums[m][r], x[m], w);
-    }
-  };
-  int64_t k = 0;
-  for (; k + O::lanes <= n; k += O::lanes) step(k, [](const E* p) { return O::at(p); });
-  if (k < n) step(k, [left = n - k](const E* p) { return O::first(p, left); });
-  for (int m = 0; m < TM; ++m)
-    for (int r = 0; r < TR; ++r) dots[m * stride + r] = sum<C>(sums[m][r]);
-}
-
-template <class E, int TM, class C>
-void dots_of_rows(const E* const* rows, const E* weights, int64_t count, int64_t n, C* dots, int64_t stride) {
-  int64_t r = 0;
-  for (; r + kTileRows <= count; r += kTileRows)
-    dot_tile<E, TM, kTileRows>(rows, weights + r * n, n, dots + r, stride);
-  switch (count - r) {
-    case 3: if constexpr (kTileRows > 3) dot_tile<E, TM, 3>(rows, weights + r * n, n, dots + r, stride); break;
-    case 2: if constexpr (kTileRows > 2) dot_tile<E, TM, 2>(rows, weights + r * n, n, dots + r, stride); break;
-    case 1: dot_tile<E, TM, 1>(rows, weights + r * n, n, dots + r, stride); break;
+// Memory that a thread keeps from call to call, for scratch that comes and goes as a stack does: fresh pages would cost more than
+// many a call's work.
+class Arena {
+ public:
+  static Arena& of_this_thread() {
+    static thread_local Arena arena;
+    return arena;
   }
-}
+  ~Arena() { std::free(data_); }
 
-// dots (tokens, count), row stride `stride`: every row against every one of `count` weight rows of length n.
-template <class E, class C>
-void dots(const E* const* rows, int64_t tokens, const E* weights, int64_t count, int64_t n, C* out, int64_t stride) {
-  int64_t m = 0;
-  for (; m + 4 <= tokens; m += 4) dots_of_rows<E, 4>(rows + m, weights, count, n, out + m * stride, stride);
-  switch (tokens - m) {
-    case 3: dots_of_rows<E, 3>(rows + m, weights, count, n, out + m * stride, stride); break;
-    case 2: dots_of_rows<E, 2>(rows + m, weights, count, n, out + m * stride, stride); break;
-    case 1: dots_of_rows<E, 1>(rows + m, weights, count, n, out + m * stride, stride); break;
+  // `bytes`, a multiple of 64, or null where what is kept has no room.
+  void* take(size_t bytes) {
+    wanted_ += bytes;
+    if (wanted_ > most_) most_ = wanted_;
+    if (used_ + bytes > size_) return nullptr;
+    char* taken = data_ + used_;
+    used_ += bytes;
+    return taken;
   }
-}
 
-// out[c] = sum_j coefficients[j] * rows[j][c] for c in [0, n).
-template <class C>
-void combine(const C* coefficients, const C* const* rows, int64_t count, int64_t n, C* out) {
-  constexpr int64_t kWide = 4 * kLanes<C>;
-  int64_t c = 0;
-  for (; c + kWide <= n; c += kWide) {
-    Vector<C> sums[4] = {};
-    for (int64_t j = 0; j < count; ++j)
-      for (int i = 0; i < 4; ++i) sums[i] += coefficients[j] * load(rows[j] + c + i * kLanes<C>);
-    for (int i = 0; i < 4; ++i) store(out + c + i * kLanes<C>, sums[i]);
+  // What was taken last; once nothing is taken any more, room is made for as much as the call wanted.
+  void give_back(size_t bytes, bool kept) {
+    wanted_ -= bytes;
+    if (kept) used_ -= bytes;
+    if (wanted_ > 0 || most_ <= size_ || most_ > kMost) return;
+    std::free(data_);
+    size_ = most_;
+    data_ = static_cast<char*>(std::aligned_alloc(64, size_));
+    if (data_ == nullptr) size_ = 0;
   }
-  for (; c < n; c += kLanes<C>) {
-    const int64_t left = n - c < kLanes<C> ? n - c : kLanes<C>;
-    Vector<C> sums = {};
-    for (int64_t j = 0; j < count; ++j) sums += coefficients[j] * load_first(rows[j] + c, left);
-    std::memcpy(out + c, &sums, left * sizeof(C));
-  }
-}
 
-// out[r * out_stride + c] += sum_m coefficients[m][r] * rows[m][c], for TR rows and one pair of vectors. The sum over these tokens
-// is formed first and added as a whole: long sums over tokens stay accurate.
-template <class C, int TR>
-void outer_tile(const C* const* coefficients, const C* const* rows, int64_t tokens, int64_t c, int64_t width, C* out,
-                int64_t out_stride) {
-  Vector<C> sums[TR][2] = {};
-  const int64_t lanes = kLanes<C>, left = width - c;
-  if (left >= 2 * lanes) {
-    for (int64_t m = 0; m < tokens; ++m) {
-      const Vector<C> x0 = load(rows[m] + c), x1 = load(rows[m] + c + lanes);
-      for (int r = 0; r < TR; ++r) {
-        sums[r][0] += coefficients[m][r] * x0;
-        sums[r][1] += coefficients[m][r] * x1;
-      }
-    }
-  } else {
-    const int64_t first = left < lanes ? left : lanes, second = left - first;
-    for (int64_t m = 0; m < tokens; ++m) {
-      const Vector<C> x0 = load_first(rows[m] + c, first), x1 = load_first(rows[m] + c + first, second);
-      for (int r = 0; r < TR; ++r) {
-        sums[r][0] += coefficients[m][r] * x0;
-        sums[r][1] += coefficients[m][r] * x1;
-      }
-    }
-  }
-  for (int r = 0; r < TR; ++r)
-    for (int64_t i = 0; i < 2 * lanes && i < left; ++i) out[r * out_stride + c + i] += sums[r][i / lanes][i % lanes];
-}
+ private:
+  static constexpr size_t kMost = 32u << 20;  // more than that is not kept
 
-// A block that a thread keeps for itself; freed with it.
+  char* data_ = nullptr;
+  size_t size_ = 0, used_ = 0, wanted_ = 0, most_ = 0;
+};
+
+// A block that a thread uses for itself; given back with it, in the reverse order of taking.
 template <class C>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    const size_t bytes = (count > 0 ? count : 1) * sizeof(C);
+  explicit Scratch(int64_t count) : bytes_((count * sizeof(C) + 63) / 64 * 64) {
+    if (bytes_ == 0) return;
     // whole vectors on whole cache lines: a load across two costs twice
-    data_ = static_cast<C*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    data_ = static_cast<C*>(Arena::of_this_thread().take(bytes_));
+    kept_ = data_ != nullptr;
+    if (!kept_) data_ = static_cast<C*>(std::aligned_alloc(64, bytes_));
     if (data_ == nullptr) std::abort();  // out of memory inside a parallel region: no exception may cross it
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() {
+    if (bytes_ == 0) return;
+    if (!kept_) std::free(data_);
+    Arena::of_this_thread().give_back(bytes_, kept_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   C* get() const { return data_; }
 
  private:
-  C* data_;
+  size_t bytes_;
+  C* data_ = nullptr;
+  bool kept_ = false;
 };
 
 }  // namespace

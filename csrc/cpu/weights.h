@@ -29,91 +29,205 @@ struct Path<BFloat16> {
 };
 #endif
 
+// Elements (r, c) to (r, c + n) of a weight, rounded to T, in the first lanes; the other lanes are 0.
+template <class T>
+Vector<typename AccumulationOf<T>::type> weights_at(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
+  using C = typename AccumulationOf<T>::type;
+  const int64_t at = r * w.row + c;
+  if (w.column != 1) {
+    C lanes[kLanes<C>] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = weight_at<T>(w, r, c + i);
+    return load(lanes);
+  }
+  if (sizeof(T) == sizeof(C) || w.wide) {
+    const C* p = static_cast<const C*>(w.data) + at;
+    const Vector<C> v = n == kLanes<C> ? load(p) : load_first(p, n);
+    if (!w.wide) return v;
+    T rounded[kLanes<C>];
+    store_narrow<T>(rounded, v);
+    return load_wide<T>(rounded);
+  }
+  const T* p = static_cast<const T*>(w.data) + at;
+  if (n == kLanes<C>) return load_wide<T>(p);
+  T some[kLanes<C>] = {};
+  std::memcpy(some, p, n * sizeof(T));
+  return load_wide<T>(some);
+}
+
 // Whether its rows can be used where they stand.
 template <class T>
 bool stands_as_rows(const rode::Weight& w, int64_t columns) {
   return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
 }
 
-template <class T>
-void copy_row(const rode::Weight& w, int64_t r, int64_t n, typename Path<T>::Row* out) {
-  for (int64_t c = 0; c < n; ++c) out[c] = narrow<typename Path<T>::Row>(weight_at<T>(w, r, c));
+// Columns [c, c + n) of row r.
+template <class T, class Out>
+void copy_row(const rode::Weight& w, int64_t r, int64_t c, int64_t n, Out* out) {
+  constexpr int64_t lanes = kLanes<typename AccumulationOf<T>::type>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t some = n - i < lanes ? n - i : lanes;
+    if (some == lanes) {
+      store_narrow<Out>(out + i, weights_at<T>(w, r, c + i, lanes));
+    } else {
+      Out last[lanes];
+      store_narrow<Out>(last, weights_at<T>(w, r, c + i, some));
+      std::memcpy(out + i, last, some * sizeof(Out));
+    }
+  }
 }
 
-// B in chunks of `width` outputs, (chunks, terms, width): of a chunk all experts' columns lie together, and stay in the first cache.
+// A matrix in chunks of columns, (chunks, rows, width): a chunk's rows lie together, and stay in cache.
 struct Chunks {
   int64_t width, count;
+  int64_t columns(int64_t i, int64_t all) const { return all - i * width < width ? all - i * width : width; }
 };
 
-// As many outputs at a time as leave a chunk small, in steps of `step`.
-inline Chunks chunks_of(int64_t outputs, int64_t terms, int64_t element, int64_t step) {
+// As many columns at a time as leave a chunk of `rows` rows small, in steps of `step`.
+inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t step) {
   constexpr int64_t kBytes = 24 * 1024;
-  int64_t width = kBytes / (terms * element) / step * step;
+  int64_t width = kBytes / (rows * element) / step * step;
   const int64_t most = 4 * step;
   if (width < step) width = step;
   if (width > most) width = most;
-  return {width, (outputs + width - 1) / width};
+  return {width, (columns + width - 1) / width};
 }
 
-// Four neighbours of row r, from column c.
-template <class T, class Four>
-Four four_of(const rode::Weight& w, int64_t r, int64_t c) {
-  Four v;
-  for (int i = 0; i < 4; ++i) v[i] = weight_at<T>(w, r, c + i);
-  return v;
-}
-
-// Chunk i of B; what lies beyond the last output is 0. Four rows by four columns at a time: one by one it would take as long as a
-// few dozen tokens do.
-template <class T, class C>
-void pack_chunk(const rode::Weight& B, int64_t i, const Chunks& chunks, int64_t total_rank, int64_t outputs, C* out) {
-  typedef C Four __attribute__((vector_size(4 * sizeof(C))));
-  const int64_t first = i * chunks.width, width = chunks.width;
-  const int64_t n = outputs - first < width ? outputs - first : width;
-  const int64_t whole = n / 4 * 4, whole_ranks = total_rank / 4 * 4;
-  const bool plain = B.column == 1 && (sizeof(T) == sizeof(C));
-  for (int64_t o = 0; o < whole; o += 4) {
-    for (int64_t j = 0; j < whole_ranks; j += 4) {
-      Four a, b, c, d;
-      if (plain) {
-        const C* p = static_cast<const C*>(B.data) + (first + o) * B.row + j;
-        std::memcpy(&a, p, sizeof a), std::memcpy(&b, p + B.row, sizeof b);
-        std::memcpy(&c, p + 2 * B.row, sizeof c), std::memcpy(&d, p + 3 * B.row, sizeof d);
-      } else {
-        a = four_of<T, Four>(B, first + o, j), b = four_of<T, Four>(B, first + o + 1, j);
-        c = four_of<T, Four>(B, first + o + 2, j), d = four_of<T, Four>(B, first + o + 3, j);
-      }
-      const Four ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      const Four columns[4] = {__builtin_shufflevector(ab0, cd0, 0, 1, 4, 5), __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7),
-                               __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5), __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7)};
-      for (int k = 0; k < 4; ++k) std::memcpy(out + (j + k) * width + o, &columns[k], sizeof(Four));
+// Chunk i of a matrix that is given transposed: out[j * width + o] = row(o, j) for j in [0, rows), and 0 beyond the last of
+// `columns`. `row(o, j, n)`: n neighbours from j on of given row o, as a vector.
+template <class C, class Out, class Row>
+void transpose_chunk(int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Row row, Out* out) {
+  constexpr int64_t lanes = kLanes<C>;
+  const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
+  for (int64_t o = 0; o < chunks.width; o += lanes)
+    for (int64_t j = 0; j < rows; j += lanes) {
+      const int64_t some = rows - j < lanes ? rows - j : lanes;
+      Vector<C> v[lanes];
+      RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = o + l < n ? row(first + o + l, j, some) : Vector<C>{};
+      transpose<lanes / 2, C>(v);
+      RODE_UNROLL for (int k = 0; k < lanes; ++k) if (k < some) store_narrow<Out>(out + (j + k) * chunks.width + o, v[k]);
     }
-    for (int64_t j = whole_ranks; j < total_rank; ++j)
-      for (int k = 0; k < 4; ++k) out[j * width + o + k] = weight_at<T>(B, first + o + k, j);
-  }
-  for (int64_t o = whole; o < width; ++o)
-    for (int64_t j = 0; j < total_rank; ++j) out[j * width + o] = o < n ? weight_at<T>(B, first + o, j) : C(0);
+}
+
+// How many of Path's columns an expert takes, all of them together.
+template <class T>
+int64_t terms_of(const rode::Problem& p) {
+  int64_t terms = 0;
+  for (int64_t e = 0; e < p.experts; ++e) terms += (p.offsets[e + 1] - p.offsets[e] + Path<T>::kTerm - 1) / Path<T>::kTerm;
+  return terms;
 }
 
 #if defined(__AVX512BF16__)
 inline uint32_t pair_of(BFloat16 first, BFloat16 second) { return first.bits | static_cast<uint32_t>(second.bits) << 16; }
 
-// Chunk i of B as pairs of ranks; the pair of an expert's last, where its rank is odd, holds a 0.
-inline void pack_pairs(const rode::Problem& p, const rode::Weight& B, int64_t i, const Chunks& chunks, uint32_t* out) {
-  const int64_t first = i * chunks.width;
-  const auto at = [&](int64_t o, int64_t j) {
-    const int64_t where = o * B.row + j * B.column;
-    return B.wide ? narrow<BFloat16>(static_cast<const float*>(B.data)[where]) : static_cast<const BFloat16*>(B.data)[where];
-  };
-  for (int64_t o = 0; o < chunks.width; ++o) {
-    uint32_t* to = out + o;
-    for (int64_t e = 0; e < p.experts; ++e)
-      for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; j += 2, to += chunks.width)
-        *to = first + o >= p.out_features ? 0
-                                          : pair_of(at(first + o, j), j + 1 < p.offsets[e + 1] ? at(first + o, j + 1) : BFloat16{});
-  }
+// For each pair of an expert's ranks (term, its first rank, the expert's end): the last one's second is missing where ranks are
+// odd.
+template <class Run>
+void each_pair(const rode::Problem& p, Run run) {
+  int64_t term = 0;
+  for (int64_t e = 0; e < p.experts; ++e)
+    for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; j += 2) run(term++, j, p.offsets[e + 1]);
+}
+
+inline bool ranks_are_even(const rode::Problem& p) {
+  for (int64_t e = 0; e < p.experts; ++e)
+    if (p.offsets[e] % 2 != 0) return false;
+  return p.total_rank % 2 == 0;
 }
 #endif
+
+// Chunk i of B^T as sums of rows read it; w is B, (O, R).
+template <class T>
+void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks, typename Path<T>::Column* out) {
+  using C = typename AccumulationOf<T>::type;
+  if constexpr (Path<T>::kTerm == 1) {
+    transpose_chunk<C, C>(
+        i, chunks, p.total_rank, p.out_features,
+        [&](int64_t o, int64_t j, int64_t n) {
+          __builtin_prefetch(static_cast<const char*>(w.data) + ((o + kLanes<C>)*w.row + j) * (w.wide ? sizeof(C) : sizeof(T)));
+          return weights_at<T>(w, o, j, n);
+        },
+        out);
+  } else {
+#if defined(__AVX512BF16__)
+    // pairs travel as the bits of floats
+    float* words = reinterpret_cast<float*>(out);
+    const int64_t terms = terms_of<T>(p);
+    if (!w.wide && w.column == 1 && ranks_are_even(p)) {
+      transpose_chunk<float, float>(
+          i, chunks, terms, p.out_features,
+          [&](int64_t o, int64_t t, int64_t n) {
+            return load_first(reinterpret_cast<const float*>(static_cast<const BFloat16*>(w.data) + o * w.row) + t, n);
+          },
+          words);
+      return;
+    }
+    Scratch<int64_t> ranks(terms), ends(terms);
+    each_pair(p, [&](int64_t term, int64_t j, int64_t end) { ranks.get()[term] = j, ends.get()[term] = end; });
+    transpose_chunk<float, float>(
+        i, chunks, terms, p.out_features,
+        [&](int64_t o, int64_t t, int64_t n) {
+          uint32_t pairs[kLanes<float>] = {};
+          for (int64_t l = 0; l < n; ++l) {
+            const int64_t j = ranks.get()[t + l];
+            const BFloat16 last = j + 1 < ends.get()[t + l] ? narrow<BFloat16>(weight_at<T>(w, o, j + 1)) : BFloat16{};
+            pairs[l] = pair_of(narrow<BFloat16>(weight_at<T>(w, o, j)), last);
+          }
+          return load(reinterpret_cast<const float*>(pairs));
+        },
+        words);
+#endif
+  }
+}
+
+// Chunk i of B^T as rows; w is B, (O, R).
+template <class T, class Out>
+void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
+  using C = typename AccumulationOf<T>::type;
+  transpose_chunk<C, Out>(
+      i, chunks, rows, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
+}
+
+// Row j of A, (R, K), or of the router into each of its chunks.
+template <class T, class Out>
+void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const int64_t n = chunks.columns(i, columns);
+    Out* to = out + (i * rows + j) * chunks.width;
+    copy_row<T>(w, j, i * chunks.width, n, to);
+    for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
+  }
+}
+
+// Chunk i of A as sums of rows read it.
+template <class T>
+void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks,
+                          typename Path<T>::Column* out) {
+  if constexpr (Path<T>::kTerm == 1) {
+    const int64_t first = i * chunks.width, n = chunks.columns(i, p.in_features);
+    for (int64_t j = 0; j < p.total_rank; ++j) {
+      copy_row<T>(w, j, first, n, out + j * chunks.width);
+      for (int64_t c = n; c < chunks.width; ++c) out[j * chunks.width + c] = 0;
+    }
+  } else {
+#if defined(__AVX512BF16__)
+    constexpr int64_t lanes = kLanes<float>;
+    const int64_t first = i * chunks.width, n = chunks.columns(i, p.in_features);
+    each_pair(p, [&](int64_t term, int64_t j, int64_t end) {
+      for (int64_t c = 0; c < chunks.width; c += lanes) {
+        const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
+        const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already
+          const Vector<float> v = some > 0 ? weights_at<T>(w, rank, first + c, some) : Vector<float>{};
+          Words b;
+          std::memcpy(&b, &v, sizeof b);
+          return b;
+        };
+        Words pairs = bits(j) >> 16;
+        if (j + 1 < end) pairs |= bits(j + 1);
+        std::memcpy(out + term * chunks.width + c, &pairs, sizeof pairs);
+      }
+    });
+#endif
+  }
+}
 
 }  // namespace

@@ -1,0 +1,196 @@
+// Products of tokens' rows with rows of weights: u = x A^T, h = x Wr^T, t = dy B. Lanes run along the rows, so the bits of a
+// product do not depend on what is computed beside it.
+#pragma once
+
+#include "weights.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kMostTokens = 6, kMostRows = 4;  // 6 x 4 sums in flight, 6 + 1 operands: 31 of 32 registers
+#else
+constexpr int kMostTokens = 4, kMostRows = 2;
+#endif
+// Of a row at a time: an expert's rows of it and those of a few tokens stay in the first cache.
+constexpr int64_t kStepBytes = 2048;
+
+// sums[m * width + r] = (or += unless `first`) products of elements [0, n) of TM rows of tokens from k on with TR rows of weights.
+// Meanwhile as many elements from `ahead` on are brought near.
+template <class E, int TM, int TR>
+void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride, int64_t n, bool first,
+              Vector<typename Operand<E>::C>* sums, int64_t width, const E* ahead) {
+  using O = Operand<E>;
+  using C = typename O::C;
+  Vector<C> s[TM][TR];
+  const E* x[TM];
+  RODE_UNROLL for (int m = 0; m < TM; ++m) x[m] = rows[m] + k;
+  RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int r = 0; r < TR; ++r) s[m][r] =
+      first ? Vector<C>{} : sums[m * width + r];
+  const auto step = [&](int64_t i, auto load_at) __attribute__((always_inline)) {
+    __builtin_prefetch(ahead + i, 0, 2);
+    typename O::V of_x[TM];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) of_x[m] = load_at(x[m] + i);
+    RODE_UNROLL for (int r = 0; r < TR; ++r) {
+      const typename O::V w = load_at(weights + r * stride + i);
+      RODE_UNROLL for (int m = 0; m < TM; ++m) O::add(s[m][r], of_x[m], w);
+    }
+  };
+  int64_t i = 0;
+  for (; i + O::lanes <= n; i += O::lanes) step(i, [](const E* p) { return O::at(p); });
+  if (i < n) step(i, [left = n - i](const E* p) { return O::first(p, left); });
+  RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int r = 0; r < TR; ++r) sums[m * width + r] = s[m][r];
+}
+
+template <class E>
+using DotTile = void (*)(const E* const*, int64_t, const E*, int64_t, int64_t, bool, Vector<typename Operand<E>::C>*, int64_t,
+                         const E*);
+
+template <class E, int TM>
+constexpr DotTile<E> dot_tile_of(int64_t rows) {
+  if constexpr (kMostRows == 4) {
+    if (rows == 4) return dot_tile<E, TM, 4>;
+    if (rows == 3) return dot_tile<E, TM, 3>;
+  }
+  return rows == 2 ? dot_tile<E, TM, 2> : dot_tile<E, TM, 1>;
+}
+
+template <class E>
+DotTile<E> dot_tile_of(int64_t tokens, int64_t rows) {
+  if constexpr (kMostTokens == 6) {
+    if (tokens == 6) return dot_tile_of<E, 6>(rows);
+    if (tokens == 5) return dot_tile_of<E, 5>(rows);
+  }
+  switch (tokens) {
+    case 4:
+      return dot_tile_of<E, 4>(rows);
+    case 3:
+      return dot_tile_of<E, 3>(rows);
+    case 2:
+      return dot_tile_of<E, 2>(rows);
+    default:
+      return dot_tile_of<E, 1>(rows);
+  }
+}
+
+// Cuts n into the fewest parts of at most `most`, as even as they can be.
+struct Parts {
+  Parts(int64_t n, int64_t most) : count((n + most - 1) / most), n_(n) {}
+  int64_t size(int64_t i) const { return n_ / count + (i < n_ % count ? 1 : 0); }
+  int64_t count;
+
+ private:
+  int64_t n_;
+};
+
+// Weights as rows that stand in chunks, (chunks, rows, width): element (r, c) in chunk c / width. Rows of their own: one chunk.
+template <class E>
+struct RowsOf {
+  const E* data;
+  int64_t rows, length, width;
+};
+
+// Elements of a row at a time, in whole vectors; about kStepBytes, and no short last step.
+template <class E>
+int64_t step_of(int64_t length) {
+  constexpr int64_t lanes = Operand<E>::lanes, most = kStepBytes / sizeof(E);
+  const int64_t steps = length > most ? length / most : 1;
+  return (length + steps * lanes - 1) / (steps * lanes) * lanes;
+}
+
+// Rows of weights in chunks of one step each.
+template <class E>
+Chunks row_chunks(int64_t length) {
+  const int64_t width = step_of<E>(length);
+  return {width, (length + width - 1) / width};
+}
+
+template <class E>
+class Dots {
+  using C = typename Operand<E>::C;
+
+ public:
+  explicit Dots(const rode::Problem& problem)
+      : p(problem),
+        sums_(block_ * (p.total_rank > p.experts ? p.total_rank : p.experts)),
+        results_(block_ * p.total_rank),
+        chosen_(block_ * p.experts),
+        index_(block_ * p.experts),
+        counts_(p.experts) {}
+
+  // out[i * experts + e] for all experts: every token against every row.
+  void all(const E* const* rows, int64_t tokens, const RowsOf<E>& weights, C* out) {
+    each_step(weights, [&](const E* w, int64_t stride, int64_t k, int64_t n) {
+      part(rows, tokens, k, w, weights.rows, stride, n, sums_.get());
+    });
+    sums<C>(sums_.get(), tokens * weights.rows, out);
+  }
+
+  // For each token in turn, out[expert's columns] where the expert is open (or `dense`). Other pairs leave `out` alone.
+  // `next`: rows that will be read after these, null where they are not to be brought near.
+  void where_open(const C* gates, const E* const* rows, int64_t tokens, const RowsOf<E>& weights, C* out, const E* const* next,
+                  int64_t next_tokens) {
+    for (int64_t e = 0; e < p.experts; ++e) {
+      int64_t count = 0;
+      for (int64_t i = 0; i < tokens; ++i)
+        if (p.dense || gates[i * p.experts + e] != 0) {
+          index_.get()[e * block_ + count] = i;
+          chosen_.get()[e * block_ + count++] = rows[i];
+        }
+      counts_.get()[e] = count;
+    }
+    each_step(weights, [&](const E* w, int64_t stride, int64_t k, int64_t n) {
+      next_ = next, next_tokens_ = next == nullptr ? 0 : next_tokens;
+      for (int64_t e = 0; e < p.experts; ++e) {
+        const int64_t begin = p.offsets[e];
+        part(chosen_.get() + e * block_, counts_.get()[e], k, w + begin * stride, p.offsets[e + 1] - begin, stride, n,
+             sums_.get() + block_ * begin);
+      }
+    });
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const int64_t begin = p.offsets[e], width = p.offsets[e + 1] - begin;
+      sums<C>(sums_.get() + block_ * begin, counts_.get()[e] * width, results_.get());
+      for (int64_t i = 0; i < counts_.get()[e]; ++i)
+        std::memcpy(out + index_.get()[e * block_ + i] * p.total_rank + begin, results_.get() + i * width, width * sizeof(C));
+    }
+  }
+
+ private:
+  template <class Run>
+  void each_step(const RowsOf<E>& weights, Run run) {
+    first_ = true;
+    for (int64_t c = 0; c < weights.length; c += weights.width) {
+      const E* chunk = weights.data + c * weights.rows;
+      const int64_t width = weights.length - c < weights.width ? weights.length - c : weights.width;
+      const int64_t step = step_of<E>(width);
+      for (int64_t k = 0; k < width; k += step) {
+        run(chunk + k, weights.width, c + k, width - k < step ? width - k : step);
+        first_ = false;
+      }
+    }
+  }
+
+  void part(const E* const* rows, int64_t tokens, int64_t k, const E* weights, int64_t count, int64_t stride, int64_t n,
+            Vector<C>* sums) {
+    if (tokens == 0) return;
+    const Parts of_rows(count, kMostRows), of_tokens(tokens, kMostTokens);
+    for (int64_t b = 0, r = 0; b < of_rows.count; r += of_rows.size(b++))
+      for (int64_t a = 0, m = 0; a < of_tokens.count; m += of_tokens.size(a++)) {
+        const E* ahead = rows[m] + k;  // nothing new
+        if (next_tokens_ > 0) ahead = *next_++ + k, --next_tokens_;
+        dot_tile_of<E>(of_tokens.size(a), of_rows.size(b))(rows + m, k, weights + r * stride, stride, n, first_,
+                                                           sums + m * count + r, count, ahead);
+      }
+  }
+
+  const rode::Problem& p;
+  const int64_t block_ = block_tokens(p);
+  Scratch<Vector<C>> sums_;
+  Scratch<C> results_;
+  Scratch<const E*> chosen_;
+  Scratch<int64_t> index_, counts_;
+  bool first_ = true;
+  const E* const* next_ = nullptr;
+  int64_t next_tokens_ = 0;
+};
+
+}  // namespace

@@ -1,0 +1,254 @@
+// Sums of rows of weights under tokens' coefficients: v B^T, and du A. Lanes run along the outputs; a chunk of weights stays in
+// cache while all tokens pass over it.
+#pragma once
+
+#include "dots.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;  // tokens whose sums are in flight at once: 4 x 4 vectors
+constexpr int kAlone = 8;     // vectors of a token on its own
+#else
+constexpr int kTogether = 2;
+constexpr int kAlone = 4;
+#endif
+constexpr int kTileVectors = 4;
+constexpr int64_t kGroupTokens = 128;  // among how many tokens those with the same open experts are looked for
+
+// Chunks of weights that sums of `terms` rows read.
+template <class T>
+Chunks column_chunks(int64_t columns, int64_t terms) {
+  using C = typename AccumulationOf<T>::type;
+  return chunks_of(columns, terms, sizeof(typename Path<T>::Column), kTileVectors * kLanes<C>);
+}
+
+// Tokens of a unit of work: as many as can be grouped, but enough units for every thread.
+inline int64_t unit_tokens(const rode::Problem& p) {
+  const int64_t block = block_tokens(p), share = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
+  return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
+}
+
+template <class T>
+class Expansion {
+  using C = typename AccumulationOf<T>::type;
+  using Column = typename Path<T>::Column;
+  static constexpr int kTerm = Path<T>::kTerm;
+
+ public:
+  Expansion(const rode::Problem& problem, int64_t terms, int64_t width)
+      : p(problem),
+        all_terms_(terms),
+        v_(kGroupTokens * terms),
+        terms_(kGroupTokens * terms),
+        identity_(terms),
+        starts_of_experts_(p.experts + 1),
+        sums_(kNear * width) {
+    for (int64_t t = 0; t < terms; ++t) identity_.get()[t] = static_cast<int32_t>(t);
+    starts_of_experts_.get()[0] = 0;
+    for (int64_t e = 0; e < p.experts; ++e)
+      starts_of_experts_.get()[e + 1] = starts_of_experts_.get()[e] + (p.offsets[e + 1] - p.offsets[e] + kTerm - 1) / kTerm;
+  }
+
+  // The coefficients of token i, R values in T's precision; those of closed experts are not read.
+  void token(int64_t i, const C* g, const C* values) {
+    Column* v = v_.get() + i * all_terms_;
+    int32_t* terms = terms_.get() + i * all_terms_;
+    int64_t count = 0;
+    uint64_t pattern = 0;
+    for (int64_t e = 0; e < p.experts; ++e) {
+      if (g[e] == 0) continue;
+      pattern = pattern * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(e + 1);
+      int64_t term = starts_of_experts_.get()[e];
+      for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; j += kTerm) {
+        v[term] = coefficient(values, j, p.offsets[e + 1]);
+        terms[count++] = static_cast<int32_t>(term++);
+      }
+    }
+    counts_[i] = count;
+    patterns_[i] = pattern;
+  }
+
+  // Decides, of tokens [0, tokens), who is computed together. Those without an open expert are left out if `skip_closed`.
+  void group(int64_t tokens, const C* g, bool skip_closed) {
+    sort(tokens);
+    groups_ = 0;
+    for (int64_t i = 0; i < tokens;) {
+      int64_t run = 1;
+      while (i + run < tokens && alike(order_[i], order_[i + run])) ++run;
+      if (!skip_closed || counts_[order_[i]] != 0) {
+        const Parts parts(run, kTogether);
+        for (int64_t k = 0, at = i; k < parts.count; at += parts.size(k++)) {
+          starts_[groups_] = at;
+          sizes_[groups_++] = parts.size(k);
+        }
+      }
+      i += run;
+    }
+    // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
+    gates_ = g;
+    by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
+  }
+
+  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.prefetch(i, c, n)` comes some time before
+  // `finish.add<TM, V>(who, c, n, sums)`, which gets sums of tokens who[0 .. TM), n columns of V vectors.
+  template <class Finish>
+  void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+    if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
+    for (int64_t i = 0; i < groups_; ++i) {
+      if (i + 1 < groups_)
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.prefetch(order_[starts_[i + 1] + k], c, n);
+      const int64_t* who = order_ + starts_[i];
+      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish);
+      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish);
+      if constexpr (kTogether == 4) {
+        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish);
+        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kNear = 48;
+  static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
+
+  static Column coefficient(const C* values, int64_t j, [[maybe_unused]] int64_t end) {
+    if constexpr (kTerm == 1) {
+      return values[j];
+    } else {
+#if defined(__AVX512BF16__)
+      return pair_of(narrow<BFloat16>(values[j]), j + 1 < end ? narrow<BFloat16>(values[j + 1]) : BFloat16{});
+#endif
+    }
+  }
+
+  // Tokens with one pattern next to each other.
+  void sort(int64_t tokens) {
+    for (int64_t i = 0; i < tokens; ++i) {
+      int64_t at = i;
+      for (; at > 0 && patterns_[order_[at - 1]] > patterns_[i]; --at) order_[at] = order_[at - 1];
+      order_[at] = i;
+    }
+  }
+
+  // Hashes decide who may stand together; whether they are alike is seen here.
+  bool alike(int64_t i, int64_t k) const {
+    return patterns_[i] == patterns_[k] && counts_[i] == counts_[k] &&
+           std::memcmp(terms_.get() + i * all_terms_, terms_.get() + k * all_terms_, counts_[i] * sizeof(int32_t)) == 0;
+  }
+
+  template <int TM, int V, class Finish>
+  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) const {
+    constexpr int64_t lanes = kLanes<C>;
+    int64_t k = 0;
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish);
+    if constexpr (V > kTileVectors)
+      for (; k + kTileVectors * lanes <= n; k += kTileVectors * lanes)
+        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish);
+    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish);
+  }
+
+  template <int TM, int V, class Finish>
+  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) const {
+    Vector<C> sums[TM][V];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
+    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums);
+    finish.template add<TM, V>(who, c, n, sums);
+  }
+
+  template <int TM, int V>
+  RODE_INLINE void accumulate(const int64_t* who, const Column* B, int64_t width, const int32_t* terms, int64_t count,
+                              Vector<C> (&sums)[TM][V]) const {
+    constexpr int64_t lanes = kLanes<C>;
+    const Column* v[TM];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * all_terms_;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t term = terms[j];
+      const Column* row = B + term * width;
+      if constexpr (kTerm == 1) {
+        Vector<C> b[V];
+        RODE_UNROLL for (int i = 0; i < V; ++i) b[i] = load(row + i * lanes);
+        RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] += v[m][term] * b[i];
+      } else {
+#if defined(__AVX512BF16__)
+        __m512bh b[V];
+        RODE_UNROLL for (int i = 0; i < V; ++i) b[i] = (__m512bh)_mm512_loadu_si512(row + i * lanes);
+        RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i)
+            Operand<BFloat16>::add(sums[m][i], (__m512bh)_mm512_set1_epi32(static_cast<int>(v[m][term])), b[i]);
+#endif
+      }
+    }
+  }
+
+  // The same sums in the same order, in memory between one expert and the next; of so many tokens at a time that they stay near.
+  template <class Finish>
+  void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+    for (int64_t i = 0; i < groups_;) {
+      int64_t who[kNear], count = 0;
+      for (; i < groups_ && count + sizes_[i] <= kNear; ++i)
+        for (int64_t k = 0; k < sizes_[i]; ++k) who[count++] = order_[starts_[i] + k];
+      by_expert(who, count, B, width, c, n, finish);
+    }
+  }
+
+  template <class Finish>
+  void by_expert(const int64_t* who, int64_t count, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t i = 0; i < count; ++i) finish.prefetch(who[i], c, n);
+    for (int64_t k = 0; k < count * width; k += lanes) store(sums_.get() + k, Vector<C>{});
+    for (int64_t e = 0; e < p.experts; ++e) {
+      int64_t open[kNear], of = 0;
+      for (int64_t i = 0; i < count; ++i)
+        if (gates_[who[i] * p.experts + e] != 0) open[of++] = i;
+      const Parts parts(of, kTogether);
+      for (int64_t k = 0, at = 0; k < parts.count; at += parts.size(k++)) {
+        const int64_t size = parts.size(k);
+        if (size == 1) expert<1>(who, open + at, e, B, width);
+        if (size == 2) expert<2>(who, open + at, e, B, width);
+        if constexpr (kTogether == 4) {
+          if (size == 3) expert<3>(who, open + at, e, B, width);
+          if (size == 4) expert<4>(who, open + at, e, B, width);
+        }
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t k = 0; k < n; k += kTileVectors * lanes) {
+        Vector<C> sums[1][kTileVectors];
+        RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[0][v] = load(sums_.get() + i * width + k + v * lanes);
+        finish.template add<1, kTileVectors>(who + i, c + k, n - k < kTileVectors * lanes ? n - k : kTileVectors * lanes, sums);
+      }
+    }
+  }
+
+  template <int TM>
+  void expert(const int64_t* who, const int64_t* open, int64_t e, const Column* B, int64_t width) {
+    constexpr int64_t lanes = kLanes<C>;
+    const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
+    int64_t tokens[TM];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) tokens[m] = who[open[m]];
+    for (int64_t k = 0; k < width; k += kTileVectors * lanes) {
+      C* at[TM];
+      RODE_UNROLL for (int m = 0; m < TM; ++m) at[m] = sums_.get() + open[m] * width + k;
+      Vector<C> sums[TM][kTileVectors];
+      RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] =
+          load(at[m] + v * lanes);
+      accumulate<TM, kTileVectors>(tokens, B + k, width, identity_.get() + begin, count, sums);
+      RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int v = 0; v < kTileVectors; ++v)
+          store(at[m] + v * lanes, sums[m][v]);
+    }
+  }
+
+  const rode::Problem& p;
+  const int64_t all_terms_;
+  Scratch<Column> v_;
+  Scratch<int32_t> terms_, identity_;
+  Scratch<int64_t> starts_of_experts_;
+  Scratch<C> sums_;
+  const C* gates_ = nullptr;
+  bool by_expert_ = false;
+  int64_t counts_[kGroupTokens], order_[kGroupTokens];
+  int64_t starts_[kGroupTokens], sizes_[kGroupTokens], groups_ = 0;
+  uint64_t patterns_[kGroupTokens];
+};
+
+}  // namespace
