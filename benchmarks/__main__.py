@@ -58,6 +58,11 @@ def of_mixture(command: Parser) -> None:
     )
 
 
+def of_plot(command: Parser) -> None:
+    command.add_argument("results", metavar="RESULTS.json", help="what `mixture --json` wrote")
+    command.add_argument("--out", default=".", metavar="FOLDER", help="for the SVG files; default: here")
+
+
 class Benchmark(NamedTuple):
     """What a name stands for.
 
@@ -77,6 +82,12 @@ BENCHMARKS = {
         "mixture",
         (of_mixture, rounds(20), to_json),
         lambda m, o: m.main(o),
+    ),
+    "plot": Benchmark(
+        "pictures of what mixture measured: by open share, by tokens, over the frozen layer",
+        "plot",
+        (of_plot,),
+        lambda m, o: m.main(o.results, o.out),
     ),
     "decode": Benchmark(
         "time on 1 to 8 tokens, without and with a graph",

@@ -11,7 +11,7 @@ def test_without_a_name_everything_is_listed(capsys):
     main([])
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()] == list(BENCHMARKS)
-    assert {"mixture", "decode"} <= set(BENCHMARKS)
+    assert {"mixture", "decode", "plot"} <= set(BENCHMARKS)
 
 
 @pytest.mark.parametrize(
