@@ -8,81 +8,127 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from benchmarks.cases import ON_CPU, ON_GPU, PASSES
+
 GPU_TOO = ("cpu", "cuda", "triton")
+DTYPES = ("float32", "bfloat16", "float16")
+Parser = argparse.ArgumentParser
+
+
+def count(text: str) -> int:
+    """An int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number in [0, 1]."""
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a share in [0, 1], got {text}")
+    return value
+
+
+def to_json(command: Parser) -> None:
+    command.add_argument("--json", metavar="FILE", help="also write the table there")
+
+
+def rounds(default: int) -> Callable[[Parser], None]:
+    return lambda command: command.add_argument(
+        "--rounds", type=count, default=default, help=f"default {default}"
+    )
+
+
+def one_backend(command: Parser) -> None:
+    command.add_argument("--backend", choices=GPU_TOO, help="default: a GPU's where one is, else cpu")
+
+
+def of_mixture(command: Parser) -> None:
+    add = command.add_argument
+    add("--backend", nargs="+", choices=GPU_TOO, help="default: a GPU's where one is, else cpu")
+    names = ", ".join(dict.fromkeys([*ON_CPU, *ON_GPU]))
+    add("--cases", nargs="+", metavar="CASE", help=f"default: the device's; of {names}")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2], help="default: float32 bfloat16")
+    add("--open", nargs="+", type=share, metavar="SHARE", help="of gates; default: the case's")
+    add("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
+    add(
+        "--no-compile", action="store_false", dest="compile", help="leave torch.compile out, which takes long"
+    )
+
+
+def of_plot(command: Parser) -> None:
+    command.add_argument("results", metavar="RESULTS.json", help="what `mixture --json` wrote")
+    command.add_argument("--out", default=".", metavar="FOLDER", help="for the SVG files; default: here")
 
 
 class Benchmark(NamedTuple):
     """What a name stands for.
 
     Attributes:
-        about: a line. module: of this package. backends: whether one is chosen. rounds: how many by default, None for a count that
-        needs none. run: (module, options).
+        about: a line. module: of this package. options: each adds some to the command's parser. run: (module, options).
     """
 
     about: str
     module: str
-    backends: bool
-    rounds: int | None
+    options: tuple[Callable[[Parser], object], ...]
     run: Callable
 
 
 BENCHMARKS = {
     "mixture": Benchmark(
-        "time of the operation against plain PyTorch: forward, and with backward",
+        "time of the operation against plain PyTorch, the frozen layer and the machine's roofline",
         "mixture",
-        True,
-        30,
-        lambda m, o: m.main(o.backend, o.json, o.rounds),
+        (of_mixture, rounds(20), to_json),
+        lambda m, o: m.main(o),
+    ),
+    "plot": Benchmark(
+        "pictures of what mixture measured: by open share, by tokens, over the frozen layer",
+        "plot",
+        (of_plot,),
+        lambda m, o: m.main(o.results, o.out),
     ),
     "decode": Benchmark(
         "time on 1 to 8 tokens, without and with a graph",
         "decode",
-        True,
-        15,
-        lambda m, o: m.main(o.backend, o.json, o.rounds),
+        (one_backend, rounds(15), to_json),
+        lambda m, o: m.main(o),
     ),
     "block": Benchmark(
         "time of a training step of a Llama block, against the frozen block, PEFT's LoRA and X-LoRA",
         "block",
-        False,
-        10,
+        (rounds(10), to_json),
         lambda m, o: m.main("block", o.json, o.rounds),
     ),
     "memory": Benchmark(
         "bytes that the same step keeps for backward, and its peak; counted",
         "block",
-        False,
-        None,
+        (to_json,),
         lambda m, o: m.main("memory", o.json),
     ),
     "presets": Benchmark(
         "parameters, memory and step time of every published system",
         "presets",
-        False,
-        20,
+        (rounds(20), to_json),
         lambda m, o: m.main(o.json, o.rounds),
     ),
     "traffic": Benchmark(
-        "bytes that the GPU kernels move; counted", "traffic", False, None, lambda m, o: m.main(o.json)
+        "bytes that the GPU kernels move; counted", "traffic", (to_json,), lambda m, o: m.main(o.json)
     ),
     "roofline": Benchmark(
-        "floors on devices that are not here; predicted", "roofline", False, None, lambda m, o: m.main(o.json)
+        "floors on devices that are not here; predicted", "roofline", (to_json,), lambda m, o: m.main(o.json)
     ),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="name", metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=benchmark.about)
-        command.add_argument("--json", metavar="FILE", help="also write the table there")
-        if benchmark.backends:
-            command.add_argument("--backend", required=True, choices=GPU_TOO)
-        if benchmark.rounds is not None:
-            command.add_argument(
-                "--rounds", type=int, default=benchmark.rounds, help=f"default {benchmark.rounds}"
-            )
+        for add in benchmark.options:
+            add(command)
     options = parser.parse_args(arguments)
     if options.name is None:
         for name, benchmark in BENCHMARKS.items():

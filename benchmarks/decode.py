@@ -1,18 +1,22 @@
 """Decoding: the operation on 1 to 8 tokens, where calls cost more than products.
 
 Inference without gradients and with them, K = O = 576 and 4096. Results are checked first, rounds are interleaved; each timing is a
-run of calls, for one alone is too short for a clock.
+run of calls, for one alone is too short for a clock. Calls of a run take one copy of the tensors after the other: while a model
+decodes, no layer finds its weights in cache either.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
+from itertools import cycle
+from typing import Any
 
 import torch
 
 from benchmarks import write_json
-from benchmarks.mixture import PAPER, Problem, candidates, check
-from benchmarks.timing import headline, interleaved, machine, ratios
+from benchmarks.problem import Problem, best_backend, check, forms, place, trained
+from benchmarks.timing import dtype_name, headline, interleaved, machine, ratios, spread
 from rode_kernels import backends
 
 TOKENS = (1, 2, 4, 8)
@@ -20,57 +24,64 @@ WIDTHS = (576, 4096)
 CALLS = 100
 
 
-def repeated(call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
+def repeated(run: Callable[..., object], arguments: list[list]) -> Callable[[], None]:
+    """CALLS calls, each with the next of the arguments."""
+    following = cycle(arguments)
+
+    def calls() -> None:
         for _ in range(CALLS):
-            call()
+            run(*next(following))
 
-    return run
+    return calls
 
 
-def main(backend: str, json_file: str | None, rounds: int) -> None:
-    status = backends()[backend]
-    device = "cpu" if backend in ("cpu", "reference") else "cuda"
-    if not status.available or (device == "cuda" and not torch.cuda.is_available()):
+def main(options: Namespace) -> None:
+    """`options` as `python -m benchmarks decode` has them."""
+    backend = options.backend or best_backend()
+    device = place(backend)
+    if device is None:
         sizes = ", ".join(map(str, TOKENS))
         print(
-            f"{backend} cannot run here: {status.reason}. On a machine where it can, this would time {sizes} tokens of width "
-            f"{' and '.join(map(str, WIDTHS))}, float32 and bfloat16, without and with gradients"
+            f"{backend} cannot run here: {backends()[backend].reason}. On a machine where it can, this would time {sizes} "
+            f"tokens of width {' and '.join(map(str, WIDTHS))}, float32 and bfloat16, without and with gradients"
         )
         return
-    about = machine(device)
+    about = {"benchmark": "decode", "backend": backend, **machine(device), "rounds": options.rounds}
     print(
-        f"{backend} on {headline(about)}; microseconds a call, and how many times faster than plain PyTorch"
+        f"{backend} on {headline(about)}; microseconds a call, and how many times as long plain PyTorch takes"
     )
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for width in WIDTHS:
             for tokens in TOKENS:
-                rows += run_case(backend, device, dtype, tokens, width, rounds)
-    if json_file:
-        write_json(json_file, {"benchmark": "decode", "backend": backend, **about, "rows": rows})
+                rows += run_case(backend, device, dtype, tokens, width, options.rounds)
+    if options.json:
+        write_json(options.json, {**about, "rows": rows})
 
 
 def run_case(
     backend: str, device: str, dtype: torch.dtype, tokens: int, width: int, rounds: int
-) -> list[dict]:
-    p = Problem.random((tokens, width, width, PAPER), dtype, device)
-    runs, rows = candidates(p, backend), []
-    for name, run in runs.items():
-        check(p, run, name)
+) -> list[dict[str, Any]]:
+    p, rows = Problem.random(tokens, width, width, dtype, device), []
+    all_forms = forms(p, [backend])
+    check(p, all_forms)
+    copies = p.copies()
     for graph in (False, True):
-        leaves = [t.detach().requires_grad_(graph) for t in p.leaves]
-        calls = {name: repeated(lambda run=run, leaves=leaves: run(*leaves)) for name, run in runs.items()}
+        calls = {}
+        for name, form in all_forms.items():
+            leaves = [trained(form.leaves(q)) if graph else form.leaves(q) for q in copies]
+            calls[name] = repeated(form.run, leaves)
         with torch.set_grad_enabled(graph):
             times = interleaved(calls, rounds, device, warm_up=1)
-        own = sorted(times[backend])[rounds // 2] / CALLS
-        row = {"dtype": str(dtype), "width": width, "tokens": tokens, "graph": graph, "seconds": own}
-        row |= {name: ratios(times, name, backend)._asdict() for name in runs if name != backend}
+        own = spread([t / CALLS for t in times[backend]])
+        row = {"dtype": dtype_name(dtype), "width": width, "tokens": tokens, "graph": graph}
+        row |= {"open_share": p.open_share, "seconds": own._asdict()}
+        against = {name: ratios(times, name, backend) for name in all_forms if name != backend}
+        row["ratio"] = {name: ratio._asdict() for name, ratio in against.items()}
         rows.append(row)
-        against = ", ".join(f"{ratios(times, name, backend)}x {name}" for name in runs if name != backend)
-        what = "with graph" if graph else "inference"
         print(
-            f"  {str(dtype)[6:]:9} width {width:5} tokens {tokens} {what:10} {1e6 * own:9.1f} us  {against}",
+            f"  {row['dtype']:9} width {width:5} tokens {tokens} {'with graph' if graph else 'inference':10} "
+            f"{1e6 * own.median:9.1f} us  {', '.join(f'{ratio}x {name}' for name, ratio in against.items())}",
             flush=True,
         )
     return rows

@@ -28,8 +28,16 @@ def peft_loop(
     return y
 
 
-def packed(x: Tensor, down: Tensor, B: Tensor, factors: Tensor, expert: Tensor, base: Tensor) -> Tensor:
-    """The best that plain PyTorch has: two products for all experts, B's added into base.
+def packed(
+    x: Tensor,
+    down: Tensor,
+    B: Tensor,
+    factors: Tensor,
+    expert: Tensor,
+    base: Tensor,
+    inplace: bool = False,
+) -> Tensor:
+    """The best that plain PyTorch has: two products for all experts, B's added to base, or into it.
 
     Made once, not at each call: `down` (R + N, K), A and the router's weights side by side; `factors` (R,), each column's scaling;
     `expert` (R,), whose it is.
@@ -38,7 +46,7 @@ def packed(x: Tensor, down: Tensor, B: Tensor, factors: Tensor, expert: Tensor, 
     both = x @ down.t()  # (M, R + N)
     gates = torch.relu(both[:, R:])
     v = both[:, :R] * gates[:, expert] * factors  # (M, R)
-    return torch.addmm(base, v, B.t())
+    return base.addmm_(v, B.t()) if inplace else torch.addmm(base, v, B.t())
 
 
 class BytesMoved(TorchDispatchMode):

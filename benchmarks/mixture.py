@@ -1,245 +1,245 @@
-"""Times the operation against plain PyTorch on a device: forward, and forward with backward.
+"""Times the operation against plain PyTorch, the frozen layer beside it and the machine's roofline: forward, backward, both.
 
-Each candidate's result is checked first. Rounds are interleaved in one process; what is reported is the median of per-round ratios,
-with the first and last decile. On a GPU device events time each call after the L2 cache was overwritten; on a CPU a clock does.
+Each form's result is checked first. Calls take one copy of the tensors after the other, so that none finds an earlier call's in
+cache; rounds are interleaved in one process; ratios are taken round by round. Before a backward pass alone the cache is
+overwritten, for the forward pass has just filled it. On a GPU device events time each call, its L2 overwritten.
+docs/benchmarks.md says how to read it.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
 from benchmarks import write_json
-from benchmarks.eager import packed, peft_loop
-from rode_kernels import backends, rectified_mixture
+from benchmarks.cases import ON_CPU, ON_GPU, Shape
+from benchmarks.peak import Peak, compiler, measure
+from benchmarks.problem import (
+    Form,
+    Problem,
+    best_backend,
+    check,
+    enough,
+    forms,
+    place,
+    results,
+    trained,
+)
+from benchmarks.timing import (
+    Spread,
+    clock,
+    dtype_name,
+    headline,
+    interleaved,
+    machine,
+    ratios,
+    spread,
+)
+from benchmarks.work import work
+from rode_kernels import backends
 
-PAPER = (2, 4, 8, 16)
-Case = tuple[int, int, int, tuple[int, ...]]  # tokens, in_features, out_features, ranks
-CASES: list[Case] = [(M, 4096, 4096, PAPER) for M in (1, 16, 64, 512, 2048, 8192, 65536)]
-CASES += [(8192, 4096, 11008, PAPER), (8192, 4096, 4096, (8,) * 8), (8192, 4096, 4096, (16,) * 16)]
-ON_CPU: list[Case] = [(M, K, K, PAPER) for K in (576, 4096) for M in (1, 64, 512)]
+COMPILED = "compiled "
+TRAINING = {"backward", "both"}
+TITLES = (
+    f"{'case':16} {'dtype':9} {'open':>6} {'pass':9} {'backend':8} {'milliseconds':>28} {'packed':>22} {'loop':>22} "
+    f"{'compiled':>29} {'of frozen':>10} {'roofline':>14}"
+)
 
 
-@dataclass
-class Problem:
-    """Tensors of one case on one device, about half of the gates open."""
+def frozen(p: Problem) -> Form:
+    """The layer beside which the mixture stands, y = W0 x, and the gradient of x alone; W0 is another one in each call too."""
+    K, O, like = p.x.shape[1], p.base.shape[1], dict(dtype=p.x.dtype, device=p.x.device)
+    count = enough(O * K * p.x.element_size(), p.x.device.type)
+    weights = cycle([torch.randn(O, K, **like) for _ in range(count)])
 
-    x: Tensor
-    A: Tensor
-    B: Tensor
-    router: Tensor
-    base: Tensor
-    dy: Tensor
-    ranks: tuple[int, ...]
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, next(weights))
 
-    @classmethod
-    def random(cls, case: Case, dtype: torch.dtype, device: str) -> Problem:
-        M, K, O, ranks = case
-        generator = torch.Generator(device).manual_seed(0)
+    return Form(lambda q: [q.x], linear, linear)
 
-        def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
-        R, N = sum(ranks), len(ranks)
-        p = cls(
-            normal(M, K),
-            normal(R, K, std=K**-0.5),
-            normal(O, R),
-            normal(N, K, std=K**-0.5),
-            normal(M, O),
-            normal(M, O),
-            ranks,
+def calls(what: str, all_forms: dict[str, Form], copies: list[Problem]) -> dict[str, Callable[[], Any]]:
+    """For each form that has this pass, a function that returns the next call of it, on the next of the copies."""
+    train = what in TRAINING
+    if what == "in place":
+        all_forms = {name: form for name, form in all_forms.items() if form.run_in_place is not None}
+    taken: Iterator[tuple[Problem, dict[str, list]]] = cycle(
+        [
+            (q, {n: trained(f.leaves(q)) if train else f.leaves(q) for n, f in all_forms.items()})
+            for q in copies
+        ]
+    )
+
+    def of(name: str, form: Form) -> Callable[[], Callable[[], Any]]:
+        def following() -> Callable[[], Any]:
+            q, by_form = next(taken)
+            leaves = by_form[name]
+            if what == "backward":
+                y = form.run(*leaves)
+                return lambda: torch.autograd.grad(y, leaves, q.dy)
+            if what == "both":
+                return lambda: torch.autograd.grad(form.run(*leaves), leaves, q.dy)
+            run = form.run if what == "forward" else form.run_in_place
+            return lambda: run(*leaves)
+
+        return following
+
+    return {name: of(name, form) for name, form in all_forms.items()}
+
+
+def timed(
+    what: str, all_forms: dict[str, Form], copies: list[Problem], rounds: int
+) -> dict[str, list[float]]:
+    device = copies[0].x.device.type
+    with torch.set_grad_enabled(what in TRAINING):
+        return interleaved(
+            calls(what, all_forms, copies), rounds, device, prepared=True, flush=what == "backward"
         )
-        # Where a logit is 0 but for rounding, whether its gate has a gradient is a matter of rounding too: none of y's gets there.
-        logits = torch.cat([part.float() @ p.router.float().t() for part in p.x.split(4096)])
-        p.dy[logits.abs().amin(1) < 1e-3] = 0.0
-        return p
-
-    @property
-    def scaling(self) -> tuple[float, ...]:
-        return tuple(16.0 / r for r in self.ranks)
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return [self.x, self.A, self.B, self.router, self.base]
 
 
-def candidates(p: Problem, backend: str) -> dict[str, Callable[..., Tensor]]:
-    """What is timed, as functions of (x, A, B, router, base). Compiled by torch.compile on a GPU only: its CPU compiler takes
-    longer than the rest of the benchmark."""
-    ranks, scaling, device = p.ranks, p.scaling, p.x.device
-    expert = torch.arange(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device))
-    factors = torch.tensor(scaling, dtype=p.x.dtype, device=device)[expert]
-    down = torch.cat(
-        [p.A, p.router]
-    )  # made once for inference; in training A and the router change at every step
-
-    def best_of_eager(x, A, B, W, base):
-        return packed(x, torch.cat([A, W]) if A.requires_grad else down, B, factors, expert, base)
-
-    runs = {
-        backend: lambda x, A, B, W, base: rectified_mixture(
-            x, A, B, W, ranks=ranks, scaling=scaling, base=base, backend=backend
-        ),
-        "packed": best_of_eager,
-        "loop": lambda x, A, B, W, base: peft_loop(x, A, B, W, base, ranks, scaling),
-    }
-    if device.type == "cuda":
-        runs["compiled"] = torch.compile(best_of_eager, dynamic=False)
-    return runs
-
-
-def gradients(
-    p: Problem, run: Callable[..., Tensor], rows: slice = slice(None)
-) -> tuple[Tensor, list[Tensor]]:
-    """y and the gradients of x, A, B, the router's weights and base, from the tokens `rows`."""
-    leaves = [p.x[rows], p.A, p.B, p.router, p.base[rows]]
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    y = run(*leaves)
-    return y.detach(), list(torch.autograd.grad(y, leaves, p.dy[rows].to(y.dtype)))
-
-
-def check(p: Problem, run: Callable[..., Tensor], name: str, chunk: int = 4096) -> None:
-    """All that is timed, y and gradients of all tokens, against float64 (a `chunk` of tokens at a time).
-
-    Raises:
-        RuntimeError: where one differs by more than rounding in this dtype explains, or is not finite.
-    """
-    wide = replace(p, A=p.A.double(), B=p.B.double(), router=p.router.double())
-    y, (dx, dA, dB, dW, _) = gradients(p, run)
-    bound = (16 if p.x.element_size() == 2 else 64) * torch.finfo(p.x.dtype).eps
-    sums = [torch.zeros_like(t, dtype=torch.float64) for t in (dA, dB, dW)]
-
-    def compare(what: str, got: Tensor, truth: Tensor) -> None:
-        error = ((got.double() - truth).abs().max() / truth.abs().max()).item()
-        if not error < bound:
-            raise RuntimeError(f"{name} is wrong ({what}, relative error {error:.2e}): nothing is timed")
-
-    def formula(x, A, B, W, base):
-        return peft_loop(x.double(), A, B, W, base.double(), p.ranks, p.scaling)
-
-    for first in range(0, p.x.shape[0], chunk):
-        rows = slice(first, first + chunk)
-        truth, (of_x, *others, _) = gradients(wide, formula, rows)
-        compare("y", y[rows], truth)
-        compare("the gradient of x", dx[rows], of_x)
-        for total, part in zip(sums, others, strict=True):
-            total += part
-    for what, got, truth in zip(("A", "B", "the router"), (dA, dB, dW), sums, strict=True):
-        compare(f"the gradient of {what}", got, truth)
-
-
-def seconds(call: Callable[[], object], device: str, flush: Tensor | None) -> float:
-    if device == "cpu":
+def compile_forms(
+    p: Problem, plain: dict[str, Form], train: bool
+) -> tuple[dict[str, Form], dict[str, float]]:
+    """The plain forms compiled, and the seconds that their first calls took."""
+    torch.compiler.reset()  # what other cases compiled counts towards a limit
+    compiled, took = {}, {}
+    for name, form in plain.items():
+        compiled[COMPILED + name] = form = form.compiled()
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    flush.zero_()  # nothing of the last call is left in the L2 cache
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+        results(p, form, train)
+        took[name] = time.perf_counter() - start
+    return compiled, took
 
 
-def run_case(backend: str, device: str, dtype: torch.dtype, case: Case, rounds: int) -> list[dict]:
-    p = Problem.random(case, dtype, device)
-    flush = None if device == "cpu" else torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-    rows, runs = [], candidates(p, backend)
-    for name, run in runs.items():
-        check(p, run, name)
-    for what in ("forward", "forward + backward"):
-        calls = {}
-        for name, run in runs.items():
-            leaves = [t.detach().requires_grad_(what != "forward") for t in p.leaves]
-
-            def call(run=run, leaves=leaves):
-                y = run(*leaves)
-                return torch.autograd.grad(y, leaves, p.dy) if y.requires_grad else y
-
-            call(), call()  # compiles, tunes, warms up
-            calls[name] = call
-        times = {name: [] for name in calls}
-        for i in range(rounds):
-            order = list(calls)
-            first = i % len(order)
-            for name in order[first:] + order[:first]:
-                times[name].append(seconds(calls[name], device, flush))
-        for other in order[1:]:
-            ratios = sorted(t / mine for t, mine in zip(times[other], times[backend], strict=True))
+def run_case(
+    p: Problem, names: list[str], passes: list[str], rounds: int, compile_too: bool, peak: Peak | None
+) -> list[dict[str, Any]]:
+    """A row for each pass and backend."""
+    all_forms, took, rows = forms(p, names), {}, []
+    train = not TRAINING.isdisjoint(passes)
+    if compile_too:
+        plain = {name: form for name, form in all_forms.items() if name not in names}
+        compiled, took = compile_forms(p, plain, train)
+        all_forms |= compiled
+    check(p, all_forms, train)
+    own, beside = {n: all_forms[n] for n in names}, frozen(p)
+    copies, device = p.copies(), p.x.device.type
+    needed = work(p.is_open, p.ranks, p.x.shape[1], p.base.shape[1], p.x.element_size())
+    for what in passes:
+        times = timed(what, all_forms, copies, rounds)
+        # in rounds of its own, fewer: it takes many times as long, and all that is wanted is one ratio
+        of_frozen = timed(what, {**own, "frozen": beside}, copies, max(3, rounds // 4))
+        fastest = min(
+            (n for n in times if n.startswith(COMPILED)), key=lambda n: spread(times[n]).median, default=None
+        )
+        for name in names:
+            median = spread(times[name]).median
+            against = {n: ratios(times, n, name)._asdict() for n in ("packed", "loop") if n in times}
+            if fastest:
+                against["compiled"] = ratios(times, fastest, name)._asdict()
+            roofline = None
+            if peak is not None:
+                floor, bound = peak.floor(needed[what], p.x.dtype)
+                roofline = {**vars(needed[what]), "seconds": floor, "bound": bound, "share": floor / median}
             rows.append(
                 {
-                    **{
-                        **dict(zip(("tokens", "in_features", "out_features", "ranks"), case, strict=True)),
-                        "dtype": str(dtype),
-                        "what": what,
-                        "against": other,
+                    "pass": what,
+                    "backend": name,
+                    "seconds": {
+                        n: spread(t)._asdict() for n, t in times.items() if n == name or n not in names
                     },
-                    **{
-                        "ratio": statistics.median(ratios),
-                        "low": ratios[len(ratios) // 10],
-                        "high": ratios[-1 - len(ratios) // 10],
-                    },
-                    "milliseconds": 1000 * statistics.median(times[backend]),
+                    "ratio": against,
+                    "fastest_compiled": fastest and fastest.removeprefix(COMPILED),
+                    "compile_seconds": took,
+                    "frozen_seconds": spread(of_frozen["frozen"])._asdict(),
+                    "of_frozen": ratios(of_frozen, name, "frozen")._asdict(),
+                    "roofline": roofline,
                     "clock_mhz": clock(device),  # right after the last round
                 }
             )
     return rows
 
 
-def describe(device: str) -> str:
-    if device == "cpu":
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    properties, mhz = torch.cuda.get_device_properties(device), clock(device)
-    rate = "clock unknown (pip install nvidia-ml-py)" if mhz is None else f"{mhz} MHz"
-    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, {rate}"
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
 
+    def ratio(name: str) -> str:
+        return str(Spread(**row["ratio"][name])) if name in row["ratio"] else "-"
 
-def clock(device: str) -> int | None:
-    """Of the multiprocessors, now, in MHz; None where it cannot be told."""
-    if device == "cpu":
-        return None
-    try:
-        return torch.cuda.clock_rate()
-    except Exception:  # it needs a package that many machines lack
-        return None
-
-
-def main(backend: str, json_file: str | None, rounds: int) -> None:
-    status = backends()[backend]
-    device = "cpu" if backend in ("cpu", "reference") else "cuda"
-    cases = ON_CPU if device == "cpu" else CASES
-    dtypes = (torch.float32, torch.bfloat16)
-    if not status.available or (device == "cuda" and not torch.cuda.is_available()):
-        print(f"{backend} cannot run here: {status.reason}. On a machine where it can, this would run")
-        for M, K, O, ranks in cases:
-            print(
-                f"  M = {M}, K = {K}, O = {O}, ranks {ranks}, float32 and bfloat16: forward, forward + backward"
-            )
-        print(
-            "each against packed PyTorch, the same compiled, and a loop over experts, results checked first, rounds interleaved."
-        )
-        return
-    print(
-        f"{backend} on {describe(device)}, torch {torch.__version__}; how many times faster than plain PyTorch"
+    compiled = ratio("compiled") + (f" {row['fastest_compiled']}" if row["fastest_compiled"] else "")
+    roofline = row["roofline"]
+    share = "-" if roofline is None else f"{roofline['share']:.0%} {roofline['bound']}"
+    own = row["seconds"][row["backend"]]
+    milliseconds = Spread(**{name: 1000 * value for name, value in own.items()}).text(3)
+    return (
+        f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:9} {row['backend']:8} {milliseconds:>28} "
+        f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>29} {row['of_frozen']['median']:10.1%} {share:>14}"
     )
-    rows = []
-    for dtype in dtypes:
-        for case in cases:
-            for row in run_case(backend, device, dtype, case, rounds):
-                rows.append(row)
-                print(
-                    f"  {row['dtype']:15} M {row['tokens']:6} K {row['in_features']:5} R {sum(row['ranks']):4} {row['what']:18} "
-                    f"{row['milliseconds']:9.3f} ms  against {row['against']:8} {row['ratio']:6.2f}x "
-                    f"({row['low']:.2f} to {row['high']:.2f})",
-                    flush=True,
-                )
-    if json_file:
-        write_json(json_file, {"machine": describe(device), "rows": rows})
+
+
+def chosen(all_shapes: dict[str, Shape], names: list[str] | None) -> dict[str, Shape]:
+    unknown = [name for name in names or () if name not in all_shapes]
+    if unknown:
+        raise SystemExit(f"--cases: expected some of {', '.join(all_shapes)}; got {', '.join(unknown)}")
+    return {name: shape for name, shape in all_shapes.items() if not names or name in names}
+
+
+def main(options: Namespace) -> None:
+    """`options` as `python -m benchmarks mixture` has them."""
+    names = options.backend or [best_backend()]
+    places = {name: place(name) for name in names}
+    on_gpu = names[0] != "cpu"
+    if any((name != "cpu") != on_gpu for name in names):
+        raise SystemExit("--backend: one run is on one device; run cpu apart from cuda and triton")
+    shapes = chosen(ON_GPU if on_gpu else ON_CPU, options.cases)
+    missing = [name for name in names if places[name] is None]
+    if missing:
+        for name in missing:
+            print(f"{name} cannot run here: {backends()[name].reason}")
+        print("On a machine where it can, this would run")
+        for case, s in shapes.items():
+            print(
+                f"  {case}: M = {s.tokens}, K = {s.in_features}, O = {s.out_features}, ranks {s.ranks}, runs of {s.run}, "
+                f"open {', '.join(f'{share:.0%}' for share in s.open)}"
+            )
+        print(f"in {', '.join(options.dtype)}: {', '.join(options.passes)}; results checked first")
+        return
+    device = places[names[0]]
+    about = {"benchmark": "mixture", **machine(device), "rounds": options.rounds}
+    about["backends"] = {name: backends()[name].reason for name in names}
+    print(f"{headline(about)}; {'; '.join(f'{name}: {why}' for name, why in about['backends'].items())}")
+    peak, compile_too = measure(device), options.compile
+    print(
+        peak
+        or "roofline: not known, for no C++ compiler is here to measure it (g++, clang++, or name one in CXX)"
+    )
+    if compile_too and device == "cpu" and compiler() is None:
+        compile_too = False
+        print("compiled: left out, for torch.compile needs a C++ compiler on a CPU")
+    print(
+        "packed, loop, compiled: how many times as long as the operation they take. docs/benchmarks.md explains each column."
+    )
+    print(f"\n{TITLES}")
+    about["peak"] = peak and peak.json()
+    rows: list[dict[str, Any]] = []
+    for case, s in shapes.items():
+        for dtype in (getattr(torch, name) for name in options.dtype):
+            for share in options.open or s.open:
+                p = Problem.random(*s[:3], dtype, device, s.ranks, share, s.run)
+                known = {"case": case, **s._asdict(), "dtype": dtype_name(dtype)}
+                known |= {"open": share, "open_share": p.open_share}
+                for row in run_case(p, names, options.passes, options.rounds, compile_too, peak):
+                    rows.append(known | row)
+                    print(line(rows[-1]), flush=True)
+                took = rows[-1]["compile_seconds"]
+                if took:
+                    each = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in took.items())
+                    print(f"  (compiling, not in any time above: {each})", flush=True)
+                if options.json:  # what was measured stays if a later case fails
+                    write_json(options.json, {**about, "rows": rows})

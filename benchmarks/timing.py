@@ -7,6 +7,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +23,11 @@ class Spread(NamedTuple):
     low: float
     high: float
 
+    def text(self, digits: int = 2) -> str:
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return self.text()
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -32,13 +37,22 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
 
 
+def cache_bytes(device: str = "cpu") -> int:
+    """Of the last cache before memory; 64 MiB where it cannot be told."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return int(caches[-1].read_text().strip().removesuffix("K")) * 1024 if caches else 64 * 2**20
+
+
 def seconds(call: Callable[[], object], device: str = "cpu", flush: Tensor | None = None) -> float:
-    """Of one call: by a clock on a CPU, by device events on a GPU, after `flush` has overwritten its L2 cache."""
+    """Of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before."""
+    if flush is not None:
+        flush.add_(1)
     if device == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -48,20 +62,36 @@ def seconds(call: Callable[[], object], device: str = "cpu", flush: Tensor | Non
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", warm_up: int = 2
+    calls: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str = "cpu",
+    warm_up: int = 2,
+    *,
+    prepared: bool = False,
+    flush: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round. Every round runs all of them, beginning with another one each time, so that a slow
-    moment of the machine meets all alike."""
-    flush = None if device == "cpu" else torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
+    moment of the machine meets all alike.
+
+    Args:
+        prepared: a call is not timed but returns what is. flush: its caches are overwritten in between; on a GPU they always are.
+    """
+    of_cache = None
+    if flush or device != "cpu":
+        of_cache = torch.zeros(2 * cache_bytes(device) // 4, device=device)
+
+    def once(call: Callable[[], Any]) -> float:
+        return seconds(call() if prepared else call, device, of_cache)
+
     for call in calls.values():
         for _ in range(warm_up):  # compiles, tunes, fills caches
-            call()
+            once(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(calls[name], device, flush))
+            times[name].append(once(calls[name]))
     return times
 
 
@@ -80,18 +110,36 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def version(name: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return installed(name)
+    except PackageNotFoundError:
+        return None
+
+
+def clock(device: str) -> int | None:
+    """Of a GPU's multiprocessors, now, in MHz; None where it cannot be told."""
+    if device == "cpu":
+        return None
+    try:
+        return torch.cuda.clock_rate()
+    except Exception:  # it needs a package that many machines lack
+        return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What a result must be read with: machine, threads, versions, date."""
-    import peft
-    import transformers
-
     return {
         "machine": cpu_name() if device == "cpu" else torch.cuda.get_device_properties(device).name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **{name: version(name) for name in ("transformers", "peft", "rode")},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import write_json
 from benchmarks.eager import BytesMoved, packed, peft_loop
-from rode_kernels import backends, rectified_mixture
+from rode_kernels import backends, cost, rectified_mixture
 from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine, native
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
@@ -183,7 +183,7 @@ def fused(M: int, K: int, O: int, *, inplace: bool, open_: bool = True) -> Count
 
 def fewest(M: int, K: int, O: int, backward: bool = False) -> int:
     """Forward: x and base read, y written, the weights once, in 16 bits. Backward: x and dy read, dx written, the weights once."""
-    return 2 * (M * (2 * K + O if backward else K + 2 * O) + (sum(RANKS) + len(RANKS)) * K + O * sum(RANKS))
+    return int(cost.fewest(Call(M, K, O, sum(RANKS), len(RANKS)), backward))
 
 
 def eager(M: int, K: int, O: int, of_backward: bool = False) -> dict[str, Count]:

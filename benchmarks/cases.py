@@ -1,0 +1,45 @@
+"""The shapes on which `python -m benchmarks mixture` times the operation. Imports nothing, so that they can be listed quickly."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PAPER = (2, 4, 8, 16)
+RUN = 256
+PASSES = ("forward", "in place", "backward", "both")
+"""What is timed: y in a new tensor, y added into base, all gradients alone, a forward pass and all gradients."""
+
+
+class Shape(NamedTuple):
+    """Rows of the table.
+
+    Attributes:
+        open: shares of (token, expert) pairs whose gate is not 0, a row for each.
+        run: so many tokens in a row open the same experts, as the tokens of one task do; 1 where each token's are drawn for itself.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...] = PAPER
+    open: tuple[float, ...] = (0.5,)
+    run: int = 1
+
+
+SHARES = (0.1, 0.25, 0.5, 1.0)
+ON_CPU = {
+    "tokens-1024": Shape(1024, 4096, 4096),
+    "tokens-64": Shape(64, 4096, 4096),
+    "tokens-1": Shape(1, 4096, 4096),
+    "width-576": Shape(512, 576, 576),
+    "runs": Shape(1024, 4096, 4096, run=RUN),
+    "experts-16": Shape(1024, 4096, 4096, (16,) * 16, SHARES),
+    "experts-16-runs": Shape(1024, 4096, 4096, (16,) * 16, (0.1,), RUN),
+}
+ON_GPU = {f"tokens-{M}": Shape(M, 4096, 4096) for M in (1, 16, 64, 512, 2048, 8192, 65536)} | {
+    "width-11008": Shape(8192, 4096, 11008),
+    "runs": Shape(8192, 4096, 4096, run=RUN),
+    "experts-8": Shape(8192, 4096, 4096, (8,) * 8),
+    "experts-16": Shape(8192, 4096, 4096, (16,) * 16, SHARES),
+    "experts-16-runs": Shape(8192, 4096, 4096, (16,) * 16, (0.1,), RUN),
+}

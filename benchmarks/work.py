@@ -1,0 +1,54 @@
+"""What a call of the operation cannot do without: operations that its open gates ask for, and bytes moved once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import PASSES
+from rode_kernels.cost import Call, fewest
+
+
+@dataclass(frozen=True)
+class Work:
+    """`operations`: a multiplication and an addition are two."""
+
+    operations: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+
+def work(
+    is_open: Tensor, ranks: Sequence[int], in_features: int, out_features: int, element_size: int
+) -> dict[str, Work]:
+    """Of each pass, whoever runs it.
+
+    Operations: the router for all tokens, an expert's products for tokens that open it. Bytes: x, base, dy and what is made of them
+    once, but not the rows of x, dy and of a base in place that no open expert wants; the weights of experts that any token opens;
+    every gradient; u and g, which backward reads, in float32.
+
+    Args:
+        is_open: (M, N) bool, the gates that are not 0. element_size: bytes of x's type, which the parameters have too.
+    """
+    (M, N), K, O, e = is_open.shape, in_features, out_features, element_size
+    rank = torch.tensor(ranks, device=is_open.device)
+    pairs = int(is_open.sum())
+    open_ranks = int((is_open * rank).sum())  # over all tokens
+    idle = M - int(is_open.any(1).sum())  # tokens without an open expert
+    used, R = int(rank[is_open.any(0)].sum()), int(rank.sum())
+    call = Call(M, K, O, used, N, e)
+    saved = 4 * M * (R + N)  # u and g
+    forward = Work(2.0 * M * N * K + 2.0 * open_ranks * (K + O), fewest(call) + saved)
+    gradients = e * ((R + N) * K + O * R)
+    unread = e * idle * (K + O)
+    backward = Work(
+        4.0 * open_ranks * (K + O) + 4.0 * pairs * K,  # twice each product; the router's for open gates
+        fewest(call, backward=True) + saved + gradients - unread,
+    )
+    in_place = Work(forward.operations, forward.bytes - 2 * e * idle * O)
+    return dict(zip(PASSES, (forward, in_place, backward, forward + backward), strict=True))
