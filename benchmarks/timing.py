@@ -32,12 +32,17 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
 
 
-def seconds(call: Callable[[], object], device: str = "cpu", flush: Tensor | None = None) -> float:
+def seconds(
+    call: Callable[[], object],
+    device: str = "cpu",
+    flush: Tensor | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Of one call: by a clock on a CPU, by device events on a GPU, after `flush` has overwritten its L2 cache."""
     if device == "cpu":
-        start = time.perf_counter()
+        start = clock()
         call()
-        return time.perf_counter() - start
+        return clock() - start
     flush.zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -48,7 +53,11 @@ def seconds(call: Callable[[], object], device: str = "cpu", flush: Tensor | Non
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu", warm_up: int = 2
+    calls: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round. Every round runs all of them, beginning with another one each time, so that a slow
     moment of the machine meets all alike."""
@@ -61,7 +70,7 @@ def interleaved(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(calls[name], device, flush))
+            times[name].append(seconds(calls[name], device, flush, clock))
     return times
 
 
