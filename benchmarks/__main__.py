@@ -95,6 +95,13 @@ BENCHMARKS = {
         (one_backend, rounds(15), to_json),
         lambda m, o: m.main(o),
     ),
+    "overhead": Benchmark(
+        "time on one token outside the kernel, and where it goes",
+        "overhead",
+        False,
+        200,
+        lambda m, o: m.main(o.json, o.rounds),
+    ),
     "block": Benchmark(
         "time of a training step of a Llama block, against the frozen block, PEFT's LoRA and X-LoRA",
         "block",

@@ -45,14 +45,19 @@ def cache_bytes(device: str = "cpu") -> int:
     return int(caches[-1].read_text().strip().removesuffix("K")) * 1024 if caches else 64 * 2**20
 
 
-def seconds(call: Callable[[], object], device: str = "cpu", flush: Tensor | None = None) -> float:
+def seconds(
+    call: Callable[[], object],
+    device: str = "cpu",
+    flush: Tensor | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before."""
     if flush is not None:
         flush.add_(1)
     if device == "cpu":
-        start = time.perf_counter()
+        start = clock()
         call()
-        return time.perf_counter() - start
+        return clock() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -69,6 +74,7 @@ def interleaved(
     *,
     prepared: bool = False,
     flush: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round. Every round runs all of them, beginning with another one each time, so that a slow
     moment of the machine meets all alike.
@@ -81,7 +87,7 @@ def interleaved(
         of_cache = torch.zeros(2 * cache_bytes(device) // 4, device=device)
 
     def once(call: Callable[[], Any]) -> float:
-        return seconds(call() if prepared else call, device, of_cache)
+        return seconds(call() if prepared else call, device, of_cache, clock)
 
     for call in calls.values():
         for _ in range(warm_up):  # compiles, tunes, fills caches

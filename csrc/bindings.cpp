@@ -14,13 +14,15 @@ using StridedWeight = std::tuple<uintptr_t, int64_t, int64_t, bool>;  // and whe
 
 namespace {
 
+uint64_t seed_at(uintptr_t address) { return static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(address)); }
+
 // Problem with what only this backend reads: the seed, which stands in host memory, and the number of threads.
 struct CpuProblem : rode::OwnedProblem {
   CpuProblem(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
              const std::vector<double>& factors, double dropout_p, uintptr_t seed, bool dense, int threads)
       : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense) {
     problem.threads = threads;
-    if (problem.dropout.on) problem.dropout.seed = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(seed));
+    if (problem.dropout.on) problem.dropout.seed = seed_at(seed);
   }
 };
 
@@ -34,11 +36,29 @@ rode::Weight weight(const StridedWeight& s) {
 }
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-void forward(const CpuProblem& p, const Strided& x, const Strided& base, const Strided& y, const StridedWeight& A,
-             const StridedWeight& B, const StridedWeight& router, uintptr_t router_bias, uintptr_t u, uintptr_t g) {
-  rode::forward(p.problem, {matrix(x), matrix(base), matrix(y), weight(A), weight(B), weight(router),
-                            pointer(router_bias), pointer(u), pointer(g)});
-}
+// A forward pass but for addresses, seed and threads: those that it is made with are ignored. Made once for a layer and called many
+// times, for with one token it takes longer to convert lists and tuples than to do the work.
+struct PreparedForward : rode::OwnedProblem {
+  rode::Forward layout;
+
+  PreparedForward(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
+                  const std::vector<double>& factors, double dropout_p, bool dense, const Strided& x, const Strided& base,
+                  const Strided& y, const StridedWeight& A, const StridedWeight& B, const StridedWeight& router)
+      : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense),
+        layout{matrix(x), matrix(base), matrix(y), weight(A), weight(B), weight(router), nullptr, nullptr, nullptr} {}
+
+  void operator()(uintptr_t x, uintptr_t base, uintptr_t y, uintptr_t A, uintptr_t B, uintptr_t router, uintptr_t router_bias,
+                  uintptr_t u, uintptr_t g, uintptr_t seed, int threads) const {
+    rode::Problem p = problem;  // copies: another thread may be in this call
+    rode::Forward f = layout;
+    p.threads = threads;
+    if (p.dropout.on) p.dropout.seed = seed_at(seed);
+    f.x.data = pointer(x), f.base.data = pointer(base), f.y.data = pointer(y);
+    f.A.data = pointer(A), f.B.data = pointer(B), f.router.data = pointer(router);
+    f.router_bias = pointer(router_bias), f.u = pointer(u), f.g = pointer(g);
+    rode::forward(p, f);
+  }
+};
 
 void backward(const CpuProblem& p, const Strided& dy, const Strided& x, const Strided& dx, uintptr_t dgates,
               uintptr_t u, uintptr_t g, const StridedWeight& A, const StridedWeight& B, const StridedWeight& router,
@@ -58,7 +78,14 @@ PYBIND11_MODULE(_native, m) {
            py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"),
            py::arg("ranks"), py::arg("scaling"), py::arg("dropout_p"), py::arg("seed"), py::arg("dense"),
            py::arg("threads"));
-  m.def("forward", &forward, py::call_guard<py::gil_scoped_release>());
+  py::class_<PreparedForward>(m, "Forward", py::module_local())
+      .def(py::init<int, int64_t, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<double>&, double, bool,
+                    const Strided&, const Strided&, const Strided&, const StridedWeight&, const StridedWeight&,
+                    const StridedWeight&>(),
+           py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("ranks"), py::arg("scaling"), py::arg("dropout_p"), py::arg("dense"), py::arg("x"), py::arg("base"),
+           py::arg("y"), py::arg("A"), py::arg("B"), py::arg("router"))
+      .def("__call__", &PreparedForward::operator(), py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
   m.def("keep_mask", [](int64_t seed, double p, uint64_t first, int64_t n) {
     std::vector<float> out(n);

@@ -65,6 +65,16 @@ def _say_slow(why: str) -> None:
     )
 
 
+_NAME = getattr(os.environ, "encodekey", str)("RODE_BACKEND")
+
+
+def backend_of_environment() -> str:
+    """RODE_BACKEND, "" for none. Where it is unset `os.environ.get` takes 0.7 us, for a key to encode and an error to catch; the
+    dictionary inside knows as well, in 0.1."""
+    encoded = getattr(os.environ, "_data", None)
+    return "" if encoded is not None and _NAME not in encoded else os.environ.get("RODE_BACKEND", "")
+
+
 def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) -> ModuleType:
     """The module that serves a call.
 
@@ -78,7 +88,7 @@ def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) ->
     """
     origin = "backend"
     if not name:
-        name, origin = os.environ.get("RODE_BACKEND", ""), "RODE_BACKEND"
+        name, origin = backend_of_environment(), "RODE_BACKEND"
     if name:
         module = _named(name, origin, x.device.type)
         why = _refusal(module, x, out_features, mixture)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch  # before the native module: both then share torch's OpenMP runtime
@@ -80,6 +81,48 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+@lru_cache(maxsize=4096)
+def _prepared(
+    problem: tuple, x: tuple, base: tuple | None, y: tuple, A: tuple, B: tuple, router: tuple | None
+) -> Callable:
+    """The core's forward pass for one problem and one set of strides, to be called with addresses."""
+    dtype, (tokens, in_features), out_features, ranks, scaling, dropout_p, dense = problem
+    return _native.Forward(
+        dtype=_DTYPES[dtype],
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        ranks=ranks,
+        scaling=Mixture(ranks, scaling).scaling_with_dropout(dropout_p),
+        dropout_p=dropout_p,
+        dense=dense,
+        x=(0, *x),
+        base=(0, *(base or (0, 0))),
+        y=(0, *y),
+        A=(0, *A),
+        B=(0, *B),
+        router=(0, *(router or (0, 0, False))),
+    )
+
+
+def _prepare(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    base: Tensor | None,
+    y: Tensor,
+    mixture: Mixture,
+    dropout_p: float,
+    dense: bool,
+) -> Callable:
+    return _prepared(
+        (x.dtype, x.shape, B.shape[0], mixture.ranks, mixture.scaling, dropout_p, dense),
+        *(None if t is None else t.stride() for t in (x, base, y)),
+        *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
+    )
+
+
 def _problem(
     x: Tensor, out_features: int, mixture: Mixture, seed: Tensor | None, dropout_p: float, dense: bool
 ):
@@ -121,19 +164,64 @@ def forward(
     else:
         g = torch.empty(M, mixture.num_experts, dtype=wide, device=x.device)
         br = None if router_bias is None else router_bias.to(wide).contiguous()
-    _native.forward(
-        _problem(x, O, mixture, seed, dropout_p, dense),
-        _strided(x),
-        _strided(base),
-        _strided(y),
-        _weight(A, x),
-        _weight(B, x),
-        _weight(router_weight, x),
+    run = _prepare(x, A, B, router_weight, base, y, mixture, dropout_p, dense)
+    run(
+        x.data_ptr(),
+        _address(base),
+        y.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        _address(router_weight),
         _address(br),
-        _address(u),
-        _address(g),
+        u.data_ptr(),
+        g.data_ptr(),
+        _address(seed),
+        torch.get_num_threads(),
     )
     return y, u, g
+
+
+def prepare(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    base: Tensor | None,
+    mixture: Mixture,
+    inplace: bool,
+    shape: tuple[int, ...],
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`forward` with a router and without dropout, decided for tensors of these sizes, strides and dtypes.
+
+    Returns:
+        A function of the operator's tensors. Its x and base need not be flat, its bias is contiguous and in the accumulation dtype;
+        it gives y in `shape`.
+    """
+    M, O, R, N = x.shape[0], B.shape[0], mixture.total_rank, mixture.num_experts
+    empty = torch.empty(0, dtype=x.dtype).new_empty
+    empty_wide = torch.empty(0, dtype=accumulation_dtype(x.dtype)).new_empty
+    run = _prepare(x, A, B, router_weight, base, base if inplace else empty(M, O), mixture, 0.0, False)
+    threads = torch.get_num_threads
+
+    def prepared(x, A, B, router_weight, router_bias, _gates, base, _seed):
+        y = base if inplace else empty(*shape)
+        u, g = empty_wide(M, R), empty_wide(M, N)
+        run(
+            x.data_ptr(),
+            0 if base is None else base.data_ptr(),
+            y.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            router_weight.data_ptr(),
+            0 if router_bias is None else router_bias.data_ptr(),
+            u.data_ptr(),
+            g.data_ptr(),
+            0,
+            threads(),
+        )
+        return y, u, g
+
+    return prepared
 
 
 def backward(

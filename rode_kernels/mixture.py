@@ -69,22 +69,23 @@ def _checked(ranks: tuple[object, ...], scaling: tuple[object, ...]) -> Mixture:
     return Mixture(tuple(int(r) for r in ranks), tuple(float(s) for s in scaling))
 
 
-@lru_cache(maxsize=1024)
-def _cached(ranks: tuple[object, ...], scaling: tuple[object, ...], _types: tuple[type, ...]) -> Mixture:
-    return _checked(ranks, scaling)  # types are part of the key: 2.0 equals 2, and only one of them is a rank
+@lru_cache(maxsize=1024, typed=True)  # 2.0 equals 2, and only one of them is a rank
+def _cached(experts: int, *ranks_and_scaling: object) -> Mixture:
+    return _checked(ranks_and_scaling[:experts], ranks_and_scaling[experts:])
 
 
 def make_mixture(ranks: Sequence[int], scaling: Sequence[float]) -> Mixture:
     """Checks ranks and scaling; the result is cached, so that a layer pays for the check once."""
-    for name, value in (("ranks", ranks), ("scaling", scaling)):
-        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise TypeError(
-                f"{name}: expected a tuple with one number per expert, got {type(value).__name__}"
-            )
-    ranks, scaling = tuple(ranks), tuple(scaling)
+    if type(ranks) is not tuple or type(scaling) is not tuple:
+        for name, value in (("ranks", ranks), ("scaling", scaling)):
+            if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+                raise TypeError(
+                    f"{name}: expected a tuple with one number per expert, got {type(value).__name__}"
+                )
+        ranks, scaling = tuple(ranks), tuple(scaling)
     if torch.compiler.is_compiling():  # Dynamo traces through caches, with a warning
         return _checked(ranks, scaling)
-    return _cached(ranks, scaling, tuple(map(type, ranks + scaling)))
+    return _cached(len(ranks), *ranks, *scaling)
 
 
 def _shape(t: Tensor) -> str:

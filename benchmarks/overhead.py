@@ -1,0 +1,114 @@
+"""What a call costs beside the work: one token, K = O = 16, ranks 2, 4, 8, 16, on the CPU backend.
+
+Overhead is the time of a call less that of the native call alone, on the same memory. Everything happens on one thread, and its own
+time is counted: what other processes take of the processor is not. Each timing is a run of calls; rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import eager, write_json
+from benchmarks.mixture import PAPER
+from benchmarks.timing import headline, interleaved, machine, spread
+from rode_kernels import backends, cpu, rectified_mixture, shortcut
+from rode_kernels.mixture import check_inputs, check_x, make_mixture
+
+WIDTH = 16
+CALLS = 50
+LIMITS = {"without gradients": 12.0, "with gradients": 15.0}  # microseconds of overhead
+
+
+def repeated(call: Callable[[], object], grad: bool = False) -> Callable[[], None]:
+    def run() -> None:
+        with torch.set_grad_enabled(grad):
+            for _ in range(CALLS):
+                call()
+
+    return run
+
+
+def calls() -> dict[str, Callable[[], None]]:
+    """By name: the call, its parts, and what to compare it with."""
+    generator = torch.Generator().manual_seed(0)
+    R, N = sum(PAPER), len(PAPER)
+    scaling = tuple(16.0 / r for r in PAPER)
+    x, base = (torch.randn(1, WIDTH, generator=generator) for _ in range(2))
+    A, B, router = (
+        nn.Parameter(torch.randn(shape, generator=generator))
+        for shape in ((R, WIDTH), (WIDTH, R), (N, WIDTH))
+    )
+    options = {"ranks": PAPER, "scaling": scaling, "base": base, "backend": "cpu"}
+    mixture = make_mixture(PAPER, scaling)
+    args = (x, A, B, router, None, None, base)
+    static = (PAPER, scaling, 0.0, False, "cpu")
+
+    down, expert = torch.cat([A, router]).detach(), torch.repeat_interleave(torch.tensor(PAPER))
+    factors = torch.tensor(scaling)[expert]
+    want = eager.packed(x, down, B, factors, expert, base)
+    for _ in range(2):  # the long way, then the short one
+        torch.testing.assert_close(rectified_mixture(x, A, B, router, **options), want, rtol=1e-4, atol=1e-4)
+    known = shortcut.find(mixture, args, False, "cpu")
+
+    y, u, g = outputs = torch.empty(1, WIDTH), torch.empty(1, R), torch.empty(1, N)
+    native = cpu._prepare(x, A, B, router, base, y, mixture, 0.0, False)
+    addresses = (*(0 if t is None else t.data_ptr() for t in (x, base, y, A, B, router, None, u, g, None)), 1)
+    runs = {
+        "native call": repeated(lambda: native(*addresses) or outputs),  # which must outlive it
+        "without gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options)),
+        "with gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options), grad=True),
+        "ranks and scaling": repeated(lambda: make_mixture(PAPER, scaling)),
+        # a seed that nothing is dropped by: no such call is remembered
+        "long way, without gradients": repeated(
+            lambda: rectified_mixture(x, A, B, router, seed=0, **options)
+        ),
+        "long way, with gradients": repeated(
+            lambda: rectified_mixture(x, A, B, router, seed=0, **options), grad=True
+        ),
+        "long way, checks": repeated(
+            lambda: (check_x(x), check_inputs(mixture, x, A, B, router, None, None, base, 0.0))
+        ),
+        "long way, dispatcher and backend": repeated(lambda: torch.ops.rode.mixture(*args, None, *static)),
+        "long way, backend": repeated(
+            lambda: cpu.forward(x, A, B, router, None, None, base, None, mixture, 0.0, False, False)
+        ),
+        "F.linear": repeated(lambda: F.linear(x, A)),
+        "F.linear, with gradients": repeated(lambda: F.linear(x, A), grad=True),
+        "packed PyTorch": repeated(lambda: eager.packed(x, down, B, factors, expert, base)),
+        "packed PyTorch, with gradients": repeated(
+            lambda: eager.packed(x, torch.cat([A, router]), B, factors, expert, base), grad=True
+        ),
+    }
+    if known is not None:
+        runs["guard"] = repeated(lambda: shortcut.find(mixture, args, False, "cpu"))
+        runs["outputs, addresses and native call"] = repeated(lambda: known.run(*args, None))
+    return runs
+
+
+def main(json_file: str | None, rounds: int) -> None:
+    status = backends()["cpu"]
+    if not status.available:
+        print(f"cpu cannot run here: {status.reason}")
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one token is one thread's work
+    try:
+        about = machine()
+        times = interleaved(calls(), rounds, clock=time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+    rows = {name: spread([1e6 * t / CALLS for t in each]) for name, each in times.items()}
+    print(f"cpu on {headline(about)}; microseconds a call, median and quartiles")
+    for name, row in rows.items():
+        print(f"  {name:36} {row}")
+    overhead = {name: rows[name].median - rows["native call"].median for name in LIMITS}
+    for name, limit in LIMITS.items():
+        print(f"overhead {name}: {overhead[name]:.1f} us, at most {limit:.0f} wanted")
+    if json_file:
+        table = {name: row._asdict() for name, row in rows.items()}
+        write_json(json_file, {"benchmark": "overhead", **about, "microseconds": table, "overhead": overhead})

@@ -1,0 +1,141 @@
+"""Calls that nobody watches go straight to the CPU core.
+
+Of a call with one token, checks and the dispatcher take some 50 us and the core 3: `python -m benchmarks overhead`. But checks look
+at what tensors are, not at what they hold, and the dispatcher leads to the core if no mode, transform or subclass stands between.
+So a call that went well is remembered, with a guard: a later one that passes it needs neither checks nor dispatcher, and gives what
+these would have given. Whatever fails the guard takes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from rode_kernels import cpu
+from rode_kernels.backends import backend_of_environment
+from rode_kernels.mixture import Mixture
+from rode_kernels.reference import accumulation_dtype
+
+try:  # Dynamo's: type, dispatch keys under this thread's modes, dtype, device, sizes, strides, requires_grad, in half a microsecond
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
+# As the operator takes them, up to base.
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, None, Tensor | None]
+
+_TYPES = (Tensor, Parameter)
+_AUTOGRAD = torch._C._dispatch_key_parse("AutogradCPU")
+# The dispatch keys of a call that reaches the core with nothing in between.
+_PLAIN = torch._C.DispatchKeySet(_AUTOGRAD)
+for _key in ("CPU", "ADInplaceOrView", "BackendSelect"):
+    _PLAIN |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(_key))
+
+_KEYS, _GUARDS = 1024, 8  # shapes that are remembered, and for each the strides, dtypes, ...
+
+
+class Shortcut(NamedTuple):
+    """A call that may be repeated.
+
+    Attributes:
+        guard: whether tensors, and what would see the operator, are as they were.
+        run: takes the operator's eight tensors; gives y, u, g.
+        needs_grad: whether it needs autograd's Function where gradients are enabled.
+        mixture: kept, for its address is part of the key.
+    """
+
+    guard: Callable[..., bool]
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    needs_grad: bool
+    mixture: Mixture
+
+
+_known: dict[tuple, list[Shortcut]] = {}
+
+
+def _key_and_tensors(mixture: Mixture, args: Arguments, inplace: bool) -> tuple[tuple, tuple[Tensor, ...]]:
+    x, A, B, router_weight, router_bias, _, base = args
+    tensors = (x, A, B, router_weight)
+    if router_bias is not None:
+        tensors += (router_bias,)
+    if base is not None:
+        tensors += (base,)
+    return (id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace), tensors
+
+
+def _eligible(args: Arguments, backend: str | None) -> bool:
+    """As far as guards do not tell, and types where a guard is not found without them."""
+    return (
+        type(args[0]) in _TYPES
+        and type(args[2]) in _TYPES
+        and (backend or backend_of_environment()) in ("", "cpu")
+        and not torch._C._len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def find(mixture: Mixture, args: Arguments, inplace: bool, backend: str | None) -> Shortcut | None:
+    """What `remember` made of a call like this one. The arguments may be anything."""
+    if not _eligible(args, backend):
+        return None
+    key, tensors = _key_and_tensors(mixture, args, inplace)
+    for shortcut in _known.get(key, ()):
+        if shortcut.guard(*tensors):
+            return shortcut
+    return None
+
+
+def remember(
+    mixture: Mixture, args: Arguments, inplace: bool, backend: str | None, base_needed_grad: bool
+) -> None:
+    """Of a call that went well: routed and without dropout. What depends on where memory lies, `check_inplace` checks each time.
+
+    Args:
+        base_needed_grad: before the call; one in place may have changed that.
+    """
+    if TensorGuards is None or not (_eligible(args, backend) and cpu.status()[0]):
+        return
+    key, tensors = _key_and_tensors(mixture, args, inplace)
+    if len(_known.get(key, ())) >= _GUARDS:
+        return
+    keys = _dispatch_keys(tensors)
+    if (keys | _PLAIN).raw_repr() != _PLAIN.raw_repr() or any(t.numel() == 0 for t in tensors):
+        return
+    if any(type(t) not in _TYPES for t in tensors):
+        return
+    x, A, B, router_weight, router_bias, _, base = args
+    if base is not None and not base_needed_grad:
+        tensors = (*tensors[:-1], base.detach())
+    needs_grad = any(t.requires_grad for t in tensors)
+    if needs_grad and not (keys.has(_AUTOGRAD) or torch.is_inference_mode_enabled()):
+        return  # within another operator
+    if router_bias is not None and not (
+        router_bias.dtype == accumulation_dtype(x.dtype) and router_bias.is_contiguous()
+    ):
+        return
+    try:
+        rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
+    except RuntimeError:  # strides that do not flatten
+        return
+    if len(_known) >= _KEYS:
+        _known.clear()
+    guard = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    )
+    shape = (*x.shape[:-1], B.shape[0])
+    run = cpu.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, inplace, shape)
+    _known.setdefault(key, []).append(Shortcut(guard.check, run, needs_grad, mixture))
+
+
+def _dispatch_keys(tensors: tuple[Tensor, ...]) -> torch._C.DispatchKeySet:
+    """Those by which the dispatcher would choose a kernel here and now."""
+    keys = torch._C._dispatch_tls_local_include_set()
+    for t in tensors:
+        keys |= torch._C._dispatch_keys(t)
+    return keys - torch._C._dispatch_tls_local_exclude_set()

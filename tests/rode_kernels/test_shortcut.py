@@ -1,0 +1,350 @@
+"""Calls that skip checks and dispatcher give what these would give; whatever watches the operator still sees it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixture_oracle import random_problem
+from rode_kernels import backends, cpu, rectified_mixture, shortcut
+from rode_kernels.mixture import make_mixture
+
+pytestmark = pytest.mark.skipif(not backends()["cpu"].available, reason="no native code")
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(shortcut, "_known", {})
+    monkeypatch.delenv("RODE_BACKEND", raising=False)
+
+
+def arguments(tokens=(1,), **options):
+    p = random_problem(tokens, **options)
+    leading = [p.x, p.A, p.B, p.router_weight, p.router_bias]
+    return leading, {"base": p.base, "ranks": p.ranks, "scaling": p.scaling}
+
+
+def knows(leading, options, backend=None):
+    inplace = options.get("inplace", False)
+    args = (*leading, None, options["base"])
+    return (
+        shortcut.find(make_mixture(options["ranks"], options["scaling"]), args, inplace, backend) is not None
+    )
+
+
+def call(leading, options, **changes):
+    return rectified_mixture(*leading, **(options | changes))
+
+
+CASES = {
+    "one token": dict(),
+    "three leading dimensions": dict(tokens=(2, 3, 4)),
+    "no leading dimension": dict(tokens=()),
+    "no base": dict(base=False),
+    "no bias": dict(bias=False),
+    "float64": dict(dtype=torch.float64),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "bfloat16 beside float32": dict(dtype=torch.bfloat16, parameter_dtype=torch.float32),
+    "one output": dict(O=1, tokens=()),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_second_call_gives_what_the_first_gave(case, grad, inplace):
+    leading, options = arguments(**CASES[case])
+    if inplace and options["base"] is None:
+        pytest.skip("nothing to write into")
+    wanted = [t for t in (*leading, options["base"]) if t is not None]
+    for t in wanted:
+        t.requires_grad_(grad)
+
+    def run(**changes):
+        base = options["base"] if options["base"] is None else options["base"] * 1
+        y, g = call(leading, options, base=base, inplace=inplace, return_gates=True, **changes)
+        assert not inplace or y is base
+        grads = torch.autograd.grad(y.double().square().sum() + g.sum(), wanted) if grad else ()
+        return y, g, *grads
+
+    first = run()
+    known = sum(map(len, shortcut._known.values()))
+    narrow_bias = case == "bfloat16"  # is made wide at each call: the long way
+    assert known == (not narrow_bias)
+    for have, want in zip(run(), first, strict=True):
+        assert torch.equal(have, want)
+        assert (have.shape, have.stride(), have.dtype) == (want.shape, want.stride(), want.dtype)
+        assert have.requires_grad == want.requires_grad
+    assert sum(map(len, shortcut._known.values())) == known
+
+
+def test_y_alone_has_the_same_gradients():
+    leading, options = arguments((3,))
+    wanted = [t.requires_grad_() for t in (*leading, options["base"])]
+    grads = [torch.autograd.grad(call(leading, options).square().sum(), wanted) for _ in range(3)]
+    assert knows(leading, options)
+    for later in grads[1:]:
+        assert all(map(torch.equal, later, grads[0]))
+    y = call(leading, options)
+    (dx,) = torch.autograd.grad(y.square().sum(), leading[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inplace_into_what_a_frozen_layer_gave(frozen):
+    leading, options = arguments((2, 3), bias=False)
+    wanted = [t.requires_grad_() for t in leading[:4]] if not frozen else [leading[1].requires_grad_()]
+    weight = torch.randn(20, 24, generator=torch.Generator().manual_seed(0))
+
+    def grads(**changes):
+        base = torch.nn.functional.linear(leading[0], weight)
+        assert base.requires_grad != frozen
+        y = call(leading, options, base=base, inplace=True, **changes)
+        assert y is base
+        return torch.autograd.grad(y.square().sum(), wanted)
+
+    want = grads(backend="reference")
+    assert not shortcut._known
+    for _ in range(3):
+        for have, good in zip(grads(), want, strict=True):
+            torch.testing.assert_close(have, good, rtol=1e-4, atol=1e-4)
+    assert [len(guards) for guards in shortcut._known.values()] == [1]
+
+
+def test_gradients_follow_the_mode_and_not_the_first_call():
+    leading, options = arguments()
+    with torch.no_grad():
+        call(leading, options)
+    leading[1].requires_grad_()
+    for _ in range(2):
+        assert call(leading, options).requires_grad
+        with torch.no_grad():
+            assert not call(leading, options).requires_grad
+        with torch.inference_mode():
+            assert call(leading, options).is_inference()
+
+
+def test_errors_are_the_same_after_a_good_call():
+    leading, options = arguments((5,))
+    for _ in range(2):
+        call(leading, options)
+    assert knows(leading, options)
+    x, A, B, router, bias = leading
+    bad = [
+        ([x.double(), A, B, router, bias], {}, TypeError, "A: expected dtype torch.float64"),
+        ([x, A.half(), B, router, bias], {}, TypeError, "A: expected dtype torch.float32"),
+        ([x, A, B, router.to("meta"), bias], {}, ValueError, "router_weight: expected on cpu"),
+        ([x, A[:, :-1], B, router, bias], {}, ValueError, "A: expected shape"),
+        ([x, A, B, router[:-1], bias], {}, ValueError, "router_weight: expected shape"),
+        ([x, A, B, router, bias[:-1]], {}, ValueError, "router_bias: expected shape"),
+        ([x, A, B, router, bias], {"base": options["base"][:-1]}, ValueError, "base: expected shape"),
+        ([x, A, B, router, bias], {"base": options["base"].half()}, TypeError, "base: expected dtype"),
+        ([x, "A", B, router, bias], {}, TypeError, "A: expected a torch.Tensor, got str"),
+        ([[1.0], A, B, router, bias], {}, TypeError, "x: expected a torch.Tensor, got list"),
+        ([x, A, None, router, bias], {}, TypeError, "B: expected a torch.Tensor, got NoneType"),
+        ([x, A, B, router, bias], {"ranks": (2.0, 4, 8, 16)}, TypeError, r"ranks\[0\]: expected an int"),
+        ([x, A, B, router, bias], {"scaling": (1.0,)}, ValueError, "scaling: expected one float per expert"),
+        ([x, A, B, router, bias], {"dropout_p": False}, TypeError, "dropout_p: expected a float"),
+        ([x, A, B, router, bias], {"seed": 1.5}, TypeError, "seed: expected an int"),
+        ([x, A, B, router, bias], {"backend": "tpu"}, ValueError, "backend: expected one of"),
+    ]
+    for leading, changes, error, message in bad:
+        with pytest.raises(error, match=message):
+            call(leading, options, **changes)
+
+
+def test_inplace_is_checked_at_every_call():
+    leading, options = arguments((5,), K=24, O=24)
+    options["inplace"] = True
+    for _ in range(2):
+        call(leading, options)
+    assert knows(leading, options)
+    with pytest.raises(ValueError, match="base shares memory with x"):
+        call(leading, options, base=leading[0])
+    memory = torch.randn(9, 24)
+    call([memory[:5], *leading[1:]], options)
+    with pytest.raises(ValueError, match="base shares memory with x"):
+        call([memory[:5], *leading[1:]], options, base=memory[4:])
+    base = options["base"].requires_grad_()
+    with pytest.raises(ValueError, match="base is a leaf tensor that needs grad"):
+        call(leading, options, base=base)
+
+
+@pytest.mark.parametrize("name", ["x", "A", "B", "router_weight", "base"])
+def test_other_strides_are_other_calls(name):
+    leading, options = arguments((3, 4))
+    want = call(leading, options)
+    names = ["x", "A", "B", "router_weight"]
+    for restride in (
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        changed = list(leading)
+        if name == "base":
+            changes = {"base": restride(options["base"])}
+        else:
+            changed[names.index(name)] = restride(leading[names.index(name)])
+            changes = {}
+        for _ in range(2):
+            torch.testing.assert_close(call(changed, options, **changes), want)
+
+
+def test_backend_and_environment_are_read_at_every_call(monkeypatch):
+    leading, options = arguments()
+    for _ in range(2):
+        call(leading, options)
+    assert knows(leading, options)
+    assert knows(leading, options, "cpu")
+    assert not knows(leading, options, "reference")
+    monkeypatch.setenv("RODE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="RODE_BACKEND: expected one of"):
+        call(leading, options)
+    monkeypatch.setenv("RODE_BACKEND", "reference")
+    assert not knows(leading, options)
+    monkeypatch.delenv("RODE_BACKEND")
+    assert knows(leading, options)
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", [Dispatched, Functions])
+def test_modes_see_the_operator(mode, grad):
+    leading, options = arguments()
+    leading[1].requires_grad_(grad)
+    with mode() as first:
+        call(leading, options)
+    assert not knows(leading, options), "what a mode saw is no call that nobody watches"
+    call(leading, options)
+    assert knows(leading, options)
+    with mode() as second:
+        assert not knows(leading, options)
+        call(leading, options)
+    assert any("rode.mixture" in name for name in second.seen)
+    assert second.seen == first.seen
+    assert knows(leading, options)
+
+
+def test_tracers_and_transforms_see_the_operator():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    leading, options = arguments((3,))
+    x, *rest = leading
+    for _ in range(2):
+        want = call(leading, options)
+
+    def of_x(x):
+        return call([x, *rest], options)
+
+    graph = make_fx(of_x)(x)
+    assert torch.ops.rode.mixture.default in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(x), want)
+    traced = torch.jit.trace(of_x, x, check_trace=False)
+    assert "rode::mixture" in str(traced.graph)
+    with torch.profiler.profile() as profile:
+        of_x(x)
+    assert "rode::mixture" in {event.key for event in profile.key_averages()}
+    assert knows(leading, options)
+    with pytest.raises(RuntimeError, match="functorch"):  # as the operator has always said
+        torch.func.grad(lambda x: of_x(x).sum())(x)
+
+
+def test_autocast_is_not_skipped():
+    leading, options = arguments((3,), dtype=torch.float32)
+    for _ in range(2):
+        call(leading, options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert call(leading, options).dtype == torch.bfloat16
+    assert call(leading, options).dtype == torch.float32
+
+
+def test_subclasses_and_unusual_tensors_take_the_long_way():
+    class Own(torch.Tensor):
+        pass
+
+    leading, options = arguments((3,))
+    want = call(leading, options)
+    assert knows(leading, options)
+    own = leading[0].as_subclass(Own)
+    assert not knows([own, *leading[1:]], options)
+    assert type(call([own, *leading[1:]], options)) is Own
+    negated = torch.complex(torch.zeros(3, 24), -leading[0]).conj().imag  # x, by a bit that says: negative
+    assert negated.is_neg()
+    for _ in range(2):
+        assert torch.equal(call([negated, *leading[1:]], options), want)
+        assert not knows([negated, *leading[1:]], options)
+
+
+def test_threads_are_those_of_the_call(monkeypatch):
+    leading, options = arguments((3,))
+    given = []
+
+    class Core:
+        class Forward(cpu._native.Forward):
+            def __call__(self, *addresses):
+                given.append(addresses[-1])
+                super().__call__(*addresses)
+
+    monkeypatch.setattr(cpu, "_native", Core)
+    cpu._prepared.cache_clear()
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1, 2):
+            torch.set_num_threads(threads)
+            call(leading, options)
+    finally:
+        torch.set_num_threads(before)
+        cpu._prepared.cache_clear()
+    assert given == [2, 1, 2]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    monkeypatch.setattr(shortcut, "_KEYS", 4)
+    for tokens in range(1, 20):
+        leading, options = arguments((tokens,))
+        call(leading, options)
+        assert knows(leading, options)
+        assert len(shortcut._known) <= 4
+    leading, options = arguments((1, 5))
+    for row in range(1, 20):  # one token whose distance to the next one is another each time
+        x = torch.randn(1, 5, 24 + row)[..., :24]
+        torch.testing.assert_close(call([x, *leading[1:]], options), call([x.clone(), *leading[1:]], options))
+    assert max(map(len, shortcut._known.values())) <= shortcut._GUARDS
+
+
+def test_dynamo_traces_the_operator():
+    torch._dynamo.reset()
+    leading, options = arguments((3,))
+    want = call(leading, options)
+    targets = []
+
+    def backend(module, _inputs):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    compiled = torch.compile(lambda x: call([x, *leading[1:]], options), fullgraph=True, backend=backend)
+    for _ in range(2):
+        assert torch.equal(compiled(leading[0]), want)
+    assert any("rode.mixture" in target for target in targets)
