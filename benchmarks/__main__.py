@@ -98,8 +98,7 @@ BENCHMARKS = {
     "overhead": Benchmark(
         "time on one token outside the kernel, and where it goes",
         "overhead",
-        False,
-        200,
+        (rounds(200), to_json),
         lambda m, o: m.main(o.json, o.rounds),
     ),
     "block": Benchmark(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import eager, write_json
-from benchmarks.mixture import PAPER
+from benchmarks.cases import PAPER
 from benchmarks.timing import headline, interleaved, machine, spread
 from rode_kernels import backends, cpu, rectified_mixture, shortcut
 from rode_kernels.mixture import check_inputs, check_x, make_mixture

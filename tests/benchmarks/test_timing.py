@@ -28,7 +28,7 @@ def test_preparation_is_not_timed_and_comes_before_the_flush(monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 64)
 
-    def seconds(call, device, flush):
+    def seconds(call, device, flush, clock):
         assert flush.nbytes == 128  # twice the cache
         events.append("flush")
         call()
