@@ -300,6 +300,12 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return x.to(dtype), *(t if t is None or t.dtype == torch.float32 else t.to(dtype) for t in others)
 
 
+def _written(base: Tensor) -> None:
+    """Lets autograd see a write that it took no part in: what was saved of base is no longer what it was."""
+    if not base.is_inference():
+        torch.autograd.graph.increment_version(base)
+
+
 def _run(
     x,
     A,
@@ -335,6 +341,7 @@ def _run(
             y, _, g = _MixtureInplace.apply(*tensors, _below_autograd(_op_inplace, static), static)
             return y, g
         _, g = _op_inplace(*tensors, *static)
+        _written(base)
         return base, g
     y, _, g = _op(x, A, B, router_weight, router_bias, gates, base, seed, *static)
     return y, g
@@ -402,6 +409,8 @@ def rectified_mixture(
             check_inplace(base, x)
         if not (known.needs_grad and torch.is_grad_enabled()):
             y, _, g = known.run(*args, None)
+            if inplace:
+                _written(base)
         else:
             static = (mixture.ranks, mixture.scaling, 0.0, False, backend or "")
             if not (inplace or return_gates):

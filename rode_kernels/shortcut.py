@@ -20,8 +20,19 @@ from rode_kernels.backends import backend_of_environment
 from rode_kernels.mixture import Mixture
 from rode_kernels.reference import accumulation_dtype
 
-try:  # Dynamo's: type, dispatch keys under this thread's modes, dtype, device, sizes, strides, requires_grad, in half a microsecond
+try:  # none of it is public: where a torch lacks any, calls go the long way
+    from torch._C import (
+        DispatchKeySet,
+        _dispatch_key_parse,
+        _dispatch_keys,
+        _dispatch_tls_local_exclude_set,
+        _dispatch_tls_local_include_set,
+        _len_torch_function_stack,
+    )
+
+    # Dynamo's: type, dispatch keys under this thread's modes, dtype, device, sizes, strides, requires_grad, in half a microsecond
     from torch._C._dynamo.guards import TensorGuards
+    from torch.autograd import _profiler_enabled
 except ImportError:
     TensorGuards = None
 
@@ -29,11 +40,12 @@ except ImportError:
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, None, Tensor | None]
 
 _TYPES = (Tensor, Parameter)
-_AUTOGRAD = torch._C._dispatch_key_parse("AutogradCPU")
-# The dispatch keys of a call that reaches the core with nothing in between.
-_PLAIN = torch._C.DispatchKeySet(_AUTOGRAD)
-for _key in ("CPU", "ADInplaceOrView", "BackendSelect"):
-    _PLAIN |= torch._C.DispatchKeySet(torch._C._dispatch_key_parse(_key))
+if TensorGuards is not None:
+    _AUTOGRAD = _dispatch_key_parse("AutogradCPU")
+    # The dispatch keys of a call that reaches the core with nothing in between.
+    _PLAIN = DispatchKeySet(_AUTOGRAD)
+    for _key in ("CPU", "ADInplaceOrView", "BackendSelect"):
+        _PLAIN |= DispatchKeySet(_dispatch_key_parse(_key))
 
 _KEYS, _GUARDS = 1024, 8  # shapes that are remembered, and for each the strides, dtypes, ...
 
@@ -73,14 +85,14 @@ def _eligible(args: Arguments, backend: str | None) -> bool:
         type(args[0]) in _TYPES
         and type(args[2]) in _TYPES
         and (backend or backend_of_environment()) in ("", "cpu")
-        and not torch._C._len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
-        and not torch.autograd._profiler_enabled()
+        and not _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
+        and not _profiler_enabled()
     )
 
 
 def find(mixture: Mixture, args: Arguments, inplace: bool, backend: str | None) -> Shortcut | None:
     """What `remember` made of a call like this one. The arguments may be anything."""
-    if not _eligible(args, backend):
+    if TensorGuards is None or not _eligible(args, backend):
         return None
     key, tensors = _key_and_tensors(mixture, args, inplace)
     for shortcut in _known.get(key, ()):
@@ -102,7 +114,7 @@ def remember(
     key, tensors = _key_and_tensors(mixture, args, inplace)
     if len(_known.get(key, ())) >= _GUARDS:
         return
-    keys = _dispatch_keys(tensors)
+    keys = _keys_of(tensors)
     if (keys | _PLAIN).raw_repr() != _PLAIN.raw_repr() or any(t.numel() == 0 for t in tensors):
         return
     if any(type(t) not in _TYPES for t in tensors):
@@ -133,9 +145,9 @@ def remember(
     _known.setdefault(key, []).append(Shortcut(guard.check, run, needs_grad, mixture))
 
 
-def _dispatch_keys(tensors: tuple[Tensor, ...]) -> torch._C.DispatchKeySet:
+def _keys_of(tensors: tuple[Tensor, ...]) -> DispatchKeySet:
     """Those by which the dispatcher would choose a kernel here and now."""
-    keys = torch._C._dispatch_tls_local_include_set()
+    keys = _dispatch_tls_local_include_set()
     for t in tensors:
-        keys |= torch._C._dispatch_keys(t)
-    return keys - torch._C._dispatch_tls_local_exclude_set()
+        keys |= _dispatch_keys(t)
+    return keys - _dispatch_tls_local_exclude_set()

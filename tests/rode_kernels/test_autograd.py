@@ -259,6 +259,21 @@ def test_inplace_into_a_view(backend):
         assert torch.equal(want, have)
 
 
+@pytest.mark.parametrize("times", [1, 3])  # the first call goes another way than those after it
+def test_inplace_without_gradients_marks_base_as_changed(backend, times):
+    p = random_problem((4,))
+    leaf = torch.randn(p.base.shape, dtype=p.base.dtype, requires_grad=True)
+    for _ in range(times):
+        base = leaf.detach() + 1
+        loss = (leaf * base).sum()  # saves base
+        with torch.no_grad():
+            call(p, base=base, inplace=True, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():  # whose tensors have no version
+        call(p, base=p.base.clone(), inplace=True, backend=backend)
+
+
 def test_inplace_marks_base_as_changed(backend):
     p = random_problem((4,))
     base = p.base.clone().requires_grad_() * 1
