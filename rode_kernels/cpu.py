@@ -241,19 +241,18 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """As `reference.backward`; closed experts are skipped."""
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
-    wide = accumulation_dtype(x.dtype)
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
 
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = wide) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
+    def empty(wanted: bool, *shape: int) -> Tensor | None:
+        return u.new_empty(shape) if wanted else None  # in the accumulation dtype, as u is
 
-    dgates = None if dgates is None else dgates.to(wide).contiguous()
+    dgates = None if dgates is None else dgates.to(u.dtype).contiguous()
     v, du = empty(need_B, M, R), empty(True, M, R)
     dh = empty(True, M, N)  # gradient of the router's logits, or of the gates where no router is
-    dx = empty(need_x, M, K, dtype=x.dtype)
-    dA, dB_rows, dWr, dbr = (
+    dx = x.new_empty(M, K) if need_x else None
+    dA, dB, dWr, dbr = (
         empty(need_A, R, K),
-        empty(need_B, R, O),
+        empty(need_B, O, R),
         empty(need_router, N, K),
         empty(need_bias, N),
     )
@@ -272,9 +271,8 @@ def backward(
         _address(du),
         _address(dh),
         _address(dA),
-        _address(dB_rows),
+        _address(dB),
         _address(dWr),
         _address(dbr),
     )
-    dB = dB_rows.t() if need_B else None
     return dx, dA, dB, dWr, dbr, dh if need_gates else None

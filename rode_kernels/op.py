@@ -187,7 +187,8 @@ def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | 
     x, u, g, A, B, router_weight, seed = ctx.saved_tensors
     static, bias_dtype, of_gates = ctx.others
     needs = [*ctx.needs_input_grad[:6]]
-    grads = _op_backward(dy, dgates, x, u, g, A, B, router_weight, seed, *static, needs)
+    tensors = (dy, dgates, x, u, g, A, B, router_weight, seed)
+    grads = (_backward if shortcut.unwatched(tensors) else _op_backward)(*tensors, *static, needs)
     dx, dA, dB, dWr, dbr, dg = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     if dbr is not None:
         dbr = dbr.to(bias_dtype)

@@ -8,7 +8,7 @@ these would have given. Whatever fails the guard takes the long way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,19 @@ def _eligible(args: Arguments, backend: str | None) -> bool:
     )
 
 
+def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the dispatcher would lead an operator on these to a CPU kernel, with nothing in between and no gradients to record."""
+    if TensorGuards is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    there = [t for t in tensors if t is not None]
+    return (
+        all(type(t) in _TYPES for t in there)
+        and not _len_torch_function_stack()
+        and not _profiler_enabled()
+        and (_keys_of(there) | _PLAIN).raw_repr() == _PLAIN.raw_repr()
+    )
+
+
 def find(mixture: Mixture, args: Arguments, inplace: bool, backend: str | None) -> Shortcut | None:
     """What `remember` made of a call like this one. The arguments may be anything."""
     if TensorGuards is None or not _eligible(args, backend):
@@ -145,7 +158,7 @@ def remember(
     _known.setdefault(key, []).append(Shortcut(guard.check, run, needs_grad, mixture))
 
 
-def _keys_of(tensors: tuple[Tensor, ...]) -> DispatchKeySet:
+def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:
     """Those by which the dispatcher would choose a kernel here and now."""
     keys = _dispatch_tls_local_include_set()
     for t in tensors:

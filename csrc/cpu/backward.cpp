@@ -155,6 +155,7 @@ class WeightPass {
         open_(open),
         rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
         dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
+        dB_(a.dB == nullptr ? 0 : p.total_rank * kColumns),
         dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
         zeros_(kColumns) {
     for (int64_t i = 0; i < kColumns; ++i) zeros_.get()[i] = Row{};
@@ -182,16 +183,27 @@ class WeightPass {
     }
   }
 
+  // Rows [c, c + n) of dB.
   void output_columns(int64_t c, int64_t n, int64_t next) {
+    for (int64_t i = 0; i < p.total_rank * kColumns; ++i) dB_.get()[i] = C(0);
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       gather_rows<T>(a.dy, m0, tokens, c, n, rows_.get(), rows);
       Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
       for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_dy(block, e), rows, n, static_cast<C*>(a.dB) + p.offsets[e] * p.out_features + c, p.out_features,
-               ahead);
+        expert(block, e, open_.of_dy(block, e), rows, n, dB_.get() + p.offsets[e] * kColumns, kColumns, ahead);
     }
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t i = 0; i < n; i += lanes)
+      for (int64_t j = 0; j < p.total_rank; j += lanes) {
+        const int64_t some = p.total_rank - j < lanes ? p.total_rank - j : lanes;
+        Vector<C> v[lanes];
+        RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = l < some ? load(dB_.get() + (j + l) * kColumns + i) : Vector<C>{};
+        transpose<lanes / 2, C>(v);
+        for (int64_t l = 0; l < lanes && i + l < n; ++l)
+          std::memcpy(static_cast<C*>(a.dB) + (c + i + l) * p.total_rank + j, &v[l], some * sizeof(C));
+      }
   }
 
  private:
@@ -242,7 +254,7 @@ class WeightPass {
   const rode::Backward& a;
   const Occurrences<T>& open_;
   Scratch<Row> rows_;
-  Scratch<C> dense_;
+  Scratch<C> dense_, dB_;
   Scratch<Row> dropped_, zeros_;
 };
 
@@ -273,7 +285,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const int64_t in_units = in ? (p.in_features + kColumns - 1) / kColumns : 0;
   const int64_t units = in_units + (out ? (p.out_features + kColumns - 1) / kColumns : 0);
   zero<C>(a.dA, p.total_rank * p.in_features);
-  zero<C>(a.dB, p.total_rank * p.out_features);
+  if (!out) zero<C>(a.dB, p.total_rank * p.out_features);
   zero<C>(a.drouter, p.experts * p.in_features);
   zero<C>(a.dbias, p.experts);
   const int threads = thread_count(p, token_units > units ? token_units : units);

@@ -247,6 +247,17 @@ def test_modes_see_the_operator(mode, grad):
     assert knows(leading, options)
 
 
+def test_a_mode_sees_the_backward_operator():
+    leading, options = arguments()
+    leading[1].requires_grad_()
+    (plain,) = torch.autograd.grad(call(leading, options).sum(), leading[1])
+    loss = call(leading, options).sum()
+    with Dispatched() as mode:
+        (watched,) = torch.autograd.grad(loss, leading[1])
+    assert any("rode.mixture_backward" in name for name in mode.seen)
+    assert torch.equal(plain, watched)
+
+
 def test_tracers_and_transforms_see_the_operator():
     from torch.fx.experimental.proxy_tensor import make_fx
 
