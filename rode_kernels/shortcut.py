@@ -91,7 +91,7 @@ def _eligible(args: Arguments, backend: str | None) -> bool:
 
 
 def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the dispatcher would lead an operator on these to a CPU kernel, with nothing in between and no gradients to record."""
+    """Whether an operator on these would come to a CPU kernel with nothing in between, and no gradients are recorded."""
     if TensorGuards is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     there = [t for t in tensors if t is not None]
