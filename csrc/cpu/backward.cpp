@@ -295,7 +295,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   Scratch<Row> B(a.dy ? of_B.count * of_B.width * p.total_rank : 0);
   Scratch<Column> A(a.dx ? chunks.count * chunks.width * terms : 0);
   Scratch<C> router(a.dx && a.router ? chunks.count * chunks.width * p.experts : 0);
-  Occurrences<T> open(p);
+  Occurrences<T> open(p, a.dA != nullptr, out);
   const BackwardWeights<T> weights = {{B.get(), p.total_rank, p.out_features, of_B.width}, A.get(), router.get(), chunks, terms};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -318,8 +318,8 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < (units > 0 ? open.blocks() : 0); ++b)
-      open.collect(b, static_cast<const C*>(a.g), static_cast<const C*>(a.du), static_cast<const C*>(a.v),
-                   a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
+      open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
+                   out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
     WeightPass<T> pass(p, a, open);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < units; ++i) {

@@ -23,12 +23,12 @@ class Occurrences {
   static constexpr int kTerm = Path<T>::kTerm;
 
  public:
-  explicit Occurrences(const rode::Problem& problem)
+  Occurrences(const rode::Problem& problem, bool with_x, bool with_dy)
       : p(problem),
         tokens_(blocks() * kSumTokens * p.experts),
         counts_(blocks() * p.experts),
-        of_x_(blocks() * kSumTokens * p.total_rank),
-        of_dy_(blocks() * kSumTokens * p.total_rank),
+        of_x_(with_x ? blocks() * kSumTokens * p.total_rank : 0),
+        of_dy_(with_dy ? blocks() * kSumTokens * p.total_rank : 0),
         of_router_(blocks() * kSumTokens * p.experts) {}
 
   int64_t blocks() const { return (p.tokens + kSumTokens - 1) / kSumTokens; }
@@ -38,7 +38,7 @@ class Occurrences {
   const Column* of_dy(int64_t block, int64_t e) const { return of_dy_.get() + at(block, e); }
   const C* of_router(int64_t block, int64_t e) const { return of_router_.get() + (block * p.experts + e) * kSumTokens; }
 
-  // du, v (or null) and dh (or null) of the block's tokens.
+  // du, v and dh of the block's tokens, or null.
   void collect(int64_t block, const C* g, const C* du, const C* v, const C* dh) {
     const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
     for (int64_t e = 0; e < p.experts; ++e) {
@@ -47,7 +47,7 @@ class Occurrences {
       for (int64_t i = 0; i < tokens; ++i)
         if (g[(m0 + i) * p.experts + e] != 0) open[count++] = static_cast<int32_t>(i);
       counts_.get()[block * p.experts + e] = count;
-      side_by_side(e, m0, open, count, du, of_x_.get() + at(block, e));
+      if (du != nullptr) side_by_side(e, m0, open, count, du, of_x_.get() + at(block, e));
       if (v != nullptr) side_by_side(e, m0, open, count, v, of_dy_.get() + at(block, e));
       if (dh != nullptr)
         for (int64_t i = 0; i < count; ++i)

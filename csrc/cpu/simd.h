@@ -9,6 +9,8 @@
 #include <cstring>
 #include <utility>  // integer_sequence: a type without functions
 
+#include "scratch.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -254,44 +256,6 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// Memory that a thread keeps from call to call, for scratch that comes and goes as a stack does: fresh pages would cost more than
-// many a call's work.
-class Arena {
- public:
-  static Arena& of_this_thread() {
-    static thread_local Arena arena;
-    return arena;
-  }
-  ~Arena() { std::free(data_); }
-
-  // `bytes`, a multiple of 64, or null where what is kept has no room.
-  void* take(size_t bytes) {
-    wanted_ += bytes;
-    if (wanted_ > most_) most_ = wanted_;
-    if (used_ + bytes > size_) return nullptr;
-    char* taken = data_ + used_;
-    used_ += bytes;
-    return taken;
-  }
-
-  // What was taken last; once nothing is taken any more, room is made for as much as the call wanted.
-  void give_back(size_t bytes, bool kept) {
-    wanted_ -= bytes;
-    if (kept) used_ -= bytes;
-    if (wanted_ > 0 || most_ <= size_ || most_ > kMost) return;
-    std::free(data_);
-    size_ = most_;
-    data_ = static_cast<char*>(std::aligned_alloc(64, size_));
-    if (data_ == nullptr) size_ = 0;
-  }
-
- private:
-  static constexpr size_t kMost = 32u << 20;  // more than that is not kept
-
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0, wanted_ = 0, most_ = 0;
-};
-
 // A block that a thread uses for itself; given back with it, in the reverse order of taking.
 template <class C>
 class Scratch {
@@ -299,7 +263,7 @@ class Scratch {
   explicit Scratch(int64_t count) : bytes_((count * sizeof(C) + 63) / 64 * 64) {
     if (bytes_ == 0) return;
     // whole vectors on whole cache lines: a load across two costs twice
-    data_ = static_cast<C*>(Arena::of_this_thread().take(bytes_));
+    data_ = static_cast<C*>(rode::take_scratch(bytes_));
     kept_ = data_ != nullptr;
     if (!kept_) data_ = static_cast<C*>(std::aligned_alloc(64, bytes_));
     if (data_ == nullptr) std::abort();  // out of memory inside a parallel region: no exception may cross it
@@ -307,7 +271,7 @@ class Scratch {
   ~Scratch() {
     if (bytes_ == 0) return;
     if (!kept_) std::free(data_);
-    Arena::of_this_thread().give_back(bytes_, kept_);
+    rode::give_back_scratch(bytes_, kept_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
