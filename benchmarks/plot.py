@@ -98,18 +98,19 @@ def times(row: Row) -> dict[str, dict[str, float]]:
 
 
 def over_frozen(row: Row) -> dict[str, dict[str, float]]:
-    """In percent of the frozen layer's time: of the backend by ratios per round, of plain PyTorch by medians."""
-    backend, frozen = row["backend"], row["frozen_seconds"]["median"]
-    found = {
+    """In percent of the frozen layer's median time: of every form alike by medians. Ratios per round (`of_frozen`) are
+    known of the backend only."""
+    frozen = row["frozen_seconds"]["median"]
+    return {
         name: {part: 100 * seconds / frozen for part, seconds in spread.items()}
         for name, spread in row["seconds"].items()
     }
-    return found | {backend: {part: 100 * ratio for part, ratio in row["of_frozen"].items()}}
 
 
 def panels(rows: Sequence[Row], by: str, points: Points, labels: tuple[str, str], title: str) -> Figure:
     """A panel for each dtype (columns) and pass (rows), a line for each form."""
     from matplotlib.figure import Figure  # without pyplot: nothing global, and no display
+    from matplotlib.ticker import LogLocator
 
     dtypes, passes, backends = (
         list(dict.fromkeys(row[name] for row in rows)) for name in ("dtype", "pass", "backend")
@@ -145,6 +146,7 @@ def panels(rows: Sequence[Row], by: str, points: Points, labels: tuple[str, str]
                 axes.set_yscale("log")
                 axes.set_xticks(sorted({row[by] for row in rows}))
                 axes.minorticks_off()
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 for axis in (axes.xaxis, axes.yaxis):
                     axis.set_major_formatter("{x:g}")
             else:
