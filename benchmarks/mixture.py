@@ -48,7 +48,7 @@ COMPILED = "compiled "
 TRAINING = {"backward", "both"}
 TITLES = (
     f"{'case':16} {'dtype':9} {'open':>6} {'pass':9} {'backend':8} {'milliseconds':>28} {'packed':>22} {'loop':>22} "
-    f"{'compiled':>29} {'of frozen':>10} {'roofline':>14}"
+    f"{'compiled':>41} {'of frozen':>10} {'roofline':>14}"
 )
 
 
@@ -141,8 +141,9 @@ def run_case(
         for name in names:
             median = spread(times[name]).median
             against = {n: ratios(times, n, name)._asdict() for n in ("packed", "loop") if n in times}
+            against |= {n: ratios(times, n, name)._asdict() for n in times if n.startswith(COMPILED)}
             if fastest:
-                against["compiled"] = ratios(times, fastest, name)._asdict()
+                against["compiled"] = against[fastest]
             roofline = None
             if peak is not None:
                 floor, bound = peak.floor(needed[what], p.x.dtype)
@@ -173,13 +174,16 @@ def line(row: dict[str, Any]) -> str:
         return str(Spread(**row["ratio"][name])) if name in row["ratio"] else "-"
 
     compiled = ratio("compiled") + (f" {row['fastest_compiled']}" if row["fastest_compiled"] else "")
+    for name, of in row["ratio"].items():  # the slower one too, for loop's column is to be compared with it
+        if name.startswith(COMPILED) and name != COMPILED + (row["fastest_compiled"] or ""):
+            compiled += f", {of['median']:.2f} {name.removeprefix(COMPILED)}"
     roofline = row["roofline"]
     share = "-" if roofline is None else f"{roofline['share']:.0%} {roofline['bound']}"
     own = row["seconds"][row["backend"]]
     milliseconds = Spread(**{name: 1000 * value for name, value in own.items()}).text(3)
     return (
         f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:9} {row['backend']:8} {milliseconds:>28} "
-        f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>29} {row['of_frozen']['median']:10.1%} {share:>14}"
+        f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>41} {row['of_frozen']['median']:10.1%} {share:>14}"
     )
 
 

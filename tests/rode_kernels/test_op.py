@@ -154,6 +154,25 @@ def test_non_finite_values_of_closed_experts_reach_nothing(backend, value):
         assert torch.equal(grad, dirty.grads[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_x_of_a_closed_token_reaches_no_weight_on_a_cpu(dtype):
+    """Where most gates are open the router's gradient is a product with closed ones' zeros, unless that is not finite."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    p = random_problem((20,), dtype=dtype, dgates=False)
+    p.router_bias += 3.0
+    p.router_weight[:, 1] = -1.0
+    p.x[3, 1] = float("inf")  # every logit of token 3 is -inf
+    dirty = operation(p, backend="cpu")
+    assert torch.equal(dirty.gates[3], torch.zeros_like(dirty.gates[3]))
+    assert (dirty.gates > 0).double().mean() > 0.5
+    p.x[3, 1] = 0.0
+    p.dy[3] = 0.0  # the token takes part, and adds nothing
+    clean = operation(p, backend="cpu")
+    for name in ("A", "B", "router_weight"):
+        assert torch.equal(dirty.grads[name], clean.grads[name]), name
+
+
 def test_non_finite_dy_reaches_only_its_own_token(backend):
     p = random_problem((20,), dgates=False)
     clean = operation(p, backend=backend)
