@@ -331,6 +331,34 @@ def test_cpu_bits_of_a_token_are_its_own(dtype, ranks):
     assert error <= 2 * bound + 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_bits_of_a_token_are_its_own_where_experts_are_many(dtype):
+    """More ranks than fit a cache, hardly two tokens alike, long rows: together they go an expert at a time, alone they do not."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    torch.manual_seed(0)
+    ranks, tokens, K, O = (16,) * 12 + (5,), 70, 1100, 150
+    x, dy = torch.randn(tokens, K).to(dtype), torch.randn(tokens, O).to(dtype)
+    A, B = torch.randn(sum(ranks), K) / K**0.5, torch.randn(O, sum(ranks))
+    gates = (torch.rand(tokens, 13) + 0.1) * (torch.rand(tokens, 13) < 0.4)
+    options = {"ranks": ranks, "scaling": [1.0] * 13, "backend": "cpu"}
+
+    def run(rows: slice, backend: str = "cpu"):
+        leaf = x[rows].clone().requires_grad_()
+        y = gated_mixture(leaf, A, B, gates[rows], **(options | {"backend": backend}))
+        return y.detach(), torch.autograd.grad(y, leaf, dy[rows])[0]
+
+    together, plain = run(slice(None)), run(slice(None), "reference")
+    for m in range(tokens):
+        for whole, alone in zip(together, run(slice(m, m + 1)), strict=True):
+            assert torch.equal(whole[m], alone[0])
+    for have, want in zip(
+        together, plain, strict=True
+    ):  # against sums of the same dtype in another order: a wrong one is far off
+        scale = want.double().abs().max()
+        assert (have.double() - want.double()).abs().max() <= 16 * torch.finfo(dtype).eps * scale
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_other_instruction_sets(isa):
     """The same suite's core on the code paths that this processor would not pick."""
@@ -343,6 +371,7 @@ def test_other_instruction_sets(isa):
         f"{__file__}::test_random_problems",
         f"{__file__}::test_strides",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own",
+        f"{__file__}::test_cpu_bits_of_a_token_are_its_own_where_experts_are_many",
     ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *tests],
