@@ -7,25 +7,23 @@ another may refuse) as a whole.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import os
-import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import yaml
 
 from rode.data.mixture import Source
+from rode.settings import SettingsError, build, did_you_mean
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be used. One line: which key, what it got, what was wanted."""
+RecipeError = SettingsError
+"""A recipe that cannot be used. One line: which key, what it got, what was wanted."""
 
 
 @dataclass
@@ -144,69 +142,6 @@ class Recipe:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir or Path("runs") / self.name)
-
-
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """The end of an error message about an unknown word."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join("null" if h is type(None) else _describe(h) for h in get_args(hint))
-    if get_origin(hint) is list:
-        return f"a list of {_describe(get_args(hint)[0])}"
-    if get_origin(hint) is dict or is_dataclass(hint):
-        return "a mapping"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value`, as YAML gave it, checked against a type hint and made into it."""
-    if hint is Any:
-        return value
-    if is_dataclass(hint):
-        return build(hint, value, where)
-    origin = get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [h for h in get_args(hint) if h is not type(None)]
-        return None if value is None else _convert(inner[0], value, where)
-    if origin is list and isinstance(value, list):
-        return [_convert(get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal and value in get_args(hint):
-        return value
-    if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
-        return os.path.expanduser(os.path.expandvars(value)) if hint is str else value
-    raise RecipeError(f"{where}: expected {_describe(hint)}, got {value!r}")
-
-
-def build(cls: type, values: Any, where: str = "") -> Any:
-    """A dataclass from plain values, every key and type checked against its fields. Raises RecipeError, naming `where`."""
-    prefix = f"{where}." if where else ""
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where or 'at the top'}: expected a mapping, got {values!r}")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise RecipeError(f"{prefix}{key}: no such key; {did_you_mean(str(key), hints)}")
-    for f in fields(cls):
-        if f.name not in values and f.default is f.default_factory:  # both MISSING: required
-            raise RecipeError(f"{prefix}{f.name}: missing; expected {_describe(hints[f.name])}")
-    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
 
 
 _POSITIVE = (

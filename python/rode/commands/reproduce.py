@@ -77,7 +77,7 @@ def _seeds(words: Sequence[str]) -> list[int]:
 
 
 def _only(words: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    from rode.recipe import did_you_mean
+    from rode.settings import did_you_mean
 
     for word in words:
         if word not in known:

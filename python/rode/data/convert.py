@@ -12,6 +12,7 @@ from pathlib import Path
 from rode.data.images import ImageError, check_image
 from rode.data.mixture import hash_split
 from rode.data.readers import READERS
+from rode.data.readers.log import ReadLog
 from rode.data.records import FoodRecord, write_records
 
 DEFAULT_FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -39,6 +40,7 @@ def convert(
     fractions: Mapping[str, float] = DEFAULT_FRACTIONS,
     seed: int = 0,
     on_bad_image: str = "error",
+    strict: bool = False,
 ) -> Conversion:
     """Reads data in a published layout and writes one JSONL file of records.
 
@@ -51,6 +53,7 @@ def convert(
         out: the JSONL file to write; its folder is made, an older file replaced.
         fractions, seed: of `hash_split`, for records without a split of their own.
         on_bad_image: "error", or "skip" to leave such records out and count them.
+        strict: stop at the first entry that is broken; else it is left out and counted.
 
     Raises:
         ValueError: for an unknown kind, a source that is no folder, or `on_bad_image` of another value.
@@ -64,16 +67,16 @@ def convert(
     if not source.is_dir():
         raise ValueError(f"source: {source} is not a folder")
     written: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    log = ReadLog(strict=strict)
 
     def records() -> Iterator[FoodRecord]:
-        for record in READERS[kind](source, left_out):
+        for record in READERS[kind](source, log):
             try:
                 check_image(record)
             except ImageError:
                 if on_bad_image == "error":
                     raise
-                left_out["a missing or corrupt image"] += 1
+                log.leave_out("a missing or corrupt image", file=Path(record.image))
                 continue
             if record.split is None:
                 record = dataclasses.replace(record, split=hash_split(record.id, fractions, seed))
@@ -81,4 +84,4 @@ def convert(
             yield record
 
     write_records(out, records())
-    return Conversion(dict(written), dict(left_out))
+    return Conversion(dict(written), dict(log.counts))

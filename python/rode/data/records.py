@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rode.files import replacing
+
 SPLITS = ("train", "val", "test")
 NUTRITION_FIELDS = ("mass", "energy", "fat", "protein", "carb")
 """The five numbers of a dish in the order of the paper's tables: g, kcal, g, g, g."""
@@ -61,7 +63,7 @@ class Nutrition:
 class Ingredient:
     """One ingredient: `amount` and `unit` as the recipe states them, `mass` in grams where it is known.
 
-    `nutrition` is that of the whole `mass`, not of 100 g.
+    `nutrition` is that of the whole `mass`, not of 100 g. `text` is the recipe's own line.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Ingredient:
     unit: str | None = None
     mass: float | None = None
     nutrition: Nutrition | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,7 @@ def _ingredient(value: Any, path: str) -> Ingredient:
         unit=_text(obj, "unit", path),
         mass=_optional_number(obj, "mass", path),
         nutrition=_nutrition(obj.get("nutrition"), _join(path, "nutrition")),
+        text=_text(obj, "text", path),
     )
 
 
@@ -295,25 +299,19 @@ def write_records(path: str | os.PathLike[str], records: Iterable[FoodRecord]) -
     """
     path = Path(path)
     folder = path.resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     seen: set[str] = set()
-    try:
-        with aside.open("w", encoding="utf-8", newline="\n") as out:
-            for record in records:
-                image = Path(record.image)
-                if image.is_absolute() and image.is_relative_to(folder):
-                    record = _with_image(record, image.relative_to(folder).as_posix())
-                obj = record_to_json(record)
-                try:
-                    record_from_json(obj)
-                    if record.id in seen:
-                        raise RecordError("id: stands twice")
-                except RecordError as error:
-                    raise RecordError(f"record {record.id!r}: {error}") from None
-                seen.add(record.id)
-                out.write(json.dumps(obj, ensure_ascii=False) + "\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as out:
+        for record in records:
+            image = Path(record.image)
+            if image.is_absolute() and image.is_relative_to(folder):
+                record = _with_image(record, image.relative_to(folder).as_posix())
+            obj = record_to_json(record)
+            try:
+                record_from_json(obj)
+                if record.id in seen:
+                    raise RecordError("id: stands twice")
+            except RecordError as error:
+                raise RecordError(f"record {record.id!r}: {error}") from None
+            seen.add(record.id)
+            out.write(json.dumps(obj, ensure_ascii=False) + "\n")
     return len(seen)

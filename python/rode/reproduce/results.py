@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rode.files import write_text
-from rode.recipe import Recipe, RecipeError, adapter_config, build
+from rode.recipe import Recipe, RecipeError, adapter_config
+from rode.settings import build
 
 Result = dict[str, Any]
 PACKAGES = ("rode", "torch", "transformers", "peft")

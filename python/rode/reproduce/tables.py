@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rode.recipe import RecipeError, build, did_you_mean, recipe_values
+from rode.recipe import RecipeError, recipe_values
+from rode.settings import build, did_you_mean
 
 FILE = "tables.yaml"
 

@@ -1,7 +1,8 @@
 """Readers: each turns one published layout into records.
 
-A reader is a function `(source: Path, left_out: Counter[str]) -> Iterator[FoodRecord]`. It counts what it
-leaves out by reason, so that nothing vanishes unsaid, and takes the data's own split where there is one.
+A reader is a function `(source: Path, log: ReadLog) -> Iterator[FoodRecord]`. It tells the log what it leaves
+out and why, so that nothing vanishes unsaid, and takes the data's own split where there is one. It streams:
+its memory does not grow with the records, except for what it must know of each (an id, an offset).
 """
 
 from rode.data.readers import food_photos, nutrition5k

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rode.data.ingredient_lines import parse_ingredient_line
+from rode.data.readers.log import ReadLog
 from rode.data.records import FoodRecord, Ingredient, RecordError
 
 _NEEDED = {"id": str, "title": str, "image": str, "ingredients": list, "instructions": list}
@@ -21,7 +21,7 @@ _TOOL_WORDS = (
 _TOOLS = frozenset(_TOOL_WORDS.split())
 
 
-def read(source: Path, left_out: Counter[str]) -> Iterator[FoodRecord]:
+def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
     """Reads `source/photos.json`.
 
     `ingredients` hold a line each, which may carry its amount; `amounts`, where present, hold the amounts of
@@ -43,7 +43,7 @@ def read(source: Path, left_out: Counter[str]) -> Iterator[FoodRecord]:
         ingredients = _ingredients(entry)
         steps = tuple(step for step in map(_step, entry["instructions"]) if step)
         if not ingredients and not steps:
-            left_out["neither ingredients nor instructions"] += 1
+            log.leave_out("neither ingredients nor instructions")
             continue
         yield FoodRecord(
             id=entry["id"],

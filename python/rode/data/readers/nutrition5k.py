@@ -6,17 +6,17 @@ Here: one JSON object per dish in `dishes.jsonl`, overhead pictures in `sample_i
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rode.data.readers.log import ReadLog
 from rode.data.records import FoodRecord, Ingredient, Nutrition, RecordError
 
 _KEYS = {"mass": "mass_g", "energy": "kcal", "fat": "fat_g", "protein": "protein_g", "carb": "carb_g"}
 
 
-def read_jsonl(source: Path, left_out: Counter[str]) -> Iterator[FoodRecord]:
+def read_jsonl(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
     """Reads `source/dishes.jsonl`; a dish without a picture, or of no mass, is left out and counted.
 
     The dish's own totals are taken, not the sum over its ingredients. There is no split.
@@ -31,9 +31,9 @@ def read_jsonl(source: Path, left_out: Counter[str]) -> Iterator[FoodRecord]:
                 dish = json.loads(line)
                 image = source / "sample_images" / f"{dish['dish_id']}.jpg"
                 if not image.is_file():
-                    left_out["no picture"] += 1
+                    log.leave_out("no picture")
                 elif dish["mass_g"] <= 0:
-                    left_out["no mass"] += 1
+                    log.leave_out("no mass")
                 else:
                     yield FoodRecord(
                         id=dish["dish_id"],

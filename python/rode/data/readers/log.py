@@ -1,0 +1,67 @@
+"""What a reader met on its way: what it left out and why, with file and line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rode.data.records import RecordError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that could not be used.
+
+    Attributes:
+        reason: what it lacks, in words that fit after "with": "no picture", "invalid UTF-8".
+        file: where it stands, or None if it is a file that is missing.
+        line: from 1; None where the file has no lines.
+        detail: what was met, at most a line.
+    """
+
+    reason: str
+    file: Path | None = None
+    line: int | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        where = ":".join(str(part) for part in (self.file, self.line) if part is not None)
+        return ": ".join(filter(None, (where, self.reason, self.detail)))
+
+
+@dataclass
+class ReadLog:
+    """Counts what a reader leaves out, by reason, and keeps the first `keep` of each reason.
+
+    Attributes:
+        strict: raise RecordError at the first broken entry instead of leaving it out.
+        keep: examples kept of each reason; counting goes on.
+    """
+
+    strict: bool = False
+    keep: int = 20
+    counts: Counter[str] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+
+    def leave_out(
+        self, reason: str, *, file: Path | None = None, line: int | None = None, detail: str = ""
+    ) -> None:
+        """For an entry that is sound but of no use here: no picture, no mass. Never raises."""
+        self.counts[reason] += 1
+        if self.counts[reason] <= self.keep:
+            self.problems.append(Problem(reason, file, line, detail))
+
+    def leave_out_broken(
+        self, reason: str, *, file: Path | None = None, line: int | None = None, detail: str = ""
+    ) -> None:
+        """For an entry that is damaged: no JSON, a field of the wrong type, an id that stands twice.
+
+        Raises:
+            RecordError: if `strict`, naming file and line.
+        """
+        if self.strict:
+            raise RecordError(str(Problem(reason, file, line, detail)))
+        self.broken[reason] += 1
+        self.leave_out(reason, file=file, line=line, detail=detail)

@@ -1,0 +1,13 @@
+"""What the shard stage can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class ShardSettings:
+    format: Literal["webdataset", "parquet"] = "webdataset"
+    size: int = 1000
+    """Records of a shard."""

@@ -1,0 +1,114 @@
+"""What a stage gets, and the parts in which long ones keep what they have done."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rode.data.records import FoodRecord, read_records
+from rode.files import replacing
+
+PART = 500
+"""Lines of one part: what a killed stage does again at most, for each worker."""
+
+
+class Engine(Protocol):
+    """Where work on single records runs; see `rode.data.unifood.engines`."""
+
+    def map(
+        self, function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Any, list[str]]]
+    ) -> Iterator[tuple[Any, list[str]]]:
+        """`function` over the lines of each part, in processes; results as they come, with the part's key."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's `run(stage) -> report` is given.
+
+    It reads `source`, writes `output` (aside, then renamed) and whatever else it leaves in `folder`, and returns
+    JSON-able numbers about what it did. It can be killed at any time and called again: what is whole in `folder` is
+    used, and the result is the same as that of an undisturbed run.
+
+    Attributes:
+        name: of the stage.
+        folder: its own; it exists.
+        source: records of the stage before; None for the first.
+        settings: of the whole build.
+        engine: for work on single records.
+        progress: show bars.
+        dry_run: say what would be done and what it would cost, and change nothing.
+    """
+
+    name: str
+    folder: Path
+    source: Path | None
+    settings: Any
+    engine: Engine
+    progress: bool = True
+    dry_run: bool = False
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "records.jsonl"
+
+    def records(self) -> Iterator[FoodRecord]:
+        """The records of the stage before, their images absolute."""
+        if self.source is None:
+            raise ValueError(f"stage {self.name}: no stage before it")
+        return read_records(self.source)
+
+    def in_parts(
+        self, name: str, function: Callable[[list[str]], list[str]], lines: Iterable[str], part: int = PART
+    ) -> Iterator[str]:
+        """`function` over `lines`, `part` of them at a time, each part kept on disk once it is done.
+
+        Args:
+            name: of the folder in which parts are kept; `drop_parts(name)` removes them when their result is written.
+            function: from lines to as many lines or any other number; runs in other processes, so a module's own
+                function or a `functools.partial` of one. The same lines must give the same result.
+            lines: the same ones at every call, none holding a line break.
+            part: lines of a part.
+
+        Returns:
+            All results in order, without line breaks.
+        """
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+
+        def path(number: int) -> Path:
+            return folder / f"{number:06d}.jsonl"
+
+        total = 0
+
+        def missing() -> Iterator[tuple[int, list[str]]]:
+            nonlocal total
+            rows = iter(lines)
+            while chunk := list(itertools.islice(rows, part)):
+                if not path(total).exists():
+                    yield total, chunk
+                total += 1
+
+        for number, rows in self.engine.map(function, missing()):
+            with replacing(path(number)) as out:
+                out.writelines(f"{row}\n" for row in rows)
+        for number in range(total):
+            with path(number).open(encoding="utf-8", newline="\n") as rows:
+                for row in rows:
+                    yield row.rstrip("\n")
+
+    def drop_parts(self, name: str) -> None:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Aside, then renamed; keys in their order."""
+    with replacing(path) as out:
+        json.dump(value, out, ensure_ascii=False, indent=1)
+        out.write("\n")
