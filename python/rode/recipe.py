@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from rode.data.mixture import Source
-from rode.settings import SettingsError, build, did_you_mean
+from rode.settings import SettingsError, build, did_you_mean, override
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -267,34 +267,6 @@ def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _override(values: dict[str, Any], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override {assignment!r}: expected key.sub=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {assignment!r}: {text!r} is not YAML") from error
-    *path, last = key.split(".")
-    node: Any = values
-
-    def index(part: str) -> Any:
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise RecipeError(f"override {assignment!r}: {part!r} is no index into a list of {len(node)}")
-            return int(part)
-        if not isinstance(node, dict):
-            raise RecipeError(f"override {assignment!r}: {part!r} is inside {node!r}, which is no mapping")
-        return part
-
-    for part in path:
-        at = index(part)
-        if isinstance(node, dict) and node.get(at) is None:
-            node[at] = {}
-        node = node[at]
-    node[index(last)] = value
-
-
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
@@ -356,7 +328,7 @@ def load_recipe(
     values = recipe_values(path, base=base)
     try:
         for assignment in overrides:
-            _override(values, assignment)
+            override(values, assignment)
         return recipe_from_dict(values)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error

@@ -9,6 +9,8 @@ import typing
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
+
 
 class SettingsError(ValueError):
     """Settings that cannot be used. One line: which key, what it got, what was wanted."""
@@ -75,3 +77,34 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         if f.name not in values and f.default is f.default_factory:  # both MISSING: required
             raise SettingsError(f"{prefix}{f.name}: missing; expected {_describe(hints[f.name])}")
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def override(values: dict[str, Any], assignment: str) -> None:
+    """Applies "key.sub=value" to plain values in place; the value is YAML. Raises SettingsError."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"override {assignment!r}: expected key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"override {assignment!r}: {text!r} is not YAML") from error
+    *path, last = key.split(".")
+    node: Any = values
+
+    def index(part: str) -> Any:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise SettingsError(
+                    f"override {assignment!r}: {part!r} is no index into a list of {len(node)}"
+                )
+            return int(part)
+        if not isinstance(node, dict):
+            raise SettingsError(f"override {assignment!r}: {part!r} is inside {node!r}, which is no mapping")
+        return part
+
+    for part in path:
+        at = index(part)
+        if isinstance(node, dict) and node.get(at) is None:
+            node[at] = {}
+        node = node[at]
+    node[index(last)] = value

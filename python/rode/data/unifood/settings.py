@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rode.data.unifood.golden.settings import GoldenSettings
 from rode.data.unifood.label.settings import LabelSettings
@@ -18,26 +18,41 @@ class SourceSettings:
     """A key of `rode.data.readers.READERS`."""
     path: str
     """Its folder (a file for kind `records`)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the reader: `images_per_recipe: 3`, say."""
 
 
 @dataclass
 class SelectSettings:
     size: int = 100_000
     """Records of all splits together; fewer where the sources have fewer."""
-    images_per_recipe: int = 1
     near_duplicate_bits: int = 4
     """Pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture."""
     on_bad_image: Literal["skip", "error"] = "skip"
     min_ingredients: int = 2
     max_ingredients: int = 19
+    split_fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
+    """For sources without splits: a hash of the id decides."""
     seed: int = 0
 
 
 @dataclass
 class CategorySettings:
-    size: int = 100
-    """Categories to find; what fits none is `other`."""
+    """For records whose source states no category; found in the titles of the training split."""
+
+    size: int = 300
+    """Categories to find at most; a title that fits none gives its record no category."""
     min_count: int = 10
+    """Titles that a category must have."""
+
+
+@dataclass
+class AggregateSettings:
+    micronutrient_coverage: float = 0.9
+    """A micronutrient's sum is kept where the ingredients that state it have this share of the dish's mass."""
+    min_mass: float = 10.0
+    """Grams of a dish; below, or above `max_mass`, its label is no plate or recipe of food."""
+    max_mass: float = 20_000.0
 
 
 @dataclass
@@ -50,5 +65,6 @@ class UnifoodSettings:
     select: SelectSettings = field(default_factory=SelectSettings)
     categorise: CategorySettings = field(default_factory=CategorySettings)
     label: LabelSettings = field(default_factory=LabelSettings)
+    aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     golden: GoldenSettings = field(default_factory=GoldenSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rode.data.records import FoodRecord, read_records
 from rode.files import replacing
 
-PART = 500
+PART = 200
 """Lines of one part: what a killed stage does again at most, for each worker."""
 
 
@@ -44,6 +44,7 @@ class Stage:
         engine: for work on single records.
         progress: show bars.
         dry_run: say what would be done and what it would cost, and change nothing.
+        key: of what the stage's result depends on, its settings and its input; parts under another key are not used.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Stage:
     engine: Engine
     progress: bool = True
     dry_run: bool = False
+    key: str = ""
 
     @property
     def output(self) -> Path:
@@ -79,7 +81,7 @@ class Stage:
         Returns:
             All results in order, without line breaks.
         """
-        folder = self.folder / name
+        folder = self._parts(name)
         folder.mkdir(exist_ok=True)
 
         def path(number: int) -> Path:
@@ -104,7 +106,12 @@ class Stage:
                     yield row.rstrip("\n")
 
     def drop_parts(self, name: str) -> None:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        """Removes the parts of `name`, those of other keys as well."""
+        for folder in self.folder.glob(f"{name}.*.parts"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _parts(self, name: str) -> Path:
+        return self.folder / f"{name}.{self.key[:16]}.parts"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

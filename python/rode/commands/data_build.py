@@ -1,0 +1,58 @@
+"""`rode data build-unifood`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Build Uni-Food, or a data set like it, from sources of your own: select, categorise, label nutrition with a vision model,
+sum it up, check the test split against the USDA's tables, write shards and statistics. A run that was stopped, in whatever
+way, goes on where it was; what is done and has not changed is not done again.
+
+examples:
+  rode data build-unifood recipes/unifood-build.yaml data/unifood --stage select --stage categorise
+  rode data build-unifood recipes/unifood-build.yaml data/unifood --dry-run      what labelling would cost
+  rode data build-unifood recipes/unifood-build.yaml data/unifood label.budget=50
+"""
+
+
+def add_parser(data: Any, **options: Any) -> None:
+    """Adds the command to the sub-parsers of `rode data`."""
+    from rode.commands.options import positive
+    from rode.data.unifood.build import STAGES
+    from rode.data.unifood.engines import ENGINES
+
+    sub = data.add_parser(
+        "build-unifood",
+        help="build a labelled data set from sources of your own",
+        description=DESCRIPTION,
+        formatter_class=options["formatter_class"],
+        parents=options["parents"],
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("settings", metavar="YAML", help="what to build from and how")
+    sub.add_argument("out", metavar="DIR", help="folder of the build")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as YAML: select.size=500")
+    sub.add_argument("--stage", action="append", choices=STAGES, metavar="NAME", help=f"only this one: {', '.join(STAGES)}")
+    sub.add_argument("--engine", choices=ENGINES, default="local", help="for work on single records (default local)")
+    sub.add_argument("--workers", type=positive, metavar="N", help="processes or Ray tasks (default: the processors)")
+    sub.add_argument("--redo", action="store_true", help="run stages that are done; answers and decisions are kept")
+    sub.add_argument("--dry-run", action="store_true", help="say what labelling would cost, send nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rode.data.unifood.build import STAGES, build_unifood, load_settings
+    from rode.data.unifood.engines import make_engine
+
+    build_unifood(
+        load_settings(args.settings, args.overrides),
+        args.out,
+        engine=make_engine(args.engine, args.workers),
+        stages=args.stage or STAGES,
+        redo=args.redo,
+        dry_run=args.dry_run,
+        progress=not args.quiet,
+        tell=lambda result: print(result, flush=True),
+    )
+    return 0

@@ -1,0 +1,224 @@
+"""The builder: stages one after another, each in its own folder, each resumable and repeatable alone.
+
+A finished stage leaves `done.json` with a key of what its result depends on: its own settings and the bytes of its
+input. A stage whose key has not changed is not run again; one whose key has changed is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rode.data.records import read_records, write_records
+from rode.data.unifood.settings import UnifoodSettings
+from rode.data.unifood.stage import Engine, Stage, write_json
+from rode.settings import SettingsError, build, override
+
+_SETTINGS = {
+    "select": ("sources", "name", "select", "categorise"),
+    "categorise": ("categorise",),
+    "label": ("label",),
+    "aggregate": ("aggregate",),
+    "golden": ("golden",),
+    "shard": ("shard",),
+    "statistics": (),
+}
+"""Stage -> the parts of the settings that its result depends on, in the order in which stages run."""
+STAGES = tuple(_SETTINGS)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage: `report` is what it counted; `fresh` is False where it was done already."""
+
+    name: str
+    report: dict[str, Any]
+    fresh: bool
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{name.replace('_', ' ')} {_show(value)}" for name, value in self.report.items())
+        return f"{self.name}: {'' if self.fresh else 'done already; '}{text}"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + (", ".join(f"{_show(v)} {k}" for k, v in value.items()) or "none") + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def load_settings(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> UnifoodSettings:
+    """Settings from a YAML file.
+
+    Args:
+        path: the file; paths in it are relative to the working directory.
+        overrides: "select.size=500", "label.model=...": values as YAML.
+
+    Raises:
+        FileNotFoundError; SettingsError for unknown keys, wrong types and impossible values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such settings")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    try:
+        for assignment in overrides:
+            override(values, assignment)
+        return build(UnifoodSettings, values)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def build_unifood(
+    settings: UnifoodSettings,
+    out: str | os.PathLike[str],
+    *,
+    engine: Engine,
+    stages: Sequence[str] = STAGES,
+    redo: bool = False,
+    dry_run: bool = False,
+    progress: bool = True,
+    tell: Callable[[StageResult], None] = lambda result: None,
+) -> list[StageResult]:
+    """Runs the stages that are not done; a call after a crash goes on where it was.
+
+    Args:
+        settings: of the whole build.
+        out: the build's folder, one below it for each stage; `records.jsonl` in it is what golden leaves.
+        engine: where work on single records runs; the bytes do not depend on it.
+        stages: which to run, in the builder's order; those before them must be done.
+        redo: run them although they are done.
+        dry_run: only say what the label stage would cost; nothing is written or sent.
+        progress: show bars.
+        tell: called after each stage.
+
+    Raises:
+        ValueError: an unknown stage, a stage whose input is missing, another build at work in `out`.
+        OSError, SettingsError, RecordError, ImageError: what the stage cannot go on with.
+    """
+    for name in stages:
+        if name not in STAGES:
+            raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {name!r}")
+    out = Path(out)
+    results = []
+    with _alone(out):
+        for name in STAGES:
+            if name not in stages or (dry_run and name != "label"):
+                continue
+            results.append(_run(settings, out, name, engine, redo, dry_run, progress))
+            tell(results[-1])
+    return results
+
+
+def _run(
+    settings: UnifoodSettings, out: Path, name: str, engine: Engine, redo: bool, dry_run: bool, progress: bool
+) -> StageResult:
+    before = STAGES[: STAGES.index(name)]
+    source = out / before[-1] / "records.jsonl" if before else None
+    if source is not None and not (source.parent / "done.json").is_file():
+        raise ValueError(
+            f"stage {name}: reads what stage {before[-1]} writes to {source}, which is not done; run it first"
+        )
+    if source is not None:
+        _check_fresh(settings, out, before[-1], name)
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    done = folder / "done.json"
+    key = _key(settings, name, out, source)
+    if done.is_file() and not (redo or dry_run):
+        earlier = json.loads(done.read_text(encoding="utf-8"))
+        if earlier["key"] == key:
+            return StageResult(name, earlier["report"], fresh=False)
+    if not dry_run:
+        done.unlink(missing_ok=True)  # from now on its files belong to no finished run
+        if redo:
+            _empty(folder, keep=_KEPT.get(name, ""))
+    stage = Stage(name, folder, source, settings, engine, progress, dry_run, key)
+    report = import_module(f"rode.data.unifood.{_MODULES.get(name, name)}").run(stage)
+    if not dry_run and report.pop("finished", True):
+        if name == "golden":  # what later stages write is the same in another form
+            write_records(out / "records.jsonl", read_records(stage.output))
+        write_json(done, {"key": key, "report": report})
+    return StageResult(name, report, fresh=True)
+
+
+_MODULES = {"label": "label.run", "golden": "golden.run"}
+_DECISIONS = "decisions.json"
+_KEPT = {"label": "ledger", "golden": _DECISIONS}
+"""What --redo leaves: answers that were paid for, and a person's decisions."""
+
+
+def _empty(folder: Path, keep: str) -> None:
+    for path in folder.iterdir():
+        if keep and path.name.startswith(keep):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_fresh(settings: UnifoodSettings, out: Path, name: str, wanted_by: str) -> None:
+    """The stage before must have run with these settings, and so on to the first."""
+    before = STAGES[: STAGES.index(name)]
+    source = out / before[-1] / "records.jsonl" if before else None
+    done = out / name / "done.json"
+    if not done.is_file() or json.loads(done.read_text(encoding="utf-8"))["key"] != _key(
+        settings, name, out, source
+    ):
+        raise ValueError(
+            f"stage {wanted_by}: settings or input of stage {name} have changed since it ran; run it again first"
+        )
+    if source is not None:
+        _check_fresh(settings, out, before[-1], wanted_by)
+
+
+def _key(settings: UnifoodSettings, name: str, out: Path, source: Path | None) -> str:
+    values = {part: _plain(getattr(settings, part)) for part in _SETTINGS[name]}
+    digest = hashlib.sha256(json.dumps([name, values], sort_keys=True).encode())
+    for path in (source, out / name / _DECISIONS):
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Two builds in one folder would overwrite each other's parts; the lock goes with the process that holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a+") as lock:
+        try:
+            import fcntl
+        except ImportError:  # Windows: nothing there says which process has gone
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{out}: another build is at work there; wait for it, or choose another folder"
+            ) from None
+        yield
