@@ -34,10 +34,18 @@ def add_parser(data: Any, **options: Any) -> None:
     sub.add_argument("settings", metavar="YAML", help="what to build from and how")
     sub.add_argument("out", metavar="DIR", help="folder of the build")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as YAML: select.size=500")
-    sub.add_argument("--stage", action="append", choices=STAGES, metavar="NAME", help=f"only this one: {', '.join(STAGES)}")
-    sub.add_argument("--engine", choices=ENGINES, default="local", help="for work on single records (default local)")
-    sub.add_argument("--workers", type=positive, metavar="N", help="processes or Ray tasks (default: the processors)")
-    sub.add_argument("--redo", action="store_true", help="run stages that are done; answers and decisions are kept")
+    sub.add_argument(
+        "--stage", action="append", choices=STAGES, metavar="NAME", help=f"only this one: {', '.join(STAGES)}"
+    )
+    sub.add_argument(
+        "--engine", choices=ENGINES, default="local", help="for work on single records (default local)"
+    )
+    sub.add_argument(
+        "--workers", type=positive, metavar="N", help="processes or Ray tasks (default: the processors)"
+    )
+    sub.add_argument(
+        "--redo", action="store_true", help="run stages that are done; answers and decisions are kept"
+    )
     sub.add_argument("--dry-run", action="store_true", help="say what labelling would cost, send nothing")
 
 

@@ -6,6 +6,11 @@ its memory does not grow with the records, except for what it must know of each 
 """
 
 from rode.data.readers import food_photos, nutrition5k
+from rode.data.records import read_records
 
-READERS = {"food-photos": food_photos.read, "nutrition5k-jsonl": nutrition5k.read_jsonl}
+READERS = {
+    "records": lambda source, log: read_records(source),
+    "food-photos": food_photos.read,
+    "nutrition5k-jsonl": nutrition5k.read_jsonl,
+}
 """Kind, as `rode data convert` takes it, -> reader."""

@@ -7,6 +7,7 @@ that a stage writes do not depend on the engine or the number of workers.
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import threading
@@ -126,6 +127,7 @@ def start_ray(workers: int) -> Any:
         import ray.data
     except ImportError as error:
         raise ImportError("--engine ray: Ray Data is not installed: pip install 'rode[ray]'") from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # a plan and its end for every window of parts
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         here = {} if address else {"num_cpus": workers, "include_dashboard": False}

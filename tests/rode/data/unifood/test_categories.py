@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from rode.data.unifood.categories import Categories, head
 
-TITLES = (
-    ["Chocolate Chip Cookies", "Oatmeal cookies (easy!)", "Sugar Cookie", "Ginger cookies with icing", "Best Cookies"]
-    + ["Apple Pie", "Grandma's apple pie recipe", "Apple pies for a crowd", "Pecan pie", "Peach pie"]
-    + ["Apple pie ice cream", "Vanilla ice cream", "Soup of the day"]
-    + ["Macaroni and cheese", "Baked macaroni and cheese", "Macaroni and Cheese II"]
-)
+TITLES = [
+    "Chocolate Chip Cookies", "Oatmeal cookies (easy!)", "Sugar Cookie", "Ginger cookies with icing", "Best Cookies",
+    "Apple Pie", "Grandma's apple pie recipe", "Apple pies for a crowd", "Pecan pie", "Peach pie",
+    "Apple pie ice cream", "Vanilla ice cream", "Soup of the day",
+    "Macaroni and cheese", "Baked macaroni and cheese", "Macaroni and Cheese II",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,11 @@ def test_pairs_where_they_are_frequent_else_the_last_word() -> None:
 
 
 def test_the_most_frequent_are_kept_and_names_break_ties() -> None:
-    assert list(Categories.fit(TITLES, size=3, min_count=2).names) == ["cooki", "apple pie", "macaroni and chees"]
+    assert list(Categories.fit(TITLES, size=3, min_count=2).names) == [
+        "cooki",
+        "apple pie",
+        "macaroni and chees",
+    ]
     assert list(Categories.fit(["b soup", "a stew"], size=1, min_count=1).names) == ["a stew"]
 
 
@@ -72,4 +76,6 @@ def test_the_order_of_titles_does_not_matter(titles: list[str], random: object) 
     found = Categories.fit(titles, 5, 2)
     assert Categories.fit(shuffled, 5, 2) == found
     of = [found.of(title) for title in titles]
-    assert all(of.count(name) >= 2 for name in found.names.values()), "a category of fewer titles than asked for"
+    assert all(of.count(name) >= 2 for name in found.names.values()), (
+        "a category of fewer titles than asked for"
+    )

@@ -9,7 +9,9 @@ from rode.data.unifood import near
 from rode.data.unifood.near import near_any
 
 # few bits set, so that near ones are common
-words = st.lists(st.lists(st.integers(0, 63), max_size=5).map(lambda bits: sum(1 << b for b in set(bits))), max_size=12)
+words = st.lists(
+    st.lists(st.integers(0, 63), max_size=5).map(lambda bits: sum(1 << b for b in set(bits))), max_size=12
+)
 
 
 def by_hand(hashes: np.ndarray, others: np.ndarray, bits: int) -> list[int]:
