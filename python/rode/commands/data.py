@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rode.commands import data_build
+
 DESCRIPTION = """\
 Turn published data sets into records (docs/records.md).
 
@@ -33,6 +35,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     for split, share in DEFAULT_FRACTIONS.items():
         sub.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help=f"default {share}")
     sub.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
+    data_build.add_parser(data, **options)
 
 
 def run(args: argparse.Namespace) -> int:

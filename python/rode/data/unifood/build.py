@@ -117,6 +117,8 @@ def build_unifood(
     out = Path(out)
     results = []
     with _alone(out):
+        for left in out.rglob(".*.tmp"):  # of a build that was killed: nobody else writes here now
+            left.unlink()
         for name in STAGES:
             if name not in stages or (dry_run and name != "label"):
                 continue

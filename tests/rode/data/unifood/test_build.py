@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from killed import kill_everywhere
+from made_up_dishes import dishes
+from rode.cli import main
+from rode.data.records import read_records
+from rode.data.unifood import stage as stage_module
+from rode.data.unifood.build import build_unifood, load_settings
+from rode.data.unifood.engines import LocalEngine
+from rode.settings import SettingsError
+
+from .conftest import small_settings
+
+FIRST = ("select", "categorise")
+
+
+def build(settings: Any, out: Path, *stages: str, **options: Any) -> list[Any]:
+    return build_unifood(
+        settings, out, engine=LocalEngine(), stages=stages or FIRST, progress=False, **options
+    )
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    source = dishes(tmp_path / "in", 12)
+    settings = small_settings(source, size=8)
+    out = tmp_path / "out"
+    first = build(settings, out)
+    assert [(result.name, result.fresh) for result in first] == [("select", True), ("categorise", True)]
+    before = snapshot(out)
+    again = build(settings, out)
+    assert [(result.name, result.fresh) for result in again] == [("select", False), ("categorise", False)]
+    assert [result.report for result in again] == [result.report for result in first]
+    assert snapshot(out) == before
+    settings.golden.tolerance = 0.5  # of a later stage
+    assert not any(result.fresh for result in build(settings, out))
+    settings.select.size = 6
+    assert all(result.fresh for result in build(settings, out))
+    assert len(list(read_records(out / "categorise" / "records.jsonl"))) == 6
+    assert all(result.fresh for result in build(settings, out, redo=True))
+
+
+def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
+    settings = small_settings(dishes(tmp_path / "in", 8))
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError,
+        match=r"stage categorise: reads what stage select writes to .*, which is not done; run it first",
+    ):
+        build(settings, out, "categorise")
+    build(settings, out, "select")
+    build(settings, out, "categorise")
+    settings.select.size = 4
+    with pytest.raises(
+        ValueError, match="stage categorise: settings or input of stage select have changed since it ran"
+    ):
+        build(settings, out, "categorise")
+    with pytest.raises(
+        ValueError, match=r"stage: expected one of select, categorise, label, .*, got 'lable'"
+    ):
+        build(settings, out, "lable")
+
+
+def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another build is at work there"):
+            build(small_settings(), out)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_killed_at_every_point_the_first_stages_end_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module.Stage.in_parts, "__defaults__", (3,))
+    source = dishes(tmp_path / "in", 16)
+    shutil.copy(tmp_path / "in" / "images" / "00003.jpg", tmp_path / "in" / "images" / "00000.jpg")
+    settings = small_settings(source, size=10)
+    build(settings, tmp_path / "whole")
+    whole = snapshot(tmp_path / "whole")
+    out = tmp_path / "out"
+
+    def check() -> None:
+        assert snapshot(out) == whole
+
+    points = kill_everywhere(
+        lambda: build(settings, out), lambda: shutil.rmtree(out, ignore_errors=True), check
+    )
+    assert points >= 2 * 12
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = dishes(tmp_path / "in", 12)
+    settings = tmp_path / "build.yaml"
+    settings.write_text(f"sources: [{{kind: records, path: {source}}}]\ncategorise: {{min_count: 2}}\n")
+    command = ["data", "build-unifood", str(settings), str(tmp_path / "out"), "--quiet", "--workers", "1"]
+    assert main([*command, "--stage", "select", "select.size=8", "--stage", "categorise"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("select: read 12, left out (none), candidates 12, pictures checked 8,")
+    assert out[1].startswith("categorise: records 8, stated 0, from title ")
+    assert main([*command, "--stage", "select", "select.sizes=8"]) == 1
+    assert "select.sizes: no such key; did you mean size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sources: []\nselct: {}\n", "selct: no such key; did you mean select"),
+        ("name: a\n", "sources: missing; expected a list of a mapping"),
+        ("- a\n", "expected a mapping at the top, got list"),
+        ("a: [\n", "not YAML"),
+    ],
+)
+def test_settings_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no such settings"):
+        load_settings(tmp_path / "none.yaml")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a forked process")
+@pytest.mark.parametrize("most", [0, 100, 1500])
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, most: int) -> None:
+    settings = small_settings(dishes(tmp_path / "in", 16), size=10)
+    build(settings, tmp_path / "whole")
+    out, said = tmp_path / "out", tmp_path / "said"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # a file can grow so far and no further, as on a disk that is full
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+            build(settings, out)
+            message = "no error"
+        except OSError as error:
+            message = str(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        said.write_text(message)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert said.read_text().startswith("[Errno 27] File too large: ")
+    assert str(out) in said.read_text()
+    assert not list(out.rglob("*.tmp"))
+    build(settings, out)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
