@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 
 from PIL import Image, ImageOps
 
+from rode.data.images import check_pixels
+
 
 class HasImage(Protocol):
     """What is needed of an example here (`rode.data.Example` has it)."""
@@ -25,12 +27,14 @@ def open_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: the file is no picture that Pillow knows, or is cut short.
+        OSError: the file is no picture that Pillow knows, is cut short, or has more pixels than
+            `rode.data.images.MAX_PIXELS`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
+            check_pixels(image)
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
