@@ -46,7 +46,10 @@ def texts_of(value: Any, field: str) -> list[str | None]:
         return []
     if not isinstance(value, list):
         raise Broken(f"{field} that are no list", shown(value))
-    return [text_of(item.get("text") if isinstance(item, dict) else item, field) for item in value]
+    return [
+        text_of(item.get("text") if isinstance(item, dict) else item, f"an entry of {field}")
+        for item in value
+    ]
 
 
 def number_of(value: Any, field: str) -> float:

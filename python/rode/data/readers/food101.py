@@ -44,9 +44,7 @@ def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
 
 
 def _json(path: Path) -> Iterator[Listed]:
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        pictures = [str(picture) for name in listed for picture in listed[name]]
-    except (ValueError, TypeError) as error:
-        raise RecordError(f"{path}: expected an object of lists, got {shown(error)}") from None
-    return iter([(1, picture) for picture in pictures])
+    listed = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(listed, dict) or not all(isinstance(names, list) for names in listed.values()):
+        raise RecordError(f"{path}: expected an object of lists, got {shown(listed)}")
+    return iter([(1, str(picture)) for names in listed.values() for picture in names])

@@ -87,43 +87,44 @@ class _Scanner:
             )
         self.at += 1
         after_entry = False
-        while (character := self.skip_space()) != "]":
+        while True:
+            character = self.skip_space()
             if after_entry and character == ",":
                 self.at += 1
-                character = self.skip_space()
+                character, after_entry = self.skip_space(), False
                 if character == "]":
                     self.broken("invalid JSON", "a comma without an entry")
-                    break
-            elif after_entry and character:
+            if character == "]":
+                self.at += 1
+                if not self.skip_space():
+                    return
+                # the bracket may be that of a list in an entry whose beginning is lost
+                self.broken("invalid JSON", "text after the end of the array")
+            elif not character:
+                self.broken("a file cut short", "the array is not closed")
+                return
+            elif after_entry:
                 self.broken(
                     "invalid JSON", f"no comma between entries, but {self.shown(self.at, self.at + 20)!r}"
                 )
-                if character != "{" and not self.find_entry():
-                    return
-                after_entry = False
-                continue
-            if not character:
-                self.broken("a file cut short", "the array is not closed")
+                if character == "{":
+                    after_entry = False
+                    continue
+            else:
+                try:
+                    value, end = self.scan()
+                except (ValueError, RecursionError) as error:
+                    self.broken("invalid JSON", getattr(error, "msg", None) or str(error))
+                    self.at += 1  # else its own beginning would be found
+                else:
+                    entry = self.checked(value, end)
+                    self.at, after_entry = end, True
+                    if entry is not None:
+                        yield entry
+                    continue
+            if not self.find_entry():
                 return
-            try:
-                value, end = self.scan()
-            except (ValueError, RecursionError) as error:
-                self.broken(
-                    "invalid JSON", error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                )
-                self.at += 1  # else its own beginning would be found
-                if not self.find_entry():
-                    return
-                after_entry = False
-                continue
-            entry = self.checked(value, end)
-            self.at = end
-            after_entry = True
-            if entry is not None:
-                yield entry
-        self.at += 1
-        if self.skip_space():
-            self.broken("invalid JSON", "text after the end of the array")
+            after_entry = False
 
     def more(self) -> bool:
         """Drops what is done from the window and lengthens the rest, by no less than its own length: so that an entry of

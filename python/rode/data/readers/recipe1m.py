@@ -93,7 +93,8 @@ def _ingredients(lines: list[str | None], names: list[str | None]) -> Iterator[I
         if found is not None and name is None:
             yield found
         elif found is not None:
-            yield Ingredient(name, found.amount, found.unit, found.mass, text=line)  # ten million times: not replace()
+            # ten million times: not replace()
+            yield Ingredient(name, found.amount, found.unit, found.mass, text=line)
         elif name is not None and line is not None:
             yield Ingredient(name, text=line)
 
