@@ -63,6 +63,20 @@ def of_plot(command: Parser) -> None:
     command.add_argument("--out", default=".", metavar="FOLDER", help="for the SVG files; default: here")
 
 
+def of_data(command: Parser) -> None:
+    command.add_argument(
+        "--recipes",
+        nargs="+",
+        type=count,
+        default=[100_000, 1_000_000],
+        metavar="N",
+        help="default: 100000 1000000",
+    )
+    command.add_argument(
+        "--folder", metavar="DIR", help="for the made-up data, which is removed; default: /tmp"
+    )
+
+
 class Benchmark(NamedTuple):
     """What a name stands for.
 
@@ -118,6 +132,9 @@ BENCHMARKS = {
         "presets",
         (rounds(20), to_json),
         lambda m, o: m.main(o.json, o.rounds),
+    ),
+    "data": Benchmark(
+        "time and memory of reading a made-up Recipe1M", "data", (of_data, to_json), lambda m, o: m.main(o)
     ),
     "traffic": Benchmark(
         "bytes that the GPU kernels move; counted", "traffic", (to_json,), lambda m, o: m.main(o.json)

@@ -8,11 +8,14 @@ from typing import Any
 from rode.commands import data_build
 
 DESCRIPTION = """\
-Turn published data sets into records (docs/records.md).
+Turn published data sets into records (docs/records.md), and look into them first (docs/sources.md).
 
-example:
-  rode data convert food-photos PHOTOS_DIR records.jsonl --on-bad-image skip
+examples:
+  rode data inspect RECIPE1M_DIR --images all
+  rode data convert recipe1m RECIPE1M_DIR records.jsonl --images-per-recipe 3 --on-bad-image skip
 """
+
+MODULES = (data_build,)
 
 
 def add_parser(commands: Any, **options: Any) -> None:
@@ -23,33 +26,125 @@ def add_parser(commands: Any, **options: Any) -> None:
         formatter_class=options["formatter_class"],
     )
     data = sub.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    _add_convert(data, options)
+    _add_inspect(data, options)
+    for module in MODULES:
+        module.add_parser(data, **options)
+
+
+def _kinds() -> str:
+    from rode.data.readers import READERS
+
+    return "kinds:\n" + "\n".join(f"  {kind:18} {reader.about}" for kind, reader in READERS.items())
+
+
+def _add_convert(data: Any, options: Any) -> None:
     from rode.data.convert import DEFAULT_FRACTIONS
     from rode.data.readers import READERS
 
-    sub = data.add_parser("convert", help="write a JSONL file of records", parents=options["parents"])
-    sub.set_defaults(run=run)
-    sub.add_argument("kind", choices=sorted(READERS), help="layout of the data")
-    sub.add_argument("source", metavar="DIR", help="folder of the data")
+    sub = data.add_parser(
+        "convert",
+        help="write a JSONL file of records",
+        parents=options["parents"],
+        epilog=_kinds(),
+        formatter_class=options["formatter_class"],
+    )
+    sub.set_defaults(run=run_convert)
+    sub.add_argument("kind", choices=sorted(READERS), metavar="KIND", help="layout of the data, see below")
+    sub.add_argument("source", metavar="SOURCE", help="folder of the data; the file for kind records")
     sub.add_argument("out", metavar="JSONL", help="file to write")
     sub.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="default error")
+    sub.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first broken entry instead of leaving it out and counting it",
+    )
     for split, share in DEFAULT_FRACTIONS.items():
         sub.add_argument(f"--{split}", type=float, default=share, metavar="SHARE", help=f"default {share}")
     sub.add_argument("--seed", type=int, default=0, help="of the split (default 0)")
-    data_build.add_parser(data, **options)
+    _add_reader_options(sub)
 
 
-def run(args: argparse.Namespace) -> int:
+def _add_inspect(data: Any, options: Any) -> None:
+    from rode.data.readers import READERS
+
+    sub = data.add_parser(
+        "inspect",
+        help="count what is in a source, show samples, list what is broken",
+        parents=options["parents"],
+        epilog=_kinds(),
+        formatter_class=options["formatter_class"],
+    )
+    sub.set_defaults(run=run_inspect)
+    sub.add_argument("source", metavar="SOURCE", help="folder of the data, or a file of records")
+    sub.add_argument("--kind", choices=sorted(READERS), metavar="KIND", help="default: by the files there")
+    sub.add_argument("--samples", type=int, default=3, metavar="N", help="records to show (default 3)")
+    sub.add_argument(
+        "--images", type=_images, default=100, metavar="N|all", help="pictures to decode (default 100)"
+    )
+    sub.add_argument("--json", metavar="FILE", help="also write what was found there")
+    sub.add_argument(
+        "--strict", action="store_true", help="exit with 1 if an entry is broken or a decoded picture is bad"
+    )
+    _add_reader_options(sub)
+
+
+def _images(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number or all, got {text!r}")
+    return int(text)
+
+
+def _add_reader_options(sub: Any) -> None:
+    from rode.data.readers import OPTIONS, READERS
+
+    for name, option in OPTIONS.items():
+        kinds = ", ".join(kind for kind, reader in READERS.items() if name in reader.options)
+        flag, about = f"--{name.replace('_', '-')}", f"{option.about} ({kinds})"
+        # absent unless given, so that a kind that does not take it can say so
+        if isinstance(option.default, bool):
+            sub.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
+        else:
+            sub.add_argument(
+                flag,
+                type=int,
+                default=argparse.SUPPRESS,
+                metavar="N",
+                help=f"{about}; default {option.default}",
+            )
+
+
+def _reader_options(args: argparse.Namespace) -> dict[str, Any]:
+    from rode.data.readers import OPTIONS
+
+    return {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
+
+
+def run_convert(args: argparse.Namespace) -> int:
     from rode.data.convert import DEFAULT_FRACTIONS, convert
 
     fractions = {split: getattr(args, split) for split in DEFAULT_FRACTIONS}
-    print(
-        convert(
-            args.kind,
-            args.source,
-            args.out,
-            fractions=fractions,
-            seed=args.seed,
-            on_bad_image=args.on_bad_image,
-        )
+    done = convert(
+        args.kind,
+        args.source,
+        args.out,
+        fractions=fractions,
+        seed=args.seed,
+        on_bad_image=args.on_bad_image,
+        strict=args.strict,
+        **_reader_options(args),
     )
+    print(done)
     return 0
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from rode.data.inspect import inspect, write_json
+
+    found = inspect(args.source, args.kind, samples=args.samples, images=args.images, **_reader_options(args))
+    print(found)
+    if args.json:
+        write_json(args.json, found)
+    return int(args.strict and not found.sound)

@@ -6,12 +6,12 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rode.data.images import ImageError, check_image
 from rode.data.mixture import hash_split
-from rode.data.readers import READERS
+from rode.data.readers import read_source
 from rode.data.readers.log import ReadLog
 from rode.data.records import FoodRecord, write_records
 
@@ -20,16 +20,19 @@ DEFAULT_FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: records by split, and how many were left out for which reason."""
+    """What `convert` did: records by split, how many were left out for which reason, and which doubts there are."""
 
     written: dict[str, int]
     left_out: dict[str, int]
+    noted: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         written = ", ".join(f"{count} {split}" for split, count in self.written.items())
         left_out = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.items())
         text = f"wrote {sum(self.written.values())} records ({written or 'none'})"
-        return f"{text}; left out {left_out}" if left_out else text
+        text = f"{text}; left out {left_out}" if left_out else text
+        noted = ", ".join(f"{count} x {reason}" for reason, count in self.noted.items())
+        return f"{text}; noted {noted}" if noted else text
 
 
 def convert(
@@ -41,6 +44,7 @@ def convert(
     seed: int = 0,
     on_bad_image: str = "error",
     strict: bool = False,
+    **options: bool | int,
 ) -> Conversion:
     """Reads data in a published layout and writes one JSONL file of records.
 
@@ -49,28 +53,26 @@ def convert(
 
     Args:
         kind: a key of `rode.data.readers.READERS`.
-        source: the data's folder.
+        source: the data's folder; the file for kind `records`.
         out: the JSONL file to write; its folder is made, an older file replaced.
         fractions, seed: of `hash_split`, for records without a split of their own.
         on_bad_image: "error", or "skip" to leave such records out and count them.
         strict: stop at the first entry that is broken; else it is left out and counted.
+        options: of the reader: `rode.data.readers.OPTIONS`.
 
     Raises:
-        ValueError: for an unknown kind, a source that is no folder, or `on_bad_image` of another value.
+        ValueError: for an unknown kind, a source that is not there, an option that the kind does not take, or
+            `on_bad_image` of another value.
         RecordError, ImageError: for data that cannot be used; names file or record.
     """
-    if kind not in READERS:
-        raise ValueError(f"kind: expected one of {', '.join(READERS)}, got {kind!r}")
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image: expected error or skip, got {on_bad_image!r}")
-    source = Path(source)
-    if not source.is_dir():
-        raise ValueError(f"source: {source} is not a folder")
     written: Counter[str] = Counter()
     log = ReadLog(strict=strict)
+    source_records = read_source(kind, source, log, **options)
 
     def records() -> Iterator[FoodRecord]:
-        for record in READERS[kind](source, log):
+        for record in source_records:
             try:
                 check_image(record)
             except ImageError:
@@ -84,4 +86,4 @@ def convert(
             yield record
 
     write_records(out, records())
-    return Conversion(dict(written), dict(log.counts))
+    return Conversion(dict(written), dict(log.counts), dict(log.notes))

@@ -1,49 +1,95 @@
-"""Is a record's picture there, and can it be decoded?"""
+"""Is a picture there, can it be decoded, and is it of a size that one may decode?"""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from rode.data.records import FoodRecord
 
+MAX_PIXELS = 64_000_000
+"""Pixels that a picture may have; more is taken for a decompression bomb: kilobytes on disk, gigabytes in memory."""
+
 
 class ImageError(ValueError):
-    """A picture that is missing or cannot be decoded. One line that names record and file."""
+    """A picture that is missing or cannot be decoded. One line that names the file, and the record where there is one."""
 
 
-def open_picture(path: str, who: str, smallest_side: int | None = None) -> Any:
-    """The decoded picture, a PIL image.
+def check_pixels(image: Any) -> None:
+    """Call it on what `PIL.Image.open` gives, which has read the header alone. Raises ImageError above `MAX_PIXELS`."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> Any:
+    """The whole picture as a PIL image: a file cut short passes a look at its header.
+
+    Its `format` is Pillow's name for it, "JPEG", and does not go by the file's suffix: a GIF named .jpg is a GIF.
 
     Args:
         path: of the file.
-        who: begins an error's message.
         smallest_side: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its sides keep so
             many pixels; all of its data is read still.
 
     Raises:
-        ImageError: naming `who`, the file and what is wrong with it.
+        ImageError: naming the file and what is wrong with it.
     """
     from PIL import Image, UnidentifiedImageError  # slow to import, and only needed here
 
     try:
         with Image.open(path) as image:
+            check_pixels(image)
             if smallest_side is not None:
                 image.draft("RGB", (smallest_side, smallest_side))
             image.load()
             return image
     except FileNotFoundError:
-        raise ImageError(f"{who}: image {path} is missing") from None
+        raise ImageError(f"image {path} is missing") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{who}: image {path} is not a picture that Pillow knows") from None
+        raise ImageError(f"image {path} is not a picture that Pillow knows") from None
     # Pillow's decoders raise many types for damaged data
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{who}: image {path} cannot be decoded: {error}") from None
+        raise ImageError(f"image {path} cannot be decoded: {error}") from None
+
+
+def open_image(path: str | os.PathLike[str]) -> Any:
+    """The picture in RGB, turned upright as its EXIF orientation says: a PIL image.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the file is no picture that Pillow knows, is cut short, or has more pixels than `MAX_PIXELS`.
+    """
+    from PIL import Image, ImageOps
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such picture")
+    try:
+        with Image.open(path) as image:
+            check_pixels(image)
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
+        raise OSError(f"{path}: not a readable picture ({error})") from error
 
 
 def check_image(record: FoodRecord) -> None:
-    """Decodes the whole picture: a file cut short passes a look at its header.
+    """`decode_picture` of the record's picture.
 
     Raises:
         ImageError: naming the record, the file and what is wrong with it.
     """
-    open_picture(record.image, f"record {record.id!r}")
+    try:
+        decode_picture(record.image)
+    except ImageError as error:
+        raise ImageError(f"record {record.id!r}: {error}") from None
+
+
+def wrong_suffix(path: str | os.PathLike[str], image_format: str) -> str | None:
+    """The format that the name's suffix promises, if it is another one than the file's; None if it fits or says nothing."""
+    from PIL import Image
+
+    promised = Image.registered_extensions().get(Path(path).suffix.lower())
+    # MPO is a JPEG with more pictures after it, as telephones write them
+    return promised if promised not in (None, "JPEG" if image_format == "MPO" else image_format) else None

@@ -103,6 +103,18 @@ def parse_ingredient_line(line: str) -> Ingredient | None:
     return Ingredient(name, amount, unit, _mass(amount, unit, asides, each=each))
 
 
+def parse_amount(text: str) -> float | None:
+    """The number at the beginning of "1 1/2", "2-3" (the middle) or "half a"; None if there is none."""
+    match = re.match(rf"\s*{_AMOUNT}", _plain(text), re.I)
+    return None if match is None else _number(match)
+
+
+def normalise_unit(text: str) -> str | None:
+    """ "Tablespoons" and "tbs." -> tbsp; a unit that is not known stays as it is, in lower case; None for no word."""
+    word = " ".join(text.lower().split()).rstrip(".")
+    return _UNITS.get(word, word) or None
+
+
 def _plain(line: str) -> str:
     line = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", line)  # a Markdown link is its text
     line = re.sub(r"([¼-¾⅐-⅞])", r" \1", line)  # 1½ is 1 1/2, not 11/2

@@ -59,17 +59,21 @@ def test_food_photos(tmp_path: Path) -> None:
         source="pdr",
         title="Leek",
         category="soup",
-        ingredients=(Ingredient("leeks", 300.0, "g", 300.0), Ingredient("onion", 1.0), Ingredient("salt")),
+        ingredients=(
+            Ingredient("leeks", 300.0, "g", 300.0, text="300g (2/3 lb) leeks"),
+            Ingredient("onion", 1.0, text="1 onion, diced"),
+            Ingredient("salt", text="Salt"),
+        ),
         instructions=("Boil the stock.", "Serve hot."),
         nutrition=None,  # the estimate's basis is unknown
         split="train",
     )
     assert shrimp.source == "htc"
     assert shrimp.ingredients == (
-        Ingredient("shrimp", 250.0, "g", 250.0),
-        Ingredient("scallion"),
-        Ingredient("ginger", 2.0, "slice"),
-        Ingredient("garlic"),
+        Ingredient("shrimp", 250.0, "g", 250.0, text="Shrimp 250g"),  # the line that says more
+        Ingredient("scallion", text="Scallion"),
+        Ingredient("ginger", 2.0, "slice", text="Ginger: 2 slices"),
+        Ingredient("garlic", text="Garlic (fresh, peeled)"),
     )
     # pictures below the file's folder are named relative to it
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["image"] == "in/images/leek.jpg"
@@ -96,11 +100,13 @@ def test_nutrition5k(tmp_path: Path) -> None:
     assert record.nutrition == nutrition
     assert record.ingredients == (Ingredient("beef", 49.0, "g", 49.0, nutrition),)
     (tmp_path / "dishes.jsonl").write_text(json.dumps(lines[0] | {"kcal": None}) + "\n")
-    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: not a dish"):
-        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl")
-    (tmp_path / "dishes.jsonl").write_text('{"dish_id": "d1"}\n')
-    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: mass_g: missing"):
-        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl")
+    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: kcal that is no number: None"):
+        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl", strict=True)
+    (tmp_path / "dishes.jsonl").write_text('{"dish_id": "d1", "ingredients": []}\n[]\n{}}\n')
+    with pytest.raises(RecordError, match=r"dishes\.jsonl:1: a field that is missing: mass_g"):
+        convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl", strict=True)
+    done = convert("nutrition5k-jsonl", tmp_path, tmp_path / "out.jsonl")
+    assert done.left_out == {"a field that is missing": 1, "a line that is no dish": 1, "invalid JSON": 1}
 
 
 def damage(path: Path, how: str) -> None:
@@ -134,7 +140,7 @@ def test_a_bad_image_names_its_record(tmp_path: Path, how: str, message: str) ->
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind: expected one of food-photos, nutrition5k-jsonl, got 'x'"):
+    with pytest.raises(ValueError, match=r"kind: expected one of recipe1m-plus, .*, records, got 'x'"):
         convert("x", tmp_path, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"source: .*absent is not a folder"):
         convert("food-photos", tmp_path / "absent", tmp_path / "out.jsonl")
@@ -142,8 +148,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         convert("food-photos", tmp_path, tmp_path / "out.jsonl", on_bad_image="ignore")
     source = photos(tmp_path / "in", recipe("a"))
     (source / "photos.json").write_text(json.dumps([recipe("a", title=None)]))
-    with pytest.raises(RecordError, match=r"photos\.json: entry 0: title: expected a str"):
-        convert("food-photos", source, tmp_path / "out.jsonl")
+    with pytest.raises(RecordError, match=r"photos\.json:1: no title: expected a str, got None"):
+        convert("food-photos", source, tmp_path / "out.jsonl", strict=True)
+    with pytest.raises(ValueError, match="foodlmm: kind food-photos does not take it; it takes no options"):
+        convert("food-photos", source, tmp_path / "out.jsonl", foodlmm=True)
+    with pytest.raises(ValueError, match="images_per_recipe: expected a whole number of at least 1, got 0"):
+        convert("recipe1m", source, tmp_path / "out.jsonl", images_per_recipe=0)
+    with pytest.raises(ValueError, match=r"source: .*in is not a file"):
+        convert("records", source, tmp_path / "out.jsonl")
 
 
 @pytest.mark.data

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.ingredient_lines import parse_ingredient_line
+from rode.data.ingredient_lines import normalise_unit, parse_amount, parse_ingredient_line
 
 LB, OZ = 453.59237, 28.349523125
 
@@ -71,3 +71,26 @@ def test_any_line_gives_a_usable_ingredient_or_none(line: str) -> None:
     if found is not None:
         assert found.name.strip() == found.name != ""
         assert found.amount is None or 0 <= found.amount < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("1 1/2", 1.5), ("1/4", 0.25), ("8", 8.0), ("2-3", 2.5), ("½", 0.5), ("1½", 1.5), ("half a", 0.5), ("", None), ("some", None)],
+)  # fmt: skip
+def test_amounts_alone(text: str, amount: float | None) -> None:
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "unit"),
+    [
+        ("Tablespoons", "tbsp"),
+        ("tbs.", "tbsp"),
+        ("ounce", "oz"),
+        ("fl  OZ", "fl oz"),
+        (" ", None),
+        ("", None),
+    ],
+)
+def test_units_alone(text: str, unit: str | None) -> None:
+    assert normalise_unit(text) == unit

@@ -1,16 +1,171 @@
 """Readers: each turns one published layout into records.
 
-A reader is a function `(source: Path, log: ReadLog) -> Iterator[FoodRecord]`. It tells the log what it leaves
-out and why, so that nothing vanishes unsaid, and takes the data's own split where there is one. It streams:
-its memory does not grow with the records, except for what it must know of each (an id, an offset).
+A reader is a function `(source: Path, log: ReadLog, **options) -> Iterator[FoodRecord]`. It tells the log what it leaves
+out and why, so that nothing vanishes unsaid, and takes the data's own split where there is one. It streams: its memory
+does not grow with the records, except for what it must know of each (an id, an offset).
 """
 
-from rode.data.readers import food_photos, nutrition5k
-from rode.data.records import read_records
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rode.data.readers import (
+    food2k,
+    food101,
+    food_photos,
+    nutrition5k,
+    nutrition5k_csv,
+    recipe1m,
+    recipe1m_plus,
+    records_file,
+    vireo,
+)
+from rode.data.readers.log import ReadLog
+from rode.data.records import FoodRecord
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a reader can be told: a bool or a whole number of at least 1, and a line about it."""
+
+    default: bool | int
+    about: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One layout.
+
+    Attributes:
+        read: the function.
+        about: a line.
+        signs: files and folders by which the layout is known: of each tuple one is there, below the source.
+        options: names of `OPTIONS` that it takes.
+        file: the source is a file, not a folder.
+    """
+
+    read: Callable[..., Iterator[FoodRecord]]
+    about: str
+    signs: tuple[tuple[str, ...], ...]
+    options: tuple[str, ...] = ()
+    file: bool = False
+
+
+OPTIONS = {
+    "images_per_recipe": Option(1, "pictures of one recipe that make a record each"),
+    "derive_carb": Option(
+        False, "carbohydrate = (energy - 9 fat - 4 protein) / 4 where that is not negative"
+    ),
+    "foodlmm": Option(False, "select dishes and ingredients as FoodLMM does"),
+}
+"""Name, as a keyword of readers and, with dashes, a flag of `rode data`, -> what it is."""
+
+
+def _below(folders: tuple[str, ...], *names: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{name}" if folder else name for folder in folders for name in names)
+
+
+_CAFES = _below(("metadata", ""), "dish_metadata_cafe1.csv")
 
 READERS = {
-    "records": lambda source, log: read_records(source),
-    "food-photos": food_photos.read,
-    "nutrition5k-jsonl": nutrition5k.read_jsonl,
+    "recipe1m-plus": Reader(
+        recipe1m_plus.read,
+        "Recipe1M+'s recipes with nutrition, and its pictures",
+        (
+            _below(recipe1m.FOLDERS, recipe1m_plus.FILE),
+            _below(recipe1m.FOLDERS, "layer2+.json", "layer2.json"),
+        ),
+        ("images_per_recipe", "derive_carb"),
+    ),
+    "recipe1m": Reader(
+        recipe1m.read,
+        "Recipe1M: layer1, layer2, det_ingrs and pictures",
+        (_below(recipe1m.FOLDERS, "layer1.json"), _below(recipe1m.FOLDERS, "layer2+.json", "layer2.json")),
+        ("images_per_recipe",),
+    ),
+    "nutrition5k": Reader(
+        nutrition5k_csv.read, "Nutrition5k's own CSV files, split and pictures", (_CAFES,), ("foodlmm",)
+    ),
+    "nutrition5k-jsonl": Reader(
+        nutrition5k.read_jsonl, "Nutrition5k as dishes.jsonl beside sample_images/", (("dishes.jsonl",),)
+    ),
+    "food-101": Reader(
+        food101.read, "Food-101: images/ and meta/", (("meta/classes.txt", "food-101/meta/classes.txt"),)
+    ),
+    "food2k": Reader(
+        food2k.read, "Food2K: pictures by class, lists and names", (_below(food2k.LABELS, food2k.NAMES),)
+    ),
+    "vireofood-251": Reader(
+        vireo.read_251,
+        "VireoFood-251: pictures by class, SplitAndIngreLabel-406/",
+        (vireo.IMAGES_251, _below(vireo.LABELS_251, "IngreLabel.txt")),
+    ),
+    "vireofood-172": Reader(
+        vireo.read_172,
+        "VireoFood-172: ready_chinese_food/ and SplitAndIngreLabel/",
+        (vireo.IMAGES_172, _below(vireo.LABELS_172, "IngreLabel.txt")),
+    ),
+    "food-photos": Reader(
+        food_photos.read, "photographs with a recipe each: photos.json beside images/", (("photos.json",),)
+    ),
+    "records": Reader(records_file.read, "a JSONL file of records (docs/records.md)", (), file=True),
 }
-"""Kind, as `rode data convert` takes it, -> reader."""
+"""Kind, as `rode data convert` takes it, -> reader; `guess_kind` tries them in this order."""
+
+
+def read_source(
+    kind: str, source: str | os.PathLike[str], log: ReadLog, **options: bool | int
+) -> Iterator[FoodRecord]:
+    """The records of a source; its kind, place and options are checked before this returns.
+
+    Args:
+        kind: a key of `READERS`.
+        source: the data's folder; the file for kind `records`.
+        log: is told what is left out, or kept with a doubt.
+        options: of `OPTIONS`; only those that the kind takes.
+
+    Raises:
+        ValueError: an unknown kind, a source that is not there, an option that the kind does not take or of another type.
+    """
+    if kind not in READERS:
+        raise ValueError(f"kind: expected one of {', '.join(READERS)}, got {kind!r}")
+    reader, source = READERS[kind], Path(source)
+    if not (source.is_file() if reader.file else source.is_dir()):
+        raise ValueError(f"source: {source} is not a {'file' if reader.file else 'folder'}")
+    for name, value in options.items():
+        if name not in reader.options:
+            takes = ", ".join(reader.options) or "no options"
+            raise ValueError(f"{name}: kind {kind} does not take it; it takes {takes}")
+        default = OPTIONS[name].default
+        if type(value) is not type(default) or value < 0 or (value < 1 and type(value) is int):
+            wanted = "true or false" if isinstance(default, bool) else "a whole number of at least 1"
+            raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return reader.read(source, log, **options)
+
+
+def options_of(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that the kind takes."""
+    return {name: value for name, value in options.items() if name in READERS[kind].options}
+
+
+def guess_kind(source: str | os.PathLike[str]) -> str:
+    """The kind whose files lie in a folder; a file is `records`.
+
+    Raises:
+        ValueError: none do, with what was looked for, or there is no such folder.
+    """
+    source = Path(source)
+    if source.is_file():
+        return "records"
+    if not source.is_dir():
+        raise ValueError(f"source: {source} is neither a folder nor a file")
+    known = {kind: reader.signs for kind, reader in READERS.items() if reader.signs}
+    for kind, signs in known.items():
+        if all(any((source / name).exists() for name in names) for names in signs):
+            return kind
+    wanted = "; ".join(f"{kind}: {' and '.join(n[0] for n in signs)}" for kind, signs in known.items())
+    raise ValueError(f"source: {source} holds no layout that is known ({wanted}); name one with --kind")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode.data.ingredient_lines import parse_ingredient_line
+from rode.data.readers.common import Broken, line_to_ingredient, safe_path, shown, unique
+from rode.data.readers.json_array import read_json_array
 from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient, RecordError
+from rode.data.records import FoodRecord, Ingredient
 
 _NEEDED = {"id": str, "title": str, "image": str, "ingredients": list, "instructions": list}
 # some recipes list their tools among the ingredients; the last word tells ("hot pot base" is food)
@@ -24,36 +24,43 @@ _TOOLS = frozenset(_TOOL_WORDS.split())
 def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
     """Reads `source/photos.json`.
 
-    `ingredients` hold a line each, which may carry its amount; `amounts`, where present, hold the amounts of
-    the same ingredients as lines of their own. `category` is taken as it stands. The contributor's
-    `kcal_estimate` is not taken: whether it means a dish, a portion or 100 g is unknown, and it stands alone,
-    so these records answer no nutrition question. There is no split.
+    `ingredients` hold a line each, which may carry its amount; `amounts`, where present, hold the amounts of the same
+    ingredients as lines of their own; the line that says more is the ingredient's `text`. `category` is taken as it stands.
+    The contributor's `kcal_estimate` is not taken: whether it means a dish, a portion or 100 g is unknown, and it stands
+    alone, so these records answer no nutrition question. There is no split.
 
     Raises:
-        RecordError: for an entry that lacks a field; names file and entry.
+        RecordError: the file holds no JSON array; a broken entry, if `log.strict`.
     """
     path = source / "photos.json"
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(entries, list):
-        raise RecordError(f"{path}: expected a list of recipes, got {type(entries).__name__}")
-    for number, entry in enumerate(entries):
-        for key, kind in _NEEDED.items():
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-                raise RecordError(f"{path}: entry {number}: {key}: expected a {kind.__name__}")
-        ingredients = _ingredients(entry)
-        steps = tuple(step for step in map(_step, entry["instructions"]) if step)
-        if not ingredients and not steps:
-            log.leave_out("neither ingredients nor instructions")
+    for entry in unique(read_json_array(path, log, keys=("id", "image")), path, log):
+        try:
+            record = _record(source, entry.value)
+        except Broken as error:
+            log.leave_out_broken(error.reason, file=path, line=entry.line, detail=error.detail)
             continue
-        yield FoodRecord(
-            id=entry["id"],
-            image=str((source / entry["image"]).resolve()),
-            source=entry["id"].split("_", 1)[0],
-            title=entry["title"],
-            category=entry.get("category") or None,
-            ingredients=ingredients,
-            instructions=steps,
-        )
+        if record.ingredients or record.instructions:
+            yield record
+        else:
+            log.leave_out("neither ingredients nor instructions", file=path, line=entry.line)
+
+
+def _record(source: Path, entry: dict[str, Any]) -> FoodRecord:
+    for key, kind in _NEEDED.items():
+        if not isinstance(entry.get(key), kind):
+            raise Broken(f"no {key}", f"expected a {kind.__name__}, got {shown(entry.get(key))}")
+    for key in ("ingredients", "instructions", "amounts"):
+        if not all(isinstance(line, str) for line in entry.get(key) or ()):
+            raise Broken(f"{key} that are no text", shown(entry[key]))
+    return FoodRecord(
+        id=entry["id"],
+        image=str((source / safe_path(entry["image"])).resolve()),
+        source=entry["id"].split("_", 1)[0],
+        title=entry["title"].strip() or None,
+        category=entry.get("category") or None,
+        ingredients=_ingredients(entry),
+        instructions=tuple(step for step in map(_step, entry["instructions"]) if step),
+    )
 
 
 def _step(text: str) -> str:
@@ -67,10 +74,10 @@ def _ingredients(entry: dict[str, Any]) -> tuple[Ingredient, ...]:
     if amounts is not None:
         # then the ingredients are bare names, and one line may list several of them
         lines = [name for line in lines for name in re.split(r"[,、，](?![^(（]*[)）])", line)]
-    stated = {i.name: i for i in map(parse_ingredient_line, amounts or []) if i is not None}
+    stated = {i.name: i for i in map(line_to_ingredient, amounts or []) if i is not None}
     found: dict[str, Ingredient] = {}
     for line in lines:
-        ingredient = parse_ingredient_line(line)
+        ingredient = line_to_ingredient(line)
         if ingredient is None or ingredient.name.split()[-1] in _TOOLS:
             continue
         if ingredient.amount is None:

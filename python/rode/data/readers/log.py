@@ -1,4 +1,4 @@
-"""What a reader met on its way: what it left out and why, with file and line."""
+"""What a reader met on its way: what it left out and why, and what it kept with a doubt, with file and line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Problem:
 
 @dataclass
 class ReadLog:
-    """Counts what a reader leaves out, by reason, and keeps the first `keep` of each reason.
+    """Counts what a reader leaves out or has doubts about, by reason, and keeps the first `keep` of each reason.
 
     Attributes:
         strict: raise RecordError at the first broken entry instead of leaving it out.
@@ -44,6 +44,16 @@ class ReadLog:
     counts: Counter[str] = field(default_factory=Counter)
     broken: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    noted: list[Problem] = field(default_factory=list)
+
+    def note(
+        self, reason: str, *, file: Path | None = None, line: int | None = None, detail: str = ""
+    ) -> None:
+        """For an entry that is kept although something about it is odd. Never raises."""
+        self.notes[reason] += 1
+        if self.notes[reason] <= self.keep:
+            self.noted.append(Problem(reason, file, line, detail))
 
     def leave_out(
         self, reason: str, *, file: Path | None = None, line: int | None = None, detail: str = ""

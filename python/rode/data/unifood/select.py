@@ -19,7 +19,7 @@ import numpy as np
 
 from rode.data.images import ImageError
 from rode.data.mixture import hash_split
-from rode.data.readers import READERS
+from rode.data.readers import read_source
 from rode.data.readers.log import ReadLog
 from rode.data.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
 from rode.data.tasks import stable_hash
@@ -157,7 +157,7 @@ def _eligible(stage: Stage, log: ReadLog, report: dict[str, Any]) -> Iterator[Fo
     settings = stage.settings.select
     seen: set[int] = set()
     for source in stage.settings.sources:
-        for record in READERS[source.kind](Path(source.path), log):
+        for record in read_source(source.kind, source.path, log, **source.options):
             report["read"] += 1
             if not settings.min_ingredients <= len(record.ingredients) <= settings.max_ingredients:
                 log.leave_out("too few or too many ingredients")
@@ -216,17 +216,17 @@ def hash_pictures(lines: list[str]) -> list[str]:
         raise ImportError(
             "near-duplicate pictures are found by ImageHash, which is not installed: pip install 'rode[data]'"
         ) from error
-    from rode.data.images import open_picture
+    from rode.data.images import decode_picture
 
     rows = []
     for line in lines:
         record_id, path = json.loads(line)
         try:
             # the hash looks at 32 x 32 pixels: a JPEG may decode at an eighth of its size, all of its data is read still
-            image = open_picture(path, f"record {record_id!r}", smallest_side=128)
+            image = decode_picture(path, smallest_side=128)
             rows.append({"hash": str(imagehash.phash(image))})
         except ImageError as error:
-            rows.append({"error": str(error)})
+            rows.append({"error": f"record {record_id!r}: {error}"})
     return [json.dumps(row) for row in rows]
 
 
