@@ -172,7 +172,7 @@ def test_sources_are_read_once(tmp_path: Path, stage: MakeStage, monkeypatch: py
     source.unlink()
     select.run(one)  # as after a crash in the last step
     assert one.output.read_bytes() == before
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"source: .* is not a file"):
         select.run(replace(one, key="b"))
 
 
