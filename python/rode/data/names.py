@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 
@@ -16,6 +17,7 @@ def normalise_name(name: str) -> str:
     return " ".join(re.sub(r"[\W\d_]+", " ", name).split())
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a million recipes name the same few thousand things
 def ingredient_key(name: str) -> str:
     """`normalise_name` with words joined by `_`, "&" and "'n" read as "and": "2% Milk & Honey" is `milk_and_honey`.
 
