@@ -66,7 +66,7 @@ def test_keys(name: str, key: str) -> None:
 def test_a_key_is_its_own_key(name: str) -> None:
     key = ingredient_key(name)
     assert ingredient_key(key) == key
-    assert not any(c.isspace() or c.isdigit() for c in key)
+    assert not any(c.isspace() or c.isdecimal() for c in key)
 
 
 def merged(*names: str) -> dict[str, str]:
