@@ -15,6 +15,7 @@ from typing import Any
 
 from rode.data import Example
 from rode.data.mixture import Source, load_examples
+from rode.data.vocabulary import Vocabulary
 from rode.files import write_text
 from rode.metrics import read_predictions, score
 
@@ -33,6 +34,7 @@ def evaluate(
     source: Any = None,
     routes: Any = None,
     gate_statistics: bool = True,
+    vocabulary: Vocabulary | None = None,
     progress: bool = True,
 ) -> Scores:
     """Ask every example's question and score the answers.
@@ -45,6 +47,7 @@ def evaluate(
         model, processor, prompt, batch_size, max_new_tokens, source, routes, progress: see `rode.generate.answer`.
         examples: at least one.
         gate_statistics: False does without gates.json, and without the counting.
+        vocabulary: merges names of ingredients before they are compared; `predictions.jsonl` keeps them as they are.
 
     Returns:
         {"all" or source: {metric: value}}, see `rode.metrics.score`.
@@ -90,7 +93,7 @@ def evaluate(
     ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(Path(out_dir) / "predictions.jsonl", "".join(lines))
-    return _write_scores(Path(out_dir), score(rows))
+    return _write_scores(Path(out_dir), score(rows, vocabulary))
 
 
 def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None = None) -> list[Example]:
@@ -108,15 +111,19 @@ def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None
     return examples
 
 
-def rescore(predictions: str | os.PathLike[str]) -> Scores:
-    """Metrics of a predictions file, written to `metrics.json` beside it. No model is needed."""
+def rescore(predictions: str | os.PathLike[str], vocabulary: Vocabulary | None = None) -> Scores:
+    """Metrics of a predictions file, written to `metrics.json` beside it. No model is needed.
+
+    Args:
+        vocabulary: merges names of ingredients before they are compared; None does not, whatever was done before.
+    """
     path = Path(predictions)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such predictions file")
     rows = list(read_predictions(path))
     if not rows:
         raise ValueError(f"{path}: no predictions in it")
-    return _write_scores(path.parent, score(rows))
+    return _write_scores(path.parent, score(rows, vocabulary))
 
 
 def _write_scores(directory: Path, scores: Scores) -> Scores:

@@ -121,6 +121,8 @@ class EvaluationConfig:
     max_new_tokens: int = 256
     limit: int | None = None
     """Examples of each source; null for all."""
+    vocabulary: str | None = None
+    """File of `rode data vocabulary`: names of ingredients are merged with it before answers and truths are compared."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ import yaml
 
 from rode import cli
 from rode.cli import main
+from rode.data.vocabulary import Vocabulary
 from rode.trainer import latest_checkpoint
 
 RECIPE = """
@@ -144,6 +145,23 @@ def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
     )
     with pytest.raises(FileNotFoundError):
         main(["train", "none.yaml", "--debug"])
+
+
+def test_evaluation_with_a_vocabulary(capsys, recipe, tmp_path):
+    file, out = tmp_path / "vocabulary.json", tmp_path / "out"
+    vocabulary = Vocabulary({"rice": {"rice": 1}})
+    vocabulary.save(file)
+    argv = ["evaluate", recipe, "--untrained", "--tasks", "ingredients", "--out", str(out), "--quiet"]
+    fails(capsys, [*argv, "evaluation.vocabulary=none.json"], "none.json: no such vocabulary")
+    assert main([*argv, f"evaluation.vocabulary={file}"]) == 0
+    assert f"ingredient_vocabulary: {vocabulary.name}" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["all"]["ingredient_coverage"] == 50  # rice of rice and leaf
+    other = Vocabulary({"rice": {"rice": 1}, "leaf": {"leaf": 1}})
+    other.save(file)
+    assert main(["evaluate", "--predictions", str(out / "predictions.jsonl"), "--vocabulary", str(file)]) == 0
+    assert f"ingredient_vocabulary: {other.name}" in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["all"]["ingredient_coverage"] == 100
 
 
 def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):

@@ -9,6 +9,7 @@ from peft import get_peft_model
 
 from rode import RodeConfig
 from rode.data.mixture import Source
+from rode.data.vocabulary import Vocabulary
 from rode.evaluate import evaluate, evaluation_examples, format_scores, rescore
 from tiny_llava import tiny_model, tiny_processor
 
@@ -83,6 +84,22 @@ def test_without_a_router_no_gates(held_out, tmp_path):
             progress=False,
         )
         assert not (tmp_path / name / "gates.json").exists()
+
+
+def test_a_vocabulary_merges_names(held_out, tmp_path, monkeypatch):
+    monkeypatch.setattr("rode.generate.answer", lambda *_, **__: ["fried rices"] * len(held_out))
+    vocabulary = Vocabulary({"rice": {"rice": 2, "fried_rices": 1}, "leaf": {"leaf": 2}})
+    scores = evaluate(None, None, held_out, tmp_path, vocabulary=vocabulary)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == scores
+    # rice of {rice, leaf} for each
+    assert scores["all"]["ingredient_iou"] == 50
+    assert scores["all"]["ingredient_vocabulary"] == vocabulary.name
+    written = (tmp_path / "predictions.jsonl").read_text()
+    assert "fried rices" in written
+    plain = rescore(tmp_path / "predictions.jsonl")["all"]
+    assert plain["ingredient_iou"] == 0
+    assert "ingredient_vocabulary" not in plain
+    assert rescore(tmp_path / "predictions.jsonl", vocabulary) == scores
 
 
 def test_errors(tmp_path):

@@ -1,39 +1,19 @@
-"""Figures of an analysis, as SVG. Needs matplotlib."""
+"""Figures of an analysis. Needs matplotlib."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from rode.analyze.text import adapters, best_measure
+from rode.pages import new_figure
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#64748b")
 
 
-def require_matplotlib() -> None:
-    """Raises ImportError in one line, with the mend, before any work is done."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'rode[plots]'") from error
-
-
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """(figure, axes[rows][columns]); without pyplot, so that no window system or global state is involved."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+    """(figure, axes[rows][columns])."""
+    figure = new_figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def svg(figure: Any) -> str:
-    """The same text for the same figure."""
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "rode", "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
 
 
 def heat_maps(analysis: dict[str, Any], value: str) -> list[tuple[str, Any]]:

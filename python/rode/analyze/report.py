@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import os
@@ -11,18 +10,10 @@ from typing import Any
 
 from rode.analyze import figures, text
 from rode.files import write_text
+from rode.pages import page, picture, svg, table
 
 SHOWN = 40
 """Experts named in one list; analysis.json has them all."""
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1e293b;max-width:66rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}
-p.small,figcaption{color:#64748b;font-size:.9rem}figure{margin:0 0 1rem}img{max-width:100%}
-table{border-collapse:collapse;font-size:.92rem;margin-bottom:1rem}
-th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0;font-variant-numeric:tabular-nums}
-th:first-child,td:first-child{text-align:left}details{font-size:.9rem}
-"""
 
 SHARING = (
     "Similarity of use is the weighted Jaccard index, sum of minima over sum of maxima of the two tasks' use of each expert: 1 "
@@ -42,22 +33,22 @@ SPARSITY = (
 def write_report(directory: str | os.PathLike[str], analysis: dict[str, Any]) -> Path:
     """Write analysis.json and report.html; the page's path."""
     directory = Path(directory)
-    page = _page(analysis)
+    report = _page(analysis)
     write_text(directory / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
-    write_text(directory / "report.html", page)
+    write_text(directory / "report.html", report)
     return directory / "report.html"
 
 
 def _page(analysis: dict[str, Any]) -> str:
-    title = f"Router of {html.escape(str(analysis['adapter']))}"
+    title = f"Router of {analysis['adapter']}"
     examples = ", ".join(f"{task} {count}" for task, count in analysis["examples"].items())
     answers = "true answers" if analysis["answers"] == "truth" else "the model's own answers"
     measure = text.best_measure(analysis)
     sections = [
-        f"<h1>{title}</h1>",
+        f"<h1>{html.escape(title)}</h1>",
         f'<p class="small">{html.escape(analysis["gate"])} gates; {len(analysis["units"])} experts in all layers; examples of '
         f"split {analysis['split']}: {examples}; run over prompts and {answers}.</p>",
-        f"<h2>Open rate</h2>{_table(text.open_rows(analysis))}{_image(figures.open_rates(analysis), 'Open rate by task')}",
+        f"<h2>Open rate</h2>{table(text.open_rows(analysis))}{_image(figures.open_rates(analysis), 'Open rate by task')}",
         *_maps(analysis, "open_rate", "Open rate by block and expert"),
         *_maps(analysis, "mean_gate", "Mean gate by block and expert, closed ones counted as 0"),
         *(
@@ -73,14 +64,11 @@ def _page(analysis: dict[str, Any]) -> str:
         sections.append(_image(figures.sharing(analysis), caption))
         sections += [_shared(analysis, kind, measure) for kind in analysis["kinds"]]
     sections += [
-        f'<h2>Sparsity</h2><p class="small">{SPARSITY}</p>{_table(text.sparsity_rows(analysis))}',
+        f'<h2>Sparsity</h2><p class="small">{SPARSITY}</p>{table(text.sparsity_rows(analysis))}',
         _image(figures.sparsity(analysis), "Exact zeros and effective number of experts"),
-        f"<h2>Loss per answer token</h2>{_table(text.loss_rows(analysis))}",
+        f"<h2>Loss per answer token</h2>{table(text.loss_rows(analysis))}",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
-    )
+    return page(title, sections)
 
 
 def _maps(analysis: dict[str, Any], value: str, caption: str) -> list[str]:
@@ -88,18 +76,7 @@ def _maps(analysis: dict[str, Any], value: str, caption: str) -> list[str]:
 
 
 def _image(figure: Any, caption: str) -> str:
-    # As a picture and not inline: two SVGs of matplotlib in one page would share their ids.
-    data = base64.b64encode(figures.svg(figure).encode()).decode()
-    alt = html.escape(caption)
-    return f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{data}"><figcaption>{alt}</figcaption></figure>'
-
-
-def _table(rows: text.Rows) -> str:
-    head, *body = (
-        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(("th", *["td"] * (len(rows) - 1)), rows, strict=True)
-    )
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
+    return picture(svg(figure).encode(), "image/svg+xml", caption)
 
 
 def _details(summary: str, items: list[str]) -> str:
@@ -121,7 +98,7 @@ def _shared(analysis: dict[str, Any], kind: str, measure: str) -> str:
     rows = text.sharing_rows(analysis, kind, measure)
     if len(rows) == 1:
         return ""
-    out = [f"<h3>{html.escape(kind)} tokens</h3>{_table(rows)}"]
+    out = [f"<h3>{html.escape(kind)} tokens</h3>{table(rows)}"]
     for entry in analysis["sharing"]:
         if entry["kind"] == kind and entry["measure"] == measure:
             a, b = entry["tasks"]

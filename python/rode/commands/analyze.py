@@ -60,7 +60,7 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code."""
-    from rode.analyze.figures import require_matplotlib
+    from rode.pages import require_matplotlib
 
     require_matplotlib()  # before the model, which takes longer
     from rode.analyze.report import write_report

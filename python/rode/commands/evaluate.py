@@ -20,6 +20,7 @@ examples:
   rode evaluate recipes/own-records.yaml --untrained --out runs/own-records/before
   rode evaluate --model DIR --adapter runs/own-records --data records.jsonl --split test --tasks nutrition
   rode evaluate --predictions runs/own-records/evaluation/predictions.jsonl
+  rode evaluate --predictions predictions.jsonl --vocabulary vocabulary.json
 """
 
 
@@ -41,9 +42,15 @@ def add_parser(commands: Any, **options: Any) -> None:
     sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default error")
     sub.add_argument("--untrained", action="store_true", help="the recipe's model before training")
     sub.add_argument("--predictions", metavar="JSONL", help="score these answers anew, without a model")
+    sub.add_argument(
+        "--vocabulary",
+        metavar="JSON",
+        help="file of `rode data vocabulary`: merge names of ingredients before they are compared (default: the recipe's)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    from rode.data.vocabulary import Vocabulary
     from rode.evaluate import evaluate, format_scores, rescore
 
     if args.predictions:
@@ -51,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(
                 "--predictions is scored as it stands: leave out recipe, --model, --adapter and --data"
             )
-        print(format_scores(rescore(args.predictions)))
+        vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
+        print(format_scores(rescore(args.predictions, vocabulary)))
         return 0
     from rode.data.mixture import Source
     from rode.recipe import EvaluationConfig, load_recipe
@@ -62,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
             "nothing to evaluate on: give a RECIPE, or --data records.jsonl with --model or --adapter"
         )
     settings = recipe.evaluation if recipe else EvaluationConfig()
+    vocabulary_file = args.vocabulary or settings.vocabulary
+    vocabulary = Vocabulary.load(vocabulary_file) if vocabulary_file else None
     if recipe and not args.untrained and not args.adapter and recipe.stage == "adapter":
         args.adapter = str(recipe.run_dir)
     if recipe and not args.untrained and not args.projector and recipe.stage == "projector":
@@ -96,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size or settings.batch_size,
         max_new_tokens=args.max_new_tokens or settings.max_new_tokens,
         routes=routes(args, model, processor),
+        vocabulary=vocabulary,
         progress=not args.quiet,
     )
     print(format_scores(scores))

@@ -154,13 +154,17 @@ def _truth(task: str, record: FoodRecord) -> tuple[str, Any] | None:
     return None if category is None else (category, category)
 
 
+def answer_name(name: str) -> str:
+    """An ingredient's name as the answer writes it: no commas or semicolons, no bullet; empty where nothing is left."""
+    # through the parser's own cleaning, so that answer -> parse gives the same names
+    return _clean_item(re.sub(r"[,;\n|]", " ", name))
+
+
 def ingredient_names(record: FoodRecord) -> list[str]:
-    """Names in the record's order as the answer writes them: no commas or semicolons, each name once."""
+    """Names in the record's order as the answer writes them, each name once."""
     names: dict[str, str] = {}
     for ingredient in record.ingredients:
-        # through the parser's own cleaning, so that answer -> parse gives the same names
-        name = _clean_item(re.sub(r"[,;\n|]", " ", ingredient.name))
-        if name:
+        if name := answer_name(ingredient.name):
             names.setdefault(name.casefold(), name)
     return list(names.values())
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rode.data.names import normalise_name
 from rode.data.tasks import TASKS, parse_answer
-from rode.metrics.ingredients import ingredient_iou, normalise_name
+from rode.data.vocabulary import Vocabulary
+from rode.metrics.ingredients import ingredient_iou
 from rode.metrics.nutrition import pmae
 from rode.metrics.text import rouge_l, sacrebleu
 
@@ -47,16 +49,21 @@ def category_accuracy(predicted: Iterable[str | None], true: Iterable[str]) -> f
     return 100 * sum(hits) / len(hits)
 
 
-def score(rows: Iterable[Row]) -> dict[str, dict[str, float | str | None]]:
+def score(
+    rows: Iterable[Row], vocabulary: Vocabulary | None = None
+) -> dict[str, dict[str, float | str | None]]:
     """Every metric that the rows allow, for each source and for "all" together.
 
     Args:
         rows: {"id", "source", "task", "question", "answer" (the model's text), "truth" (the target text),
             "reference" (the structured truth of `rode.data.tasks.Example`)}; `question` is not read.
+        vocabulary: by which names of ingredients are merged on both sides; see `ingredient_iou`.
 
     Returns:
         {source: {metric: value}}, "all" first. In percent, as in the paper's tables. By task:
-        ingredients: `ingredient_iou` (over the whole set, primary), `ingredient_iou_mean` (per image);
+        ingredients: `ingredient_iou` (over the whole set, primary), `ingredient_iou_mean` (per image), and with a
+        vocabulary `ingredient_vocabulary` (its name, a string), `ingredient_coverage` (share of true names that it knows) and
+        `n_ingredients_left_out` (images of whose true names it knows none: they count nowhere);
         recipe: `sacrebleu`, `sacrebleu_signature` (a string), `rouge_l`;
         nutrition: `pmae_mass`, `pmae_energy`, `pmae_fat`, `pmae_protein`, `pmae_carb`, `pmae` (their mean),
         `parse_rate`, `pmae_parsed` (over the parsed answers; None if there are none);
@@ -84,10 +91,10 @@ def score(rows: Iterable[Row]) -> dict[str, dict[str, float | str | None]]:
             )
         groups["all"].append(row)
         groups.setdefault(row["source"], []).append(row)
-    return {name: _score(group) for name, group in groups.items()}
+    return {name: _score(group, vocabulary) for name, group in groups.items()}
 
 
-def _score(rows: list[Row]) -> dict[str, float | str | None]:
+def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | str | None]:
     out: dict[str, float | str | None] = {}
     for task in TASKS:
         mine = [row for row in rows if row["task"] == task]
@@ -97,8 +104,11 @@ def _score(rows: list[Row]) -> dict[str, float | str | None]:
         answers = [parse_answer(task, row["answer"]) for row in mine]
         references = [row["reference"] for row in mine]
         if task == "ingredients":
-            iou = ingredient_iou(answers, references)
+            iou = ingredient_iou(answers, references, vocabulary)
             out |= {"ingredient_iou": iou.overall, "ingredient_iou_mean": iou.mean}
+            if vocabulary is not None:
+                out |= {"ingredient_vocabulary": vocabulary.name, "ingredient_coverage": iou.coverage}
+                out["n_ingredients_left_out"] = iou.left_out
         elif task == "recipe":
             texts, truths = [row["answer"] for row in mine], [row["truth"] for row in mine]
             out["sacrebleu"], out["sacrebleu_signature"] = sacrebleu(texts, truths)

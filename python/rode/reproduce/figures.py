@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rode.pages import SVG, new_figure
 from rode.reproduce.report import Report
 from rode.reproduce.results import Result
 from rode.reproduce.tables import Tables
@@ -17,17 +18,7 @@ if TYPE_CHECKING:
 OURS, PAPER = "#2563eb", "#94a3b8"
 MARKERS = "osD^vP"
 """Of ranks, in Figure 8; its colours are of routers."""
-SAVING = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
-"""One set of numbers, one SVG."""
 HeatMap = tuple[list[int], list[list[float | None]]]
-
-
-def _figure(**options: Any) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures are drawn by matplotlib: pip install 'rode[plots]'") from error
-    return Figure(layout="constrained", **options)  # without pyplot: nothing global, and no display
 
 
 def mean_heat_map(results: Sequence[Result], kind: str = "all") -> HeatMap:
@@ -47,7 +38,7 @@ def mean_heat_map(results: Sequence[Result], kind: str = "all") -> HeatMap:
 
 def heat_maps(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables) -> Figure:
     """Figure 6: mean router output by transformer block and expert, a panel for each variant."""
-    figure = _figure(figsize=(1 + 3.2 * len(report.rows), 5.2))
+    figure = new_figure(figsize=(1 + 3.2 * len(report.rows), 5.2))
     panels = figure.subplots(1, len(report.rows), squeeze=False)[0]
     for axes, row in zip(panels, report.rows, strict=True):
         axes.set_title(row.name, fontsize=10)
@@ -73,7 +64,7 @@ def bars(report: Report, tables: Tables) -> Figure:
     """Figure 7: a panel for each metric, for each variant our bar and the paper's."""
     from matplotlib.patches import Patch
 
-    figure = _figure(figsize=(3.1 * len(report.headings), 3.4))
+    figure = new_figure(figsize=(3.1 * len(report.headings), 3.4))
     panels = figure.subplots(1, len(report.headings), squeeze=False)[0]
     for axes, metric in zip(panels, report.headings, strict=True):
         _label(axes, tables, metric)
@@ -95,7 +86,7 @@ def parameters(report: Report, tables: Tables) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter
 
-    figure = _figure(figsize=(3.4 * len(report.headings), 6.6))
+    figure = new_figure(figsize=(3.4 * len(report.headings), 6.6))
     panels = figure.subplots(2, len(report.headings), squeeze=False)
     adapted = tables.data[tables.item(report.what).data].adapted
     variants = [tables.variants[row.variant] for row in report.rows]
@@ -161,7 +152,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = []
     for suffix, metadata in (("png", None), ("svg", {"Date": None})):
         path, aside = folder / f"{name}.{suffix}", folder / f"{name}.{os.getpid()}.tmp"
-        with matplotlib.rc_context(SAVING):
+        with matplotlib.rc_context(SVG):
             figure.savefig(aside, format=suffix, dpi=150, metadata=metadata)
         os.replace(aside, path)
         paths.append(path)

@@ -59,19 +59,24 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def settings(recipe: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
-    """A recorded recipe for comparison: keys that came later at their defaults, and for files of records their hashes, for
-    what they hold counts and not where they lie."""
+    """A recorded recipe for comparison: keys that came later at their defaults, and for files of records and the vocabulary
+    their hashes, for what they hold counts and not where they lie."""
     try:
         recipe = plain(build(Recipe, recipe))
     except RecipeError:  # keys that are no more show as a difference
         recipe = json.loads(json.dumps(recipe))
     for source in recipe["data"]["sources"]:
         source["path"] = data.get(source["path"], source["path"])
+    vocabulary = recipe["evaluation"].get("vocabulary")
+    recipe["evaluation"]["vocabulary"] = data.get(vocabulary, vocabulary)
     return recipe
 
 
-def file_hash(path: str) -> str:
-    """SHA-256 of a file of records; the pictures that it names are not read.
+def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:
+    """SHA-256 of a file that a recipe names; the pictures that records name are not read.
+
+    Args:
+        what, key: for the error: what the file is, and the recipe's key that names it.
 
     Raises:
         FileNotFoundError: naming the override that mends it.
@@ -84,7 +89,7 @@ def file_hash(path: str) -> str:
         return digest.hexdigest()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such file of records; data.sources.0.path=FILE or --base RECIPE names another"
+            f"{path}: no such {what}; {key}=FILE or --base RECIPE names another"
         ) from None
 
 
@@ -132,7 +137,7 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
     Args:
         recipe: what was run.
         base: name of the recipe below the variant.
-        data: file of records -> hash.
+        data: file of records, or vocabulary -> hash.
         commands: {"command", "seconds", "exit_code"} of each process that the run took, failed ones too.
     """
     folder = recipe.run_dir

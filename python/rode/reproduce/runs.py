@@ -47,7 +47,7 @@ class Run:
         recipe: resolved; its output_dir is the run's folder.
         base: name of the recipe below the variant.
         result: the file that its result is kept in.
-        data: file of records -> hash.
+        data: file of records, or vocabulary -> hash.
     """
 
     recipe: Recipe
@@ -111,6 +111,10 @@ def plan(
                 if source.path not in hashes:
                     hashes[source.path] = file_hash(source.path)
             data = {source.path: hashes[source.path] for source in recipe.data.sources}
+            if (vocabulary := recipe.evaluation.vocabulary) is not None:
+                if vocabulary not in hashes:
+                    hashes[vocabulary] = file_hash(vocabulary, "vocabulary", "evaluation.vocabulary")
+                data[vocabulary] = hashes[vocabulary]
             run = Run(recipe, base_name, result_path(results, base_name, variant, seed), data)
             _check_unchanged(run)
             out.append(run)

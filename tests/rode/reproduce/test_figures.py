@@ -109,5 +109,5 @@ def test_tables_are_not_drawn_and_matplotlib_is_asked_for(capsys, monkeypatch, p
     assert drawn("table5") is None
     assert reproduce("fig7", "--no-run") == 1
     said = capsys.readouterr()
-    assert said.err.strip().endswith("rode: figures are drawn by matplotlib: pip install 'rode[plots]'")
+    assert said.err.strip().endswith("rode: figures need matplotlib: pip install 'rode[plots]'")
     assert "8.28" in said.out  # the numbers are shown all the same

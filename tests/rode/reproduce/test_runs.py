@@ -140,6 +140,20 @@ def test_another_recipe_is_refused(capsys, processes, reproduce, tmp_path):
     fails(capsys, reproduce(*argv, f"data.sources.0.path={moved}"), "data.sources: ")
 
 
+def test_a_vocabulary_counts_by_what_it_holds(capsys, processes, reproduce, tmp_path):
+    argv = ["table4", "--only", "lora-8"]
+    one, moved = tmp_path / "vocabulary.json", tmp_path / "moved.json"
+    fails(capsys, reproduce(*argv, f"evaluation.vocabulary={one}"), "vocabulary.json: no such vocabulary;")
+    one.write_text("{}\n")
+    moved.write_text("{}\n")
+    assert reproduce(*argv, f"evaluation.vocabulary={one}") == 0
+    assert result(tmp_path, "lora-8", 0)["data"][str(one)].startswith("ca3d163b")
+    assert reproduce(*argv, f"evaluation.vocabulary={moved}") == 0
+    fails(capsys, reproduce(*argv), "evaluation.vocabulary: null (was ")
+    moved.write_text("{}\n\n")
+    fails(capsys, reproduce(*argv, f"evaluation.vocabulary={moved}"), "evaluation.vocabulary: ")
+
+
 def test_keys_that_came_later_are_at_their_defaults(processes, reproduce, tmp_path):
     argv = ["table4", "--only", "lora-8"]
     assert reproduce(*argv) == 0

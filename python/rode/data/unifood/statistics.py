@@ -1,0 +1,44 @@
+"""The stage that describes what was built; records pass through as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rode.data.records import FoodRecord, write_records
+from rode.data.statistics import Collector
+from rode.data.statistics_page import write_statistics
+from rode.data.unifood.stage import Stage
+from rode.pages import require_matplotlib
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """Writes statistics.json, table1.md, PNG files and statistics.html beside the records.
+
+    Records are written anew and not copied, for one may name its picture relative to the folder that it was in.
+
+    Returns:
+        "records", "categories" (distinct), and "page": the path of statistics.html. In a dry run only what would be written.
+
+    Raises:
+        ImportError: without matplotlib, before anything is read.
+        RecordError: see `read_records`. OSError: see `rode.files.replacing`.
+    """
+    require_matplotlib()
+    if stage.dry_run:
+        return {"would write": str(stage.folder / "statistics.html")}
+    collector = Collector()
+
+    def passing() -> Iterator[FoodRecord]:
+        for record in stage.records():
+            collector.add(record)
+            yield record
+
+    write_records(stage.output, passing())
+    statistics = collector.result()
+    files = write_statistics(stage.folder, statistics, name=stage.settings.name)
+    return {
+        "records": statistics["records"],
+        "categories": statistics["categories"]["distinct"],
+        "page": str(files[-1]),
+    }
