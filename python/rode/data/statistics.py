@@ -132,16 +132,16 @@ class Collector:
             return None
         everything = np.concatenate(list(values.values()))
         edges = _edges(float(np.quantile(everything, SHOWN_SHARE)), len(everything), whole=whole)
+        # float64: else numpy rounds it to the values' float32, and a value just below it counts as above
+        last = np.float64(edges[-1])
         present = [split for split in splits if split in values]
         return {
             "summary": {"all": _summary(everything), **{s: _summary(values[s]) for s in present}},
             "histogram": {
                 "edges": edges,
                 # the last bin of numpy's own takes its right edge in, so values above are cut off first
-                "counts": {
-                    s: np.histogram(values[s][values[s] < edges[-1]], edges)[0].tolist() for s in present
-                },
-                "above": {s: int((values[s] >= edges[-1]).sum()) for s in present},
+                "counts": {s: np.histogram(values[s][values[s] < last], edges)[0].tolist() for s in present},
+                "above": {s: int((values[s] >= last).sum()) for s in present},
             },
         }
 
