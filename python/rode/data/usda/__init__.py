@@ -1,0 +1,17 @@
+"""USDA's food tables: nutrients per 100 g, household measures, and which food an ingredient line means."""
+
+from rode.data.usda.estimate import Estimate, Estimator
+from rode.data.usda.matching import Match, Matcher
+from rode.data.usda.tables import Food, FoodTable, Portion, UsdaError, load_foods
+
+__all__ = [
+    "Estimate",
+    "Estimator",
+    "Food",
+    "FoodTable",
+    "Match",
+    "Matcher",
+    "Portion",
+    "UsdaError",
+    "load_foods",
+]

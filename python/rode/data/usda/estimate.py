@@ -1,0 +1,75 @@
+"""An ingredient line's food, grams and nutrition by USDA's tables."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rode.data.records import Ingredient
+from rode.data.usda.lines import Line, line_of
+from rode.data.usda.matching import Match, Matcher, State
+from rode.data.usda.measures import Grams, to_grams
+from rode.data.usda.names import CommonFood
+from rode.data.usda.tables import NUTRIENTS, Food, FoodTable, load_foods
+
+_CANS = frozenset(("can", "tin", "jar"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the tables say of a line.
+
+    Attributes:
+        match: the food, or None.
+        grams: by the line's own words; see `Grams`.
+    """
+
+    match: Match | None
+    grams: Grams
+
+    @property
+    def trusted(self) -> bool:
+        """The food was chosen by hand."""
+        return self.match is not None and self.match.how == "map"
+
+
+def nutrition_of(food: Food, grams: float) -> dict[str, float]:
+    """Energy in kcal, fat, protein and carb in g of so much of a food."""
+    return {name: getattr(food, name) * grams / 100 for name in NUTRIENTS}
+
+
+class Estimator:
+    """Lines to estimates; lines that come again cost nothing.
+
+    Args:
+        table: the foods.
+        state: whether names mean food as a recipe uses it or as it is served; see `Matcher`.
+        common: another map of names than the package's.
+    """
+
+    def __init__(
+        self, table: FoodTable, state: State = "recipe", common: Mapping[str, CommonFood] | None = None
+    ) -> None:
+        self.matcher = Matcher(table, state, common)
+        self._known: dict[tuple[object, ...], Estimate] = {}
+
+    def estimate(self, ingredient: Ingredient) -> Estimate:
+        """The estimate for an ingredient of a record; see `lines.line_of`."""
+        key = ingredient.text, ingredient.name, ingredient.amount, ingredient.unit
+        if key not in self._known:
+            self._known[key] = self.estimate_line(line_of(ingredient))
+        return self._known[key]
+
+    def estimate_line(self, line: Line) -> Estimate:
+        """The estimate for a line that was read."""
+        canned = any(amount.unit in _CANS for amount in line.amounts)
+        match = self.matcher.match(line.names, canned=canned) if line.names else None
+        return Estimate(match, to_grams(line, match.food if match else None))
+
+
+@functools.lru_cache(maxsize=4)
+def shared_estimator(folder: str | os.PathLike[str], state: State) -> Estimator:
+    """One estimator for a folder of tables, made once in each process."""
+    return Estimator(load_foods(folder), state)
