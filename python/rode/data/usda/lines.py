@@ -119,7 +119,7 @@ def read_line(text: str) -> Line:
         OSError: without NLTK's tagger; says which download.
     """
     parsed = _parser()(_plain(text))
-    names = [clean for name in parsed.name if (clean := _clean(name.text))]
+    names = [_with_state(clean, text) for name in parsed.name if (clean := _clean(name.text))]
     own = parse_ingredient_line(text)
     if own is not None:
         names.append(_clean(own.name))
@@ -151,6 +151,13 @@ def _plain(text: str) -> str:
     """Without the signs of a list of amounts: "Salt Amount = 10 g" and "Salt: 10 g" are "Salt 10 g"."""
     text = re.sub(r"\s+(?:amount|usage|quantity)\b(?=\s*[=:])", " ", text, flags=re.I)
     return re.sub(r"\s*[=:]\s*", " ", text).strip()
+
+
+def _with_state(name: str, text: str) -> str:
+    """With the word before it that makes another food of it, which the parser takes for preparation: "cooked rice"; "rice,
+    cooked" was measured before."""
+    match = re.search(rf"\b(cooked|mashed)\s+{re.escape(name)}", text, re.I)
+    return f"{match[1]} {name}" if match else name
 
 
 def _clean(name: str) -> str:

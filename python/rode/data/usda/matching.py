@@ -120,19 +120,23 @@ class Matcher:
 
     def _mapped(self, name: str, canned: bool) -> Match | None:
         for reading in simpler(name):
-            cooked = reading.startswith(("cooked ", "boiled ", "steamed ")) or reading.endswith((" cooked",))
-            plain = re.sub(r"^(?:cooked|boiled|steamed) | cooked$", "", reading)
-            for form in (f"canned {reading}" if canned else "", reading, plain):
-                row = self._common.get(form)
-                if row is None:
-                    continue
-                served = self.state == "served" or (cooked and form == plain != reading)
-                if served and cooked and row.served == row.ndb_no and form != reading:
-                    return None  # the map does not know it cooked
-                id = row.served if served else row.ndb_no
-                if id in self.table:
-                    return Match(self.table[id], "map", form)
+            cooked = re.match(r"(?:cooked|boiled|steamed) (.+)", reading)
+            tinned = re.match(r"canned (.+)", reading)
+            for form in (f"canned {reading}" if canned else "", reading):
+                if (food := self._of(form, served=self.state == "served")) is not None:
+                    return Match(food, "map", form)
+            if cooked and (food := self._of(cooked[1], served=True)) is not None:
+                # where the map has one food for both states, it does not know this one cooked
+                known = food is not self._of(cooked[1], served=False)
+                return Match(food, "map", cooked[1]) if known else None
+            if tinned and (food := self._of(tinned[1], served=False)) is not None:
+                return Match(food, "map", tinned[1]) if "canned" in food.description else None
         return None
+
+    def _of(self, form: str, *, served: bool) -> Food | None:
+        row = self._common.get(form)
+        id = None if row is None else row.served if served else row.ndb_no
+        return self.table[id] if id is not None and id in self.table else None
 
     def _nearest(self, name: str) -> Match | None:
         words = simpler(name)[-1].split() if simpler(name) else []

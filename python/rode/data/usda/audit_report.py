@@ -1,0 +1,128 @@
+"""An audit as text and as one HTML page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rode.data.usda.tables import NUTRIENTS
+
+_HEAD = ("food group", "n", "mass %", "energy %", *(f"{n} {k}" for n in NUTRIENTS for k in ("pMAE", "bias")))
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+def _number(value: float | None, sign: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{value:+.1f}" if sign else f"{value:.1f}"
+
+
+def _errors(row: dict[str, Any]) -> list[str]:
+    return [cell for n in NUTRIENTS for cell in (_number(row["pmae"][n]), _number(row["bias"][n], sign=True))]
+
+
+def _group_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, row in result["groups"].items():
+        shares = [_number(None if row[k] is None else 100 * row[k]) for k in ("mass_share", "energy_share")]
+        rows.append([name, str(row["count"]), *shares, *_errors(row)])
+    return rows
+
+
+def _worst_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [row["name"], row["usda"][:60], str(row["count"]), f"{row['energy_error']:.0f}", *_errors(row)]
+        for row in result["worst"]
+    ]
+
+
+_WORST_HEAD = ("name", "USDA food", "n", "kcal off", *_HEAD[4:])
+
+
+def _facts(result: dict[str, Any]) -> list[str]:
+    counts = result["counts"]
+
+    def of(part: str, whole: str) -> str:
+        n, total = counts.get(part, 0), counts.get(whole, 0)
+        return f"{n} of {total}" + (f" ({100 * n / total:.1f} %)" if total else "")
+
+    facts = [
+        f"ingredients with a food chosen by hand: {of('ingredients_map', 'ingredients')}; "
+        f"found automatically: {of('ingredients_automatic', 'ingredients')}",
+        f"lines that tell grams: {of('lines_with_grams', 'ingredients')}; "
+        f"with a food chosen by hand too: {of('lines_with_grams_and_food', 'ingredients')}",
+        f"dishes checked: {of('dishes_checked', 'dishes')}; not checkable: {counts.get('dishes_not_checkable', 0)}; "
+        f"without a nutrition label: {counts.get('dishes_unlabelled', 0)}",
+    ]
+    if counts.get("dishes_checked"):
+        outside = ", ".join(f"{name} {n}" for name, n in result["dishes"]["outside"].items()) or "none"
+        facts.append(f"dishes that agree: {of('dishes_agreeing', 'dishes_checked')}; outside by {outside}")
+        dish = result["dishes"]
+        facts.append(
+            "dishes, pMAE (bias) in %: "
+            + ", ".join(
+                f"{n} {_number(dish['pmae'][n])} ({_number(dish['bias'][n], sign=True)})" for n in NUTRIENTS
+            )
+        )
+    return facts
+
+
+def _text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def audit_text(result: dict[str, Any]) -> str:
+    """What a terminal shows."""
+    parts = ["\n".join(_facts(result))]
+    if result["groups"]:
+        parts += ["label against USDA, in %:\n" + _text_table(_HEAD, _group_rows(result))]
+        parts += ["names whose labels differ most:\n" + _text_table(_WORST_HEAD, _worst_rows(result))]
+    for key, title in (
+        ("untold", "names without a food chosen by hand"),
+        ("no_grams", "lines without grams"),
+    ):
+        if result[key]:
+            parts.append(f"{title}: " + ", ".join(f"{name} {n}" for name, n in result[key].items()))
+    return "\n\n".join(parts)
+
+
+def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def audit_html(result: dict[str, Any], title: str) -> str:
+    """One page that needs nothing else."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [f"<p>{html.escape(fact)}</p>" for fact in _facts(result)]
+    body.append("<p>pMAE: 100 x sum |label - USDA| / sum USDA; bias: the same without the bars.</p>")
+    if result["groups"]:
+        body += ["<h2>By food group</h2>", _html_table(_HEAD, _group_rows(result))]
+        body += ["<h2>Names whose labels differ most</h2>", _html_table(_WORST_HEAD, _worst_rows(result))]
+    for key, heading in (
+        ("untold", "Names without a food chosen by hand"),
+        ("no_grams", "Lines without grams"),
+    ):
+        rows = [[name, str(n)] for name, n in result[key].items()]
+        if rows:
+            body += [f"<h2>{heading}</h2>", _html_table(("", "n"), rows)]
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style>{''.join(body)}</html>\n"
+    )
