@@ -15,7 +15,7 @@ FOODS = (
     ("00003", "Garlic, test", "Vegetables", 150, 0.5, 6, 33, [(1, "tsp", 2.8), (3, "cloves", 9)]),
     ("00004", "Broth, test", "Soups", 10, 0.5, 1, 0.5, [(1, "serving 1 can (300 g)", 300)]),
     ("00005", "Oil, test", "Fats", 884, 100, 0, 0, [(1, "tablespoon", 13.5), (1, "cup", 216), (0.5, "pat", 2)]),
-    ("00006", "Pepper, sweet, test", "Vegetables", 30, 0.3, 1, 6, [(1, "large (3 in)", 164), (1, "medium", 119), (10, "strips", 27)]),
+    ("00006", "Pepper, sweet, test", "Vegetables", 30, 0.3, 1, 6, [(1, "large", 164), (1, "medium", 119), (10, "strips", 27)]),
     ("00007", "Rice, test, raw", "Grains", 360, 0.6, 7, 80, [(1, "cup", 185), (0.25, "cup, dry, yields", 40)]),
     ("00008", "Rice, test, cooked", "Grains", 130, 0.2, 2.5, 28, [(1, "cup", 160)]),
     ("00009", "Syrup, test", "Sweets", 300, 0, 0, 75, [(1, "fl oz", 39)]),

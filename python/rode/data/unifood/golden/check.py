@@ -87,7 +87,7 @@ def _entry(record: FoodRecord, estimator: Any) -> dict[str, Any]:
             {
                 "text": part.ingredient.text or _stated(part.ingredient),
                 "mass": part.ingredient.mass,
-                "grams": part.estimate.grams.grams,
+                "grams": None if part.estimate.grams.grams is None else round(part.estimate.grams.grams, 1),
                 "how": part.estimate.grams.how,
                 "food": None if match is None else match.food.description,
                 "match": None if match is None else match.how,

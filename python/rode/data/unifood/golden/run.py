@@ -52,6 +52,8 @@ def run(stage: Stage) -> dict[str, Any]:
         return {"would_check": chosen[True], "passed_through": chosen[False]}
     shared_estimator(settings.usda or "", settings.state)  # what is missing is missed here, not in a worker
     decisions = read_decisions(stage.folder)
+    for aside in stage.folder.glob(".*.tmp"):  # what a killed run had begun to write
+        aside.unlink()
     mark = _fingerprint(stage, settings)
 
     def lines(ids: set[str] | None = None) -> Iterator[str]:
