@@ -14,6 +14,8 @@ from rode.data.usda.measures import Grams, to_grams
 from rode.data.usda.names import CommonFood
 from rode.data.usda.tables import NUTRIENTS, Food, FoodTable, load_foods
 
+_REMEMBERED = 200_000
+"""Lines kept; memory does not grow with the set."""
 _CANS = frozenset(("can", "tin", "jar"))
 
 
@@ -59,6 +61,8 @@ class Estimator:
         """The estimate for an ingredient of a record; see `lines.line_of`."""
         key = ingredient.text, ingredient.name, ingredient.amount, ingredient.unit
         if key not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
             self._known[key] = self.estimate_line(line_of(ingredient))
         return self._known[key]
 

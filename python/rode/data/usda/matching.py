@@ -37,6 +37,8 @@ _PROCESSED_WORDS = (
 )
 _PLAIN = frozenset(_PLAIN_WORDS.split())
 _PROCESSED = frozenset(_PROCESSED_WORDS.split())
+_REMEMBERED = 200_000
+"""Names kept; memory does not grow with the set."""
 _ENOUGH = 0.7
 """Share of a name, in bits of information, that a description must have."""
 
@@ -106,6 +108,8 @@ class Matcher:
         readings = (names,) if isinstance(names, str) else tuple(names)
         key = (*readings, "canned" if canned else "")
         if key not in self._found:
+            if len(self._found) >= _REMEMBERED:
+                self._found.clear()
             self._found[key] = self._match([form for name in readings if (form := normalise(name))], canned)
         return self._found[key]
 

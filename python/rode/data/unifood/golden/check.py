@@ -14,7 +14,7 @@ from rode.data.usda.compare import Comparison, compare, disagreements
 from rode.data.usda.estimate import shared_estimator
 from rode.data.usda.tables import NUTRIENTS
 
-THUMBNAIL = 320
+THUMBNAIL = 256
 """Pixels of the longer side of a picture on the review page."""
 
 NO_LABEL = "no nutrition label"
@@ -125,7 +125,7 @@ def thumbnail(record: FoodRecord) -> tuple[str | None, str | None]:
             small = ImageOps.exif_transpose(picture).convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             out = io.BytesIO()
-            small.save(out, "JPEG", quality=75)
+            small.save(out, "JPEG", quality=70)
     except (ImageError, OSError, ValueError) as error:
         return None, str(error)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), None
