@@ -28,7 +28,7 @@ example:
 """
 
 
-def add_parsers(data: Any, **options: Any) -> None:
+def add_parser(data: Any, **options: Any) -> None:
     """The three commands among those of `rode data`; options: formatter_class and parents."""
     from rode.data.unifood.golden.settings import GoldenSettings
 

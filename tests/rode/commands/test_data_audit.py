@@ -16,7 +16,7 @@ def run(*words):
     parents = argparse.ArgumentParser(add_help=False)
     parents.add_argument("--quiet", action="store_true")
     parser = argparse.ArgumentParser()
-    data_audit.add_parsers(
+    data_audit.add_parser(
         parser.add_subparsers(), formatter_class=argparse.RawDescriptionHelpFormatter, parents=[parents]
     )
     args = parser.parse_args(list(map(str, words)))

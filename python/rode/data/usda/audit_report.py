@@ -7,14 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rode.data.usda.tables import NUTRIENTS
+from rode.pages import page, table
 
 _HEAD = ("food group", "n", "mass %", "energy %", *(f"{n} {k}" for n in NUTRIENTS for k in ("pMAE", "bias")))
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-"""
 
 
 def _number(value: float | None, sign: bool = False) -> str:
@@ -100,29 +95,21 @@ def audit_text(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
-
-
 def audit_html(result: dict[str, Any], title: str) -> str:
     """One page that needs nothing else."""
     body = [f"<h1>{html.escape(title)}</h1>"]
     body += [f"<p>{html.escape(fact)}</p>" for fact in _facts(result)]
     body.append("<p>pMAE: 100 x sum |label - USDA| / sum USDA; bias: the same without the bars.</p>")
     if result["groups"]:
-        body += ["<h2>By food group</h2>", _html_table(_HEAD, _group_rows(result))]
-        body += ["<h2>Names whose labels differ most</h2>", _html_table(_WORST_HEAD, _worst_rows(result))]
+        body += ["<h2>By food group</h2>", table([_HEAD, *_group_rows(result)])]
+        body += ["<h2>Names whose labels differ most</h2>", table([_WORST_HEAD, *_worst_rows(result)])]
     for key, heading in (
         ("untold", "Names without a food chosen by hand"),
         ("no_grams", "Lines without grams"),
     ):
-        rows = [[name, str(n)] for name, n in result[key].items()]
-        if rows:
-            body += [f"<h2>{heading}</h2>", _html_table(("", "n"), rows)]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style>{''.join(body)}</html>\n"
-    )
+        if result[key]:
+            body += [
+                f"<h2>{heading}</h2>",
+                table([["", "n"], *([k, str(n)] for k, n in result[key].items())]),
+            ]
+    return page(title, body)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rode.data.records import SPLITS, FoodRecord, record_to_json, write_records
@@ -52,18 +50,13 @@ def run(stage: Stage) -> dict[str, Any]:
         return {"would_check": chosen[True], "passed_through": chosen[False]}
     shared_estimator(settings.usda or "", settings.state)  # what is missing is missed here, not in a worker
     decisions = read_decisions(stage.folder)
-    for aside in stage.folder.glob(".*.tmp"):  # what a killed run had begun to write
-        aside.unlink()
-    mark = _fingerprint(stage, settings)
 
     def lines(ids: set[str] | None = None) -> Iterator[str]:
         for record in stage.records():
             if record.split in settings.splits and (ids is None or record.id in ids):
                 yield json.dumps(record_to_json(record), ensure_ascii=False)
 
-    checked = functools.partial(
-        stage.in_parts, f"checked-{mark}", functools.partial(check_lines, settings=settings)
-    )
+    checked = functools.partial(stage.in_parts, "checked", functools.partial(check_lines, settings=settings))
     reasons: dict[str, str] = {}
     outside: Counter[str] = Counter()
     agreeing: list[tuple[str, str | None]] = []
@@ -82,9 +75,8 @@ def run(stage: Stage) -> dict[str, Any]:
         for row in map(json.loads, checked(lines())):
             if row["id"] in reasons:
                 out.write(json.dumps(row | {"reason": reasons[row["id"]]}, ensure_ascii=False) + "\n")
-    # a page's entries depend on who is asked about as well
-    page = f"page-{mark}-{hashlib.sha256(json.dumps(sorted(asked)).encode()).hexdigest()[:12]}"
-    entries = stage.in_parts(page, functools.partial(page_lines, settings=settings), lines(asked), part=100)
+    # a part is little, for an entry holds its picture
+    entries = stage.in_parts("page", functools.partial(page_lines, settings=settings), lines(asked), part=50)
     write_page(stage.folder / PAGE, entries, decisions)
     passed = 0
 
@@ -96,9 +88,8 @@ def run(stage: Stage) -> dict[str, Any]:
                 yield record
 
     write_records(stage.output, kept())
-    for folder in stage.folder.glob("*-*"):
-        if folder.is_dir() and folder.name.startswith(("checked-", "page-")):
-            stage.drop_parts(folder.name)
+    stage.drop_parts("checked")
+    stage.drop_parts("page")
     return {
         "checked": total,
         "passed_through": passed,
@@ -133,13 +124,6 @@ def _checked(settings: GoldenSettings) -> GoldenSettings:
             limits = f"{low} to {high}" if high < math.inf else f"{low} or more"
             raise SettingsError(f"golden.{key}: expected {limits}, got {value!r}")
     return dataclasses.replace(settings, usda=os.path.abspath(settings.usda))
-
-
-def _fingerprint(stage: Stage, settings: GoldenSettings) -> str:
-    """Parts of a run that was killed serve the next one only if nothing that they hang on has changed."""
-    source = Path(stage.source).stat() if stage.source else None
-    facts = (settings.__dict__, source and (source.st_size, source.st_mtime_ns))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _too_many(agreeing: list[tuple[str, str | None]], settings: GoldenSettings) -> list[str]:

@@ -71,7 +71,9 @@ def make_stage(tmp_path: Path) -> Any:
     folder = tmp_path / "golden"
     folder.mkdir()
 
-    def make(engine: Any = None, dry_run: bool = False, folder: Path = folder, **settings: Any) -> Stage:
+    def make(
+        engine: Any = None, dry_run: bool = False, folder: Path = folder, key: str = "", **settings: Any
+    ) -> Stage:
         shared_estimator.cache_clear()
         defaults = {"usda": os.fspath(usda), "max_category_share": None}
         golden = GoldenSettings(**(defaults | settings))
@@ -83,6 +85,7 @@ def make_stage(tmp_path: Path) -> Any:
             engine=engine or Serial(),
             progress=False,
             dry_run=dry_run,
+            key=key,
         )
 
     return make

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
 from golden_engine import Serial
+from killed import kill_everywhere
 from rode.data.records import read_records
 from rode.data.unifood.golden.run import run
 from rode.data.unifood.golden.settings import GoldenSettings
@@ -188,44 +187,28 @@ def test_an_interrupted_run_goes_on(make_stage, tmp_path, fail_at):
 def test_parts_of_other_settings_are_not_used(make_stage):
     with pytest.raises(KeyboardInterrupt):
         run(make_stage(engine=Serial(fail_at=1)))
-    stage = make_stage(tolerance=5.0)
+    stage = make_stage(tolerance=5.0, key="other")
     run(stage)
     assert "kilojoules" in kept(stage)
     assert not [p for p in stage.folder.iterdir() if p.is_dir()]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from types import SimpleNamespace
-from rode.data.unifood.golden.run import run
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.unifood.stage import Stage
-
-class Engine:
-    parts = 0
-    def map(self, function, parts):
-        for key, lines in parts:
-            if Engine.parts == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            Engine.parts += 1
-            yield key, function(lines)
-
-root = Path(sys.argv[1])
-golden = GoldenSettings(usda=str(root / "usda"), max_category_share=None)
-run(Stage("golden", root / "killed", root / "source.jsonl", SimpleNamespace(golden=golden), Engine()))
-"""
-
-
-def test_kill_9(make_stage, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_killed_at_every_point(make_stage, tmp_path):
     whole = make_stage()
     run(whole)
-    (tmp_path / "killed").mkdir()
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    stage = make_stage(folder=tmp_path / "killed")
-    run(stage)
-    assert files(stage.folder) == files(whole.folder)
+    again = tmp_path / "again"
+
+    def fresh():
+        shutil.rmtree(again, ignore_errors=True)
+        again.mkdir()
+
+    def check():
+        for left in again.glob(".*.tmp"):  # the builder does so
+            left.unlink()
+        assert files(again) == files(whole.folder)
+
+    assert kill_everywhere(lambda: run(make_stage(folder=again)), fresh, check) == 2 * 5
 
 
 @pytest.mark.data
