@@ -18,7 +18,7 @@ from rode.commands import data_vocabulary
 from rode.data import FoodRecord, Ingredient, RecordError, write_records
 from rode.data.mixture import hash_split
 from rode.data.names import ingredient_key
-from rode.data.readers import READERS
+from rode.data.readers import read_source
 from rode.data.readers.log import ReadLog
 from rode.data.vocabulary import (
     Limits,
@@ -361,7 +361,7 @@ def test_real_recipes(rode_data: Path, tmp_path: Path) -> None:
     fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
     records = (
         dataclasses.replace(r, split=hash_split(r.id, fractions, 0))
-        for r in READERS["food-photos"](tmp_path, ReadLog())
+        for r in read_source("food-photos", tmp_path, ReadLog())
     )
     counts = count_names(records)
     vocabulary = Vocabulary.from_counts(counts, min_count=5)
