@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from PIL import Image, ImageOps
+from rode.data.images import open_image
 
 
 class HasImage(Protocol):
@@ -18,23 +18,6 @@ class HasImage(Protocol):
 
 
 E = TypeVar("E", bound=HasImage)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Decode a picture to RGB, turned upright as its EXIF orientation says.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        OSError: the file is no picture that Pillow knows, or is cut short.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
-        raise OSError(f"{path}: not a readable picture ({error})") from error
 
 
 def image_problems(paths: Iterable[str | Path], workers: int = 8) -> dict[str, str]:
