@@ -6,6 +6,8 @@ python label_job.py FOLDER SETTINGS_AS_JSON
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -69,9 +71,9 @@ def make_job(folder: Path, count: int = 6, records: Iterable[FoodRecord] | None 
     return folder
 
 
-def stage_of(folder: Path, *, dry_run: bool = False, **settings: Any) -> Stage:
+def stage_of(folder: Path, *, into: str = "label", dry_run: bool = False, **settings: Any) -> Stage:
     """The stage over `folder/source.jsonl`, in `folder/label`."""
-    inside = folder / "label"
+    inside = folder / into
     inside.mkdir(exist_ok=True)
     label = build(LabelSettings, FAST | settings, "label")
     return Stage(
@@ -85,5 +87,51 @@ def stage_of(folder: Path, *, dry_run: bool = False, **settings: Any) -> Stage:
     )
 
 
+def serve_forks() -> None:
+    """Reads [folder, settings] as JSON lines; runs the stage in a fork for each, and prints its id and how it ended."""
+    import openai
+
+    openai.OpenAI(api_key="none").chat.completions  # noqa: B018  loaded at first use, which each fork would pay for
+    for line in sys.stdin:
+        folder, settings = json.loads(line)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                run(stage_of(Path(folder), **settings))
+                code = 0
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+class Forks:
+    """A process that has imported what the stage needs, which takes seconds, and forks those that are to be killed."""
+
+    def __init__(self) -> None:
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def start(self, folder: Path, settings: dict[str, Any]) -> int:
+        """Its id."""
+        self.process.stdin.write(json.dumps([str(folder), settings]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> int:
+        """Waits; the exit code of the one that was started last, below 0 for a signal."""
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
 if __name__ == "__main__":
-    run(stage_of(Path(sys.argv[1]), **json.loads(sys.argv[2])))
+    serve_forks()

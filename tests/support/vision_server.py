@@ -8,7 +8,6 @@ serves plausible answers from a table of foods, for trying the label stage witho
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import re
@@ -22,42 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from rode.data.ingredient_lines import parse_ingredient_line
-
-Nutrition = Mapping[str, float]
-"""energy (kcal), fat, protein, carb (g) of a mass of food; `micronutrients` may be (name, value, unit) triples."""
+from vision_answers import FAULTS, Nutrition, error_object, foods_of, plain_food, spoil
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1000, 100
 """Usage of every answer."""
-
-
-def plain_food(name: str, mass: float) -> Nutrition:
-    """Something that passes every check and differs from food to food."""
-    kind = sum(name.encode()) % 7
-    fat, protein, carb = (mass * share / 100 for share in (2 + kind, 5 + kind, 30 - kind))
-    return {"energy": 9 * fat + 4 * protein + 4 * carb, "fat": fat, "protein": protein, "carb": carb}
-
-
-def foods_of(table: Path) -> Callable[[str, float], Nutrition]:
-    """From a CSV of foods per 100 g (description, kcal, fat_g, protein_g, carb_g): the shortest that has the name's words."""
-    with table.open(encoding="utf-8") as lines:
-        rows = [
-            row
-            for row in csv.DictReader(lines)
-            if all(row[k] for k in ("kcal", "fat_g", "protein_g", "carb_g"))
-        ]
-    words = [set(re.findall(r"[a-z]+", row["description"].lower())) for row in rows]
-
-    def nutrition(name: str, mass: float) -> Nutrition:
-        wanted = {word.rstrip("s") for word in re.findall(r"[a-z]+", name.lower())}
-        hits = [len(wanted & {word.rstrip("s") for word in known}) for known in words]
-        best = min(range(len(rows)), key=lambda i: (-hits[i], len(words[i]), i))
-        if not hits[best]:
-            return plain_food(name, mass)
-        row = rows[best]
-        keys = {"energy": "kcal", "fat": "fat_g", "protein": "protein_g", "carb": "carb_g"}
-        return {field: float(row[key]) * mass / 100 for field, key in keys.items()}
-
-    return nutrition
 
 
 @dataclass
@@ -87,7 +54,8 @@ class VisionServer:
     Args:
         nutrition: (name, grams) -> what is in it.
         faults: words of a question -> faults of the requests that hold them: one after another from a list, then none;
-            a single string is for all. See `_FAULTS` and `_fault_of_answer`.
+            a single string is for all; with " at first" at its end, for those that are not asked again. See
+            `vision_answers.FAULTS` and `vision_answers.spoil`.
         delay: seconds before each answer.
         polls: how often a batch is said to be under way.
         batch_faults: of the batches made, one after another; "token_limit_exceeded" and other codes fail it, "expired"
@@ -172,6 +140,8 @@ class VisionServer:
                     fault = plan if isinstance(plan, str) else plan.pop(0) if plan else None
                     break
             headers = {name.lower(): value for name, value in (headers or {}).items()}
+            if fault and fault.endswith(" at first"):
+                fault = None if len(users) > 1 else fault.removesuffix(" at first")
             seen = Seen(question, len(users), body, None if fault == "ok" else fault, batch, headers)
             self.requests.append(seen)
             self.times.append(time.monotonic())
@@ -199,7 +169,7 @@ class VisionServer:
                 entry["micronutrients"] = [{"name": n, "value": v, "unit": u} for n, v, u in triples]
             entries.append(entry)
         message: dict[str, Any] = {"role": "assistant", "refusal": None}
-        finish, content = _spoil(seen.fault, entries, message)
+        finish, content = spoil(seen.fault, entries, message)
         message["content"] = content
         completion: dict[str, Any] = {
             "id": f"chatcmpl-{self.number()}",
@@ -237,8 +207,8 @@ class VisionServer:
             seen = self.see(line["body"], batch=True)
             if seen.fault == "no line":
                 continue
-            if seen.fault in _FAULTS:
-                status, error = _FAULTS[seen.fault]
+            if seen.fault in FAULTS:
+                status, error = FAULTS[seen.fault]
                 bad.append(entry | {"response": {"status_code": status, "body": {"error": error}}})
             else:
                 good.append(entry | {"response": {"status_code": 200, "body": self.answer(seen)}})
@@ -249,72 +219,6 @@ class VisionServer:
                 data = "".join(json.dumps(row) + "\n" for row in rows).encode()
                 self.files[batch[name]] = (f"{batch['id']}_{name}.jsonl", data)
         batch["status"] = "expired" if fault == "expired" else "completed"
-
-
-def _error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"message": message, "type": kind, "code": code, "param": param}
-
-
-_FAULTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "400": (400, _error("Something is not right", "BadRequestError")),
-    "400 image": (400, _error("Invalid image.", "invalid_request_error", "image_parse_error")),
-    "400 words": (400, _error("Failed to load image or audio file", "invalid_request_error")),
-    "400 parameter": (
-        400,
-        _error("Unsupported parameter: 'max_tokens'", "invalid_request_error", "unsupported_parameter"),
-    ),
-    "400 blind": (400, _error("llava-text is not a multimodal model", "BadRequestError")),
-    "401": (401, _error("Incorrect API key provided", "invalid_request_error", "invalid_api_key")),
-    "403": (403, _error("Country not supported", "request_forbidden")),
-    "404": (404, _error("The model `none` does not exist", "invalid_request_error", "model_not_found")),
-    "429": (429, _error("Rate limit reached", "requests", "rate_limit_exceeded")),
-    "429 after": (429, _error("Rate limit reached", "tokens", "rate_limit_exceeded")),
-    "429 quota": (429, _error("You exceeded your current quota", "insufficient_quota", "insufficient_quota")),
-    "500": (500, _error("The server had an error", "server_error")),
-    "503": (503, _error("Overloaded", "server_error")),
-}
-"""Status and error object. Besides: "hang", "cut", "drop" (no byte of an answer), "html", "error in 200", and what `_spoil` knows."""
-
-
-def _spoil(
-    fault: str | None, entries: list[dict[str, Any]], message: dict[str, Any]
-) -> tuple[str, str | None]:
-    """finish_reason and content of an answer with the fault in it."""
-    first = entries[0]
-    if fault == "missing":
-        entries.pop()
-    elif fault == "duplicate":
-        entries.append(dict(first))
-    elif fault == "unknown":
-        entries.append(first | {"number": 99})
-    elif fault == "kilojoules":
-        for entry in entries:
-            entry["energy_kcal"] = round(entry["energy_kcal"] * 4.184, 4)
-    elif fault == "negative":
-        first["mass_g"] = -first["mass_g"]
-    elif fault == "text for a number":
-        first["mass_g"] = "about 60"
-    elif fault == "heavy":
-        first["mass_g"] *= 100
-    elif fault == "NaN":
-        first["fat_g"] = float("nan")
-    content = json.dumps({"ingredients": entries})
-    if fault == "truncated":
-        return "length", content[: len(content) // 2]
-    if fault == "half":
-        return "stop", content[: len(content) // 2]
-    if fault == "prose":
-        return "stop", "Certainly! The dish has about 400 kcal."
-    if fault == "fenced":
-        return "stop", f"```json\n{content}\n```"
-    if fault == "refusal":
-        message["refusal"] = "I'm sorry, I can't help with that."
-        return "stop", None
-    if fault == "content filter":
-        return "content_filter", None
-    if fault == "empty":
-        return "stop", None
-    return "stop", content
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -368,6 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
             owner.event("create")
             ident = f"batch-{owner.number()}"
             fault = owner.batch_faults.pop(0) if owner.batch_faults else None
+            fault = None if fault == "ok" else fault
             owner.batches[ident] = json.loads(data) | {
                 "id": ident,
                 "object": "batch",
@@ -383,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self._send(200, owner.batches[ident])
         else:
-            self._send(404, {"error": _error("no such path", "invalid_request_error")})
+            self._send(404, {"error": error_object("no such path", "invalid_request_error")})
 
     def _file(self, ident: str) -> dict[str, Any]:
         name, content = self.owner.files[ident]
@@ -404,8 +309,8 @@ class _Handler(BaseHTTPRequestHandler):
         if owner.delay:
             owner.closing.wait(owner.delay)
         fault = seen.fault
-        if fault in _FAULTS:
-            status, error = _FAULTS[fault]
+        if fault in FAULTS:
+            status, error = FAULTS[fault]
             headers = {"Retry-After": owner.retry_after} if fault == "429 after" else {}
             self._send(status, {"error": error}, headers)
         elif fault == "hang":
@@ -458,7 +363,7 @@ class _Handler(BaseHTTPRequestHandler):
             owner.event("content")
             self._send(200, owner.files[parts[1]][1])
         else:
-            self._send(404, {"error": _error("no such thing", "invalid_request_error")})
+            self._send(404, {"error": error_object("no such thing", "invalid_request_error")})
 
     def do_DELETE(self) -> None:
         self.owner.calls.append(f"DELETE {self.path}")

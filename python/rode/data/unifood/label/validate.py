@@ -28,7 +28,7 @@ _BEYOND = tuple(
             r"burgundy|chardonnay|merlot|cabernet|pinot|riesling|sauvignon|claret|lillet|makgeolli",
             1.5,
         ),
-        (r"daiquiri|margarita|pina colada|tequila sunrise|cocktails?", 2.0),
+        (r"daiquiri|margarita|pina colada|tequila sunrise", 2.0),
         (
             r"rums?|vodkas?|gin|whiske?ys?|bourbon|scotch|tequila|mezcal|brandy|brandies|cognac|armagnac|calvados|grappa|"
             r"pisco|cachaca|cachaça|kirsch|kirschwasser|schnapps|absinthe|aquavit|baijiu|spirits?|liqueurs?|liquors?|"
@@ -37,7 +37,7 @@ _BEYOND = tuple(
             r"crème de \w+|everclear|moonshine|alcohol",
             4.0,
         ),
-        (r"vanilla|extracts?|bitters|essences?", 3.0),
+        (r"extracts?|bitters|essences?|vanilla$", 3.0),
     )
 )
 # carbohydrate that gives little or no energy, whatever the table of contents says

@@ -250,7 +250,9 @@ def test_a_server_that_refuses_everything_stops_the_job(tmp_path):
         with pytest.raises(LabelError, match="3 contents in a row got no answer, the last: HTTP 400"):
             run(stage_of(folder, base_url=server.url, give_up_after=3, concurrency=1))
         assert len(server.requests) == 3
-        with pytest.raises(LabelError, match='none of 12 records could be labelled; the last: .*"refused by'):
+        with pytest.raises(
+            LabelError, match=r'none of 12 records could be labelled; the last: .*"refused by'
+        ):
             run(stage_of(folder, base_url=server.url))
 
 
