@@ -63,6 +63,7 @@ class VisionServer:
         hook: called as hook(event, number) at each event ("chat", "answered", "upload", "uploaded", "create", "created",
             "retrieve", "content", "list"), counted from 1 for each.
         retry_after: value of that header for "429 after".
+        refuses: a path that it does not have.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class VisionServer:
         batch_faults: Sequence[str] = (),
         hook: Callable[[str, int], None] = lambda event, number: None,
         retry_after: str = "0.05",
+        refuses: str = "",
         port: int = 0,
     ) -> None:
         self.nutrition = nutrition
@@ -86,6 +88,7 @@ class VisionServer:
         self.batch_faults = list(batch_faults)
         self.hook = hook
         self.retry_after = retry_after
+        self.refuses = refuses
         self.requests: list[Seen] = []
         self.calls: list[str] = []
         """Method and path of every HTTP request."""
@@ -224,6 +227,7 @@ class VisionServer:
 class _Handler(BaseHTTPRequestHandler):
     owner: VisionServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body go out one by one: else 40 ms each
 
     def log_message(self, *_: object) -> None:
         pass
@@ -258,6 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 with owner.lock:
                     owner._under_way -= 1
+        elif self.path == owner.refuses:
+            self._send(404, {"error": error_object("no such path", "invalid_request_error")})
         elif self.path == "/v1/files":
             owner.event("upload")
             boundary = self.headers["Content-Type"].split("boundary=")[1].encode()

@@ -114,11 +114,15 @@ class Batches:
                         break
             if asked:
                 self.ledger.new_batch(token, size, asked)
-                file = self._call(
-                    lambda path=path: self.endpoint.client.files.create(
-                        file=(path.name, path.read_bytes()), purpose="batch"
+                try:
+                    file = self._call(
+                        lambda path=path: self.endpoint.client.files.create(
+                            file=(path.name, path.read_bytes()), purpose="batch"
+                        )
                     )
-                )
+                except LabelError:
+                    self.ledger.drop_batch(token)  # a file alone asks nothing
+                    raise
                 self.ledger.batch_uploaded(token, file.id)
                 self._create(token, file.id)
             path.unlink()
@@ -154,7 +158,8 @@ class Batches:
         try:
             return self.endpoint.call(send)
         except RequestFailed as error:
-            raise LabelError(f"batch: {error.fault.detail}; run again to go on") from error
+            what = "run again to go on" if error.fault.kind == "retry" else "mend that and run again"
+            raise LabelError(f"batch: {error.fault.detail}; {what}") from error
 
     def _create(self, token: str, file: str) -> None:
         tried = False
@@ -171,7 +176,13 @@ class Batches:
                 metadata={_TOKEN: token},
             )
 
-        self.ledger.batch_created(token, self._call(send).id, file)
+        try:
+            batch = self._call(send)
+        except LabelError as error:
+            if isinstance(error.__cause__, RequestFailed) and error.__cause__.fault.kind != "retry":
+                self.ledger.drop_batch(token)  # refused, so there is none
+            raise
+        self.ledger.batch_created(token, batch.id, file)
 
     def _find(self, token: str) -> Any:
         return next(

@@ -40,10 +40,11 @@ _BEYOND = tuple(
         (r"extracts?|bitters|essences?|vanilla$", 3.0),
     )
 )
-# carbohydrate that gives little or no energy, whatever the table of contents says
-_SWEETENERS = re.compile(
+# carbohydrate that gives little or no energy, whatever the table of contents says (of baking powder it is a remainder)
+_GIVES_LITTLE = re.compile(
     r"\b(?:sweeteners?|stevia|erythritol|xylitol|sorbitol|maltitol|isomalt|allulose|monk ?fruit|sucralose|saccharin|"
-    r"aspartame|splenda|truvia|swerve|sugar[- ]free|no[- ]sugar|low[- ]calorie|reduced[- ]calorie)\b"
+    r"aspartame|splenda|truvia|swerve|sugar[- ]free|no[- ]sugar|low[- ]calorie|reduced[- ]calorie|"
+    r"baking powder)\b"
 )
 _FIBRE = re.compile(r"\b(?:fibre|fiber)\b")
 _UNITS = {"g": "g", "mg": "mg", "ug": "ug", "µg": "ug", "μg": "ug", "mcg": "ug", "iu": "IU"}
@@ -76,16 +77,13 @@ def stated_grams(ingredient: Ingredient) -> float | None:
     return None if parsed is None else parsed.mass
 
 
-def energy_bounds(
-    nutrition: Nutrition, words: str, settings: LabelSettings, *, scale: float = 1.0
-) -> tuple[float, float]:
+def energy_bounds(nutrition: Nutrition, words: str, settings: LabelSettings) -> tuple[float, float]:
     """The least and the most kcal that can be believed, by Atwater's 4/9/4 kcal per gram of protein, fat and carbohydrate.
 
     Args:
         nutrition: mass and the three in grams; fibre among the micronutrients, if it was given, may count as 0 to 4.
         words: the ingredient's name and line, for what gives energy beyond the three (alcohol) or less (sweeteners).
-        settings: the tolerances.
-        scale: of `settings.energy_slack`; 1 / KILOJOULES where the number at hand was divided by it.
+        settings: the shares; `energy_slack` comes on top.
     """
     atwater = 4 * (nutrition.protein or 0) + 9 * (nutrition.fat or 0) + 4 * (nutrition.carb or 0)
     words = words.lower()
@@ -95,13 +93,12 @@ def energy_bounds(
         if _FIBRE.search(name.lower())
     )
     least = atwater - 4 * min(fibre, nutrition.carb or 0)
-    if _SWEETENERS.search(words):
+    if _GIVES_LITTLE.search(words):
         least = 4 * (nutrition.protein or 0) + 9 * (nutrition.fat or 0)
     beyond = max((kcal for pattern, kcal in _BEYOND if pattern.search(words)), default=0.0)
-    slack = settings.energy_slack * scale
     return (
-        least * (1 - settings.energy_under) - slack,
-        atwater * (1 + settings.energy_over) + beyond * (nutrition.mass or 0) + slack,
+        least * (1 - settings.energy_under),
+        atwater * (1 + settings.energy_over) + beyond * (nutrition.mass or 0),
     )
 
 
@@ -232,10 +229,10 @@ def _implausible(
         problems.append(Problem("exceeds the mass", told))
     words = f"{ingredient.name} {ingredient_line(ingredient)}"
     low, high = energy_bounds(nutrition, words, settings)
-    if not low <= energy <= high:
-        told = f"{where}: energy {energy:g} kcal does not fit fat, protein and carbohydrate ({max(low, 0):.0f} to {high:.0f} kcal)"
-        low_kj, high_kj = energy_bounds(nutrition, words, settings, scale=1 / KILOJOULES)
-        if low_kj <= energy / KILOJOULES <= high_kj:
+    slack = settings.energy_slack
+    if not low - slack <= energy <= high + slack:
+        told = f"{where}: energy {energy:g} kcal does not fit fat, protein and carbohydrate ({low:.0f} to {high:.0f} kcal)"
+        if low <= energy / KILOJOULES <= high:
             problems.append(Problem("kilojoules", f"{told}; it looks like kilojoules, give kilocalories"))
         else:
             problems.append(Problem("energy does not fit", told))

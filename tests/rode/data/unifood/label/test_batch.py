@@ -142,6 +142,16 @@ def test_a_failed_batch_stops_the_job(tmp_path):
         assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+def test_a_server_without_batches(tmp_path, path):
+    """One error, and live mode is not barred by what never came to be."""
+    folder = make_job(tmp_path, 2)
+    with VisionServer(refuses=path) as server:
+        with pytest.raises(LabelError, match="batch: HTTP 404: no such path; mend that and run again"):
+            batch(folder, server)
+        assert run(stage_of(folder, base_url=server.url))["labelled"] == 2
+
+
 def test_faults_of_the_job_in_a_batch(tmp_path):
     folder = make_job(tmp_path, 3)
     with VisionServer(faults={"food01": ["404"]}) as server:

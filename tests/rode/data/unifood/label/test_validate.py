@@ -193,7 +193,7 @@ def test_whatever_comes_is_judged(entries):
 @pytest.mark.data
 def test_real_foods_pass_and_their_kilojoules_do_not(rode_data):
     """USDA SR28, 100 g of each food, fibre given where the table has it: 0.1 % fail the check at the standard tolerances
-    (low-fat frankfurters and baking powder, mostly the table's own slips). In kilojoules, fewer than 0.3 % pass."""
+    (the table's own slips, mostly). In kilojoules, fewer than 0.3 % pass."""
     verdicts, in_kilojoules = Counter(), Counter()
     with (rode_data / "usda" / "sr28_foods.csv").open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
@@ -201,7 +201,7 @@ def test_real_foods_pass_and_their_kilojoules_do_not(rode_data):
             fibre = {"fibre": Quantity(float(row["fiber_g"]), "g")} if row["fiber_g"] else {}
             nutrition = Nutrition(100.0, energy, fat, protein, carb, fibre)
             low, high = energy_bounds(nutrition, row["description"], SETTINGS)
-            verdicts[low <= energy <= high] += 1
+            verdicts[low - SETTINGS.energy_slack <= energy <= high + SETTINGS.energy_slack] += 1
             entry = {"number": 1, "mass_g": 100, "fat_g": fat, "protein_g": protein, "carbohydrate_g": carb}
             entry["energy_kcal"] = energy * 4.184
             if energy >= 20:
@@ -209,6 +209,6 @@ def test_real_foods_pass_and_their_kilojoules_do_not(rode_data):
                     json.dumps({"ingredients": [entry]}), [Ingredient(row["description"])], SETTINGS
                 )[1]
                 in_kilojoules[found[0].reason if found else "passed"] += 1
-    assert verdicts[False] / verdicts.total() < 0.0015
+    assert verdicts[False] / verdicts.total() < 0.001
     assert in_kilojoules["passed"] / in_kilojoules.total() < 0.003, in_kilojoules
     assert in_kilojoules["kilojoules"] / in_kilojoules.total() > 0.99, in_kilojoules
