@@ -285,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "created_at": int(time.time()),
                 "status": "validating",
                 "fault": fault,
-                "polls": owner.polls,
+                "polls": 0 if fault else owner.polls,
             }
             owner.event("created")
             if fault == "drop":

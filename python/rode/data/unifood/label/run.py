@@ -99,7 +99,10 @@ def _ledger_path(stage: Stage) -> Path:
 def _bar(stage: Stage) -> Any:
     from tqdm import tqdm
 
-    total = sum(1 for _ in stage.records()) if stage.progress else None
+    total = None
+    if stage.progress and stage.source is not None:
+        with stage.source.open("rb") as lines:
+            total = sum(1 for _ in lines)
     return tqdm(total=total, desc=stage.name, unit="record", disable=not stage.progress)
 
 

@@ -120,8 +120,20 @@ def test_a_line_without_an_answer(tmp_path):
 
 def test_a_full_queue_is_waited_for(tmp_path):
     folder = make_job(tmp_path, 4)
-    with VisionServer(batch_faults=["ok", "token_limit_exceeded"], polls=1) as server:
+    with VisionServer(batch_faults=["ok", "token_limit_exceeded"], polls=3) as server:
         batch(folder, server, batch_requests=2)
+        kinds = [
+            call.split()[0] + call.split("/")[2]
+            for call in server.calls
+            if "content" in call or "POST" in call
+        ]
+        assert [kind for kind in kinds if kind != "POSTfiles"] == [
+            "POSTbatches",
+            "POSTbatches",
+            "GETfiles",  # the first one is taken in; only then is there room
+            "POSTbatches",
+            "GETfiles",
+        ]
         assert len(server.batches) == 3
         assert len(server.requests) == 4
     assert live(folder) == written(folder)

@@ -129,5 +129,10 @@ def test_batch(forks, tmp_path, points):
         assert sorted(requests_of(server)) == sorted(
             [(f"d{i:02d}", 1) for i in range(8)] + [("d01", 2), ("d03", 2)]
         )
+        # no batch was made that nobody takes in, and no file was left behind
+        assert all(batch["status"] == "completed" for batch in server.batches.values())
+        assert not [
+            name for name, _ in server.files.values() if name.startswith("batch-") and "_file_id" not in name
+        ]
     assert written(folder) == end
     assert len(kept(folder)) == 10

@@ -244,6 +244,16 @@ def test_a_fault_of_the_job_stops_it(tmp_path, fault, told):
     assert outcome(folder)[0] == [f"d{i:02d}" for i in range(8)]
 
 
+def test_a_stopped_job_does_not_try_again(tmp_path):
+    """What waits for another try when the job stops is not sent any more."""
+    folder = make_job(tmp_path, 2)
+    with VisionServer(faults={"food00": "500", "food01": "401"}, delay=0.02) as server:
+        with pytest.raises(LabelError, match="HTTP 401"):
+            run(stage_of(folder, base_url=server.url, backoff=4.0, concurrency=2))
+        assert server.asked("food00") <= 2
+    assert rows(folder, "SELECT status, reason FROM contents") == 2 * [("open", None)]
+
+
 def test_a_server_that_refuses_everything_stops_the_job(tmp_path):
     folder = make_job(tmp_path, 12)
     with VisionServer(faults={"food": "400"}) as server:
