@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 from rode.data.records import FoodRecord
+from rode.data.shards.address import parse_address, read_part
 
 
 class ImageError(ValueError):
     """A picture that is missing or cannot be decoded. One line that names record and file."""
+
+
+def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
+    """A picture's bytes as an open file: of a path, or of a part of a shard (`train-000012.tar#1536+61234`).
+
+    Raises:
+        FileNotFoundError, OSError: as `open` does; `rode.data.shards.address.ShardError` for a shard.
+    """
+    part = parse_address(os.fspath(address))
+    return open(address, "rb") if part is None else io.BytesIO(read_part(*part))
 
 
 def check_image(record: FoodRecord) -> None:
@@ -21,7 +35,7 @@ def check_image(record: FoodRecord) -> None:
 
     path = Path(record.image)
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             image.load()
     except FileNotFoundError:
         raise ImageError(f"record {record.id!r}: image {path} is missing") from None

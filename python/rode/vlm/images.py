@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 
 from PIL import Image, ImageOps
 
+from rode.data.images import open_picture
+
 
 class HasImage(Protocol):
     """What is needed of an example here (`rode.data.Example` has it)."""
@@ -23,15 +25,18 @@ E = TypeVar("E", bound=HasImage)
 def open_image(path: str | Path) -> Image.Image:
     """Decode a picture to RGB, turned upright as its EXIF orientation says.
 
+    Args:
+        path: of a file, or the address of a part of a shard (`rode.data.images.open_picture`).
+
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file is no picture that Pillow knows, or is cut short.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"{path}: no such picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
         raise OSError(f"{path}: not a readable picture ({error})") from error
