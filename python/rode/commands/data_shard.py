@@ -16,7 +16,9 @@ def add_parsers(data: Any, **options: Any) -> None:
     )
     sub.set_defaults(run=run)
     sub.add_argument("records", metavar="JSONL", help="file of records (docs/records.md)")
-    sub.add_argument("out", metavar="DIR", help="folder to write; a killed run is finished by the same command")
+    sub.add_argument(
+        "out", metavar="DIR", help="folder to write; a killed run is finished by the same command"
+    )
     sub.add_argument(
         "--format", choices=("webdataset", "parquet"), default="webdataset", help="default webdataset"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -47,6 +48,9 @@ class TarShard:
     def close(self) -> list[Place]:
         self.tar.close()
         return self.places
+
+    def abandon(self) -> None:
+        """For a file that is thrown away."""
 
 
 class ParquetShard:
@@ -110,6 +114,12 @@ class ParquetShard:
                 pictures = _find(data, columns["image.bytes"], [picture for _, picture in rows])
                 places += [(*text, *picture) for text, picture in zip(texts, pictures, strict=True)]
         return places
+
+    def abandon(self) -> None:
+        """For a file that is thrown away: else pyarrow would write to it once more when it is garbage."""
+        with contextlib.suppress(Exception):
+            self.writer.close()
+        self.writer.is_open = False
 
 
 def _mark(value: bytes) -> bytes:

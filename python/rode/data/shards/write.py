@@ -234,25 +234,24 @@ def _write_shard(folder: Path, format: str, on_bad_image: str, part: Mapping[str
         if whole and (on_bad_image == "skip" or not entry["left_out"]):
             return text
         entry_path.unlink()
-    rows, left_out = [], []
+    rows: list[tuple[int, list[int]]] = []
+    left_out: list[tuple[str, str]] = []
     with replacing(path, "wb") as out:
         shard = (TarShard if format == "webdataset" else ParquetShard)(out)
-        for record in _lines_at(folder / BUILDING / "records.jsonl", part["offsets"]):
-            try:
-                check_image(record)
-                with open_picture(record.image) as file:
-                    picture = file.read()
-            except ImageError as error:
-                if on_bad_image == "error":
-                    raise
-                left_out.append((record.id, str(error)))
-                continue
-            obj = record_to_json(record)
-            del obj["image"]
-            shard.add(safe_key(record.id), obj, json.dumps(obj, ensure_ascii=False).encode(), picture)
-            answers = dict.fromkeys(TASKS, 0) | {e.task: len(e.answer) for e in make_examples(record)}
-            rows.append((stable_hash("fraction", record.id), [answers[task] for task in TASKS]))
-        places = shard.close()
+        try:
+            for record in _lines_at(folder / BUILDING / "records.jsonl", part["offsets"]):
+                picture = _picture(record, on_bad_image, left_out)
+                if picture is not None:
+                    obj = record_to_json(record)
+                    del obj["image"]
+                    text = json.dumps(obj, ensure_ascii=False).encode()
+                    shard.add(safe_key(record.id), obj, text, picture)
+                    answers = dict.fromkeys(TASKS, 0) | {e.task: len(e.answer) for e in make_examples(record)}
+                    rows.append((stable_hash("fraction", record.id), [answers[task] for task in TASKS]))
+            places = shard.close()
+        except BaseException:
+            shard.abandon()
+            raise
     entry = {"file": part["file"], "split": part["split"], "records": len(rows)}
     if rows:
         entry |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -262,6 +261,19 @@ def _write_shard(folder: Path, format: str, on_bad_image: str, part: Mapping[str
     text = json.dumps({**entry, "left_out": left_out, "samples": samples}, ensure_ascii=False)
     write_text(entry_path, text)
     return text
+
+
+def _picture(record: FoodRecord, on_bad_image: str, left_out: list[tuple[str, str]]) -> bytes | None:
+    """The file's bytes, once they have been decoded; None, and a line more in `left_out`, where they cannot be."""
+    try:
+        check_image(record)
+    except ImageError as error:
+        if on_bad_image == "error":
+            raise
+        left_out.append((record.id, str(error)))
+        return None
+    with open_picture(record.image) as file:
+        return file.read()
 
 
 def _lines_at(path: Path, offsets: Iterable[int]) -> Iterator[FoodRecord]:

@@ -46,6 +46,8 @@ def run(stage: Stage) -> dict[str, Any]:
             disable=not stage.progress,
         )
 
+    for aside in stage.folder.glob(".*.tmp"):  # of a killed run
+        aside.unlink()
     written = write_shards(
         stage.records(),
         stage.folder / FOLDER,
