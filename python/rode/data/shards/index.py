@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rode.data.records import SPLITS, FoodRecord, RecordError, record_from_json
+from rode.data.records import SPLITS, FoodRecord, record_as_written
 from rode.data.shards.address import ShardError, forget_open_files, make_address, read_part
 from rode.data.tasks import TASKS
 
@@ -84,8 +84,8 @@ class Shards:
         row, path = self.samples[sample], self._paths[self.shard_of(sample)]
         text = read_part(path, int(row["record"]), int(row["record_size"]))
         try:
-            return record_from_json({**json.loads(text), "image": self.image(sample)})
-        except (ValueError, TypeError, RecordError) as error:
+            return record_as_written({**json.loads(text), "image": self.image(sample)})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ShardError(
                 f"{path}: sample {sample - int(self.first[self.shard_of(sample)])} is damaged ({error}); copy the shard again"
             ) from None
