@@ -87,8 +87,7 @@ def test_workers_change_nothing(recipe_of):
     assert [h["loss"] for h in runs[0].history[:-1]] == [h["loss"] for h in runs[1].history[:-1]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("workers", "grouped"), [(0, False), (0, True), (2, False)])
 def test_resuming_in_the_middle_of_an_epoch_is_exact_and_reads_nothing_again(
     recipe_of, read, monkeypatch, workers, grouped
 ):

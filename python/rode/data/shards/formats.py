@@ -135,14 +135,10 @@ def _find(data: mmap.mmap, column: Any, marks: list[bytes]) -> list[tuple[int, i
     for mark in marks:
         head, digest = mark[:-32], mark[-32:]
         (size,) = struct.unpack("<I", head[:4])
-        while True:
-            position = data.find(head, position, end)
-            if position < 0:
-                raise RuntimeError("this version of pyarrow does not write byte arrays as they are")
-            start = position + 4
-            if hashlib.sha256(data[start : start + size]).digest() == digest:
-                break
-            position += 1
+        position = data.find(head, position, end)  # between values there are but the headers of pages
+        start = position + 4
+        if position < 0 or hashlib.sha256(data[start : start + size]).digest() != digest:
+            raise RuntimeError("this version of pyarrow does not write byte arrays as they are")
         places.append((start, size))
         position = start + size
     return places

@@ -273,6 +273,19 @@ def test_pictures_that_are_missing_or_bad(tmp_path, format):
         write_shards(records, tmp_path / "out", format=format, size=5, overwrite=True)
 
 
+def test_a_killed_writer_that_left_out_is_not_gone_on_with_by_one_that_must_not(tmp_path):
+    records = dishes(tmp_path / "pictures", 12, split="train")
+    Path(records[9].image).unlink()
+
+    def dying():
+        kill_at_rename(8, after=True)  # all shards are written, and their entries
+        write_shards(records, tmp_path / "out", size=5, on_bad_image="skip")
+
+    assert forked(dying) == -signal.SIGKILL
+    with pytest.raises(ImageError, match=f"record 'dish9': image {records[9].image} is missing"):
+        write_shards(records, tmp_path / "out", size=5)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_shard_of_bad_pictures_alone_is_no_file(tmp_path, format):
     records = dishes(tmp_path / "pictures", 3, split="train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -180,6 +181,18 @@ def test_webdataset_reads_tars(records, tmp_path):
             assert image.tobytes() == own.convert("RGB").tobytes()
 
 
+def test_a_pyarrow_that_writes_otherwise_is_noticed(records, tmp_path, monkeypatch):
+    from pyarrow import parquet
+
+    writer = parquet.ParquetWriter
+    monkeypatch.setattr(
+        parquet, "ParquetWriter", lambda *args, **options: writer(*args, **options | {"compression": "ZSTD"})
+    )
+    with pytest.raises(RuntimeError, match="does not write byte arrays as they are"):
+        write_shards(records, tmp_path / "out", format="parquet")
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
 def test_values_that_look_like_others_are_found_in_parquet(tmp_path):
     """Pictures that begin alike, and one that holds another as it stands in a page."""
     buffer = io.BytesIO()
@@ -303,3 +316,46 @@ def test_json_of_a_record_without_its_picture_s_path(records, tmp_path):
     wanted = record_to_json(records[0])
     del wanted["image"]
     assert found == wanted
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_lines_of_the_docs(records, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[4] / "docs/shards.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    write_shards(records, tmp_path / "food", name="food", size=7)
+    write_shards(records, tmp_path / "other", name="food", size=7, format="parquet")
+    for path in (tmp_path / "other").glob("*.parquet"):
+        path.rename(tmp_path / "food" / path.name)
+    monkeypatch.chdir(tmp_path)
+    wanted = sorted(record.id for record in records if record.split == "train")
+    names: dict = {}
+    exec(blocks[0], names)
+    assert sorted(row["json"]["id"] for row in names["tars"]) == wanted
+    assert sorted(row["id"] for row in names["rows"]) == wanted
+    exec(blocks[1], names)
+    assert sorted(line.rsplit(" (24, 24)", 1)[0] for line in capsys.readouterr().out.splitlines()) == [
+        f"{id}" for id in wanted
+    ]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("format", FORMATS)
+def test_real_photographs(rode_data, tmp_path, format):
+    """All of them: records, bytes and pixels are those of the loose files."""
+    from rode.data import read_records
+    from rode.data.convert import convert
+    from rode.vlm import open_image
+
+    convert("food-photos", rode_data / "food_photos", tmp_path / "records.jsonl", on_bad_image="skip")
+    loose = {record.id: record for record in read_records(tmp_path / "records.jsonl")}
+    write_shards(loose.values(), tmp_path / "out", format=format, size=50)
+    shards = open_shards(tmp_path / "out")
+    shards.verify()
+    assert len(shards) == len(loose) > 150
+    for sample, record in enumerate(map(shards.record, range(len(shards)))):
+        assert without_image(record) == without_image(loose[record.id])
+        with open_picture(record.image) as file:
+            assert file.read() == Path(loose[record.id].image).read_bytes()
+        if sample % 20 == 0:
+            assert open_image(record.image).tobytes() == open_image(loose[record.id].image).tobytes()
