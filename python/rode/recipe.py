@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass
 class SourceConfig:
-    """One file of records."""
+    """One file of records, or one folder of shards."""
 
     path: str
     name: str | None = None
@@ -62,6 +62,8 @@ class SourceConfig:
     tasks: list[TaskName] = field(default_factory=lambda: list(ALL_TASKS))
     split_fractions: dict[str, float] | None = None
     """{train: 0.8, val: 0.1, test: 0.1} for records that state no split: a hash of the id decides."""
+    shuffle_shards: int = 16
+    """So many shards are shuffled together; a file of records is shuffled as a whole."""
 
 
 @dataclass

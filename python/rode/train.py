@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from rode.clusters import FILE as CLUSTERS
 from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
+from rode.data.shards.examples import ShardExamples
 from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
@@ -64,33 +64,30 @@ def data_sources(recipe: Recipe) -> list[Source]:
     return [Source(**vars(source)) for source in recipe.data.sources]
 
 
-def _usable(examples: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
-    """The mixture without the examples whose picture cannot be read; see `drop_bad_images`."""
-    kept, skipped = drop_bad_images(examples.examples, on_bad_image)
-    if not skipped:
-        return examples, skipped
+def _usable(mixture: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
+    """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Those in shards were read when
+    the shards were written."""
+    parts, skipped = [], []
+    for part in mixture.parts():
+        if not isinstance(part, ShardExamples):
+            part, lines = drop_bad_images(part, on_bad_image)
+            skipped += lines
+        parts.append(part)
     for line in skipped:
         logger.warning("left out: %s", line)
-    if not kept:
+    if skipped and not any(parts):
         raise ValueError(f"no example left to train on: all {len(skipped)} pictures were left out")
-    whole = set(map(id, kept))
-    counts, first = [], 0
-    for count in examples.counts:
-        counts.append(sum(id(example) in whole for example in examples.examples[first : first + count]))
-        first += count
-    return dataclasses.replace(examples, examples=kept, counts=counts), skipped
+    return mixture.with_parts(parts), skipped
 
 
 def _packed(mixture: Mixture, most: int) -> Mixture:
     """The mixture with the questions about one picture in packs, source by source; weights count packs then."""
-    items: list[Any] = []
-    counts, first = [], 0
-    for count in mixture.counts:
-        packs = pack_by_picture(mixture.examples[first : first + count], most)
-        items += packs
-        counts.append(len(packs))
-        first += count
-    return dataclasses.replace(mixture, examples=items, counts=counts)
+    return mixture.with_parts(
+        [
+            part.packed(most) if isinstance(part, ShardExamples) else pack_by_picture(part, most)
+            for part in mixture.parts()
+        ]
+    )
 
 
 def make_trainable(model: Any, recipe: Recipe) -> Any:
@@ -133,6 +130,14 @@ def image_source(
 def _length(item: Any) -> int:
     """Of an example or pack, in characters, which stand in for tokens: only the order matters."""
     return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
+
+
+def _lengths(mixture: Mixture) -> list[int]:
+    """Of all items; the index of shards knows those of its own."""
+    lengths: list[int] = []
+    for part in mixture.parts():
+        lengths += part.lengths.tolist() if isinstance(part, ShardExamples) else map(_length, part)
+    return lengths
 
 
 def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
@@ -242,7 +247,7 @@ def train(
         callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
-        lengths=list(map(_length, items.examples)) if training.group_by_length else None,
+        lengths=_lengths(items) if training.group_by_length else None,
         projector_only=recipe.stage == "projector",
         statistics=statistics,
     )

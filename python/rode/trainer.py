@@ -33,7 +33,7 @@ class EpochSampler(Sampler[int]):
     Args:
         plan: epoch -> indices (`rode.data.mixture.Mixture.plan`); as many in every epoch.
         lengths: of the items, to batch like with like: stretches of 50 batches are sorted and cut into batches, and
-            the batches of the epoch shuffled. None keeps the plan's order.
+            the batches of each stretch shuffled: the plan's stretches stay where they were. None keeps the plan's order.
         batch_size: items of one batch of one device.
         seed: of the batches' order.
     """
@@ -58,15 +58,17 @@ class EpochSampler(Sampler[int]):
         order = self.plan(self.epoch)
         if self.lengths is None:
             return iter(order)
-        stretch = 50 * self.batch_size
-        parts = (order[i : i + stretch] for i in range(0, len(order), stretch))
-        order = [i for part in parts for i in sorted(part, key=self.lengths.__getitem__)]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        # Sorted batches in a row would teach short answers first and long ones last. A batch cut short stays last,
-        # or those after it would straddle.
-        short = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        random.Random(f"{self.seed} {self.epoch}").shuffle(batches)
-        return iter([i for batch in [*batches, *short] for i in batch])
+        stretch, generator = 50 * self.batch_size, random.Random(f"{self.seed} {self.epoch}")
+        batches: list[list[int]] = []
+        for first in range(0, len(order), stretch):
+            part = sorted(order[first : first + stretch], key=self.lengths.__getitem__)
+            cut = [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+            # Sorted batches in a row would teach short answers first and long ones last. A batch cut short stays last,
+            # or those after it would straddle.
+            short = [cut.pop()] if len(cut[-1]) < self.batch_size else []
+            generator.shuffle(cut)
+            batches += [*cut, *short]
+        return iter([i for batch in batches for i in batch])
 
 
 def parameter_groups(
@@ -82,6 +84,17 @@ def parameter_groups(
             options = {"lr": rates[projector], "weight_decay": weight_decay if decays else 0.0}
             groups.setdefault((projector, decays), {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a sampler its epoch. Trainer and accelerate do so too, but do not reach it through the two wrappers that it has
+    on several devices when a run goes on in the middle of an epoch: that epoch would end in the order of the first."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class AnswerTrainer(Trainer):
@@ -154,7 +167,9 @@ class AnswerTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochSampler(self.plan, self.lengths, self.args.train_batch_size, self.args.seed)
+        sampler = EpochSampler(self.plan, self.lengths, self.args.train_batch_size, self.args.seed)
+        self.add_callback(_TellEpoch(sampler))
+        return sampler
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rode.commands import data_audit, data_build, data_statistics, data_vocabulary
+from rode.commands import data_audit, data_build, data_shard, data_statistics, data_vocabulary
 
 DESCRIPTION = """\
 Turn published data sets into records (docs/records.md), and look into them first (docs/sources.md).
@@ -15,7 +15,7 @@ examples:
   rode data convert recipe1m RECIPE1M_DIR records.jsonl --images-per-recipe 3 --on-bad-image skip
 """
 
-MODULES = (data_vocabulary, data_statistics, data_audit, data_build)
+MODULES = (data_vocabulary, data_statistics, data_audit, data_shard, data_build)
 
 
 def add_parser(commands: Any, **options: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rode.data.records import FoodRecord
+from rode.data.shards.address import parse_address, read_part
 
 MAX_PIXELS = 64_000_000
 """Pixels that a picture may have; more is taken for a decompression bomb: kilobytes on disk, gigabytes in memory."""
@@ -23,13 +25,23 @@ def check_pixels(image: Any) -> None:
         raise ImageError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
+def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
+    """A picture's bytes as an open file: of a path, or of a part of a shard (`train-000012.tar#1536+61234`).
+
+    Raises:
+        FileNotFoundError, OSError: as `open` does; `rode.data.shards.address.ShardError` for a shard.
+    """
+    part = parse_address(os.fspath(address))
+    return open(address, "rb") if part is None else io.BytesIO(read_part(*part))
+
+
 def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> Any:
     """The whole picture as a PIL image: a file cut short passes a look at its header.
 
     Its `format` is Pillow's name for it, "JPEG", and does not go by the file's suffix: a GIF named .jpg is a GIF.
 
     Args:
-        path: of the file.
+        path: of a file, or the address of a part of a shard.
         smallest_side: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as its sides keep so
             many pixels; all of its data is read still.
 
@@ -39,7 +51,7 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
     from PIL import Image, UnidentifiedImageError  # slow to import, and only needed here
 
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             check_pixels(image)
             if smallest_side is not None:
                 image.draft("RGB", (smallest_side, smallest_side))
@@ -57,18 +69,21 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
 def open_image(path: str | os.PathLike[str]) -> Any:
     """The picture in RGB, turned upright as its EXIF orientation says: a PIL image.
 
+    Args:
+        path: of a file, or the address of a part of a shard.
+
     Raises:
         FileNotFoundError: there is no such file.
         OSError: the file is no picture that Pillow knows, is cut short, or has more pixels than `MAX_PIXELS`.
     """
     from PIL import Image, ImageOps
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as file, Image.open(file) as image:
             check_pixels(image)
             return ImageOps.exif_transpose(image).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(f"{path}: no such picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
         raise OSError(f"{path}: not a readable picture ({error})") from error

@@ -1,13 +1,17 @@
-"""Several files of records as one stream of examples, each source with its weight and its name."""
+"""Several sources of records as one stream of examples, each with its weight and its name."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 from rode.data.records import SPLITS, FoodRecord, RecordError, read_records
 from rode.data.tasks import TASKS, Example, make_examples, stable_hash
@@ -15,10 +19,10 @@ from rode.data.tasks import TASKS, Example, make_examples, stable_hash
 
 @dataclass(frozen=True)
 class Source:
-    """One file of records.
+    """One file of records, or one folder of shards.
 
     Attributes:
-        path: JSONL file, see `docs/records.md`.
+        path: JSONL file, see `docs/records.md`, or a folder, see `docs/shards.md`.
         name: by which metrics are kept apart; None for the `source` that each record states.
         weight: passes over this source's examples per epoch: 1 each once, 0.5 half of them (the other half
             in the next epoch), 3 each three times, 0 leaves the source out.
@@ -28,6 +32,7 @@ class Source:
         split_fractions: {"train": 0.8, "val": 0.1, "test": 0.1}, for records that state no split
             (`hash_split` with seed 0, so that it never moves with a training seed); None: such a record is
             an error.
+        shuffle_shards: so many shards are shuffled together, see `rode.data.shards.order`; a file is shuffled as a whole.
     """
 
     path: str
@@ -36,6 +41,7 @@ class Source:
     tasks: Sequence[str] = TASKS
     split_fractions: Mapping[str, float] | None = None
     fraction: float = 1.0
+    shuffle_shards: int = 16
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -44,6 +50,8 @@ class Source:
             raise ValueError(
                 f"fraction of {self.path}: expected more than 0 and at most 1, got {self.fraction!r}; weight 0 leaves it out"
             )
+        if self.shuffle_shards < 1:
+            raise ValueError(f"shuffle_shards of {self.path}: expected at least 1, got {self.shuffle_shards}")
         if self.name == "all":
             raise ValueError('name: "all" stands for all sources together in the metrics; choose another')
         for task in self.tasks:
@@ -87,21 +95,59 @@ def within_fraction(id: str, fraction: float) -> bool:
     return stable_hash("fraction", id) / 2**64 < fraction or fraction == 1
 
 
+class Joined(Sequence[Any]):
+    """Sequences one after the other, without copying them: some make their items only when asked.
+
+    Attributes:
+        parts: the sequences.
+    """
+
+    def __init__(self, parts: Iterable[Sequence[Any]]) -> None:
+        self.parts = list(parts)
+        self._ends = list(accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        part = bisect.bisect_right(self._ends, index)
+        return self.parts[part][index - self._ends[part]]  # negative, so from the part's end
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The examples of all sources and the plan by which an epoch draws from them.
 
     Attributes:
-        examples: source by source, each in its file's order.
+        examples: source by source, each in its file's order; `Joined` where one of them is a folder of shards.
         counts: how many of them each source has.
         weights: passes per epoch of each source.
         seed: of the plan.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     counts: list[int]
     weights: list[float]
     seed: int = 0
+
+    def parts(self) -> list[Sequence[Example]]:
+        """The examples of each source."""
+        if isinstance(self.examples, Joined):
+            return self.examples.parts
+        return [
+            self.examples[end - count : end]
+            for end, count in zip(accumulate(self.counts), self.counts, strict=True)
+        ]
+
+    def with_parts(self, parts: Sequence[Sequence[Any]]) -> Mixture:
+        """The same plan for other examples, again one sequence for each source."""
+        joined = _join(parts)
+        return dataclasses.replace(self, examples=joined, counts=list(map(len, parts)))
 
     def __len__(self) -> int:
         """Examples in one epoch."""
@@ -114,26 +160,52 @@ class Mixture:
         """Indices into `examples` for one epoch, shuffled; a function of (seed, epoch) alone.
 
         Each source is an endless row of shuffled passes over its examples, and each epoch takes the next
-        `weight * count` of them: no example comes up twice more often than another.
+        `weight * count` of them: no example comes up twice more often than another. Shards are shuffled a few at a time
+        (`rode.data.shards.order`); where a source has some, sources take turns at random and each keeps its own order.
         """
-        indices: list[int] = []
+        drawn: list[list[int]] = []
+        parts = self.examples.parts if isinstance(self.examples, Joined) else [None] * len(self.counts)
         first = 0
-        for number, (count, draw) in enumerate(zip(self.counts, self._draws(), strict=True)):
+        for number, (part, count, draw) in enumerate(zip(parts, self.counts, self._draws(), strict=True)):
+            indices: list[int] = []
             position, stop = epoch * draw, (epoch + 1) * draw
             while position < stop:
                 turn, offset = divmod(position, count)
-                order = list(range(first, first + count))
-                random.Random(stable_hash(self.seed, "pass", number, turn)).shuffle(order)
+                generator = random.Random(stable_hash(self.seed, "pass", number, turn))
+                order = _pass(part, count, generator)
                 taken = order[offset : offset + stop - position]
-                indices += taken
+                indices += [first + index for index in taken]
                 position += len(taken)
+            drawn.append(indices)
             first += count
-        random.Random(stable_hash(self.seed, "epoch", epoch)).shuffle(indices)
+        generator = random.Random(stable_hash(self.seed, "epoch", epoch))
+        if isinstance(self.examples, Joined):
+            turns = [number for number, indices in enumerate(drawn) for _ in indices]
+            generator.shuffle(turns)
+            following = list(map(iter, drawn))
+            return [next(following[number]) for number in turns]
+        indices = [index for part in drawn for index in part]
+        generator.shuffle(indices)
         return indices
 
 
+def _pass(part: Any, count: int, generator: random.Random) -> list[int]:
+    """All examples of a source once: in the order in which its shards like to be read, else in any."""
+    if hasattr(part, "shuffled"):
+        return part.shuffled(generator)
+    order = list(range(count))
+    generator.shuffle(order)
+    return order
+
+
+def _join(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    if all(isinstance(part, list) for part in parts):
+        return [example for part in parts for example in part]
+    return Joined(parts)
+
+
 def load_examples(sources: Iterable[Source], split: str, *, wording: str = "first", seed: int = 0) -> Mixture:
-    """Reads the records of one split and asks each its questions.
+    """Reads the records of one split and asks each its questions; those in shards are read when their example is taken.
 
     Args:
         sources: see `Source`; one of weight 0 is not read.
@@ -144,25 +216,19 @@ def load_examples(sources: Iterable[Source], split: str, *, wording: str = "firs
     Raises:
         RecordError: for a record that does not fit the schema, or has no split where none is made.
         ValueError: if the split is empty: in training for any one source, else for all of them together.
-        OSError: for a file that cannot be read.
+        OSError: for a file that cannot be read, and a shard that is missing or not of its full size.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    examples: list[Example] = []
-    counts, weights, paths = [], [], []
+    parts: list[Sequence[Example]] = []
+    weights, paths = [], []
     for source in sources:
         if source.weight == 0:
             continue
-        before = len(examples)
-        for record in _records(source, split):
-            for example in make_examples(record, source.tasks, wording=wording, seed=seed):
-                if source.name is not None:
-                    example = dataclasses.replace(example, source=source.name)
-                examples.append(example)
-        counts.append(len(examples) - before)
+        parts.append(_examples(source, split, wording, seed))
         weights.append(source.weight)
         paths.append(str(source.path))
-        if split == "train" and not counts[-1]:
+        if split == "train" and not parts[-1]:
             part = "" if source.fraction == 1 else f" in a fraction of {source.fraction:g}"
             mend = (
                 "weight 0 or other tasks"
@@ -172,9 +238,24 @@ def load_examples(sources: Iterable[Source], split: str, *, wording: str = "firs
             raise ValueError(
                 f"{source.path}: no example of split 'train' for {', '.join(source.tasks)}{part}; give it {mend}"
             )
-    if not examples:
+    if not any(parts):
         raise ValueError(f"no example of split {split!r} in {', '.join(paths) or 'no sources'}")
-    return Mixture(examples, counts, weights, seed)
+    return Mixture(_join(parts), list(map(len, parts)), weights, seed)
+
+
+def _examples(source: Source, split: str, wording: str, seed: int) -> Sequence[Example]:
+    if Path(source.path).is_dir():
+        from rode.data.shards.examples import ShardExamples
+        from rode.data.shards.index import open_shards
+
+        return ShardExamples(open_shards(source.path), source, split, wording=wording, seed=seed)
+    examples = []
+    for record in _records(source, split):
+        for example in make_examples(record, source.tasks, wording=wording, seed=seed):
+            if source.name is not None:
+                example = dataclasses.replace(example, source=source.name)
+            examples.append(example)
+    return examples
 
 
 def _records(source: Source, split: str) -> Iterable[FoodRecord]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import os
@@ -153,6 +154,7 @@ def _list(obj: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
+@functools.cache
 def _names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(cls))
 
@@ -215,6 +217,40 @@ def record_from_json(value: Any) -> FoodRecord:
         instructions=tuple(instructions),
         nutrition=_nutrition(obj.get("nutrition"), "nutrition"),
         split=split,
+    )
+
+
+def record_as_written(obj: Mapping[str, Any]) -> FoodRecord:
+    """What `record_from_json` makes of `record_to_json`'s result, in a quarter of the time: nothing is checked again.
+
+    Raises:
+        TypeError, ValueError, KeyError, AttributeError: for most of what is not such a result.
+    """
+    values = dict(obj)
+    values["ingredients"] = tuple(
+        Ingredient(**{key: _as_written(key, value) for key, value in entry.items()})
+        for entry in values.get("ingredients", ())
+    )
+    values["instructions"] = tuple(values.get("instructions", ()))
+    if "nutrition" in values:
+        values["nutrition"] = _as_written("nutrition", values["nutrition"])
+    return FoodRecord(**values)
+
+
+def _as_written(key: str, value: Any) -> Any:
+    if key in ("amount", "mass"):
+        return float(value)
+    if key != "nutrition":
+        return value
+    numbers = {name: float(value[name]) for name in NUTRITION_FIELDS if name in value}
+    micro = value.get("micronutrients", {})
+    if len(numbers) + ("micronutrients" in value) != len(value):
+        raise ValueError(f"nutrition: unknown field in {_show(value)}")
+    return Nutrition(
+        **numbers,
+        micronutrients={
+            name: Quantity(float(entry["value"]), entry["unit"]) for name, entry in micro.items()
+        },
     )
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from rode.data.images import open_picture
 from rode.vlm.images import open_image
 from rode.vlm.load import get_llava
 
@@ -126,7 +127,8 @@ class FeatureSource:
         computed = 0
         unique = list(dict.fromkeys(paths))
         for path in tqdm(unique, desc="vision features", unit="picture", disable=not progress):
-            key = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            with open_picture(path) as file:
+                key = hashlib.sha256(file.read()).hexdigest()
             self._by_path[path] = key
             if self.directory is None:
                 if key not in self._states:

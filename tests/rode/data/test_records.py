@@ -18,6 +18,7 @@ from rode.data.records import (
     Quantity,
     RecordError,
     read_records,
+    record_as_written,
     record_from_json,
     record_to_json,
     write_records,
@@ -240,3 +241,28 @@ sys.modules["rode"].__path__ = list(path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"dish_0001 {tmp_path.resolve()}/images/dish_0001.jpg"
     assert "'category_accuracy': 100.0" in done.stdout
+
+
+@given(record)
+def test_a_record_just_written_needs_no_second_check(given_record: FoodRecord) -> None:
+    obj = json.loads(json.dumps(record_to_json(given_record)))
+    found = record_as_written(obj)
+    assert found == record_from_json(obj)
+    assert repr(found) == repr(record_from_json(obj))  # floats are floats
+
+
+@pytest.mark.parametrize(
+    "obj",
+    [
+        {"id": "a", "image": "b"},
+        {"id": "a", "image": "b", "source": "c", "sauce": "d"},
+        {"id": "a", "image": "b", "source": "c", "nutrition": {"mass": "two"}},
+        {"id": "a", "image": "b", "source": "c", "nutrition": {"protien": 2}},
+        {"id": "a", "image": "b", "source": "c", "nutrition": 3},
+        {"id": "a", "image": "b", "source": "c", "ingredients": [{"nom": "rice"}]},
+        {"id": "a", "image": "b", "source": "c", "nutrition": {"micronutrients": {"iron": {"value": 1}}}},
+    ],
+)
+def test_what_was_never_written_is_refused_all_the_same(obj: dict) -> None:
+    with pytest.raises((TypeError, ValueError, KeyError, AttributeError)):
+        record_as_written(obj)

@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from rode.data.images import ImageError, check_image
+from rode.data.images import ImageError, decode_picture
 from rode.data.records import NUTRITION_FIELDS, FoodRecord, record_from_json
 from rode.data.unifood.golden.settings import GoldenSettings
 from rode.data.usda.compare import Comparison, compare, disagreements
@@ -116,16 +116,13 @@ def _stated(ingredient: Any) -> str:
 
 def thumbnail(record: FoodRecord) -> tuple[str | None, str | None]:
     """(a JPEG as a data URI, None), or (None, what is wrong with the picture)."""
-    from PIL import Image, ImageOps  # slow to import
+    from PIL import ImageOps  # slow to import
 
     try:
-        check_image(record)
-        with Image.open(record.image) as picture:
-            picture.draft("RGB", (THUMBNAIL, THUMBNAIL))
-            small = ImageOps.exif_transpose(picture).convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=70)
+        small = ImageOps.exif_transpose(decode_picture(record.image, THUMBNAIL)).convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        small.save(out, "JPEG", quality=70)
     except (ImageError, OSError, ValueError) as error:
         return None, str(error)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode(), None

@@ -1,0 +1,77 @@
+"""`rode data shard` and `rode data verify-shards`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "val", "test")  # as in rode.data, which is imported when the command runs
+
+
+def add_parsers(data: Any, **options: Any) -> None:
+    """Add both to the subparsers of `rode data`."""
+    sub = data.add_parser(
+        "shard", help="put records and pictures into a few large files", parents=options["parents"]
+    )
+    sub.set_defaults(run=run)
+    sub.add_argument("records", metavar="JSONL", help="file of records (docs/records.md)")
+    sub.add_argument(
+        "out", metavar="DIR", help="folder to write; a killed run is finished by the same command"
+    )
+    sub.add_argument(
+        "--format", choices=("webdataset", "parquet"), default="webdataset", help="default webdataset"
+    )
+    sub.add_argument("--size", type=int, default=1000, metavar="N", help="records of a shard (default 1000)")
+    sub.add_argument("--name", help="what the files' names begin with (default: the records file's)")
+    sub.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="default error")
+    sub.add_argument("--overwrite", action="store_true", help="replace shards of other records or settings")
+    for split in SPLITS:
+        sub.add_argument(
+            f"--{split}", type=float, metavar="SHARE", help=f"{split}'s share of records that state no split"
+        )
+    sub = data.add_parser(
+        "verify-shards", help="read every shard and compare its digest", parents=options["parents"]
+    )
+    sub.set_defaults(run=run_verify)
+    sub.add_argument("folder", metavar="DIR", help="folder of shards")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from rode.data import read_records
+    from rode.data.shards.write import write_shards
+
+    shares = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
+
+    def spread(function: Any, parts: Any) -> Any:
+        for key, lines in tqdm(list(parts), desc="shards", unit="shard", disable=args.quiet):
+            yield key, function(lines)
+
+    written = write_shards(
+        read_records(args.records),
+        args.out,
+        name=args.name or Path(args.records).stem,
+        format=args.format,
+        size=args.size,
+        on_bad_image=args.on_bad_image,
+        split_fractions=shares or None,
+        overwrite=args.overwrite,
+        map=spread,
+    )
+    print(written)
+    for id, reason in written.left_out[:5]:
+        print(f"left out {id}: {reason}")
+    if len(written.left_out) > 5:
+        print(f"... and {len(written.left_out) - 5} more, named in index.json")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from rode.data.shards.index import open_shards
+
+    shards = open_shards(args.folder)
+    shards.verify()
+    print(f"{args.folder}: {len(shards)} records in {len(shards.shards)} shards, all as written")
+    return 0

@@ -1,0 +1,76 @@
+"""A part of a shard by its address: `/data/unifood-train-000012.tar#1536+61234`, a file, an offset and a size in bytes.
+
+Where a picture's path goes, such an address goes as well (`rode.data.images.open_picture`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+
+_ADDRESS = re.compile(r"(.+\.(?:tar|parquet))#(\d+)\+(\d+)", re.DOTALL)
+OPEN_FILES = 64
+"""Shards that a process holds open at most."""
+
+
+class ShardError(OSError):
+    """A shard that is missing, cut short or damaged. One line that names it."""
+
+
+class _Handle:
+    """A file open for reading, closed with the last reference: another thread may still read what the cache dropped."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+    def read(self, offset: int, size: int) -> bytes:
+        # Reading at an offset moves no position, so that threads, and processes that inherited the handle, do not meet.
+        if hasattr(os, "pread"):
+            return os.pread(self.number, size, offset)
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+@lru_cache(OPEN_FILES)
+def _handle(path: str) -> _Handle:
+    return _Handle(path)
+
+
+def forget_open_files() -> None:
+    """For whoever opens shards that may have been written anew under the same name."""
+    _handle.cache_clear()
+
+
+def make_address(path: str, offset: int, size: int) -> str:
+    return f"{path}#{offset}+{size}"
+
+
+def parse_address(address: str) -> tuple[str, int, int] | None:
+    """(path, offset, size), or None for a path of a file of its own."""
+    found = _ADDRESS.fullmatch(address)
+    return None if found is None else (found[1], int(found[2]), int(found[3]))
+
+
+def read_part(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a shard from `offset` on.
+
+    Raises:
+        ShardError: the shard is missing, or ends before.
+    """
+    try:
+        data = _handle(path).read(offset, size)
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such shard") from None
+    if len(data) != size:
+        raise ShardError(
+            f"{path}: cut short: expected {size} bytes at {offset}, got {len(data)}; copy it again"
+        )
+    return data

@@ -1,0 +1,109 @@
+"""The questions of a folder of shards as a sequence that makes each one when it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rode.data.shards.address import ShardError
+from rode.data.shards.index import Shards
+from rode.data.shards.order import shuffle_blocks
+from rode.data.tasks import QUESTIONS, TASKS, Example, make_examples
+
+if TYPE_CHECKING:
+    from rode.data.mixture import Source
+
+
+class ShardExamples(Sequence[Any]):
+    """Examples of one split, the same ones in the same order as those of the records that were written; or packs of them.
+
+    Held are 12 bytes for each; records are read when an example is taken, pictures only through its `image`.
+
+    Args:
+        shards: see `open_shards`.
+        source: of whose fields tasks, fraction, name and shuffle_shards are used.
+        split: "train", "val" or "test"; a fraction is of "train" alone.
+        wording, seed: see `rode.data.tasks.make_examples`.
+
+    Attributes:
+        lengths: int32, characters of question and answer of each item; that of a question in wording "random" is a mean.
+    """
+
+    def __init__(
+        self, shards: Shards, source: Source, split: str, *, wording: str = "first", seed: int = 0
+    ) -> None:
+        self.shards, self.tasks, self.name = shards, tuple(source.tasks), source.name
+        self.wording, self.seed, self.window = wording, seed, source.shuffle_shards
+        parts = [
+            np.arange(first, first + shard.records)
+            for first, shard in zip(shards.first, shards.shards, strict=False)
+            if shard.split == split
+        ]
+        rows = np.concatenate([np.empty(0, np.int64), *parts])
+        if split == "train" and source.fraction < 1:
+            rows = rows[shards.samples["rank"][rows] / 2.0**64 < source.fraction]
+        answers = shards.samples["answers"][rows]  # (samples, TASKS)
+        columns, questions = [], []
+        for task in self.tasks:
+            lengths = [len(text) for text in QUESTIONS[task]]
+            asked = {"all": lengths, "random": [round(sum(lengths) / len(lengths))]}.get(wording, lengths[:1])
+            columns += [TASKS.index(task)] * len(asked)
+            questions += asked
+        answers = answers[:, columns].astype(np.int64)  # (samples, questions of a record that has all)
+        asked = answers > 0
+        counts = asked.sum(axis=1)
+        self._sample = np.repeat(rows, counts).astype(np.uint32)
+        before = np.repeat(np.cumsum(counts) - counts, counts)
+        self._first = (np.arange(len(self._sample)) - before).astype(np.uint16)
+        self._stop = self._first + np.uint16(1)
+        self.lengths = (answers + np.asarray(questions, np.int64))[asked].astype(np.int32)
+        self.packs = False
+        self._latest: tuple[int, list[Example]] = (-1, [])
+
+    def packed(self, most: int) -> ShardExamples:
+        """The same questions in tuples of at most `most` about one picture (`rode.vlm.packing.pack_by_picture`)."""
+        packs = object.__new__(ShardExamples)
+        packs.__dict__.update(self.__dict__)
+        begins = self._first % most == 0
+        starts = np.flatnonzero(begins)
+        packs._sample, packs._first = self._sample[starts], self._first[starts]
+        last = np.append(starts[1:], len(self)) - 1
+        packs._stop = self._stop[last]
+        packs.lengths = np.add.reduceat(self.lengths, starts) if len(starts) else self.lengths
+        packs.packs = True
+        return packs
+
+    def __len__(self) -> int:
+        return len(self._sample)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        examples = self._asked_of(int(self._sample[index]))
+        first, stop = int(self._first[index]), int(self._stop[index])
+        if stop > len(examples):
+            raise ShardError(
+                f"{self.shards.folder}: written by a version that asked other questions; write the shards anew"
+            )
+        return tuple(examples[first:stop]) if self.packs else examples[first]
+
+    def _asked_of(self, sample: int) -> list[Example]:
+        """All examples of a record, kept until another one is wanted: neighbours share it."""
+        latest, examples = self._latest
+        if latest != sample:
+            record = self.shards.record(sample)
+            examples = make_examples(record, self.tasks, wording=self.wording, seed=self.seed)
+            if self.name is not None:
+                examples = [dataclasses.replace(example, source=self.name) for example in examples]
+            self._latest = (sample, examples)
+        return examples
+
+    def shuffled(self, generator: random.Random) -> list[int]:
+        """Indices of one pass, see `shuffle_blocks`."""
+        shard = np.searchsorted(self.shards.first, self._sample, side="right") - 1
+        sizes = np.bincount(shard, minlength=len(self.shards.shards))
+        return shuffle_blocks(sizes[sizes > 0].tolist(), self.window, generator)

@@ -1,0 +1,157 @@
+"""A folder of shards: which samples stand where (`index.json`, `samples.npy`), and whether they are what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rode.data.records import SPLITS, FoodRecord, record_as_written
+from rode.data.shards.address import ShardError, forget_open_files, make_address, read_part
+from rode.data.tasks import TASKS
+
+INDEX, SAMPLES = "index.json", "samples.npy"
+VERSION = 1
+FORMATS = {"webdataset": ".tar", "parquet": ".parquet"}
+
+SAMPLE = np.dtype(
+    [
+        ("record", "<u8"),  # offset of the record's JSON in its shard
+        ("record_size", "<u4"),
+        ("picture", "<u8"),  # offset of the picture's bytes
+        ("picture_size", "<u4"),
+        ("rank", "<u8"),  # by which `Source.fraction` chooses
+        (
+            "answers",
+            "<u4",
+            (len(TASKS),),
+        ),  # characters of the answer to each task, 0 where the record has none
+    ]
+)
+"""What is known of a sample without reading it: 48 bytes, in the order of the shards."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file. `bytes` and `sha256` are of the whole file."""
+
+    file: str
+    split: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+class Shards:
+    """Samples of a folder, numbered through in the order of its index.
+
+    Attributes:
+        folder: absolute.
+        facts: what index.json says.
+        shards: the files, sorted by name.
+        samples: array of `SAMPLE`, mapped from the file and not read.
+        first: number of each shard's first sample, and at the end their total.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any], shards: list[Shard], samples: np.ndarray) -> None:
+        self.folder, self.facts, self.shards, self.samples = folder, facts, shards, samples
+        self.first = np.cumsum([0, *(shard.records for shard in shards)])
+        self._paths = [os.fspath(folder / shard.file) for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+    def image(self, sample: int) -> str:
+        """The picture's address, which stands for a path."""
+        row = self.samples[sample]
+        return make_address(self._paths[self.shard_of(sample)], int(row["picture"]), int(row["picture_size"]))
+
+    def record(self, sample: int) -> FoodRecord:
+        """The record as it was written, `image` the picture's address.
+
+        Raises:
+            ShardError: where it should stand is no record.
+        """
+        row, path = self.samples[sample], self._paths[self.shard_of(sample)]
+        text = read_part(path, int(row["record"]), int(row["record_size"]))
+        try:
+            return record_as_written({**json.loads(text), "image": self.image(sample)})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ShardError(
+                f"{path}: sample {sample - int(self.first[self.shard_of(sample)])} is damaged ({error}); copy the shard again"
+            ) from None
+
+    def verify(self) -> None:
+        """Read every shard whole and compare its digest.
+
+        Raises:
+            ShardError: for the first that differs.
+        """
+        for shard in self.shards:
+            path = self.folder / shard.file
+            if (found := file_digest(path)) != shard.sha256:
+                raise ShardError(
+                    f"{path}: damaged: SHA-256 is {found[:16]}..., the index says {shard.sha256[:16]}...; copy it again"
+                )
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_shards(folder: str | os.PathLike[str]) -> Shards:
+    """Read a folder's index. Every shard must be there in its full size; `Shards.verify` reads them too.
+
+    Raises:
+        ShardError: naming the file that is missing, cut short or does not fit the index.
+    """
+    folder = Path(folder).resolve()
+    path = folder / INDEX
+    if not path.is_file():
+        raise ShardError(
+            f"{folder}: no folder of shards: {INDEX} is missing; it is written last, by `rode data shard`"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        version = facts["version"]
+        if version != VERSION:
+            raise ShardError(
+                f"{path}: version {version!r}, this program reads {VERSION}; write the shards anew"
+            )
+        if facts["format"] not in FORMATS or any(s["split"] not in SPLITS for s in facts["shards"]):
+            raise ValueError("unknown format or split")
+        shards = [Shard(**{key: shard[key] for key in Shard.__annotations__}) for shard in facts["shards"]]
+        tasks, digest = facts["tasks"], facts["samples_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
+    if tasks != list(TASKS):
+        raise ShardError(
+            f"{path}: made for the tasks {', '.join(tasks)}; this program has others: write it anew"
+        )
+    for shard in shards:
+        file = folder / shard.file
+        if not file.is_file():
+            raise ShardError(f"{file}: no such shard, but {INDEX} names it; copy it again")
+        if (size := file.stat().st_size) != shard.bytes:
+            what = "cut short" if size < shard.bytes else "too long"
+            raise ShardError(f"{file}: {what}: {size} bytes, the index says {shard.bytes}; copy it again")
+    table = folder / SAMPLES
+    if not table.is_file() or file_digest(table) != digest:
+        raise ShardError(f"{table}: missing or damaged; copy it again")
+    samples = np.load(table, mmap_mode="r")
+    forget_open_files()
+    return Shards(folder, facts, shards, samples)
