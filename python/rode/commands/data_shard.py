@@ -9,7 +9,7 @@ from typing import Any
 SPLITS = ("train", "val", "test")  # as in rode.data, which is imported when the command runs
 
 
-def add_parsers(data: Any, **options: Any) -> None:
+def add_parser(data: Any, **options: Any) -> None:
     """Add both to the subparsers of `rode data`."""
     sub = data.add_parser(
         "shard", help="put records and pictures into a few large files", parents=options["parents"]

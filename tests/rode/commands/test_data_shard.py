@@ -19,7 +19,7 @@ def rode(capsys):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--quiet", action="store_true")
     parser = argparse.ArgumentParser()
-    data_shard.add_parsers(parser.add_subparsers(), parents=[common])
+    data_shard.add_parser(parser.add_subparsers(), parents=[common])
 
     def run(*words):
         args = parser.parse_args([*map(str, words), "--quiet"])

@@ -1,7 +1,8 @@
 """The builder: stages one after another, each in its own folder, each resumable and repeatable alone.
 
 A finished stage leaves `done.json` with a key of what its result depends on: its own settings and the bytes of its
-input. A stage whose key has not changed is not run again; one whose key has changed is.
+input. A stage whose key has not changed is not run again (but for questions that the label stage got no answer to); one
+whose key has changed is.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ def _run(
     key = _key(settings, name, out, source)
     if done.is_file() and not (redo or dry_run):
         earlier = json.loads(done.read_text(encoding="utf-8"))
-        if earlier["key"] == key:
+        # what a server did not answer is asked again
+        if earlier["key"] == key and not earlier["report"].get("unanswered"):
             return StageResult(name, earlier["report"], fresh=False)
     if not dry_run:
         done.unlink(missing_ok=True)  # from now on its files belong to no finished run

@@ -109,7 +109,8 @@ class RayEngine:
         while window:
             rows = [{"number": i, "lines": lines} for i, (_, lines) in enumerate(window)]
             done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-                partial(_apply, function), compute=ray.data.TaskPoolStrategy(size=self.workers)
+                partial(_apply, function),
+                compute=ray.data.TaskPoolStrategy(size=min(self.workers, len(rows))),
             )
             for row in done.iter_rows():
                 yield window[row["number"]][0], list(row["lines"])

@@ -18,7 +18,7 @@ def run(stage: Stage) -> dict[str, Any]:
     Records are written anew and not copied, for one may name its picture relative to the folder that it was in.
 
     Returns:
-        "records", "categories" (distinct), and "page": the path of statistics.html. In a dry run only what would be written.
+        "records", "categories" (distinct), and "page": the name of its HTML page. In a dry run only what would be written.
 
     Raises:
         ImportError: without matplotlib, before anything is read.
@@ -40,5 +40,5 @@ def run(stage: Stage) -> dict[str, Any]:
     return {
         "records": statistics["records"],
         "categories": statistics["categories"]["distinct"],
-        "page": str(files[-1]),
+        "page": files[-1].name,
     }

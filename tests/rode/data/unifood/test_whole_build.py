@@ -63,7 +63,7 @@ def snapshot(out: Path) -> dict[str, bytes]:
 def test_made_up_dishes_from_their_source_to_shards(tmp_path: Path, rode_data: Path) -> None:
     source = dishes(tmp_path / "in", 24)
     out = tmp_path / "out"
-    server = VisionServer(food, faults={"40 g": "429 after"})
+    server = VisionServer(food, faults={"40 g": ["429 after"], "3. ": ["500", "truncated"]})
     with settings_of(source, rode_data / "usda", server, size=20) as settings:
         results = build_unifood(settings, out, engine=LocalEngine(), progress=False)
         asked = len(server.requests)
@@ -85,8 +85,28 @@ def test_made_up_dishes_from_their_source_to_shards(tmp_path: Path, rode_data: P
             ]
             # the server answers with four digits
             assert getattr(record.nutrition, name) == pytest.approx(sum(per), abs=1e-3)
-    assert report["shard"]["records"] == len(records)
+    assert report["shard"]["records"] == {"train": 10, "val": 5, "test": len(records) - 15}
     assert json.loads((out / "statistics" / "statistics.json").read_text())["records"] == len(records)
+
+
+@pytest.mark.data
+def test_what_the_server_did_not_answer_is_asked_at_the_next_run(tmp_path: Path, rode_data: Path) -> None:
+    source = dishes(tmp_path / "in", 8)
+    out = tmp_path / "out"
+    stages = STAGES[:4]
+    server = VisionServer(food, faults={"1. ": ["500"]})
+    with settings_of(source, rode_data / "usda", server) as settings:
+        settings.label.retries = 0
+        settings.label.concurrency = 1
+        first = build_unifood(settings, out, engine=LocalEngine(), stages=stages, progress=False)
+        assert (first[2].report["labelled"], first[2].report["unanswered"]) == (7, 1)
+        assert first[3].report["records"] == 7
+        second = build_unifood(settings, out, engine=LocalEngine(), stages=stages, progress=False)
+        assert [result.fresh for result in second] == [False, False, True, True]
+        assert second[3].report["records"] == 8
+        assert len(server.requests) == 9
+        third = build_unifood(settings, out, engine=LocalEngine(), stages=stages, progress=False)
+        assert not any(result.fresh for result in third)
 
 
 @pytest.mark.slow

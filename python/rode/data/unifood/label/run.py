@@ -29,7 +29,8 @@ def run(stage: Stage) -> dict[str, Any]:
     The dish's total is left to the next stage. With `stage.dry_run` nothing is asked or written: see `dry_run`.
 
     Returns:
-        `records`, `labelled`, `labelled_by_source`, `set_aside` (reason -> count), `tokens` and `cost` over all that the
+        `records`, `labelled`, `labelled_by_source`, `set_aside` (reason -> count), `unanswered` (those of them that the next run
+        asks again), `tokens` and `cost` over all that the
         ledger holds.
 
     Raises:
@@ -188,6 +189,7 @@ def _write(stage: Stage, work: Work, ledger: Ledger) -> dict[str, Any]:
         "labelled": written,
         "labelled_by_source": by_source,
         "set_aside": dict(sorted(reasons.items())),
+        "unanswered": reasons["no answer"],
     }
 
 
