@@ -118,7 +118,10 @@ class _Scanner:
                     self.at += 1  # else its own beginning would be found
                 else:
                     entry = self.checked(value, end)
-                    self.at, after_entry = end, True
+                    # a list may be a bracket too many, with all the entries behind in it
+                    self.at, after_entry = (self.at, False) if isinstance(value, list) else (end, True)
+                    if isinstance(value, list) and not self.find_entry():
+                        return
                     if entry is not None:
                         yield entry
                     continue

@@ -16,6 +16,7 @@ train_id.json and test_id.json for the split, and images/DISH/rgb.png beside fra
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -40,9 +41,9 @@ def read(source: Path, log: ReadLog, *, foodlmm: bool = False) -> Iterator[FoodR
     """One record for each dish that has a picture, a mass and a place in the official RGB split (train or test).
 
     The dish's own totals are taken, not the sums over its ingredients; a dish whose totals miss these by more than 2 % is
-    kept and noted. An ingredient without a name, or called "deprecated", is in the totals but not among the ingredients;
-    that is noted too. A dish outside the official split is left out, for scans of one plate, ingredient by ingredient, lie
-    together in one split, and any other split would part them.
+    kept and noted; a total of 0 where an ingredient has some is unknown. An ingredient without a name, or called
+    "deprecated", is in the totals but not among the ingredients; that is noted too. A dish outside the official split is
+    left out, for scans of one plate, ingredient by ingredient, lie together in one split, and any other would part them.
 
     Args:
         foodlmm: select as FoodLMM's loader does (utils/nutrition5k_dataset.py, github.com/YuehaoYin/FoodLMM), which takes
@@ -99,7 +100,7 @@ def read(source: Path, log: ReadLog, *, foodlmm: bool = False) -> Iterator[FoodR
                 image=str(image),
                 source="nutrition5k",
                 ingredients=ingredients,
-                nutrition=dish.nutrition,
+                nutrition=_known(dish),
                 split=splits[dish.id],
             )
 
@@ -112,6 +113,17 @@ def misses(dish: FoodRecord) -> str:
         if abs(total - parts) > TOLERANCE * max(total, parts) + 1e-6:
             return f"{dish.id}: {name} {total:.6g}, its ingredients' {parts:.6g}"
     return ""
+
+
+def _known(dish: FoodRecord) -> Nutrition:
+    """The totals, those of 0 as unknown where an ingredient has some: all of cafe 2 has no energy, by its totals."""
+    assert dish.nutrition is not None
+    contradicted = {
+        name: None
+        for name in NUTRITION_FIELDS
+        if getattr(dish.nutrition, name) == 0 and any(getattr(i.nutrition, name) for i in dish.ingredients)
+    }
+    return dataclasses.replace(dish.nutrition, **contradicted)
 
 
 def _rows(path: Path, log: ReadLog) -> Iterator[tuple[int, list[str]]]:

@@ -65,7 +65,7 @@ def read(path: Path, data: bytes, buffer_size: int = 1 << 20) -> tuple[list[str]
     log = ReadLog()
     entries = list(read_json_array(path, log, keys=("id", "images"), buffer_size=buffer_size))
     assert log.broken == log.counts
-    return [e.value["id"] for e in entries], [(p.reason, p.line) for p in log.problems]
+    return [e.value.get("id") for e in entries], [(p.reason, p.line) for p in log.problems]
 
 
 DAMAGE = {
@@ -108,6 +108,14 @@ def test_a_broken_entry_costs_itself_alone(
         (b"[" + entry(0) + b',\n"text",\n null, 5,' + entry(2) + b"]",
          ["0000", "0002"],
          [("an entry that is no object", 2), ("an entry that is no object", 3), ("an entry that is no object", 3)]),
+(b"[" + entry(0) + b",\n[" + entry(1) + b",\n" + entry(2) + b"]", ["0000", "0001", "0002"],
+         [("an entry that is no object", 2)]),
+        (b"[" + entry(0) + b",\n[" + entry(1) + b"],\n" + entry(2) + b"]", ["0000", "0001", "0002"],
+         [("an entry that is no object", 2), ("invalid JSON", 2)]),
+        (b"[" + b"1" * 50 + b",\n" + entry(2) + b"]", ["0002"], [("an entry that is no object", 1)]),
+        # an object of an entry's keys inside a broken one is no entry
+        (b"[" + entry(0) + b',\n{oops, "like":\n' + entry(1) + b"},\n" + entry(2) + b"]", ["0000", "0002"],
+         [("invalid JSON", 2)]),
         (b"[" + entry(0) + b"\n" + entry(1) + b"]", ["0000", "0001"], [("invalid JSON", 2)]),
         (b"[" + entry(0) + b",\n]", ["0000"], [("invalid JSON", 2)]),
         (b"[" + entry(0) + b"]\n\nmore", ["0000"], [("invalid JSON", 3)]),
@@ -172,12 +180,23 @@ def test_memory_is_that_of_a_buffer(tmp_path: Path) -> None:
 
 
 def test_an_entry_without_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_array, "MAX_ENTRY", 4096)
+    monkeypatch.setattr(json_array, "MAX_ENTRY", 1 << 16)
     endless = entry(1)[: entry(1).index(b"}") + 1]  # the list of images goes on over all entries behind
-    data = b"[" + b",\n".join([entry(0), endless, *(entry(n) for n in range(2, 500))]) + b"]"
-    ids, broken = read(tmp_path / "a.json", data, 256)
-    assert len(ids) == 499
-    assert broken == [("invalid JSON", 2)]
+    entries = [entry(n, text="x" * 1000) for n in range(2, 4000)]
+    (tmp_path / "a.json").write_bytes(b"[" + b",\n".join([entry(0), endless, *entries]) + b"]")  # 4.3 MB
+    del entries
+    log = ReadLog()
+    tracemalloc.start()
+    try:
+        count = sum(
+            1 for _ in read_json_array(tmp_path / "a.json", log, keys=("id", "images"), buffer_size=4096)
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 3999
+    assert [(p.reason, p.line) for p in log.problems] == [("invalid JSON", 2)]
+    assert peak < 1 << 21
 
 
 def test_index(tmp_path: Path) -> None:
