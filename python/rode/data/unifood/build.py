@@ -32,8 +32,8 @@ _SETTINGS = {
     "label": ("label",),
     "aggregate": ("aggregate",),
     "golden": ("golden",),
-    "shard": ("shard",),
-    "statistics": (),
+    "shard": ("name", "shard"),
+    "statistics": ("name", "vocabulary"),
 }
 """Stage -> the parts of the settings that its result depends on, in the order in which stages run."""
 STAGES = tuple(_SETTINGS)
@@ -115,6 +115,7 @@ def build_unifood(
     for name in stages:
         if name not in STAGES:
             raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {name!r}")
+    settings.check()
     out = Path(out)
     results = []
     with _alone(out):

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 
+MOST_BITS = 15
 _PAIRS = 4_000_000  # compared at a time: 100 MB
 
 
@@ -24,13 +25,13 @@ def near_any(hashes: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
     Args:
         hashes: uint64 (n,).
         others: uint64 (m,).
-        bits: 0 to 15.
+        bits: 0 to `MOST_BITS`.
 
     Returns:
         int64 (n,).
     """
-    if not 0 <= bits <= 15:
-        raise ValueError(f"near_duplicate_bits: expected 0 to 15, got {bits}")
+    if not 0 <= bits <= MOST_BITS:
+        raise ValueError(f"bits: expected 0 to {MOST_BITS}, got {bits}")
     found = np.full(len(hashes), len(others), dtype=np.int64)
     edges = np.linspace(0, 64, bits + 2).astype(int)
     for low, high in itertools.pairwise(edges):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rode.data.mixture import hash_split
+from rode.data.readers import READERS
 from rode.data.unifood.golden.settings import GoldenSettings
 from rode.data.unifood.label.settings import LabelSettings
+from rode.data.unifood.near import MOST_BITS
 from rode.data.unifood.shard_settings import ShardSettings
+from rode.settings import SettingsError, did_you_mean
 
 
 @dataclass
@@ -56,6 +60,12 @@ class AggregateSettings:
 
 
 @dataclass
+class VocabularySettings:
+    min_count: int = 10
+    """Mentions in the training split that a name of an ingredient must have, with its variants."""
+
+
+@dataclass
 class UnifoodSettings:
     """The whole build; `recipes/unifood-build.yaml` is an example."""
 
@@ -68,3 +78,44 @@ class UnifoodSettings:
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
     golden: GoldenSettings = field(default_factory=GoldenSettings)
     shard: ShardSettings = field(default_factory=ShardSettings)
+    vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+
+    def check(self) -> None:
+        """What types cannot say; label and golden check their own. Raises SettingsError, naming the key."""
+        if not self.sources:
+            raise SettingsError("sources: expected at least one, got none")
+        for i, source in enumerate(self.sources):
+            if source.kind not in READERS:
+                raise SettingsError(f"sources[{i}].kind: no such kind; {did_you_mean(source.kind, READERS)}")
+        if self.name == "all":
+            raise SettingsError('name: "all" stands for all sources together in the metrics; choose another')
+        least = {
+            "select.size": 1,
+            "select.near_duplicate_bits": 0,
+            "select.min_ingredients": 0,
+            "select.max_ingredients": self.select.min_ingredients,
+            "categorise.size": 0,
+            "categorise.min_count": 1,
+            "aggregate.micronutrient_coverage": 0,
+            "aggregate.min_mass": 0,
+            "aggregate.max_mass": self.aggregate.min_mass,
+            "shard.size": 1,
+            "vocabulary.min_count": 1,
+        }
+        for key, bound in least.items():
+            part, _, name = key.partition(".")
+            value = getattr(getattr(self, part), name)
+            if not value >= bound:
+                raise SettingsError(f"{key}: expected at least {bound:g}, got {value:g}")
+        if self.select.near_duplicate_bits > MOST_BITS:
+            raise SettingsError(
+                f"select.near_duplicate_bits: expected at most {MOST_BITS}, got {self.select.near_duplicate_bits}"
+            )
+        if self.aggregate.micronutrient_coverage > 1:
+            raise SettingsError(
+                f"aggregate.micronutrient_coverage: expected at most 1, got {self.aggregate.micronutrient_coverage:g}"
+            )
+        try:
+            hash_split("", self.select.split_fractions)
+        except ValueError as error:
+            raise SettingsError(f"select.split_fractions: {error}") from error

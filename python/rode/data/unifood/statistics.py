@@ -1,4 +1,4 @@
-"""The stage that describes what was built; records pass through as they are."""
+"""The stage that describes what was built, and finds the vocabulary of its ingredients; records pass through as they are."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from rode.data.records import FoodRecord, write_records
 from rode.data.statistics import Collector
 from rode.data.statistics_page import write_statistics
 from rode.data.unifood.stage import Stage
+from rode.data.vocabulary import Vocabulary, VocabularyError
 from rode.pages import require_matplotlib
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Writes statistics.json, table1.md, PNG files and statistics.html beside the records.
+    """Writes statistics.json, table1.md, PNG files and statistics.html beside the records, and vocabulary.json where the
+    training split names an ingredient often enough.
 
     Records are written anew and not copied, for one may name its picture relative to the folder that it was in.
 
     Returns:
-        "records", "categories" (distinct), and "page": the name of its HTML page. In a dry run only what would be written.
+        "records", "categories" (distinct), "vocabulary" (canonical names, 0 for none), and "page": the name of its HTML page.
+        In a dry run only what would be written.
 
     Raises:
         ImportError: without matplotlib, before anything is read.
@@ -37,8 +40,21 @@ def run(stage: Stage) -> dict[str, Any]:
     write_records(stage.output, passing())
     statistics = collector.result()
     files = write_statistics(stage.folder, statistics, name=stage.settings.name)
+    vocabulary = _vocabulary(stage)
     return {
         "records": statistics["records"],
         "categories": statistics["categories"]["distinct"],
+        "vocabulary": vocabulary,
         "page": files[-1].name,
     }
+
+
+def _vocabulary(stage: Stage) -> int:
+    path = stage.folder / "vocabulary.json"
+    try:
+        vocabulary = Vocabulary.build(stage.records(), min_count=stage.settings.vocabulary.min_count)
+    except VocabularyError:  # a small set names nothing so often
+        path.unlink(missing_ok=True)
+        return 0
+    vocabulary.save(path)
+    return len(vocabulary)

@@ -16,6 +16,7 @@ from rode.data.records import read_records
 from rode.data.unifood import stage as stage_module
 from rode.data.unifood.build import build_unifood, load_settings
 from rode.data.unifood.engines import LocalEngine
+from rode.data.unifood.settings import SourceSettings
 from rode.settings import SettingsError
 
 from .conftest import small_settings
@@ -77,6 +78,41 @@ def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
         build(settings, out, "lable")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("select.size", 0, "select.size: expected at least 1, got 0"),
+        ("select.max_ingredients", 1, "select.max_ingredients: expected at least 2, got 1"),
+        ("select.near_duplicate_bits", 16, "select.near_duplicate_bits: expected at most 15, got 16"),
+        (
+            "select.split_fractions",
+            {"train": 0.5},
+            "select.split_fractions: split fractions: expected a sum of 1, got 0.5",
+        ),
+        (
+            "aggregate.micronutrient_coverage",
+            1.5,
+            "aggregate.micronutrient_coverage: expected at most 1, got 1.5",
+        ),
+        ("vocabulary.min_count", 0, "vocabulary.min_count: expected at least 1, got 0"),
+        ("sources", [], "sources: expected at least one, got none"),
+        (
+            "sources",
+            [SourceSettings("recipe2m", "a")],
+            r"sources\[0\].kind: no such kind; did you mean recipe1m",
+        ),
+        ("name", "all", 'name: "all" stands for all sources'),
+    ],
+)
+def test_values_that_cannot_be_meant(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    settings = small_settings(tmp_path / "r.jsonl")
+    part, _, name = key.rpartition(".")
+    setattr(getattr(settings, part) if part else settings, name, value)
+    with pytest.raises(SettingsError, match=message):
+        build(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
     out = tmp_path / "out"
@@ -84,7 +120,7 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     with (out / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another build is at work there"):
-            build(small_settings(), out)
+            build(small_settings(tmp_path), out)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")

@@ -46,5 +46,5 @@ def test_pictures_that_all_share_a_band(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_more_bits_than_bands_can_tell() -> None:
-    with pytest.raises(ValueError, match="near_duplicate_bits: expected 0 to 15, got 16"):
+    with pytest.raises(ValueError, match="bits: expected 0 to 15, got 16"):
         near_any(np.zeros(1, np.uint64), np.zeros(1, np.uint64), 16)

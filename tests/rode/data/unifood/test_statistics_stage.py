@@ -15,6 +15,7 @@ from rode.data import FoodRecord, Ingredient, RecordError, read_records, write_r
 from rode.data.statistics import collect
 from rode.data.unifood.stage import Stage
 from rode.data.unifood.statistics import run
+from rode.data.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -36,8 +37,8 @@ def make(tmp_path: Path) -> Any:
     ]
     write_records(before / "records.jsonl", records)
 
-    def make(dry_run: bool = False) -> Stage:
-        settings = SimpleNamespace(name="tiny")
+    def make(dry_run: bool = False, min_count: int = 10) -> Stage:
+        settings = SimpleNamespace(name="tiny", vocabulary=SimpleNamespace(min_count=min_count))
         return Stage("statistics", folder, before / "records.jsonl", settings, None, dry_run=dry_run)  # type: ignore[arg-type]
 
     return make
@@ -47,7 +48,7 @@ def test_records_pass_through(make: Any) -> None:
     stage = make()
     report = run(stage)
     page = stage.folder / "statistics.html"
-    assert report == {"records": 4, "categories": 2, "page": page.name}
+    assert report == {"records": 4, "categories": 2, "vocabulary": 0, "page": page.name}
     assert list(read_records(stage.output)) == list(read_records(stage.source))  # pictures included
     found = json.loads((stage.folder / "statistics.json").read_text())
     assert found == {"name": "tiny", **collect(read_records(stage.source))}
@@ -55,6 +56,23 @@ def test_records_pass_through(make: Any) -> None:
     before = {path: path.read_bytes() for path in stage.folder.iterdir()}
     assert run(stage) == report
     assert {path: path.read_bytes() for path in stage.folder.iterdir()} == before
+
+
+def test_the_vocabulary_of_the_training_split(make: Any) -> None:
+    stage = make(min_count=2)
+    records = [
+        FoodRecord(
+            id=f"v{i}", image="/a.jpg", source="s", split="train" if i < 3 else "test",
+            ingredients=(Ingredient("eggs" if i else "egg"), Ingredient("rice")), instructions=("Boil the rice.", "Fry it."),
+        )
+        for i in range(5)
+    ]  # fmt: skip
+    write_records(stage.source, records)
+    assert run(stage)["vocabulary"] == 2
+    vocabulary = Vocabulary.load(stage.folder / "vocabulary.json")
+    assert vocabulary.counts == {"egg": 3, "rice": 3}
+    assert run(make(min_count=4))["vocabulary"] == 0
+    assert not (stage.folder / "vocabulary.json").exists()
 
 
 def test_a_run_that_stops_leaves_no_half(make: Any) -> None:
