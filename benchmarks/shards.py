@@ -258,10 +258,13 @@ def table(found: list[dict[str, Any]]) -> str:
             cells += [_rate(by_form[form]), f"{by_form[form]['ratio']['median']:.2f}x"]
         lines.append(f"| {what} | {cache} | {' | '.join(cells)} |")
     if starts:
-        seconds = {form: Spread(**row["seconds"]) for form, row in starts.items()}
-        held = {form: f"{row['held']:,.0f}" for form, row in starts.items()}
-        lines.append(f"| start of a run, s | warm | {' | | '.join(map(str, seconds.values()))} | |")
-        lines.append(f"| held, bytes an example | | {' | | '.join(held.values())} | |")
+        seconds = [Spread(**row["seconds"]).text(3) for row in starts.values()]
+        held = [f"{row['held']:,.0f}" for row in starts.values()]
+        for what, (loose, tar, parquet) in (
+            ("start of a run, s | warm", seconds),
+            ("held, bytes an example |", held),
+        ):
+            lines.append(f"| {what} | {loose} | {tar} | | {parquet} | |")
     return "\n".join(lines)
 
 

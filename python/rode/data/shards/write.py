@@ -131,7 +131,7 @@ def write_shards(
 
     work = functools.partial(_write_parts, os.fspath(folder), format, on_bad_image)
     done = ((key, work(part)) for key, part in parts) if map is None else map(work, parts)
-    entries = sorted((json.loads(line) for _, result in done for line in result), key=lambda e: e["file"])
+    entries = sorted((_entry(line) for _, result in done for line in result), key=lambda e: e["file"])
     return _write_index(folder, entries, made_of, format)
 
 
@@ -283,10 +283,17 @@ def _lines_at(path: Path, offsets: Iterable[int]) -> Iterator[FoodRecord]:
             yield record_from_json(json.loads(lines.readline()))
 
 
+def _entry(line: str) -> dict[str, Any]:
+    """What `_write_shard` returned, its samples as an array: lists of a million would take a gigabyte."""
+    entry = json.loads(line)
+    rows = [(*row[:5], tuple(row[5])) for row in entry["samples"]]
+    return {**entry, "samples": np.array(rows, SAMPLE)}
+
+
 def _write_index(folder: Path, entries: list[dict[str, Any]], made_of: str, format: str) -> Written:
-    rows = [(*row[:5], tuple(row[5])) for entry in entries for row in entry["samples"]]
+    samples = [entry["samples"] for entry in entries]
     with replacing(folder / SAMPLES, "wb") as out:
-        np.save(out, np.array(rows, SAMPLE))
+        np.save(out, np.concatenate([np.empty(0, SAMPLE), *samples]))
     shards = [
         {key: entry[key] for key in ("file", "split", "records", "bytes", "sha256")}
         for entry in entries
