@@ -77,6 +77,14 @@ def of_data(command: Parser) -> None:
     )
 
 
+def of_shards(command: Parser) -> None:
+    add = command.add_argument
+    add("--records", type=count, default=3000, metavar="N", help="default 3000")
+    add("--shard-size", type=count, default=500, metavar="N", help="records of a shard; default 500")
+    add("--window", type=count, default=4, metavar="N", help="shards shuffled together; default 4")
+    add("--folder", metavar="DIR", help="for the made-up data, which is removed; default: /tmp")
+
+
 class Benchmark(NamedTuple):
     """What a name stands for.
 
@@ -134,7 +142,16 @@ BENCHMARKS = {
         lambda m, o: m.main(o.json, o.rounds),
     ),
     "data": Benchmark(
-        "time and memory of reading a made-up Recipe1M", "data", (of_data, to_json), lambda m, o: m.main(o)
+        "time and memory of reading a made-up Recipe1M, and of choosing from it",
+        "data",
+        (of_data, to_json),
+        lambda m, o: m.main(o),
+    ),
+    "shards": Benchmark(
+        "training samples a second out of shards, against loose files",
+        "shards",
+        (of_shards, rounds(7), to_json),
+        lambda m, o: m.main(o),
     ),
     "traffic": Benchmark(
         "bytes that the GPU kernels move; counted", "traffic", (to_json,), lambda m, o: m.main(o.json)

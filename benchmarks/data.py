@@ -1,4 +1,5 @@
-"""Reading a made-up Recipe1M of several sizes: seconds, records a second and peak memory, each in a process of its own.
+"""Reading a made-up Recipe1M of several sizes, and what the builder does with it before it looks at pictures: seconds, records a
+second and peak memory, each in a process of its own.
 
 What is read is checked first, record by record against what was written, by a digest; then it is read once more and timed.
 """
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,10 @@ from typing import Any
 
 from benchmarks import write_json
 from benchmarks.made_up_recipe1m import digest, expected_digest, write_recipe1m
+from rode.data.unifood import select
+from rode.data.unifood.engines import LocalEngine
+from rode.data.unifood.settings import SourceSettings, UnifoodSettings
+from rode.data.unifood.stage import Stage
 
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -47,8 +53,47 @@ def time_reading(folder: Path, recipes: int) -> dict[str, Any]:
     }
 
 
+def _stage(folder: Path, recipes: int) -> Stage:
+    """Select's, in the benchmark's scratch folder: a tenth of the recipes is to be chosen."""
+    settings = UnifoodSettings(sources=[SourceSettings("recipe1m", str(folder))])
+    settings.select.size = max(1, recipes // 10)
+    work = folder.with_name("select")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    return Stage("select", work, None, settings, LocalEngine(), progress=False)
+
+
+def check_choosing(folder: Path, recipes: int) -> dict[str, Any]:
+    """Raises RuntimeError if the order of the candidates lacks one or is unbalanced."""
+    stage = _stage(folder, recipes)
+    candidates, report = select._read(stage)
+    order = select._order(candidates)
+    first = candidates.split[order[: stage.settings.select.size]]
+    shares = [abs((candidates.split == s).mean() - (first == s).mean()) for s in range(3)]
+    if report["read"] != recipes or sorted(order) != list(range(len(candidates.split))) or max(shares) > 2 / len(first):
+        raise RuntimeError(f"choosing from {recipes:,} recipes is wrong: nothing is timed")
+    return {}
+
+
+def time_choosing(folder: Path, recipes: int) -> dict[str, Any]:
+    stage = _stage(folder, recipes)
+    before = _peak()
+    start = time.perf_counter()
+    candidates, report = select._read(stage)
+    select._order(candidates)
+    seconds = time.perf_counter() - start
+    return {
+        "records": report["read"],
+        "seconds": seconds,
+        "per_second": report["read"] / seconds,
+        "peak_mib": _peak(),
+        "imports_mib": before,
+    }
+
+
 MEASURES: dict[str, tuple[Callable[[Path, int], dict[str, Any]], Callable[[Path, int], dict[str, Any]]]] = {
     "read": (check_reading, time_reading),
+    "choose": (check_choosing, time_choosing),
 }
 """What can be measured -> its check and its measurement, functions of (folder of the made-up Recipe1M, its recipes)."""
 
