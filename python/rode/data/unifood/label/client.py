@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -170,12 +171,16 @@ class Endpoint:
         stop: once set, waits end and no further request is sent.
     """
 
-    def __init__(self, settings: LabelSettings, client: Any = None) -> None:
+    def __init__(self, settings: LabelSettings) -> None:
         self.settings = settings
-        self.client = make_client(settings) if client is None else client
         self.stop = threading.Event()
         self._not_before = 0.0
         self._random = random.Random()
+
+    @cached_property
+    def client(self) -> Any:
+        """Made at first use: a full ledger needs neither key nor server. Raises as `make_client` does."""
+        return make_client(self.settings)
 
     def call(
         self,

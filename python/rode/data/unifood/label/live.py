@@ -95,6 +95,7 @@ def ask_live(
                     within_budget = True
                     starting.append(next_one)
                 if starting:
+                    _ = endpoint.client  # its errors come before anything is marked
                     ledger.start([item.mark(verdict, settings) for item, verdict in starting])
                 for item, verdict in starting:
                     flying[pool.submit(_ask, endpoint, budget, settings, item, verdict)] = (item, verdict)

@@ -196,6 +196,12 @@ def test_budget(tmp_path):
         assert len(server.requests) == 6
     with closing(sqlite3.connect(folder / "label" / "ledger.sqlite")) as ledger:
         assert ledger.execute("SELECT total(price) FROM replies").fetchone() == (3.0,)
+    # at worst 1 each, in truth 0.5: there is room for two, then for one more
+    folder = make_job(tmp_path / "cheaper", 6)
+    with VisionServer() as server:
+        with pytest.raises(Unfinished, match=r"the budget of 2.2 is reached: 3 contents are left"):
+            batch(folder, server, budget=2.2, max_tokens=200, **prices)
+        assert (len(server.requests), len(server.batches)) == (3, 2)
 
 
 def test_a_damaged_picture(tmp_path):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from rode.data.unifood.label.client import RequestFailed, check_completion, fault_of_status, retry_after
+from rode.data.unifood.label.client import (
+    RequestFailed,
+    check_completion,
+    fault_of_status,
+    make_client,
+    retry_after,
+)
+from rode.data.unifood.label.settings import LabelSettings
 
 
 @pytest.mark.parametrize(
@@ -66,3 +75,9 @@ def test_what_is_no_completion_is_tried_again(text):
     with pytest.raises(RequestFailed) as failed:
         check_completion(text)
     assert (failed.value.fault.kind, failed.value.fault.lost) == ("retry", True)
+
+
+def test_without_the_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"needs the openai client: pip install 'rode\[data\]'"):
+        make_client(LabelSettings())

@@ -119,8 +119,11 @@ def test_key(tmp_path, monkeypatch):
         run(stage_of(folder, base_url=server.url, api_key_env="A_KEY"))
         assert server.requests[0].headers["authorization"] == "Bearer secret"
     monkeypatch.delenv("A_KEY")
-    with pytest.raises(LabelError, match=r"no API key for https://api.openai.com/v1: set A_KEY"):
-        run(stage_of(folder, api_key_env="A_KEY"))
+    run(stage_of(folder, api_key_env="A_KEY"))  # all is in the ledger: no key is needed
+    for mode in ("live", "batch"):
+        with pytest.raises(LabelError, match=r"no API key for https://api.openai.com/v1: set A_KEY"):
+            run(stage_of(folder, api_key_env="A_KEY", model="another", mode=mode))
+    assert rows(folder, "SELECT count(*) FROM contents WHERE status = 'in flight'") == [(0,)]
 
 
 # fault of the first request -> reason in the ledger while it is asked again, and words that the model is told
