@@ -70,7 +70,11 @@ def check_choosing(folder: Path, recipes: int) -> dict[str, Any]:
     order = select._order(candidates)
     first = candidates.split[order[: stage.settings.select.size]]
     shares = [abs((candidates.split == s).mean() - (first == s).mean()) for s in range(3)]
-    if report["read"] != recipes or sorted(order) != list(range(len(candidates.split))) or max(shares) > 2 / len(first):
+    if (
+        report["read"] != recipes
+        or sorted(order) != list(range(len(candidates.split)))
+        or max(shares) > 2 / len(first)
+    ):
         raise RuntimeError(f"choosing from {recipes:,} recipes is wrong: nothing is timed")
     return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 DESCRIPTION = """\
@@ -14,7 +15,13 @@ examples:
   rode data build-unifood recipes/unifood-build.yaml data/unifood --stage select --stage categorise
   rode data build-unifood recipes/unifood-build.yaml data/unifood --dry-run      what labelling would cost
   rode data build-unifood recipes/unifood-build.yaml data/unifood label.budget=50
+
+It exits with 3 if not all is labelled yet: the budget is reached, or batches are under way.
 """
+
+
+UNFINISHED = 3
+"""Exit code where nothing is wrong but not all is labelled: the budget is reached, or batches are under way."""
 
 
 def add_parser(data: Any, **options: Any) -> None:
@@ -52,15 +59,22 @@ def add_parser(data: Any, **options: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from rode.data.unifood.build import STAGES, build_unifood, load_settings
     from rode.data.unifood.engines import make_engine
+    from rode.data.unifood.label.errors import LabelError, Unfinished
 
-    build_unifood(
-        load_settings(args.settings, args.overrides),
-        args.out,
-        engine=make_engine(args.engine, args.workers),
-        stages=args.stage or STAGES,
-        redo=args.redo,
-        dry_run=args.dry_run,
-        progress=not args.quiet,
-        tell=lambda result: print(result, flush=True),
-    )
+    try:
+        build_unifood(
+            load_settings(args.settings, args.overrides),
+            args.out,
+            engine=make_engine(args.engine, args.workers),
+            stages=args.stage or STAGES,
+            redo=args.redo,
+            dry_run=args.dry_run,
+            progress=not args.quiet,
+            tell=lambda result: print(result, flush=True),
+        )
+    except Unfinished as error:
+        print(f"rode: label: {error}", file=sys.stderr)
+        return UNFINISHED
+    except LabelError as error:
+        raise ValueError(f"label: {error}") from error
     return 0

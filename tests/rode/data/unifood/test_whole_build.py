@@ -168,6 +168,13 @@ shard: {{size: 10, format: parquet}}
         assert not server.requests
         said = capsys.readouterr().out
         assert "to ask 40" in said
+        prices = ("label.price_input=2", "label.price_output=8", "label.max_tokens=1000")
+        assert main([*command, "--stage", "label", url, *prices, "label.budget=0.1"]) == 3
+        said = capsys.readouterr().err
+        assert "rode: label: the budget of 0.1 is reached" in said
+        assert 0 < len(server.requests) < 40
+        assert main([*command, "--stage", "label", url, "label.concurrency=0"]) == 1
+        assert "label.concurrency: expected at least 1, got 0" in capsys.readouterr().err
         assert main([*command, url]) == 0
     said = capsys.readouterr().out
     assert said.startswith("select: done already; read 201")

@@ -30,7 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
     Returns:
         `records`, `labelled`, `labelled_by_source`, `set_aside` (reason -> count), `unanswered` (those of them that the next run
-        asks again), `tokens` and `cost` over all that the
+        asks again), `tokens` and `spent` over all that the
         ledger holds.
 
     Raises:
@@ -155,13 +155,13 @@ def _estimate(work: Work, ledger: Ledger) -> dict[str, Any]:
 def _write(stage: Stage, work: Work, ledger: Ledger) -> dict[str, Any]:
     settings = work.settings
     reasons: Counter[str] = Counter()
-    by_source = total = 0
+    by_source = total = unanswered = 0
     last: dict[str, str] = {}
 
     with replacing(stage.folder / "set_aside.jsonl") as aside:
 
         def labelled() -> Iterator[FoodRecord]:
-            nonlocal by_source, total, last
+            nonlocal by_source, total, unanswered, last
             for record, item in work.rows():
                 total += 1
                 if item is None:
@@ -174,6 +174,7 @@ def _write(stage: Stage, work: Work, ledger: Ledger) -> dict[str, Any]:
                         yield _labelled(record, verdict.nutrition)
                         continue
                     reason, detail = verdict.reason, verdict.detail
+                    unanswered += verdict.state == "ask"
                 else:
                     reason, detail = item
                 reasons[reason] += 1
@@ -189,7 +190,7 @@ def _write(stage: Stage, work: Work, ledger: Ledger) -> dict[str, Any]:
         "labelled": written,
         "labelled_by_source": by_source,
         "set_aside": dict(sorted(reasons.items())),
-        "unanswered": reasons["no answer"],
+        "unanswered": unanswered,
     }
 
 
