@@ -18,7 +18,9 @@ from rode.commands import analyze, compose, data, evaluate, fit_clusters, genera
 TOP = """\
 Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA experts of different ranks.
 
+  rode data inspect DIR                                    what a source holds, and what is broken in it
   rode data convert food-photos PHOTOS_DIR records.jsonl   records from a published data set
+  rode data build-unifood recipes/build/unifood.yaml OUT   a labelled data set from sources of your own
   rode train recipes/own-records.yaml model.path=DIR       train an adapter
   rode evaluate recipes/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from rode.data.mixture import Source
-from rode.settings import SettingsError, build, did_you_mean, override
+from rode.settings import SettingsError, build, did_you_mean, override, read_mapping
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -300,12 +300,7 @@ def recipe_values(path: str | Path, *, base: str | Path | None = None) -> dict[s
         if any(file.samefile(other) for other in seen):
             raise RecipeError(f"{path}: extends: expected an end, got {' -> '.join(map(str, [*seen, file]))}")
         seen.append(file)
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f"{file}: expected a mapping at the top, got {type(values).__name__}")
+        values = read_mapping(file)
         parent = values.pop("extends", None)
         if not isinstance(parent, str | None):
             raise RecipeError(f"{file}: extends: expected the name of a recipe file, got {parent!r}")

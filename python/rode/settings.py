@@ -7,6 +7,7 @@ import os
 import types
 import typing
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -77,6 +78,17 @@ def build(cls: type, values: Any, where: str = "") -> Any:
         if f.name not in values and f.default is f.default_factory:  # both MISSING: required
             raise SettingsError(f"{prefix}{f.name}: missing; expected {_describe(hints[f.name])}")
     return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The mapping at the top of a YAML file, unchecked. Raises SettingsError, naming the file, for anything else in it."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file}: expected a mapping at the top, got {type(values).__name__}")
+    return values
 
 
 def override(values: dict[str, Any], assignment: str) -> None:

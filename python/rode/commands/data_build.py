@@ -12,9 +12,9 @@ sum it up, check the test split against the USDA's tables, write shards and stat
 way, goes on where it was; what is done and has not changed is not done again.
 
 examples:
-  rode data build-unifood recipes/unifood-build.yaml data/unifood --stage select --stage categorise
-  rode data build-unifood recipes/unifood-build.yaml data/unifood --dry-run      what labelling would cost
-  rode data build-unifood recipes/unifood-build.yaml data/unifood label.budget=50
+  rode data build-unifood recipes/build/unifood.yaml data/unifood --stage select --stage categorise
+  rode data build-unifood recipes/build/unifood.yaml data/unifood --dry-run      what labelling would cost
+  rode data build-unifood recipes/build/unifood.yaml data/unifood label.budget=50
 
 It exits with 3 if not all is labelled yet: the budget is reached, or batches are under way.
 """

@@ -21,7 +21,7 @@ Each variant with each seed is a run of its own; what is finished stays, what wa
 A row that was not run is empty. Results: RESULTS/BASE/VARIANT/seed-N.json, the table or figure beside them.
 
 examples:
-  rode reproduce table2 model.path=DIR data.sources.0.path=records.jsonl --seeds 0 1 2
+  rode reproduce table2 model.path=DIR --seeds 0 1 2
   rode reproduce table5 --base recipes/own-records.yaml --only relu-8888 softmax-8888
   rode reproduce table5 --base recipes/own-records.yaml --no-run
   rode reproduce fig7 --launcher "accelerate launch --num_processes 4"

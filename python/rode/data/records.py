@@ -341,13 +341,22 @@ def write_records(path: str | os.PathLike[str], records: Iterable[FoodRecord]) -
             image = Path(record.image)
             if image.is_absolute() and image.is_relative_to(folder):
                 record = _with_image(record, image.relative_to(folder).as_posix())
-            obj = record_to_json(record)
-            try:
-                record_from_json(obj)
-                if record.id in seen:
-                    raise RecordError("id: stands twice")
-            except RecordError as error:
-                raise RecordError(f"record {record.id!r}: {error}") from None
-            seen.add(record.id)
-            out.write(json.dumps(obj, ensure_ascii=False) + "\n")
+            out.write(record_line(record, seen) + "\n")
     return len(seen)
+
+
+def record_line(record: FoodRecord, seen: set[str]) -> str:
+    """A record's line of a file, without its end; its id is added to those `seen` in the file.
+
+    Raises:
+        RecordError: for a record that `read_records` would refuse, naming it.
+    """
+    obj = record_to_json(record)
+    try:
+        record_from_json(obj)
+        if record.id in seen:
+            raise RecordError("id: stands twice")
+    except RecordError as error:
+        raise RecordError(f"record {record.id!r}: {error}") from None
+    seen.add(record.id)
+    return json.dumps(obj, ensure_ascii=False)

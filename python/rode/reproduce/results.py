@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from rode.data.shards.index import open_shards
 from rode.files import write_text
 from rode.recipe import Recipe, RecipeError, adapter_config
 from rode.settings import build
@@ -73,14 +74,19 @@ def settings(recipe: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
 
 
 def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:
-    """SHA-256 of a file that a recipe names; the pictures that records name are not read.
+    """SHA-256 of a file that a recipe names; the pictures that records name are not read. Of a folder of shards, that of its
+    shards' digests, pictures included.
 
     Args:
         what, key: for the error: what the file is, and the recipe's key that names it.
 
     Raises:
-        FileNotFoundError: naming the override that mends it.
+        FileNotFoundError: naming the override that mends it. ShardError: for a folder of no or damaged shards.
     """
+    if Path(path).is_dir():
+        return hashlib.sha256(
+            " ".join(shard.sha256 for shard in open_shards(path).shards).encode()
+        ).hexdigest()
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

@@ -11,8 +11,12 @@ import threading
 
 import pytest
 
+from made_up_dishes import dishes
+from rode.data import read_records
+from rode.data.shards.address import ShardError
+from rode.data.shards.write import write_shards
 from rode.recipe import load_recipe
-from rode.reproduce.results import _losses, differences
+from rode.reproduce.results import _losses, differences, file_hash
 from rode.reproduce.runs import call
 
 
@@ -152,6 +156,16 @@ def test_a_vocabulary_counts_by_what_it_holds(capsys, processes, reproduce, tmp_
     fails(capsys, reproduce(*argv), "evaluation.vocabulary: null (was ")
     moved.write_text("{}\n\n")
     fails(capsys, reproduce(*argv, f"evaluation.vocabulary={moved}"), "evaluation.vocabulary: ")
+
+
+def test_shards_count_by_what_they_hold(tmp_path):
+    records = list(read_records(dishes(tmp_path / "in", 4)))
+    for name in ("a", "b"):
+        write_shards(records, tmp_path / name)
+    write_shards(records[:3], tmp_path / "c")
+    assert file_hash(str(tmp_path / "a")) == file_hash(str(tmp_path / "b")) != file_hash(str(tmp_path / "c"))
+    with pytest.raises(ShardError, match=r"no folder of shards: index.json is missing"):
+        file_hash(str(tmp_path))
 
 
 def test_keys_that_came_later_are_at_their_defaults(processes, reproduce, tmp_path):

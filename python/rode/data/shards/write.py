@@ -24,7 +24,7 @@ import numpy as np
 
 from rode.data.images import ImageError, check_image, open_picture
 from rode.data.mixture import hash_split
-from rode.data.records import SPLITS, FoodRecord, RecordError, record_from_json, record_to_json
+from rode.data.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
 from rode.data.shards.address import ShardError
 from rode.data.shards.formats import ParquetShard, TarShard, import_parquet
 from rode.data.shards.index import FORMATS, INDEX, SAMPLE, SAMPLES, VERSION, file_digest, open_shards
@@ -140,26 +140,20 @@ def _write_lines(
 ) -> tuple[dict[str, list[tuple[int, int]]], str]:
     """Write the records as lines with absolute images; (hash of the id, offset) of each by split, and the file's digest."""
     places: dict[str, list[tuple[int, int]]] = {}
-    digest, offset, seen = hashlib.sha256(), 0, set()
+    digest, offset = hashlib.sha256(), 0
+    seen: set[str] = set()
     with replacing(path, "wb") as out:
         for record in records:
-            try:
-                if record.split is None and fractions is not None:
-                    record = dataclasses.replace(record, split=hash_split(record.id, fractions))
-                if record.split is None:
-                    raise RecordError("split: missing; write one, or give fractions by which to make one")
-                if not os.path.isabs(record.image):
-                    raise RecordError(
-                        f"image: {record.image!r} is relative; rode.data.read_records makes it absolute"
-                    )
-                obj = record_to_json(record)
-                record_from_json(obj)
-                if record.id in seen:
-                    raise RecordError("id: stands twice")
-            except RecordError as error:
-                raise RecordError(f"record {record.id!r}: {error}") from None
-            seen.add(record.id)
-            line = json.dumps(obj, ensure_ascii=False).encode() + b"\n"
+            if record.split is None and fractions is not None:
+                record = dataclasses.replace(record, split=hash_split(record.id, fractions))
+            problem = None
+            if record.split is None:
+                problem = "split: missing; write one, or give fractions by which to make one"
+            elif not os.path.isabs(record.image):
+                problem = f"image: {record.image!r} is relative; rode.data.read_records makes it absolute"
+            if problem is not None:
+                raise RecordError(f"record {record.id!r}: {problem}")
+            line = record_line(record, seen).encode() + b"\n"
             out.write(line)
             digest.update(line)
             places.setdefault(record.split, []).append((stable_hash("shard", record.id), offset))

@@ -19,12 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rode.data.records import read_records, write_records
 from rode.data.unifood.settings import UnifoodSettings
 from rode.data.unifood.stage import Engine, Stage, write_json
-from rode.settings import SettingsError, build, override
+from rode.settings import SettingsError, build, override, read_mapping
 
 _SETTINGS = {
     "select": ("sources", "name", "select", "categorise"),
@@ -71,12 +69,7 @@ def load_settings(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such settings")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{path}: expected a mapping at the top, got {type(values).__name__}")
+    values = read_mapping(path)
     try:
         for assignment in overrides:
             override(values, assignment)

@@ -67,7 +67,7 @@ class VocabularySettings:
 
 @dataclass
 class UnifoodSettings:
-    """The whole build; `recipes/unifood-build.yaml` is an example."""
+    """The whole build; `recipes/build/unifood.yaml` is an example."""
 
     sources: list[SourceSettings]
     name: str = "unifood"

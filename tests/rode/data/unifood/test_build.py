@@ -158,6 +158,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[4] / "recipes" / "build").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_settings_that_come_with_it(file: Path) -> None:
+    settings = load_settings(file, ["select.size=7"])
+    settings.check()
+    settings.label.check()
+    assert settings.select.size == 7
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sources: []\nselct: {}\n", "selct: no such key; did you mean select"),
