@@ -106,7 +106,7 @@ class Stage:
                     yield row.rstrip("\n")
 
     def drop_parts(self, name: str) -> None:
-        """Removes the parts of `name`, those of other keys as well."""
+        """Removes the parts of `name`, a glob pattern, those of other keys as well."""
         for folder in self.folder.glob(f"{name}.*.parts"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -70,6 +70,8 @@ def test_made_up_dishes_from_their_source_to_shards(tmp_path: Path, rode_data: P
         again = build_unifood(settings, out, engine=LocalEngine(), progress=False)
         assert len(server.requests) == asked
     assert [result.name for result in results] == list(STAGES)
+    assert not list(out.rglob("*.parts")), "what was kept for a stop is of no use any more"
+    assert not list(out.rglob(".*.tmp"))
     assert not any(result.fresh for result in again)
     report = {result.name: result.report for result in results}
     assert report["label"]["labelled"] == report["aggregate"]["records"] == 20

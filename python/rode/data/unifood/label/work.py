@@ -194,5 +194,4 @@ class Work:
             settled()
 
     def drop_parts(self) -> None:
-        for folder in self.stage.folder.glob("keys-*"):
-            self.stage.drop_parts(folder.name)
+        self.stage.drop_parts("keys-*")  # of other bases as well
