@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
+
+from forked import forked
 
 
 def killed_at(work: Callable[[], object], commit: int) -> bool:
@@ -19,10 +19,8 @@ def killed_at(work: Callable[[], object], commit: int) -> bool:
     Raises:
         AssertionError: it failed of itself; its traceback is on stderr.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
+
+    def to_be_killed() -> None:
         rename, left = os.replace, [commit // 2]
 
         def replace(*args: object, **kwargs: object) -> None:
@@ -34,18 +32,11 @@ def killed_at(work: Callable[[], object], commit: int) -> bool:
             rename(*args, **kwargs)  # type: ignore[arg-type]
 
         os.replace = replace  # type: ignore[assignment]
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL, f"ended by signal {os.WTERMSIG(status)}"
-        return True
-    assert os.WEXITSTATUS(status) == 0, "the work failed; see stderr"
-    return False
+        work()
+
+    code = forked(to_be_killed)
+    assert code in (0, -signal.SIGKILL), f"the work failed with {code}; see stderr"
+    return code != 0
 
 
 def kill_everywhere(

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from rode.data.records import FoodRecord, Ingredient, write_records
+from rode.data.unifood.engines import LocalEngine
 from rode.data.unifood.label.run import run
 from rode.data.unifood.label.settings import LabelSettings
 from rode.data.unifood.stage import Stage
@@ -31,16 +32,6 @@ FAST = {
     "poll": 0.01,
     "image_side": 64,
 }
-
-
-class InProcess:
-    """An engine that runs everything here."""
-
-    def map(
-        self, function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Any, list[str]]]
-    ) -> Iterator[tuple[Any, list[str]]]:
-        for key, lines in parts:
-            yield key, function(lines)
 
 
 @dataclass
@@ -81,7 +72,7 @@ def stage_of(folder: Path, *, into: str = "label", dry_run: bool = False, **sett
         inside,
         folder / "source.jsonl",
         Settings(label),
-        InProcess(),
+        LocalEngine(),
         progress=False,
         dry_run=dry_run,
     )

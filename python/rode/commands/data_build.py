@@ -53,7 +53,9 @@ def add_parser(data: Any, **options: Any) -> None:
     sub.add_argument(
         "--redo", action="store_true", help="run stages that are done; answers and decisions are kept"
     )
-    sub.add_argument("--dry-run", action="store_true", help="say what labelling would cost, send nothing")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="say what labelling (or another stage) would do and cost"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

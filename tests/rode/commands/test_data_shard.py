@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from dishes import dishes
+from odd_dishes import dishes
 from rode.commands import data_shard
 from rode.data.records import write_records
 from rode.data.shards.address import ShardError

@@ -37,6 +37,9 @@ _SETTINGS = {
 STAGES = tuple(_SETTINGS)
 
 
+_DRY = ("label", "golden", "shard", "statistics")
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What became of one stage: `report` is what it counted; `fresh` is False where it was done already."""
@@ -97,7 +100,7 @@ def build_unifood(
         engine: where work on single records runs; the bytes do not depend on it.
         stages: which to run, in the builder's order; those before them must be done.
         redo: run them although they are done.
-        dry_run: only say what the label stage would cost; nothing is written or sent.
+        dry_run: only say what the stages would do, by default what labelling would cost; nothing is sent.
         progress: show bars.
         tell: called after each stage.
 
@@ -108,6 +111,11 @@ def build_unifood(
     for name in stages:
         if name not in STAGES:
             raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {name!r}")
+    if dry_run:
+        stages = ("label",) if set(stages) == set(STAGES) else stages
+        for name in stages:
+            if name not in _DRY:
+                raise ValueError(f"dry run: stage {name} has none; it costs time alone, and can be stopped")
     settings.check()
     out = Path(out)
     results = []
@@ -115,7 +123,7 @@ def build_unifood(
         for left in out.rglob(".*.tmp"):  # of a build that was killed: nobody else writes here now
             left.unlink()
         for name in STAGES:
-            if name not in stages or (dry_run and name != "label"):
+            if name not in stages:
                 continue
             results.append(_run(settings, out, name, engine, redo, dry_run, progress))
             tell(results[-1])

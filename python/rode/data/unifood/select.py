@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from rode.data.images import ImageError
 from rode.data.mixture import hash_split
@@ -157,7 +158,8 @@ def _eligible(stage: Stage, log: ReadLog, report: dict[str, Any]) -> Iterator[Fo
     settings = stage.settings.select
     seen: set[int] = set()
     for source in stage.settings.sources:
-        for record in read_source(source.kind, source.path, log, **source.options):
+        records = read_source(source.kind, source.path, log, **source.options)
+        for record in tqdm(records, desc=f"reading {source.path}", unit="record", disable=not stage.progress):
             report["read"] += 1
             if not settings.min_ingredients <= len(record.ingredients) <= settings.max_ingredients:
                 log.leave_out("too few or too many ingredients")

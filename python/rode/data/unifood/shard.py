@@ -64,5 +64,5 @@ def run(stage: Stage) -> dict[str, Any]:
         "records": {split: written.records.get(split, 0) for split in SPLITS},
         "shards": written.shards,
         "bytes": written.bytes,
-        "left_out": written.left_out,
+        "left_out": len(written.left_out),
     }

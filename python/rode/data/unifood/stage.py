@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from rode.data.records import FoodRecord, read_records
 from rode.files import replacing
 
@@ -88,18 +90,23 @@ class Stage:
             return folder / f"{number:06d}.jsonl"
 
         total = 0
+        bar = tqdm(desc=f"{self.name}: {name}", unit="record", disable=not self.progress)
 
-        def missing() -> Iterator[tuple[int, list[str]]]:
+        def missing() -> Iterator[tuple[tuple[int, int], list[str]]]:
             nonlocal total
             rows = iter(lines)
             while chunk := list(itertools.islice(rows, part)):
-                if not path(total).exists():
-                    yield total, chunk
+                if path(total).exists():
+                    bar.update(len(chunk))
+                else:
+                    yield (total, len(chunk)), chunk
                 total += 1
 
-        for number, rows in self.engine.map(function, missing()):
-            with replacing(path(number)) as out:
-                out.writelines(f"{row}\n" for row in rows)
+        with bar:
+            for (number, size), rows in self.engine.map(function, missing()):
+                with replacing(path(number)) as out:
+                    out.writelines(f"{row}\n" for row in rows)
+                bar.update(size)
         for number in range(total):
             with path(number).open(encoding="utf-8", newline="\n") as rows:
                 for row in rows:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from dishes import dishes
+from odd_dishes import dishes
 from rode.data import Source, load_examples, write_records
 from rode.data.mixture import Joined
 from rode.data.shards.address import ShardError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dishes import dishes
 from forked import forked
+from odd_dishes import dishes
 from rode.data.images import ImageError, check_image, open_picture
 from rode.data.shards.address import ShardError, forget_open_files
 from rode.data.shards.index import open_shards
@@ -297,7 +297,7 @@ def test_a_shard_of_bad_pictures_alone_is_no_file(tmp_path, format):
 
 
 def test_a_gif_named_jpg_keeps_its_bytes(tmp_path):
-    from dishes import picture
+    from odd_dishes import picture
 
     (record,) = dishes(tmp_path / "pictures", 1)
     picture(Path(record.image), 5, "GIF")

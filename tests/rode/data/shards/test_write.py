@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dishes import IDS, dishes
+from odd_dishes import IDS, dishes
 from rode.data.images import open_picture
 from rode.data.records import RecordError, record_from_json, record_to_json
 from rode.data.shards.index import open_shards

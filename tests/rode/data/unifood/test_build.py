@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forked import forked
 from killed import kill_everywhere
 from made_up_dishes import dishes
 from rode.cli import main
@@ -76,6 +76,8 @@ def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
         ValueError, match=r"stage: expected one of select, categorise, label, .*, got 'lable'"
     ):
         build(settings, out, "lable")
+    with pytest.raises(ValueError, match="dry run: stage select has none"):
+        build(settings, out, "select", dry_run=True)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,6 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
             build(small_settings(tmp_path), out)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_at_every_point_the_first_stages_end_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,26 +188,25 @@ def test_settings_that_cannot_be_used(tmp_path: Path, text: str, message: str) -
         load_settings(tmp_path / "none.yaml")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a forked process")
 @pytest.mark.parametrize("most", [0, 100, 1500])
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path: Path, most: int) -> None:
     settings = small_settings(dishes(tmp_path / "in", 16), size=10)
     build(settings, tmp_path / "whole")
     out, said = tmp_path / "out", tmp_path / "said"
-    pid = os.fork()
-    if pid == 0:
+
+    def run() -> None:
+        # a file can grow so far and no further, as on a disk that is full
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         try:
-            # a file can grow so far and no further, as on a disk that is full
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
             build(settings, out)
             message = "no error"
         except OSError as error:
             message = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         said.write_text(message)
-        os._exit(0)
-    os.waitpid(pid, 0)
+
+    assert forked(run) == 0
     assert said.read_text().startswith("[Errno 27] File too large: ")
     assert str(out) in said.read_text()
     assert not list(out.rglob("*.tmp"))

@@ -10,21 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from dishes import dishes
 from forked import forked
+from odd_dishes import dishes
 from rode.data.images import ImageError
 from rode.data.records import read_records, write_records
 from rode.data.shards.index import open_shards
 from rode.data.unifood import shard
+from rode.data.unifood.engines import LocalEngine
 from rode.data.unifood.shard_settings import ShardSettings
 from rode.data.unifood.stage import Stage
-
-
-class InTurn:
-    """An engine of one process."""
-
-    def map(self, function, parts):
-        return ((key, function(lines)) for key, lines in parts)
 
 
 @pytest.fixture
@@ -33,7 +27,9 @@ def stage(tmp_path):
     write_records(tmp_path / "golden.jsonl", records)
     (tmp_path / "stage").mkdir()
     settings = SimpleNamespace(name="Uni Food", shard=ShardSettings(size=8))
-    return Stage("shard", tmp_path / "stage", tmp_path / "golden.jsonl", settings, InTurn(), progress=False)
+    return Stage(
+        "shard", tmp_path / "stage", tmp_path / "golden.jsonl", settings, LocalEngine(), progress=False
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -47,7 +43,7 @@ def test_what_it_leaves(stage):
         "records": {"train": 16, "val": 0, "test": 4},
         "shards": 3,
         "bytes": sum(s.bytes for s in shards.shards),
-        "left_out": [],
+        "left_out": 0,
     }
     assert shards.shards[0].file == "Uni%20Food-test-000000.tar"
     assert list(read_records(stage.output)) == list(stage.records())
@@ -104,7 +100,8 @@ def test_a_picture_spoiled_since(stage):
     assert not stage.output.exists()
     stage.settings.shard.on_bad_image = "skip"
     report = shard.run(stage)
-    assert [id for id, _ in report["left_out"]] == [record.id]
+    assert report["left_out"] == 1
+    assert [id for id, _ in open_shards(stage.folder / shard.FOLDER).facts["left_out"]] == [record.id]
     assert record.id not in {r.id for r in read_records(stage.output)}
     assert sum(report["records"].values()) == 19
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("matplotlib")
+from killed import kill_everywhere
 from rode.data import FoodRecord, Ingredient, RecordError, read_records, write_records
 from rode.data.statistics import collect
 from rode.data.unifood.stage import Stage
@@ -98,3 +99,25 @@ def test_matplotlib_is_asked_for_first(make: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ImportError, match="pip install 'rode"):
         run(stage)
     assert list(stage.folder.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_at_every_point(make: Any, tmp_path: Path) -> None:
+    stage = make(min_count=2)
+
+    def snapshot() -> dict[str, bytes]:
+        return {
+            path.name: path.read_bytes() for path in stage.folder.iterdir() if not path.name.endswith(".tmp")
+        }
+
+    def fresh() -> None:
+        for path in stage.folder.iterdir():
+            path.unlink()
+
+    run(stage)
+    whole = snapshot()
+
+    def check() -> None:
+        assert snapshot() == whole
+
+    assert kill_everywhere(lambda: run(stage), fresh, check) >= 2 * len(whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,7 +112,6 @@ def test_what_the_server_did_not_answer_is_asked_at_the_next_run(tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_killed_at_every_point_a_build_ends_alike(
     tmp_path: Path, rode_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
