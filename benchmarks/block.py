@@ -22,6 +22,7 @@ from benchmarks import write_json
 from benchmarks.eager import packed, peft_loop
 from benchmarks.timing import headline, interleaved, machine, ratios
 from rode.tuner import RodeConfig, RodeLayer
+from rode_kernels import cpu
 
 RANKS = (2, 4, 8, 16)
 QV = ["q_proj", "v_proj"]
@@ -199,8 +200,13 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return most
 
 
+def scratch(size: int) -> str:
+    return f", and {size / 2**20:.2f} MiB of scratch" if size else ""
+
+
 def memory(hidden: int, tokens: int) -> list[dict[str, Any]]:
-    """A row for each system: bytes kept for backward, and the peak of a step, beyond the frozen block's."""
+    """A row for each system: bytes kept for backward, the peak of a step, both beyond the frozen block's, and the scratch that
+    the CPU kernels keep in their threads, which torch does not count."""
     steps = make_steps(hidden, tokens)
     kept = {name: saved_bytes(step.forward, step.model) for name, step in steps.items()}
     peak = {name: peak_bytes(step) for name, step in steps.items()}
@@ -208,10 +214,11 @@ def memory(hidden: int, tokens: int) -> list[dict[str, Any]]:
     for name in steps:
         row = {"hidden": hidden, "tokens": tokens, "system": name}
         row |= {"kept": kept[name] - kept["frozen"], "peak": peak[name] - peak["frozen"]}
+        row["scratch"] = cpu.scratch_bytes() if name == "rode" else 0
         rows.append(row)
         print(
             f"  hidden {hidden:5} {name:18} kept for backward {row['kept'] / 2**20:9.2f} MiB, peak {row['peak'] / 2**20:9.2f} MiB "
-            "beyond the frozen block's",
+            f"beyond the frozen block's{scratch(row['scratch'])}",
             flush=True,
         )
     return rows

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/scratch.h"
 #include "owned_problem.h"
 
 namespace py = pybind11;
@@ -95,4 +96,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_isa", &rode::set_isa);
   m.def("isa", &rode::isa);
   m.def("has_openmp", &rode::has_openmp);
+  m.def("scratch_bytes", &rode::scratch_bytes);
 }

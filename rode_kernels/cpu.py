@@ -67,6 +67,12 @@ def _warn_of_two_openmp_runtimes() -> None:
         )
 
 
+def scratch_bytes() -> int:
+    """Bytes of scratch that the native kernels have used at a time at most, over all threads; up to 32 MiB of each thread's are
+    kept for its next call. torch allocates everything else and counts it."""
+    return 0 if _native is None else _native.scratch_bytes()
+
+
 def _strided(t: Tensor | None) -> tuple[int, int, int]:
     """(address, row stride, column stride) of a 2-D tensor; strides in elements."""
     return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))

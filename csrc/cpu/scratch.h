@@ -13,4 +13,7 @@ void* take_scratch(std::size_t bytes);
 // to 32 MiB: the next calls find it.
 void give_back_scratch(std::size_t bytes, bool kept);
 
+// Bytes that the threads of this process have taken at a time at most, summed over those that live.
+std::size_t scratch_bytes();
+
 }  // namespace rode

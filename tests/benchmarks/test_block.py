@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import block
 from benchmarks.__main__ import main
-from rode_kernels import backends
+from rode_kernels import backends, cpu
 
 TINY = {36: {"intermediate_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}}
 
@@ -34,6 +34,8 @@ def test_memory_is_what_the_contract_says():
     x, other = 64 * 36 * 4, 64 * 4 * (30 + 4)  # q and v keep one x, and u and g each
     if backends()["cpu"].available:
         assert x + 2 * other <= rows["rode"]["kept"] <= 1.02 * (x + 2 * other)
+        assert 0 < rows["rode"]["scratch"] == cpu.scratch_bytes() < 64 << 20
+    assert not any(row["scratch"] for name, row in rows.items() if name != "rode")
     assert rows["rode"]["kept"] < rows["packed"]["kept"] < rows["loop"]["kept"]
     assert rows["frozen"]["kept"] == rows["frozen"]["peak"] == 0
 
