@@ -153,7 +153,7 @@ def _run(
     if not dry_run:
         done.unlink(missing_ok=True)  # from now on its files belong to no finished run
         if redo:
-            _empty(folder, keep=_KEPT.get(name, ""))
+            _forget(folder, name)
     stage = Stage(name, folder, source, settings, engine, progress, dry_run, key)
     report = import_module(f"rode.data.unifood.{_MODULES.get(name, name)}").run(stage)
     if not dry_run:
@@ -165,17 +165,16 @@ def _run(
 
 _MODULES = {"label": "label.run", "golden": "golden.run"}
 _DECISIONS = "decisions.json"
-_KEPT = {"label": "ledger", "golden": _DECISIONS}
-"""What --redo leaves: answers that were paid for, and a person's decisions."""
+_USED_AGAIN = {"select": "candidates.json", "shard": "shards"}
+"""What a stage would take from its folder as done; --redo removes it, and leaves answers, decisions and, until they are
+replaced, results."""
 
 
-def _empty(folder: Path, keep: str) -> None:
-    for path in folder.iterdir():
-        if keep and path.name.startswith(keep):
-            continue
-        if path.is_dir():
+def _forget(folder: Path, name: str) -> None:
+    for path in (*folder.glob("*.parts"), folder / _USED_AGAIN.get(name, "")):
+        if path.is_dir() and path != folder:
             shutil.rmtree(path)
-        else:
+        elif path.is_file():
             path.unlink()
 
 

@@ -55,6 +55,14 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert all(result.fresh for result in build(settings, out))
     assert len(list(read_records(out / "categorise" / "records.jsonl"))) == 6
     assert all(result.fresh for result in build(settings, out, redo=True))
+    # the sources are read again; what cannot be done again stays until it is
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(lines[:4]))
+    assert build(settings, out, redo=True)[1].report["records"] == 4
+    source.unlink()
+    with pytest.raises(ValueError, match="is not a file"):
+        build(settings, out, redo=True)
+    assert len(list(read_records(out / "select" / "records.jsonl"))) == 4
 
 
 def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
