@@ -85,6 +85,12 @@ def _apply(function: Function, row: dict[str, Any]) -> dict[str, Any]:
     return {"number": row["number"], "lines": function(list(row["lines"]))}
 
 
+def _environment() -> dict[str, Any]:
+    """Ray's workers have the environment in which Ray was started: give them what the work looks for in this one."""
+    here = {name: os.environ[name] for name in ("NLTK_DATA",) if name in os.environ}
+    return {"runtime_env": {"env_vars": here}} if here else {}
+
+
 @dataclass(frozen=True)
 class RayEngine:
     """Ray Data on the cluster that `ray.init` finds (RAY_ADDRESS), or on this machine where there is none.
@@ -111,6 +117,7 @@ class RayEngine:
             done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 partial(_apply, function),
                 compute=ray.data.TaskPoolStrategy(size=min(self.workers, len(rows))),
+                **_environment(),
             )
             for row in done.iter_rows():
                 yield window[row["number"]][0], list(row["lines"])
