@@ -1,8 +1,8 @@
 """The builder: stages one after another, each in its own folder, each resumable and repeatable alone.
 
-A finished stage leaves `done.json` with a key of what its result depends on: its own settings and the bytes of its
-input. A stage whose key has not changed is not run again (but for questions that the label stage got no answer to); one
-whose key has changed is.
+A finished stage leaves `done.json` with a key of what its result depends on, its own settings and the bytes of its input,
+and with the sizes and times of the files that it read outside of the build (a source's, the USDA's). A stage for which
+these have not changed is not run again (but for questions that the label stage got no answer to); one for which they have is.
 """
 
 from __future__ import annotations
@@ -144,22 +144,25 @@ def _run(
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.json"
-    key = _key(settings, name, out, source)
+    key, outside = _key(settings, name, out, source), _outside(settings, name)
     if done.is_file() and not (redo or dry_run):
         earlier = json.loads(done.read_text(encoding="utf-8"))
+        # a source that is not at hand any more has not changed
+        same = all(state in (None, earlier["outside"].get(path)) for path, state in outside.items())
         # what a server did not answer is asked again
-        if earlier["key"] == key and not earlier["report"].get("unanswered"):
+        if earlier["key"] == key and same and not earlier["report"].get("unanswered"):
             return StageResult(name, earlier["report"], fresh=False)
     if not dry_run:
         done.unlink(missing_ok=True)  # from now on its files belong to no finished run
         if redo:
             _forget(folder, name)
-    stage = Stage(name, folder, source, settings, engine, progress, dry_run, key)
+    parts_key = hashlib.sha256(json.dumps([key, outside]).encode()).hexdigest()
+    stage = Stage(name, folder, source, settings, engine, progress, dry_run, parts_key)
     report = import_module(f"rode.data.unifood.{_MODULES.get(name, name)}").run(stage)
     if not dry_run:
         if name == "golden":  # what later stages write is the same in another form
             write_records(out / "records.jsonl", read_records(stage.output))
-        write_json(done, {"key": key, "report": report})
+        write_json(done, {"key": key, "outside": outside, "report": report})
     return StageResult(name, report, fresh=True)
 
 
@@ -202,6 +205,30 @@ def _key(settings: UnifoodSettings, name: str, out: Path, source: Path | None) -
                 while block := file.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def _outside(settings: UnifoodSettings, name: str) -> dict[str, Any]:
+    """What a stage reads outside of the build, path -> its state: name, size and time of each file or folder in it. Pictures
+    deeper down are not looked at; those that are chosen are decoded."""
+    paths = {"select": [source.path for source in settings.sources], "golden": [settings.golden.usda]}.get(
+        name, []
+    )
+    return {str(path): _state(path) for path in paths if path}
+
+
+def _state(path: str) -> Any:
+    try:
+        if not os.path.isdir(path):
+            found = os.stat(path)
+            return [found.st_size, found.st_mtime_ns]
+        with os.scandir(path) as entries:
+            # of a folder the time alone: it changes with the names in it
+            return sorted(
+                [entry.name, 0 if entry.is_dir() else entry.stat().st_size, entry.stat().st_mtime_ns]
+                for entry in entries
+            )
+    except OSError:
+        return None
 
 
 def _plain(value: Any) -> Any:

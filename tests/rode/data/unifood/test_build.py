@@ -12,7 +12,7 @@ from forked import forked
 from killed import kill_everywhere
 from made_up_dishes import dishes
 from rode.cli import main
-from rode.data.records import read_records
+from rode.data.records import read_records, write_records
 from rode.data.unifood import stage as stage_module
 from rode.data.unifood.build import build_unifood, load_settings
 from rode.data.unifood.engines import LocalEngine
@@ -63,6 +63,24 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a file"):
         build(settings, out, redo=True)
     assert len(list(read_records(out / "select" / "records.jsonl"))) == 4
+
+
+def test_a_source_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    source = dishes(tmp_path / "in", 12)
+    settings, out = small_settings(source), tmp_path / "out"
+    build(settings, out)
+    records = list(read_records(source))
+    write_records(source, records[:10])
+    # select's candidates are not taken from the folder either
+    assert [result.report["records"] for result in build(settings, out)] == [10, 10]
+    source.rename(tmp_path / "away.jsonl")
+    assert not any(result.fresh for result in build(settings, out)), "what is done needs its source no more"
+    photos = small_settings(tmp_path / "in", kind="food-photos")
+    (tmp_path / "in" / "photos.json").write_text("[]")
+    build(photos, tmp_path / "other")
+    assert not any(result.fresh for result in build(photos, tmp_path / "other"))
+    (tmp_path / "in" / "more.txt").touch()
+    assert [result.fresh for result in build(photos, tmp_path / "other")] == [True, False]
 
 
 def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
