@@ -8,10 +8,9 @@ does not grow with the records, except for what it must know of each (an id, an 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rode.data.readers import (
     food2k,
@@ -145,11 +144,6 @@ def read_source(
             wanted = "true or false" if isinstance(default, bool) else "a whole number of at least 1"
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")
     return reader.read(source, log, **options)
-
-
-def options_of(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `options` that the kind takes."""
-    return {name: value for name, value in options.items() if name in READERS[kind].options}
 
 
 def guess_kind(source: str | os.PathLike[str]) -> str:

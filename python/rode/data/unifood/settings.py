@@ -10,7 +10,6 @@ from rode.data.readers import READERS
 from rode.data.unifood.golden.settings import GoldenSettings
 from rode.data.unifood.label.settings import LabelSettings
 from rode.data.unifood.near import MOST_BITS
-from rode.data.unifood.shard_settings import ShardSettings
 from rode.settings import SettingsError, did_you_mean
 
 
@@ -57,6 +56,15 @@ class AggregateSettings:
     min_mass: float = 10.0
     """Grams of a dish; below, or above `max_mass`, its label is no plate or recipe of food."""
     max_mass: float = 20_000.0
+
+
+@dataclass
+class ShardSettings:
+    format: Literal["webdataset", "parquet"] = "webdataset"
+    size: int = 1000
+    """Records of a shard."""
+    on_bad_image: Literal["skip", "error"] = "error"
+    """A picture that went or was spoiled since it was selected: stop, or leave its record out and say so."""
 
 
 @dataclass

@@ -133,24 +133,27 @@ def test_what_cannot_be_used_is_said(tmp_path: Path, stage: MakeStage) -> None:
     images = tmp_path / "in" / "images"
     (images / "00000.jpg").write_bytes(b"<html>404</html>")
     (images / "00001.jpg").unlink()
+    Image.new("1", (9000, 9000)).save(images / "00003.png")  # a few kilobytes, 81 megapixels
+    (images / "00003.png").replace(images / "00003.jpg")
     Image.new("RGB", (32, 32)).save(images / "00002.gif")
     (images / "00002.gif").replace(images / "00002.jpg")  # a GIF under another name can be decoded
     records[7] = replace(records[7], ingredients=records[7].ingredients[:1])
     write_records(source, records)
     one = stage("select", small_settings(source, source, size=100))
     report = select.run(one)
-    assert ids(one) == [f"dish{i:05d}" for i in range(2, 7)]
+    assert ids(one) == [f"dish{i:05d}" for i in (2, 4, 5, 6)]
     assert report["left_out"] == {
         "too few or too many ingredients": 2,
         "an id that another source has as well": 7,
     }
-    assert report["bad_pictures"] == 2
+    assert report["bad_pictures"] == 3
     problems = (one.folder / "problems.txt").read_text()
     assert "record 'dish00000': image" in problems
     assert "is not a picture that Pillow knows" in problems
     assert "00001.jpg is missing" in problems
+    assert "00003.jpg cannot be decoded: 9000 x 9000 pixels, more than 64,000,000" in problems
     strict = stage("strict", small_settings(source, size=100, on_bad_image="error"))
-    with pytest.raises(ImageError, match=r"record 'dish0000[01]': image"):
+    with pytest.raises(ImageError, match=r"record 'dish0000[013]': image"):
         select.run(strict)
     assert not strict.output.exists()
 

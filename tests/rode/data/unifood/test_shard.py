@@ -17,7 +17,7 @@ from rode.data.records import read_records, write_records
 from rode.data.shards.index import open_shards
 from rode.data.unifood import shard
 from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.shard_settings import ShardSettings
+from rode.data.unifood.settings import ShardSettings
 from rode.data.unifood.stage import Stage
 
 
