@@ -33,6 +33,11 @@ def repeated(call: Callable[[], object], grad: bool = False) -> Callable[[], Non
     return run
 
 
+def trained(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], object]:
+    dy = torch.ones(1, WIDTH)
+    return lambda: torch.autograd.grad(run(), leaves, dy)
+
+
 def calls() -> dict[str, Callable[[], None]]:
     """By name: the call, its parts, and what to compare it with."""
     generator = torch.Generator().manual_seed(0)
@@ -48,12 +53,13 @@ def calls() -> dict[str, Callable[[], None]]:
     args = (x, A, B, router, None, None, base)
     static = (PAPER, scaling, 0.0, False, "cpu")
 
-    down, expert = torch.cat([A, router]).detach(), torch.repeat_interleave(torch.tensor(PAPER))
+    side_by_side = nn.Parameter(torch.cat([A, router]))
+    down, expert = side_by_side.detach(), torch.repeat_interleave(torch.tensor(PAPER))
     factors = torch.tensor(scaling)[expert]
     want = eager.packed(x, down, B, factors, expert, base)
     for _ in range(2):  # the long way, then the short one
         torch.testing.assert_close(rectified_mixture(x, A, B, router, **options), want, rtol=1e-4, atol=1e-4)
-    known = shortcut.find(mixture, args, False, "cpu")
+    known = shortcut.find(mixture, args, False, 0.0, "cpu")
 
     y, u, g = outputs = torch.empty(1, WIDTH), torch.empty(1, R), torch.empty(1, N)
     native = cpu._prepare(x, A, B, router, base, y, mixture, 0.0, False)
@@ -62,6 +68,9 @@ def calls() -> dict[str, Callable[[], None]]:
         "native call": repeated(lambda: native(*addresses) or outputs),  # which must outlive it
         "without gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options)),
         "with gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options), grad=True),
+        "forward and backward": repeated(
+            trained(lambda: rectified_mixture(x, A, B, router, **options), A, B, router), True
+        ),
         "ranks and scaling": repeated(lambda: make_mixture(PAPER, scaling)),
         # a seed that nothing is dropped by: no such call is remembered
         "long way, without gradients": repeated(
@@ -83,9 +92,12 @@ def calls() -> dict[str, Callable[[], None]]:
         "packed PyTorch, with gradients": repeated(
             lambda: eager.packed(x, torch.cat([A, router]), B, factors, expert, base), grad=True
         ),
+        "packed PyTorch, forward and backward": repeated(
+            trained(lambda: eager.packed(x, side_by_side, B, factors, expert, base), side_by_side, B), True
+        ),
     }
     if known is not None:
-        runs["guard"] = repeated(lambda: shortcut.find(mixture, args, False, "cpu"))
+        runs["guard"] = repeated(lambda: shortcut.find(mixture, args, False, 0.0, "cpu"))
         runs["outputs, addresses and native call"] = repeated(lambda: known.run(*args, None))
     return runs
 

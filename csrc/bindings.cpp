@@ -17,16 +17,6 @@ namespace {
 
 uint64_t seed_at(uintptr_t address) { return static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(address)); }
 
-// Problem with what only this backend reads: the seed, which stands in host memory, and the number of threads.
-struct CpuProblem : rode::OwnedProblem {
-  CpuProblem(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
-             const std::vector<double>& factors, double dropout_p, uintptr_t seed, bool dense, int threads)
-      : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense) {
-    problem.threads = threads;
-    if (problem.dropout.on) problem.dropout.seed = seed_at(seed);
-  }
-};
-
 rode::Matrix matrix(const Strided& s) {
   return {reinterpret_cast<void*>(std::get<0>(s)), std::get<1>(s), std::get<2>(s)};
 }
@@ -61,24 +51,38 @@ struct PreparedForward : rode::OwnedProblem {
   }
 };
 
-void backward(const CpuProblem& p, const Strided& dy, const Strided& x, const Strided& dx, uintptr_t dgates,
-              uintptr_t u, uintptr_t g, const StridedWeight& A, const StridedWeight& B, const StridedWeight& router,
-              uintptr_t v, uintptr_t du, uintptr_t dh, uintptr_t dA, uintptr_t dB, uintptr_t drouter, uintptr_t dbias) {
-  rode::backward(p.problem, {matrix(dy), matrix(x), matrix(dx), pointer(dgates), pointer(u), pointer(g), weight(A),
-                             weight(B), weight(router), pointer(v), pointer(du), pointer(dh), pointer(dA),
-                             pointer(dB), pointer(drouter), pointer(dbias)});
-}
+// A backward pass, likewise. dx is contiguous; what nobody asks for has no address.
+struct PreparedBackward : rode::OwnedProblem {
+  rode::Backward layout;
+
+  PreparedBackward(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
+                   const std::vector<double>& factors, double dropout_p, bool dense, const Strided& dy, const Strided& x,
+                   const StridedWeight& A, const StridedWeight& B, const StridedWeight& router)
+      : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense), layout{} {
+    layout.dy = matrix(dy), layout.x = matrix(x), layout.dx = {nullptr, in_features, 1};
+    layout.A = weight(A), layout.B = weight(B), layout.router = weight(router);
+  }
+
+  void operator()(uintptr_t dy, uintptr_t x, uintptr_t dx, uintptr_t dgates, uintptr_t u, uintptr_t g, uintptr_t A, uintptr_t B,
+                  uintptr_t router, uintptr_t v, uintptr_t du, uintptr_t dh, uintptr_t dA, uintptr_t dB, uintptr_t drouter,
+                  uintptr_t dbias, uintptr_t seed, int threads) const {
+    rode::Problem p = problem;
+    rode::Backward b = layout;
+    p.threads = threads;
+    if (p.dropout.on) p.dropout.seed = seed_at(seed);
+    b.dy.data = pointer(dy), b.x.data = pointer(x), b.dx.data = pointer(dx), b.dgates = pointer(dgates);
+    b.u = pointer(u), b.g = pointer(g);
+    b.A.data = pointer(A), b.B.data = pointer(B), b.router.data = pointer(router);
+    b.v = pointer(v), b.du = pointer(du), b.dh = pointer(dh);
+    b.dA = pointer(dA), b.dB = pointer(dB), b.drouter = pointer(drouter), b.dbias = pointer(dbias);
+    rode::backward(p, b);
+  }
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native core of rode_kernels: takes addresses of memory that the caller owns.";
-  py::class_<CpuProblem>(m, "Problem", py::module_local())
-      .def(py::init<int, int64_t, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<double>&, double,
-                    uintptr_t, bool, int>(),
-           py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"),
-           py::arg("ranks"), py::arg("scaling"), py::arg("dropout_p"), py::arg("seed"), py::arg("dense"),
-           py::arg("threads"));
   py::class_<PreparedForward>(m, "Forward", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<double>&, double, bool,
                     const Strided&, const Strided&, const Strided&, const StridedWeight&, const StridedWeight&,
@@ -87,7 +91,13 @@ PYBIND11_MODULE(_native, m) {
            py::arg("ranks"), py::arg("scaling"), py::arg("dropout_p"), py::arg("dense"), py::arg("x"), py::arg("base"),
            py::arg("y"), py::arg("A"), py::arg("B"), py::arg("router"))
       .def("__call__", &PreparedForward::operator(), py::call_guard<py::gil_scoped_release>());
-  m.def("backward", &backward, py::call_guard<py::gil_scoped_release>());
+  py::class_<PreparedBackward>(m, "Backward", py::module_local())
+      .def(py::init<int, int64_t, int64_t, int64_t, const std::vector<int64_t>&, const std::vector<double>&, double, bool,
+                    const Strided&, const Strided&, const StridedWeight&, const StridedWeight&, const StridedWeight&>(),
+           py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("ranks"), py::arg("scaling"), py::arg("dropout_p"), py::arg("dense"), py::arg("dy"), py::arg("x"),
+           py::arg("A"), py::arg("B"), py::arg("router"))
+      .def("__call__", &PreparedBackward::operator(), py::call_guard<py::gil_scoped_release>());
   m.def("keep_mask", [](int64_t seed, double p, uint64_t first, int64_t n) {
     std::vector<float> out(n);
     rode::keep_mask({true, static_cast<uint64_t>(seed), rode::dropout_threshold(p)}, first, n, out.data());

@@ -58,7 +58,8 @@ struct Backward {
   const void *u, *g;         // as forward left them
   Weight A, B, router;       // (R, K), (O, R), (N, K)
   void *v, *du, *dh;         // (M, R), (M, R), (M, N) out: what the weight gradients are sums of; v null: no dB
-  void *dA, *dB, *drouter, *dbias;  // (R, K), (O, R), (N, K), (N) out
+  void *dA, *dB, *drouter;   // (R, K), (O, R), (N, K) out, each in its weight's type
+  void* dbias;               // (N) out
 };
 
 }  // namespace rode

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch  # before the native module: both then share torch's OpenMP runtime
 from torch import Tensor
@@ -73,27 +74,13 @@ def scratch_bytes() -> int:
     return 0 if _native is None else _native.scratch_bytes()
 
 
-def _strided(t: Tensor | None) -> tuple[int, int, int]:
-    """(address, row stride, column stride) of a 2-D tensor; strides in elements."""
-    return (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0), t.stride(1))
-
-
-def _weight(t: Tensor | None, x: Tensor) -> tuple[int, int, int, bool]:
-    """As `_strided`, and whether it is wider than x: the core rounds it."""
-    return (*_strided(t), t is not None and t.dtype != x.dtype)
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-@lru_cache(maxsize=4096)
-def _prepared(
-    problem: tuple, x: tuple, base: tuple | None, y: tuple, A: tuple, B: tuple, router: tuple | None
-) -> Callable:
-    """The core's forward pass for one problem and one set of strides, to be called with addresses."""
+def _layout(problem: tuple, A: tuple, B: tuple, router: tuple | None) -> dict[str, Any]:
     dtype, (tokens, in_features), out_features, ranks, scaling, dropout_p, dense = problem
-    return _native.Forward(
+    return dict(
         dtype=_DTYPES[dtype],
         tokens=tokens,
         in_features=in_features,
@@ -102,13 +89,27 @@ def _prepared(
         scaling=Mixture(ranks, scaling).scaling_with_dropout(dropout_p),
         dropout_p=dropout_p,
         dense=dense,
-        x=(0, *x),
-        base=(0, *(base or (0, 0))),
-        y=(0, *y),
         A=(0, *A),
         B=(0, *B),
         router=(0, *(router or (0, 0, False))),
     )
+
+
+@lru_cache(maxsize=4096)
+def _prepared(
+    problem: tuple, x: tuple, base: tuple | None, y: tuple, A: tuple, B: tuple, router: tuple | None
+) -> Callable:
+    """The core's forward pass for one problem and one set of strides, to be called with addresses."""
+    return _native.Forward(
+        x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_layout(problem, A, B, router)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _prepared_backward(
+    problem: tuple, dy: tuple | None, x: tuple, A: tuple, B: tuple, router: tuple | None
+) -> Callable:
+    return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_layout(problem, A, B, router))
 
 
 def _prepare(
@@ -126,23 +127,6 @@ def _prepare(
         (x.dtype, x.shape, B.shape[0], mixture.ranks, mixture.scaling, dropout_p, dense),
         *(None if t is None else t.stride() for t in (x, base, y)),
         *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
-    )
-
-
-def _problem(
-    x: Tensor, out_features: int, mixture: Mixture, seed: Tensor | None, dropout_p: float, dense: bool
-):
-    return _native.Problem(
-        dtype=_DTYPES[x.dtype],
-        tokens=x.shape[0],
-        in_features=x.shape[1],
-        out_features=out_features,
-        ranks=mixture.ranks,
-        scaling=mixture.scaling_with_dropout(dropout_p),
-        dropout_p=dropout_p,
-        seed=_address(seed),
-        dense=dense,
-        threads=torch.get_num_threads(),
     )
 
 
@@ -194,10 +178,11 @@ def prepare(
     router_weight: Tensor,
     base: Tensor | None,
     mixture: Mixture,
+    dropout_p: float,
     inplace: bool,
     shape: tuple[int, ...],
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`forward` with a router and without dropout, decided for tensors of these sizes, strides and dtypes.
+    """`forward` with a router, decided for tensors of these sizes, strides and dtypes.
 
     Returns:
         A function of the operator's tensors. Its x and base need not be flat, its bias is contiguous and in the accumulation dtype;
@@ -206,10 +191,11 @@ def prepare(
     M, O, R, N = x.shape[0], B.shape[0], mixture.total_rank, mixture.num_experts
     empty = torch.empty(0, dtype=x.dtype).new_empty
     empty_wide = torch.empty(0, dtype=accumulation_dtype(x.dtype)).new_empty
-    run = _prepare(x, A, B, router_weight, base, base if inplace else empty(M, O), mixture, 0.0, False)
+    y = base if inplace else empty(M, O)
+    run = _prepare(x, A, B, router_weight, base, y, mixture, dropout_p, False)
     threads = torch.get_num_threads
 
-    def prepared(x, A, B, router_weight, router_bias, _gates, base, _seed):
+    def prepared(x, A, B, router_weight, router_bias, _gates, base, seed):
         y = base if inplace else empty(*shape)
         u, g = empty_wide(M, R), empty_wide(M, N)
         run(
@@ -222,10 +208,73 @@ def prepare(
             0 if router_bias is None else router_bias.data_ptr(),
             u.data_ptr(),
             g.data_ptr(),
-            0,
+            0 if seed is None else seed.data_ptr(),
             threads(),
         )
         return y, u, g
+
+    return prepared
+
+
+def prepare_backward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    mixture: Mixture,
+    dropout_p: float,
+    shape: tuple[int, ...],
+) -> Callable[..., list[Tensor | None]]:
+    """`backward` of what `prepare` prepares, of a contiguous dy. `shape`: x's, before it was made flat.
+
+    Returns:
+        A function of dy, dgates or None, and of what was saved: x, u, g, A, B, router_weight, seed; and of `needs`. It gives what
+        `backward` gives, dx in `shape`.
+    """
+    (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+    run = _prepared_backward(
+        (x.dtype, x.shape, O, mixture.ranks, mixture.scaling, dropout_p, False),
+        (O, 1),
+        x.stride(),
+        *((*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
+    )
+    bytes_of_du = M * R * accumulation_dtype(x.dtype).itemsize
+    threads = torch.get_num_threads
+
+    def prepared(dy, dgates, x, u, g, A, B, router_weight, seed, needs):
+        need_x, need_A, need_B, need_router, need_bias, _ = needs
+        wide = u.new_empty
+        if dgates is not None:
+            dgates = dgates.to(u.dtype).contiguous()
+        # du and dh, and v where dB is a sum of its rows
+        factors, dh = wide((2 if need_B else 1) * M * R), wide(M * N)
+        dx = x.new_empty(shape) if need_x else None
+        dA = A.new_empty(R, K) if need_A else None
+        dB = B.new_empty(O, R) if need_B else None
+        dWr = router_weight.new_empty(N, K) if need_router else None
+        dbr = wide(N) if need_bias else None
+        du = factors.data_ptr()
+        run(
+            dy.data_ptr(),
+            x.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            0 if dgates is None else dgates.data_ptr(),
+            u.data_ptr(),
+            g.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            router_weight.data_ptr(),
+            du + bytes_of_du if need_B else 0,
+            du,
+            dh.data_ptr(),
+            0 if dA is None else dA.data_ptr(),
+            0 if dB is None else dB.data_ptr(),
+            0 if dWr is None else dWr.data_ptr(),
+            0 if dbr is None else dbr.data_ptr(),
+            0 if seed is None else seed.data_ptr(),
+            threads(),
+        )
+        return [dx, dA, dB, dWr, dbr, None]
 
     return prepared
 
@@ -245,40 +294,43 @@ def backward(
     dense: bool,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """As `reference.backward`; closed experts are skipped."""
+    """As `reference.backward`, each gradient in its parameter's dtype; closed experts are skipped."""
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
-
-    def empty(wanted: bool, *shape: int) -> Tensor | None:
-        return u.new_empty(shape) if wanted else None  # in the accumulation dtype, as u is
-
+    wide = u.new_empty  # in the accumulation dtype, as u is
     dgates = None if dgates is None else dgates.to(u.dtype).contiguous()
-    v, du = empty(need_B, M, R), empty(True, M, R)
-    dh = empty(True, M, N)  # gradient of the router's logits, or of the gates where no router is
+    # du, and v where dB is a sum of its rows
+    factors = wide(2 if need_B else 1, M, R)
+    dh = wide(M, N)  # gradient of the router's logits, or of the gates where no router is
     dx = x.new_empty(M, K) if need_x else None
-    dA, dB, dWr, dbr = (
-        empty(need_A, R, K),
-        empty(need_B, O, R),
-        empty(need_router, N, K),
-        empty(need_bias, N),
+    dA = A.new_empty(R, K) if need_A else None
+    dB = B.new_empty(O, R) if need_B else None
+    dWr = router_weight.new_empty(N, K) if need_router else None
+    dbr = wide(N) if need_bias else None
+    run = _prepared_backward(
+        (x.dtype, x.shape, O, mixture.ranks, mixture.scaling, dropout_p, dense),
+        *(None if t is None else t.stride() for t in (dy, x)),
+        *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
     )
-    _native.backward(
-        _problem(x, O, mixture, seed, dropout_p, dense),
-        _strided(dy),
-        _strided(x),
-        _strided(dx),
+    du = factors.data_ptr()
+    run(
+        _address(dy),
+        x.data_ptr(),
+        _address(dx),
         _address(dgates),
-        _address(u),
-        _address(g),
-        _weight(A, x),
-        _weight(B, x),
-        _weight(router_weight, x),
-        _address(v),
-        _address(du),
-        _address(dh),
+        u.data_ptr(),
+        g.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        _address(router_weight),
+        du + factors.stride(0) * factors.element_size() if need_B else 0,
+        du,
+        dh.data_ptr(),
         _address(dA),
         _address(dB),
         _address(dWr),
         _address(dbr),
+        _address(seed),
+        torch.get_num_threads(),
     )
     return dx, dA, dB, dWr, dbr, dh if need_gates else None

@@ -99,20 +99,28 @@ def _forward_inplace(
     return u, g.clone() if g is gates else g
 
 
-def _backward(
+def _all_gradients(
     dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
-):
+) -> list[Tensor | None]:
+    """Of x, A, B, router_weight, router_bias and the gates; None where nobody asks."""
     mixture = make_mixture(tuple(ranks), tuple(scaling))
     run = select_backend(backend, x, B.shape[0], mixture)
     grads = run.backward(
         _rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed, mixture, dropout_p, dense, tuple(needs)
     )
     like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
-    dx, *rest = (
-        x.new_empty(0) if grad is None else grad.to(grad.dtype if t is None else t.dtype).contiguous()
+    grads = [
+        grad if grad is None or t is None else grad.to(t.dtype).contiguous()
         for grad, t in zip(grads, like, strict=True)
-    )
-    return dx.view(x.shape) if needs[0] else dx, *rest
+    ]
+    if needs[0]:
+        grads[0] = grads[0].view(x.shape)
+    return grads
+
+
+def _backward(dy, dgates, x, *others):
+    """The operator: what nobody asks for is an empty tensor."""
+    return tuple(x.new_empty(0) if t is None else t for t in _all_gradients(dy, dgates, x, *others))
 
 
 def _fake(x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend):
@@ -173,23 +181,29 @@ def _below_autograd(op: Callable, static: tuple) -> Callable:
     return run
 
 
-def _save(ctx, u: Tensor, g: Tensor, tensors: tuple, static: tuple) -> None:
+def _save(ctx, u: Tensor, g: Tensor, tensors: tuple, static: tuple, known: shortcut.Shortcut | None) -> None:
     """Keeps x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask."""
     x, A, B, router_weight, router_bias, gates, _base, seed = tensors
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
     bias_dtype = None if router_bias is None else router_bias.dtype
-    ctx.others = static, bias_dtype, None if gates is None else (gates.shape, gates.dtype)
+    ctx.others = static, bias_dtype, None if gates is None else (gates.shape, gates.dtype), known
 
 
 def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the operator's eight tensor arguments."""
     x, u, g, A, B, router_weight, seed = ctx.saved_tensors
-    static, bias_dtype, of_gates = ctx.others
-    needs = [*ctx.needs_input_grad[:6]]
+    static, bias_dtype, of_gates, known = ctx.others
+    needs = ctx.needs_input_grad[:6]
     tensors = (dy, dgates, x, u, g, A, B, router_weight, seed)
-    grads = (_backward if shortcut.unwatched(tensors) else _op_backward)(*tensors, *static, needs)
-    dx, dA, dB, dWr, dbr, dg = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    if not shortcut.unwatched(tensors):
+        grads = _op_backward(*tensors, *static, needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    elif known is not None and dy is not None and dy.is_contiguous():
+        grads = known.backward(*tensors, needs)
+    else:
+        grads = _all_gradients(*tensors, *static, needs)
+    dx, dA, dB, dWr, dbr, dg = grads
     if dbr is not None:
         dbr = dbr.to(bias_dtype)
     if dg is not None:
@@ -199,13 +213,13 @@ def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | 
 
 
 class _Mixture(torch.autograd.Function):
-    """Of the operator's tensors, what runs it on them, and its other arguments."""
+    """Of the operator's tensors, what runs it on them, its other arguments, and the shortcut if it goes by one."""
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, run, static = args
+        *tensors, run, static, known = args
         y, u, g = run(*tensors)
-        _save(ctx, u, g, tensors, static)
+        _save(ctx, u, g, tensors, static, known)
         given = tensors[3] is None  # the gates: nobody returns them
         ctx.mark_non_differentiable(*((u, g) if given else (u,)))
         return y, u, g
@@ -213,19 +227,19 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _du, dgates):
         if dy is None and dgates is None:
-            return (None,) * (_TENSORS + 2)
-        return *_gradients(ctx, dy, dgates), None, None
+            return (None,) * (_TENSORS + 3)
+        return *_gradients(ctx, dy, dgates), None, None, None
 
 
 class _MixtureAlone(torch.autograd.Function):
     """`_Mixture` by a shortcut and without gates: what is no output is not made ready for autograd, which takes 1.2 us."""
 
     @staticmethod
-    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, run, static):
+    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, run, static, known):
         y, u, g = run(x, A, B, router_weight, router_bias, gates, base, seed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
-        ctx.others = static, None if router_bias is None else router_bias.dtype, None
+        ctx.others = static, None if router_bias is None else router_bias.dtype, None, known
         return y
 
     @staticmethod
@@ -236,12 +250,12 @@ class _MixtureAlone(torch.autograd.Function):
 class _MixtureInplace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        *tensors, run, static = args
+        *tensors, run, static, known = args
         base = tensors[6]
         *_, u, g = run(*tensors)
         ctx.mark_dirty(base)
         ctx.mark_non_differentiable(u)
-        _save(ctx, u, g, tensors, static)
+        _save(ctx, u, g, tensors, static, known)
         return base, u, g
 
     @staticmethod
@@ -276,7 +290,7 @@ def _needs_autograd(args: tuple) -> bool:
 def _autograd(*args):
     if _needs_autograd(args):
         tensors, static = args[:_TENSORS], args[_TENSORS:]
-        return _Mixture.apply(*tensors, _below_autograd(_op, static), static)
+        return _Mixture.apply(*tensors, _below_autograd(_op, static), static, None)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)
 
@@ -339,7 +353,7 @@ def _run(
             if base._is_view():  # a Function with several outputs may not write into a view
                 y, _, g = _op(*tensors, *static)
                 return base.copy_(y), g
-            y, _, g = _MixtureInplace.apply(*tensors, _below_autograd(_op_inplace, static), static)
+            y, _, g = _MixtureInplace.apply(*tensors, _below_autograd(_op_inplace, static), static, None)
             return y, g
         _, g = _op_inplace(*tensors, *static)
         _written(base)
@@ -397,26 +411,31 @@ def rectified_mixture(
     mixture = make_mixture(ranks, scaling)
     args = (x, A, B, router_weight, router_bias, None, base)
     ordinary = (
-        seed is None and type(dropout_p) is float and dropout_p == 0.0 and not torch.compiler.is_compiling()
+        seed is None
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p <= 1.0
+        and not torch.compiler.is_compiling()
     )
-    known = shortcut.find(mixture, args, inplace, backend) if ordinary else None
+    known = shortcut.find(mixture, args, inplace, dropout_p, backend) if ordinary else None
     if known is None or (inplace and base._is_view()):
         base_needed_grad = isinstance(base, Tensor) and base.requires_grad
         y, g = _run(*args, mixture, dropout_p, seed, inplace, False, backend)
         if ordinary:
-            shortcut.remember(mixture, args, inplace, backend, base_needed_grad)
+            shortcut.remember(mixture, args, inplace, dropout_p, backend, base_needed_grad)
     else:
         if inplace:
             check_inplace(base, x)
+        if dropout_p:
+            seed = normalize_seed(None, dropout_p, x)
         if not (known.needs_grad and torch.is_grad_enabled()):
-            y, _, g = known.run(*args, None)
+            y, _, g = known.run(*args, seed)
             if inplace:
                 _written(base)
         else:
-            static = (mixture.ranks, mixture.scaling, 0.0, False, backend or "")
+            static = (mixture.ranks, mixture.scaling, dropout_p, False, backend or "")
             if not (inplace or return_gates):
-                return _apply_alone(*args, None, known.run, static)
-            y, _, g = (_apply_inplace if inplace else _apply)(*args, None, known.run, static)
+                return _apply_alone(*args, seed, known.run, static, known)
+            y, _, g = (_apply_inplace if inplace else _apply)(*args, seed, known.run, static, known)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 

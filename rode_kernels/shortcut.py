@@ -56,12 +56,14 @@ class Shortcut(NamedTuple):
     Attributes:
         guard: whether tensors, and what would see the operator, are as they were.
         run: takes the operator's eight tensors; gives y, u, g.
+        backward: `cpu.prepare_backward`'s.
         needs_grad: whether it needs autograd's Function where gradients are enabled.
         mixture: kept, for its address is part of the key.
     """
 
     guard: Callable[..., bool]
     run: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., list[Tensor | None]]
     needs_grad: bool
     mixture: Mixture
 
@@ -69,14 +71,16 @@ class Shortcut(NamedTuple):
 _known: dict[tuple, list[Shortcut]] = {}
 
 
-def _key_and_tensors(mixture: Mixture, args: Arguments, inplace: bool) -> tuple[tuple, tuple[Tensor, ...]]:
+def _key_and_tensors(
+    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float
+) -> tuple[tuple, tuple[Tensor, ...]]:
     x, A, B, router_weight, router_bias, _, base = args
     tensors = (x, A, B, router_weight)
     if router_bias is not None:
         tensors += (router_bias,)
     if base is not None:
         tensors += (base,)
-    return (id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace), tensors
+    return (id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace, dropout_p), tensors
 
 
 def _eligible(args: Arguments, backend: str | None) -> bool:
@@ -103,11 +107,13 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def find(mixture: Mixture, args: Arguments, inplace: bool, backend: str | None) -> Shortcut | None:
+def find(
+    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float, backend: str | None
+) -> Shortcut | None:
     """What `remember` made of a call like this one. The arguments may be anything."""
     if TensorGuards is None or not _eligible(args, backend):
         return None
-    key, tensors = _key_and_tensors(mixture, args, inplace)
+    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p)
     for shortcut in _known.get(key, ()):
         if shortcut.guard(*tensors):
             return shortcut
@@ -115,16 +121,21 @@ def find(mixture: Mixture, args: Arguments, inplace: bool, backend: str | None) 
 
 
 def remember(
-    mixture: Mixture, args: Arguments, inplace: bool, backend: str | None, base_needed_grad: bool
+    mixture: Mixture,
+    args: Arguments,
+    inplace: bool,
+    dropout_p: float,
+    backend: str | None,
+    base_needed_grad: bool,
 ) -> None:
-    """Of a call that went well: routed and without dropout. What depends on where memory lies, `check_inplace` checks each time.
+    """Of a call that went well, with a router. What depends on where memory lies, `check_inplace` checks each time.
 
     Args:
         base_needed_grad: before the call; one in place may have changed that.
     """
     if TensorGuards is None or not (_eligible(args, backend) and cpu.status()[0]):
         return
-    key, tensors = _key_and_tensors(mixture, args, inplace)
+    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p)
     if len(_known.get(key, ())) >= _GUARDS:
         return
     keys = _keys_of(tensors)
@@ -154,8 +165,9 @@ def remember(
         dynamic_dims_strides=[list(t.stride()) for t in tensors],
     )
     shape = (*x.shape[:-1], B.shape[0])
-    run = cpu.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, inplace, shape)
-    _known.setdefault(key, []).append(Shortcut(guard.check, run, needs_grad, mixture))
+    run = cpu.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, dropout_p, inplace, shape)
+    backward = cpu.prepare_backward(rows_of_x, A, B, router_weight, mixture, dropout_p, tuple(x.shape))
+    _known.setdefault(key, []).append(Shortcut(guard.check, run, backward, needs_grad, mixture))
 
 
 def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:

@@ -155,7 +155,7 @@ class WeightPass {
         open_(open),
         rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
         dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
-        dB_(a.dB == nullptr ? 0 : p.total_rank * kColumns),
+        sums_((p.total_rank + p.experts) * kColumns),
         dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
         zeros_(kColumns) {
     for (int64_t i = 0; i < kColumns; ++i) zeros_.get()[i] = Row{};
@@ -163,12 +163,15 @@ class WeightPass {
 
   // Columns [c, c + n) of dA and of the router's gradient, from the same rows of x. Columns from `next` on come after them.
   void input_columns(int64_t c, int64_t n, int64_t next) {
+    C* const of_A = sums_.get();
+    C* const of_router = of_A + p.total_rank * kColumns;
+    clear();
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       gather_rows<T>(a.x, m0, tokens, c, n, rows_.get(), rows);
       Ahead ahead = after(a.x, m0 + tokens, p.in_features, c, n, next);
-      if (a.drouter != nullptr) router_columns(block, m0, tokens, c, n, rows, ahead);
+      if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, ahead);
       if (a.dA == nullptr) continue;
       if (p.dropout.on)
         for (int64_t i = 0; i < tokens; ++i) {
@@ -178,32 +181,24 @@ class WeightPass {
           rows[i] = out;
         }
       for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_x(block, e), rows, n, static_cast<C*>(a.dA) + p.offsets[e] * p.in_features + c, p.in_features,
-               ahead);
+        expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, ahead);
     }
+    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.wide, a.dA, c, n);
+    if (a.drouter != nullptr) write_rows(of_router, p.experts, a.router.wide, a.drouter, c, n);
   }
 
   // Rows [c, c + n) of dB.
   void output_columns(int64_t c, int64_t n, int64_t next) {
-    for (int64_t i = 0; i < p.total_rank * kColumns; ++i) dB_.get()[i] = C(0);
+    clear();
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       gather_rows<T>(a.dy, m0, tokens, c, n, rows_.get(), rows);
       Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
       for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_dy(block, e), rows, n, dB_.get() + p.offsets[e] * kColumns, kColumns, ahead);
+        expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, ahead);
     }
-    constexpr int64_t lanes = kLanes<C>;
-    for (int64_t i = 0; i < n; i += lanes)
-      for (int64_t j = 0; j < p.total_rank; j += lanes) {
-        const int64_t some = p.total_rank - j < lanes ? p.total_rank - j : lanes;
-        Vector<C> v[lanes];
-        RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = l < some ? load(dB_.get() + (j + l) * kColumns + i) : Vector<C>{};
-        transpose<lanes / 2, C>(v);
-        for (int64_t l = 0; l < lanes && i + l < n; ++l)
-          std::memcpy(static_cast<C*>(a.dB) + (c + i + l) * p.total_rank + j, &v[l], some * sizeof(C));
-      }
+    a.B.wide ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
   }
 
  private:
@@ -215,17 +210,16 @@ class WeightPass {
   }
 
   void expert(int64_t block, int64_t e, const typename Path<T>::Column* coefficients, const Row* const* rows, int64_t n, C* out,
-              int64_t stride, Ahead& ahead) const {
+              Ahead& ahead) const {
     const Row* chosen[kSumTokens + 1];
     const int64_t count = open_.count(block, e);
     for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
     chosen[count] = zeros_.get();  // the last pair's second
-    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, stride, ahead);
+    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, ahead);
   }
 
   // dh is not rounded, so what it multiplies is not in pairs.
-  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t c, int64_t n, const Row* const* rows, Ahead& ahead) {
-    C* out = static_cast<C*>(a.drouter) + c;
+  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out, Ahead& ahead) {
     int64_t open = 0;
     for (int64_t e = 0; e < p.experts; ++e) open += open_.count(block, e);
     // Where many gates are open it takes less time to multiply closed ones' zeros too, unless a product is not finite.
@@ -238,7 +232,7 @@ class WeightPass {
         for (int64_t i = 0; i < n; ++i) finite &= dense_.get()[e * kColumns + i] - dense_.get()[e * kColumns + i] == 0;
       if (finite) {
         for (int64_t e = 0; e < p.experts; ++e)
-          for (int64_t i = 0; i < n; ++i) out[e * p.in_features + i] += dense_.get()[e * kColumns + i];
+          for (int64_t i = 0; i < n; ++i) out[e * kColumns + i] += dense_.get()[e * kColumns + i];
         return;
       }
     }
@@ -246,27 +240,50 @@ class WeightPass {
       const Row* chosen[kSumTokens];
       const int64_t count = open_.count(block, e);
       for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
-      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * p.in_features, p.in_features, ahead);
+      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * kColumns, kColumns, ahead);
     }
+  }
+
+  void clear() {
+    for (int64_t i = 0; i < (p.total_rank + p.experts) * kColumns; ++i) sums_.get()[i] = C(0);
+  }
+
+  // Columns [c, c + n) of a gradient's rows.
+  void write_rows(const C* sums, int64_t rows, bool wide, void* out, int64_t c, int64_t n) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * p.in_features + c;
+      wide ? store_some<C, C>(static_cast<C*>(out) + at, sums + r * kColumns, n)
+           : store_some<T, C>(static_cast<T*>(out) + at, sums + r * kColumns, n);
+    }
+  }
+
+  // Rows [c, c + n) of a gradient whose columns the sums are.
+  template <class G>
+  void write_transposed(G* out, int64_t c, int64_t n) const {
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t i = 0; i < n; i += lanes)
+      for (int64_t j = 0; j < p.total_rank; j += lanes) {
+        const int64_t some = p.total_rank - j < lanes ? p.total_rank - j : lanes;
+        Vector<C> v[lanes];
+        RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = l < some ? load(sums_.get() + (j + l) * kColumns + i) : Vector<C>{};
+        transpose<lanes / 2, C>(v);
+        for (int64_t l = 0; l < lanes && i + l < n; ++l) store_first<G, C>(out + (c + i + l) * p.total_rank + j, v[l], some);
+      }
   }
 
   const rode::Problem& p;
   const rode::Backward& a;
   const Occurrences<T>& open_;
   Scratch<Row> rows_;
-  Scratch<C> dense_, dB_;
+  Scratch<C> dense_, sums_;
   Scratch<Row> dropped_, zeros_;
 };
-
-template <class C>
-void zero(void* out, int64_t count) {
-  for (int64_t i = 0; out != nullptr && i < count; ++i) static_cast<C*>(out)[i] = 0;
-}
 
 template <class C>
 void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   C* out = static_cast<C*>(a.dbias);
   for (int64_t e = 0; e < p.experts; ++e) {
+    out[e] = 0;
     for (int64_t m0 = 0; m0 < p.tokens; m0 += kSumTokens) {
       C part = 0;
       for (int64_t m = m0; m < p.tokens && m < m0 + kSumTokens; ++m) part += static_cast<const C*>(a.dh)[m * p.experts + e];
@@ -284,10 +301,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const bool in = a.dA != nullptr || a.drouter != nullptr, out = a.dB != nullptr && a.dy;
   const int64_t in_units = in ? (p.in_features + kColumns - 1) / kColumns : 0;
   const int64_t units = in_units + (out ? (p.out_features + kColumns - 1) / kColumns : 0);
-  zero<C>(a.dA, p.total_rank * p.in_features);
-  if (!out) zero<C>(a.dB, p.total_rank * p.out_features);
-  zero<C>(a.drouter, p.experts * p.in_features);
-  zero<C>(a.dbias, p.experts);
+  if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
   const int threads = thread_count(p, token_units > units ? token_units : units);
 
   const int64_t terms = terms_of<T>(p);

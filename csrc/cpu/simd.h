@@ -226,6 +226,24 @@ inline void store_narrow<Float16>(Float16* p, Vector<float> v) {
 }
 #endif
 
+// The first n lanes, rounded.
+template <class T, class C>
+inline void store_first(T* p, const Vector<C>& v, int64_t n) {
+  if (n == kLanes<C>) return store_narrow<T>(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#endif
+  T lanes[kLanes<C>];
+  store_narrow<T>(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+template <class T, class C>
+inline void store_some(T* p, const C* values, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) store_narrow<T>(p + i, load(values + i));
+  if (i < n) store_first<T, C>(p + i, load_first(values + i, n - i), n - i);
+}
+
 // A vector of what enters a product: the accumulation type, or with dot-product instructions pairs of bfloat16.
 template <class E>
 struct Operand {

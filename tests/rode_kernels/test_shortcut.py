@@ -29,9 +29,8 @@ def arguments(tokens=(1,), **options):
 def knows(leading, options, backend=None):
     inplace = options.get("inplace", False)
     args = (*leading, None, options["base"])
-    return (
-        shortcut.find(make_mixture(options["ranks"], options["scaling"]), args, inplace, backend) is not None
-    )
+    mixture = make_mixture(options["ranks"], options["scaling"])
+    return shortcut.find(mixture, args, inplace, options.get("dropout_p", 0.0), backend) is not None
 
 
 def call(leading, options, **changes):
@@ -40,6 +39,7 @@ def call(leading, options, **changes):
 
 CASES = {
     "one token": dict(),
+    "dropout": dict(tokens=(3, 2)),
     "three leading dimensions": dict(tokens=(2, 3, 4)),
     "no leading dimension": dict(tokens=()),
     "no base": dict(base=False),
@@ -62,7 +62,11 @@ def test_the_second_call_gives_what_the_first_gave(case, grad, inplace):
     for t in wanted:
         t.requires_grad_(grad)
 
+    if case == "dropout":
+        options["dropout_p"] = 0.4
+
     def run(**changes):
+        torch.manual_seed(0)  # of what is dropped
         base = options["base"] if options["base"] is None else options["base"] * 1
         y, g = call(leading, options, base=base, inplace=inplace, return_gates=True, **changes)
         assert not inplace or y is base
@@ -83,7 +87,8 @@ def test_the_second_call_gives_what_the_first_gave(case, grad, inplace):
 def test_y_alone_has_the_same_gradients():
     leading, options = arguments((3,))
     wanted = [t.requires_grad_() for t in (*leading, options["base"])]
-    grads = [torch.autograd.grad(call(leading, options).square().sum(), wanted) for _ in range(3)]
+    ways = [lambda y: y.square().sum(), lambda y: y.square().sum(), lambda y: (y * y.detach()).T.sum() * 2]
+    grads = [torch.autograd.grad(way(call(leading, options)), wanted) for way in ways]
     assert knows(leading, options)
     for later in grads[1:]:
         assert all(map(torch.equal, later, grads[0]))
@@ -112,6 +117,36 @@ def test_inplace_into_what_a_frozen_layer_gave(frozen):
         for have, good in zip(grads(), want, strict=True):
             torch.testing.assert_close(have, good, rtol=1e-4, atol=1e-4)
     assert [len(guards) for guards in shortcut._known.values()] == [1]
+
+
+@pytest.mark.parametrize("dy", ["contiguous", "a stride of 0", "a transpose"])
+@pytest.mark.parametrize("asked", [("x",), ("A", "router_bias"), ("B",), ("router_weight", "x")], ids=str)
+def test_gradients_asked_for_are_those_of_the_long_way(asked, dy):
+    leading, options = arguments((2, 3), dtype=torch.bfloat16, parameter_dtype=torch.float32)
+    names = ("x", "A", "B", "router_weight", "router_bias")
+    wanted = [t.requires_grad_() for name, t in zip(names, leading, strict=True) if name in asked]
+    shape = options["base"].shape
+    dy = {
+        "contiguous": torch.randn(shape),
+        "a stride of 0": torch.ones(()).expand(shape),
+        "a transpose": torch.randn(shape[::-1]).permute(2, 1, 0),
+    }[dy].bfloat16()
+    dgates = torch.randn(2, 3, len(options["ranks"]))
+
+    def grads(**changes):
+        y, g = call(leading, options, return_gates=True, **changes)
+        return torch.autograd.grad((y, g), wanted, (dy, dgates), retain_graph=True) + torch.autograd.grad(
+            y, wanted, dy
+        )
+
+    want = grads(seed=0)  # which no call with is remembered
+    assert not shortcut._known
+    for _ in range(2):
+        for have, good in zip(grads(), want, strict=True):
+            assert torch.equal(have, good)
+            assert have.dtype == good.dtype
+            assert have.is_contiguous()
+    assert knows(leading, options)
 
 
 def test_gradients_follow_the_mode_and_not_the_first_call():
