@@ -26,10 +26,7 @@ struct IntoInputGradient {
   const BackwardWeights<T>& w;
   int64_t m0, chunk;
 
-  void prefetch(int64_t i, int64_t c, int64_t n) const {
-    const char* first = reinterpret_cast<const char*>(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c);
-    for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(first + b, 1, 2);
-  }
+  void lines(int64_t i, int64_t c, Lines& lines) const { lines.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
 
   template <int TM, int V>
   RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {

@@ -14,19 +14,60 @@ constexpr int kTogether = 2;
 constexpr int kAlone = 4;
 #endif
 constexpr int kTileVectors = 4;
+constexpr int64_t kNear = 48;          // tokens whose sums an expert at a time are made of
 constexpr int64_t kGroupTokens = 128;  // among how many tokens those with the same open experts are looked for
 
-// Chunks of weights that sums of `terms` rows read.
+// Chunks of weights that sums of `terms` rows read; `least` of them if columns are enough.
 template <class T>
-Chunks column_chunks(int64_t columns, int64_t terms) {
+Chunks column_chunks(int64_t columns, int64_t terms, int64_t least = 1) {
   using C = typename AccumulationOf<T>::type;
-  return chunks_of(columns, terms, sizeof(typename Path<T>::Column), kTileVectors * kLanes<C>);
+  return chunks_of(columns, terms, sizeof(typename Path<T>::Column), kTileVectors * kLanes<C>, least);
 }
 
 // Tokens of a unit of work: as many as can be grouped, but enough units for every thread.
 inline int64_t unit_tokens(const rode::Problem& p) {
   const int64_t block = block_tokens(p), share = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
   return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
+}
+
+// Memory that sums will be added to and stored in, brought near a few lines at a time while others are computed: the processor
+// waits where more are asked for at once than it keeps track of.
+class Lines {
+ public:
+  void clear(int64_t bytes) { bytes_ = bytes, count_ = 0; }
+  // Where a token's `bytes` bytes begin.
+  void add(const void* first) { rows_[count_++] = static_cast<const char*>(first); }
+  // From here on, all of them within so many steps.
+  void begin(int64_t steps) {
+    row_ = -1, each_ = (count_ * ((bytes_ + 63) / 64) + steps - 1) / steps;
+    next();
+  }
+
+  RODE_INLINE void step() {
+    for (int64_t k = each_; k > 0; --k) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+      if (at_ >= end_) next();
+    }
+  }
+
+ private:
+  __attribute__((noinline)) void next() {
+    if (++row_ < count_)
+      at_ = rows_[row_], end_ = at_ + bytes_;
+    else
+      each_ = 0;
+  }
+
+  const char *at_ = nullptr, *end_ = nullptr, *rows_[2 * kNear];
+  int64_t each_ = 0, bytes_ = 0, count_ = 0, row_ = 0;
+};
+
+// Tokens that a thread takes down where all of them together are one group.
+inline int64_t few_tokens(const rode::Problem& p) {
+  constexpr int64_t kLeast = 4;  // fewer are not worth a thread
+  const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
+  return share < kLeast ? kLeast : share > most ? most : share;
 }
 
 template <class T>
@@ -90,15 +131,17 @@ class Expansion {
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
   }
 
-  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.prefetch(i, c, n)` comes some time before
-  // `finish.add<TM, V>(who, c, n, sums)`, which gets sums of tokens who[0 .. TM), n columns of V vectors.
+  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(who, c, n, sums)` gets sums of tokens
+  // who[0 .. TM), n columns of V vectors; `finish.lines(i, c, lines)` adds what it will touch for a token.
   template <class Finish>
   void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
     for (int64_t i = 0; i < groups_; ++i) {
+      lines_.clear(n * static_cast<int64_t>(sizeof(T)));
       if (i + 1 < groups_)
-        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.prefetch(order_[starts_[i + 1] + k], c, n);
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.lines(order_[starts_[i + 1] + k], c, lines_);
       const int64_t* who = order_ + starts_[i];
+      lines_.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
       if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish);
       if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish);
       if constexpr (kTogether == 4) {
@@ -109,7 +152,6 @@ class Expansion {
   }
 
  private:
-  static constexpr int64_t kNear = 48;
   static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
 
   static Column coefficient(const C* values, int64_t j, [[maybe_unused]] int64_t end) {
@@ -122,13 +164,33 @@ class Expansion {
     }
   }
 
-  // Tokens with one pattern next to each other.
+  // Tokens with one pattern next to each other, patterns and their tokens in the order in which they come.
   void sort(int64_t tokens) {
+    constexpr int64_t kSlots = 2 * kGroupTokens;
+    static_assert((kSlots & (kSlots - 1)) == 0);
+    int64_t of_slot[kSlots], of_token[kGroupTokens], starts[kGroupTokens + 1], count = 0;
+    std::memset(of_slot, -1, sizeof of_slot);
     for (int64_t i = 0; i < tokens; ++i) {
-      int64_t at = i;
-      for (; at > 0 && patterns_[order_[at - 1]] > patterns_[i]; --at) order_[at] = order_[at - 1];
-      order_[at] = i;
+      int64_t slot = static_cast<int64_t>(patterns_[i] >> 56);
+      while (of_slot[slot] >= 0 && patterns_[first_[of_slot[slot]]] != patterns_[i]) slot = (slot + 1) % kSlots;
+      if (of_slot[slot] < 0) {
+        first_[count] = i, starts[count] = 0;
+        of_slot[slot] = count++;
+      }
+      of_token[i] = of_slot[slot];
+      ++starts[of_token[i]];
     }
+    for (int64_t k = 0, at = 0; k < count; ++k) {
+      const int64_t size = starts[k];
+      starts[k] = at, at += size;
+    }
+    for (int64_t i = 0; i < tokens; ++i) order_[starts[of_token[i]]++] = i;
+  }
+
+  // How often sums of so many vectors over so many terms are added to.
+  static int64_t steps(int64_t vectors, int64_t n, int64_t terms) {
+    const int64_t tile = vectors * kLanes<C>, tiles = (n + tile - 1) / tile;
+    return tiles * (terms > 0 ? terms : 1);
   }
 
   // Hashes decide who may stand together; whether they are alike is seen here.
@@ -138,7 +200,7 @@ class Expansion {
   }
 
   template <int TM, int V, class Finish>
-  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) const {
+  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     constexpr int64_t lanes = kLanes<C>;
     int64_t k = 0;
     for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish);
@@ -149,7 +211,7 @@ class Expansion {
   }
 
   template <int TM, int V, class Finish>
-  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) const {
+  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     Vector<C> sums[TM][V];
     RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
     accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums);
@@ -158,11 +220,12 @@ class Expansion {
 
   template <int TM, int V>
   RODE_INLINE void accumulate(const int64_t* who, const Column* B, int64_t width, const int32_t* terms, int64_t count,
-                              Vector<C> (&sums)[TM][V]) const {
+                              Vector<C> (&sums)[TM][V]) {
     constexpr int64_t lanes = kLanes<C>;
     const Column* v[TM];
     RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * all_terms_;
     for (int64_t j = 0; j < count; ++j) {
+      lines_.step();
       const int64_t term = terms[j];
       const Column* row = B + term * width;
       if constexpr (kTerm == 1) {
@@ -194,7 +257,9 @@ class Expansion {
   template <class Finish>
   void by_expert(const int64_t* who, int64_t count, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     constexpr int64_t lanes = kLanes<C>;
-    for (int64_t i = 0; i < count; ++i) finish.prefetch(who[i], c, n);
+    lines_.clear(n * static_cast<int64_t>(sizeof(T)));
+    for (int64_t i = 0; i < count; ++i) finish.lines(who[i], c, lines_);
+    lines_.begin(steps(kTileVectors, width, all_terms_));
     for (int64_t k = 0; k < count * width; k += lanes) store(sums_.get() + k, Vector<C>{});
     for (int64_t e = 0; e < p.experts; ++e) {
       int64_t open[kNear], of = 0;
@@ -246,7 +311,8 @@ class Expansion {
   Scratch<C> sums_;
   const C* gates_ = nullptr;
   bool by_expert_ = false;
-  int64_t counts_[kGroupTokens], order_[kGroupTokens];
+  Lines lines_;
+  int64_t counts_[kGroupTokens], order_[kGroupTokens], first_[kGroupTokens];
   int64_t starts_[kGroupTokens], sizes_[kGroupTokens], groups_ = 0;
   uint64_t patterns_[kGroupTokens];
 };

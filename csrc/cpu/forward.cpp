@@ -24,10 +24,9 @@ struct IntoOutput {
   const T* base_at(int64_t m, int64_t c) const { return static_cast<const T*>(a.base.data) + m * a.base.row + c * a.base.column; }
   T* y_at(int64_t m, int64_t c) const { return static_cast<T*>(a.y.data) + m * a.y.row + c * a.y.column; }
 
-  void prefetch(int64_t i, int64_t c, int64_t n) const {
-    if (!a.base || a.base.column != 1) return;
-    const char* first = reinterpret_cast<const char*>(base_at(m0 + i, c));
-    for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 64) __builtin_prefetch(first + b, 0, 2);
+  void lines(int64_t i, int64_t c, Lines& lines) const {
+    if (a.base && a.base.column == 1) lines.add(base_at(m0 + i, c));
+    if (a.y.data != a.base.data && a.y.column == 1) lines.add(y_at(m0 + i, c));
   }
 
   template <int TM, int V>
@@ -42,7 +41,7 @@ struct IntoOutput {
     T* y = y_at(m, c);
     if (n == V * lanes && a.y.column == 1 && (!a.base || a.base.column == 1)) {
       RODE_UNROLL for (int i = 0; i < V; ++i) {
-        const Vector<C> start = a.base ? load_wide<T>(base + i * lanes) : Vector<C>{};
+        const Vector<C> start = base != nullptr ? load_wide<T>(base + i * lanes) : Vector<C>{};
         store_narrow<T>(y + i * lanes, start + sums[i]);
       }
       return;
@@ -74,25 +73,32 @@ class ForwardPass {
         dots_(p),
         up_(p, w.terms, w.chunks.width) {}
 
-  void run(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) down(m0 + i, tokens - i < block_ ? tokens - i : block_);
+  // u of tokens [m0, m0 + tokens), and with a router their gates.
+  void down(int64_t m0, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
+  }
+
+  // Makes v of them, for `up`.
+  void weigh(int64_t m0, int64_t tokens) {
+    m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     for (int64_t i = 0; i < tokens; ++i) {
       weigh(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
       up_.token(i, g + i * p.experts, v_.get());
     }
     up_.group(tokens, g, a.base && a.base.data == a.y.data);
-    IntoOutput<T> output{a, m0};
-    for (int64_t i = 0; i < w.chunks.count; ++i) {
-      const Column* B = w.B == nullptr ? B_.get() : w.B + i * w.chunks.width * w.terms;
-      if (w.B == nullptr) pack_columns<T>(p, a.B, i, w.chunks, B_.get());
-      up_.chunk(B, w.chunks.width, i * w.chunks.width, w.chunks.columns(i, p.out_features), output);
-    }
+  }
+
+  // Chunk i of y.
+  void up(int64_t i) {
+    IntoOutput<T> output{a, m0_};
+    const Column* B = w.B == nullptr ? B_.get() : w.B + i * w.chunks.width * w.terms;
+    if (w.B == nullptr) pack_columns<T>(p, a.B, i, w.chunks, B_.get());
+    up_.chunk(B, w.chunks.width, i * w.chunks.width, w.chunks.columns(i, p.out_features), output);
   }
 
  private:
-  // u, and with a router the gates.
-  void down(int64_t m0, int64_t tokens) {
+  void down_block(int64_t m0, int64_t tokens) {
     const Row* rows[kBlockTokens];
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
@@ -138,6 +144,7 @@ class ForwardPass {
   const rode::Forward& a;
   const ForwardWeights<T>& w;
   const int64_t block_ = block_tokens(p);
+  int64_t m0_ = 0;
   Scratch<Row> x_, dropped_;
   Scratch<C> v_;
   Scratch<Column> B_;
@@ -149,20 +156,22 @@ template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
-  const int64_t unit = unit_tokens(p), units = (p.tokens + unit - 1) / unit;
+  // Few tokens are one group, whose y threads share by columns: each lays out the weights of its own.
+  const bool few = p.tokens <= kGroupTokens;
+  const int64_t unit = few ? few_tokens(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
   const int threads = thread_count(p, units);
   const int64_t terms = terms_of<T>(p);
-  const Chunks chunks = column_chunks<T>(p.out_features, terms);
+  const Chunks chunks = column_chunks<T>(p.out_features, terms, few && threads > 1 ? 4 * threads : 1);
   // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
-  const bool copies = p.tokens >= kBlockTokens || !stands_as_rows<T>(a.A, p.in_features);
+  const bool copies = !few || (threads == 1 && p.tokens >= kBlockTokens) || !stands_as_rows<T>(a.A, p.in_features);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
   const Chunks of_rows = copies ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
   Scratch<Row> A(copies ? p.total_rank * of_rows.width * of_rows.count : 0), router(copies_router ? p.experts * p.in_features : 0);
-  Scratch<Column> B(units > 1 ? chunks.count * chunks.width * terms : 0);
+  Scratch<Column> B(few ? 0 : chunks.count * chunks.width * terms);
   const ForwardWeights<T> weights = {
       {copies ? A.get() : static_cast<const Row*>(a.A.data), p.total_rank, p.in_features, of_rows.width},
       {copies_router ? router.get() : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
-      units > 1 ? B.get() : nullptr,
+      few ? nullptr : B.get(),
       chunks,
       terms};
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -172,14 +181,26 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < (copies_router ? p.experts : 0); ++r)
       copy_row<T>(a.router, r, 0, p.in_features, router.get() + r * p.in_features);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < (units > 1 ? chunks.count : 0); ++i)
-      pack_columns<T>(p, a.B, i, chunks, B.get() + i * chunks.width * terms);
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < (few ? 0 : chunks.count); ++i) pack_columns<T>(p, a.B, i, chunks, B.get() + i * chunks.width * terms);
     ForwardPass<T> pass(p, a, weights);
-#pragma omp for schedule(dynamic)
-    for (int64_t b = 0; b < units; ++b) {
-      const int64_t m0 = b * unit, left = p.tokens - m0;
-      pass.run(m0, left < unit ? left : unit);
+    if (copies || copies_router) {
+#pragma omp barrier
+    }
+    if (few) {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < units; ++b) pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);
+      pass.weigh(0, p.tokens);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
+    } else {
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t b = 0; b < units; ++b) {
+        const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
+        pass.down(m0, tokens);
+        pass.weigh(m0, tokens);
+        for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
+      }
     }
   }
 }

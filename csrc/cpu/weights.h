@@ -82,13 +82,15 @@ struct Chunks {
   int64_t columns(int64_t i, int64_t all) const { return all - i * width < width ? all - i * width : width; }
 };
 
-// As many columns at a time as leave a chunk of `rows` rows small, in steps of `step`.
-inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t step) {
+// As many columns at a time as leave a chunk of `rows` rows small, in steps of `step`; `least` chunks where there are as many
+// steps.
+inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t step, int64_t least) {
   constexpr int64_t kBytes = 24 * 1024;
   int64_t width = kBytes / (rows * element) / step * step;
   const int64_t most = 4 * step;
   if (width < step) width = step;
   if (width > most) width = most;
+  while (width > step && width * least > columns) width -= step;
   return {width, (columns + width - 1) / width};
 }
 
