@@ -10,9 +10,9 @@ namespace {
 template <class T>
 struct BackwardWeights {
   using C = typename AccumulationOf<T>::type;
-  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O)
-  const typename Path<T>::Column* A;  // in chunks
-  const C* router;                    // in chunks of the same width
+  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: laid out by whoever needs it
+  const typename Path<T>::Column* A;  // in chunks; null: likewise
+  const C* router;                    // in chunks of the same width; with A
   Chunks chunks;
   int64_t terms;
 };
@@ -24,7 +24,8 @@ struct IntoInputGradient {
   const rode::Problem& p;
   const rode::Backward& a;
   const BackwardWeights<T>& w;
-  int64_t m0, chunk;
+  int64_t m0, first;  // of the chunk
+  const C* router_chunk;
 
   void lines(int64_t i, int64_t c, Lines& lines) const { lines.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
 
@@ -39,7 +40,7 @@ struct IntoInputGradient {
         RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
       }
     if (a.router) {
-      const C* router = w.router + chunk * w.chunks.width * p.experts + (c - chunk * w.chunks.width);
+      const C* router = router_chunk + (c - first);
       for (int64_t e = 0; e < p.experts; ++e) {
         if (g[e] == 0) continue;
         Vector<C> of_row[V];
@@ -68,40 +69,66 @@ class TokenPass {
   using Row = typename Path<T>::Row;
 
  public:
-  TokenPass(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights)
+  TokenPass(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
       : p(problem),
         a(arrays),
         w(weights),
+        block_(block),
         dy_(a.dy && !is_direct<T, Row>(a.dy) ? block_ * p.out_features : 0),
+        B_(a.dy && w.B.data == nullptr ? w.B.width * p.total_rank : 0),
+        A_(a.dx && w.A == nullptr ? w.chunks.width * w.terms : 0),
+        router_(a.dx && a.router && w.A == nullptr ? w.chunks.width * p.experts : 0),
         t_(block_ * p.total_rank),
-        dots_(p),
+        dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
 
-  void run(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) gradients_of_v(m0 + i, tokens - i < block_ ? tokens - i : block_);
-    if (!a.dx) return;
+  // v, du and dh of tokens [m0, m0 + tokens).
+  void down(int64_t m0, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
+  }
+
+  // Takes du of them, for `up`.
+  void take(int64_t m0, int64_t tokens) {
+    m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     const C* du = static_cast<const C*>(a.du) + m0 * p.total_rank;
     for (int64_t i = 0; i < tokens; ++i) up_.token(i, g + i * p.experts, du + i * p.total_rank);
     up_.group(tokens, g, false);
-    IntoInputGradient<T> output{p, a, w, m0, 0};
-    for (; output.chunk < w.chunks.count; ++output.chunk)
-      up_.chunk(w.A + output.chunk * w.chunks.width * w.terms, w.chunks.width, output.chunk * w.chunks.width,
-                w.chunks.columns(output.chunk, p.in_features), output);
+  }
+
+  // Chunk i of dx.
+  void up(int64_t i) {
+    const int64_t first = i * w.chunks.width;
+    const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
+    const C* router = w.A == nullptr ? router_.get() : w.router + first * p.experts;
+    if (w.A == nullptr) {
+      pack_rows_as_columns<T>(p, a.A, i, w.chunks, A_.get());
+      if (a.router) pack_rows<T>(a.router, i, w.chunks, p.experts, p.in_features, router_.get());
+    }
+    IntoInputGradient<T> output{p, a, w, m0_, first, router};
+    up_.chunk(A, w.chunks.width, first, w.chunks.columns(i, p.in_features), output);
   }
 
  private:
-  void gradients_of_v(int64_t m0, int64_t tokens) {
+  void down_block(int64_t m0, int64_t tokens) {
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     C* t = t_.get();
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
     if (a.dy) {
-      const Row *rows[kBlockTokens], *next[kBlockTokens];
+      const Row *rows[kGroupTokens], *next[kGroupTokens];
       gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
       const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
       const bool direct = is_direct<T, Row>(a.dy);
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
-      dots_.where_open(g, rows, tokens, w.B, t, direct ? next : nullptr, of_next);
+      if (w.B.data == nullptr) {
+        const auto make = [&](int64_t i, Row* out) {
+          pack_transposed<T>(a.B, i, {w.B.width, 0}, p.total_rank, p.out_features, out);
+        };
+        const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
+        dots_.where_open(g, rows, tokens, B, t, nullptr, 0);
+      } else {
+        dots_.where_open(g, rows, tokens, w.B, t, direct ? next : nullptr, of_next);
+      }
     }
     for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }
@@ -131,19 +158,22 @@ class TokenPass {
   const rode::Problem& p;
   const rode::Backward& a;
   const BackwardWeights<T>& w;
-  const int64_t block_ = block_tokens(p);
-  Scratch<Row> dy_;
-  Scratch<C> t_;
+  const int64_t block_;
+  int64_t m0_ = 0;
+  Scratch<Row> dy_, B_;
+  Scratch<typename Path<T>::Column> A_;
+  Scratch<C> router_, t_;
   Dots<Row> dots_;
   Expansion<T> up_;
 };
 
-constexpr int64_t kColumns = 128;  // columns of a weight gradient that one unit of work owns
+constexpr int64_t kColumns = 128;   // columns of a weight gradient that one unit of work owns
 
 template <class T>
 class WeightPass {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
+  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
 
  public:
   WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const Occurrences<T>& open)
@@ -151,6 +181,7 @@ class WeightPass {
         a(arrays),
         open_(open),
         rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
+        pairs_(Path<T>::kTerm == 1 ? 0 : kSumTokens / 2 * kColumns),
         dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
         sums_((p.total_rank + p.experts) * kColumns),
         dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
@@ -166,7 +197,7 @@ class WeightPass {
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
-      gather_rows<T>(a.x, m0, tokens, c, n, rows_.get(), rows);
+      take_rows(a.x, block, m0, tokens, c, n, rows);
       Ahead ahead = after(a.x, m0 + tokens, p.in_features, c, n, next);
       if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, ahead);
       if (a.dA == nullptr) continue;
@@ -190,7 +221,7 @@ class WeightPass {
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
-      gather_rows<T>(a.dy, m0, tokens, c, n, rows_.get(), rows);
+      take_rows(a.dy, block, m0, tokens, c, n, rows);
       Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
       for (int64_t e = 0; e < p.experts; ++e)
         expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, ahead);
@@ -199,6 +230,28 @@ class WeightPass {
   }
 
  private:
+  // Columns [c, c + n) of a block's tokens. Where all experts are open to all of them the pairs are the same for all experts: they
+  // are interleaved once.
+  void take_rows(const rode::Matrix& matrix, [[maybe_unused]] int64_t block, int64_t m0, int64_t tokens, int64_t c, int64_t n,
+                 const Row** rows) {
+    gather_rows<T>(matrix, m0, tokens, c, n, rows_.get(), rows);
+#if defined(__AVX512BF16__)
+    if constexpr (Path<T>::kTerm == 2) {
+      paired_ = n == kColumns && p.total_rank >= kFewRanks && !p.dropout.on;
+      for (int64_t e = 0; e < p.experts; ++e) paired_ = paired_ && open_.count(block, e) == tokens;
+      for (int64_t i = 0; i < (paired_ ? tokens : 0); i += 2) {
+        const Row *first = rows[i], *second = i + 1 < tokens ? rows[i + 1] : zeros_.get();
+        for (int64_t k = 0; k < kColumns; k += 32) {
+          __m512i pairs[2];
+          interleave(_mm512_loadu_si512(first + k), _mm512_loadu_si512(second + k), pairs);
+          _mm512_store_si512(pairs_.get() + i / 2 * kColumns + k, pairs[0]);
+          _mm512_store_si512(pairs_.get() + i / 2 * kColumns + k + 16, pairs[1]);
+        }
+      }
+    }
+#endif
+  }
+
   // The next block of tokens, or the first of other columns.
   Ahead after(const rode::Matrix& matrix, int64_t m, int64_t columns, int64_t c, int64_t n, int64_t next) const {
     if (m >= p.tokens) m = 0, c = next, n = columns - next < kColumns ? columns - next : kColumns;
@@ -208,8 +261,15 @@ class WeightPass {
 
   void expert(int64_t block, int64_t e, const typename Path<T>::Column* coefficients, const Row* const* rows, int64_t n, C* out,
               Ahead& ahead) const {
-    const Row* chosen[kSumTokens + 1];
     const int64_t count = open_.count(block, e);
+    if constexpr (Path<T>::kTerm == 2) {
+      if (paired_) {
+        const uint32_t* pairs[kSumTokens];
+        for (int64_t i = 0; i < count; i += 2) pairs[i] = pairs_.get() + i / 2 * kColumns;
+        return outer(coefficients, p.offsets[e + 1] - p.offsets[e], pairs, count, n, out, kColumns, ahead);
+      }
+    }
+    const Row* chosen[kSumTokens + 1];
     for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
     chosen[count] = zeros_.get();  // the last pair's second
     outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, ahead);
@@ -271,7 +331,9 @@ class WeightPass {
   const rode::Problem& p;
   const rode::Backward& a;
   const Occurrences<T>& open_;
+  bool paired_ = false;
   Scratch<Row> rows_;
+  Scratch<uint32_t> pairs_;
   Scratch<C> dense_, sums_;
   Scratch<Row> dropped_, zeros_;
 };
@@ -294,37 +356,52 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
-  const int64_t unit = unit_tokens(p), token_units = (p.tokens + unit - 1) / unit;
   const bool in = a.dA != nullptr || a.drouter != nullptr, out = a.dB != nullptr && a.dy;
   const int64_t in_units = in ? (p.in_features + kColumns - 1) / kColumns : 0;
   const int64_t units = in_units + (out ? (p.out_features + kColumns - 1) / kColumns : 0);
   if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
-  const int threads = thread_count(p, token_units > units ? token_units : units);
-
   const int64_t terms = terms_of<T>(p);
-  const Chunks of_B = row_chunks<Row>(p.out_features), chunks = column_chunks<T>(p.in_features, terms);
-  Scratch<Row> B(a.dy ? of_B.count * of_B.width * p.total_rank : 0);
-  Scratch<Column> A(a.dx ? chunks.count * chunks.width * terms : 0);
-  Scratch<C> router(a.dx && a.router ? chunks.count * chunks.width * p.experts : 0);
+
+  // Few tokens are one group, whose dx threads share by columns: each lays out the weights of its own.
+  const bool few = p.threads > 1 && p.tokens > 0 && p.tokens <= kGroupTokens;
+  const int64_t unit = few ? (p.tokens + p.threads - 1) / p.threads : unit_tokens(p);
+  const int64_t token_units = (p.tokens + unit - 1) / unit;
+  const int threads = thread_count(p, token_units > units ? token_units : units);
+  const Chunks of_B = row_chunks<Row>(p.out_features), chunks = column_chunks<T>(p.in_features, terms, few ? 4 * threads : 1);
+  const int64_t block = few && is_direct<T, Row>(a.dy) ? unit : block_tokens(p);
+  Scratch<Row> B(a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0);
+  Scratch<Column> A(a.dx && !few ? chunks.count * chunks.width * terms : 0);
+  Scratch<C> router(a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0);
   Occurrences<T> open(p, a.dA != nullptr, out);
-  const BackwardWeights<T> weights = {{B.get(), p.total_rank, p.out_features, of_B.width}, A.get(), router.get(), chunks, terms};
+  const BackwardWeights<T> weights = {
+      {few ? nullptr : B.get(), p.total_rank, p.out_features, of_B.width}, few ? nullptr : A.get(), router.get(), chunks, terms};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    if (!few) {
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
-      pack_transposed<T>(a.B, i, of_B, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
-#pragma omp for schedule(static) nowait
-    for (int64_t e = 0; e < (a.dx && a.router ? p.experts : 0); ++e)
-      pack_row<T>(a.router, e, chunks, p.experts, p.in_features, router.get());
+      for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
+        pack_transposed<T>(a.B, i, of_B, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i)
-      pack_rows_as_columns<T>(p, a.A, i, chunks, A.get() + i * chunks.width * terms);
+      for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i) {
+        pack_rows_as_columns<T>(p, a.A, i, chunks, A.get() + i * chunks.width * terms);
+        if (a.router) pack_rows<T>(a.router, i, chunks, p.experts, p.in_features, router.get() + i * chunks.width * p.experts);
+      }
+    }
     {
-      TokenPass<T> pass(p, a, weights);
+      TokenPass<T> pass(p, a, weights, block);
+      const int64_t of_dx = a.dx ? chunks.count : 0;
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < token_units; ++b) {
-        const int64_t m0 = b * unit, left = p.tokens - m0;
-        pass.run(m0, left < unit ? left : unit);
+        const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
+        pass.down(m0, tokens);
+        if (few || of_dx == 0) continue;
+        pass.take(m0, tokens);
+        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+      }
+      if (few && of_dx > 0) {
+        pass.take(0, p.tokens);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
       }
     }
 #pragma omp for schedule(static)

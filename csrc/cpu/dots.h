@@ -87,6 +87,19 @@ template <class E>
 struct RowsOf {
   const E* data;
   int64_t rows, length, width;
+  const E* chunk(int64_t i) const { return data + i * width * rows; }
+};
+
+// The same, of which only one chunk exists at a time: `make(i, out)` writes it.
+template <class E, class Make>
+struct RowsMade {
+  Make make;
+  E* out;
+  int64_t rows, length, width;
+  const E* chunk(int64_t i) const {
+    make(i, out);
+    return out;
+  }
 };
 
 // Elements of a row at a time, in whole vectors; about kStepBytes, and no short last step.
@@ -109,8 +122,10 @@ class Dots {
   using C = typename Operand<E>::C;
 
  public:
-  explicit Dots(const rode::Problem& problem)
+  // At most `most` tokens at a time.
+  Dots(const rode::Problem& problem, int64_t most)
       : p(problem),
+        block_(most),
         sums_(block_ * (p.total_rank > p.experts ? p.total_rank : p.experts)),
         results_(block_ * p.total_rank),
         chosen_(block_ * p.experts),
@@ -127,7 +142,8 @@ class Dots {
 
   // For each token in turn, out[expert's columns] where the expert is open (or `dense`). Other pairs leave `out` alone.
   // `next`: rows that will be read after these, null where they are not to be brought near.
-  void where_open(const C* gates, const E* const* rows, int64_t tokens, const RowsOf<E>& weights, C* out, const E* const* next,
+  template <class Weights>
+  void where_open(const C* gates, const E* const* rows, int64_t tokens, const Weights& weights, C* out, const E* const* next,
                   int64_t next_tokens) {
     for (int64_t e = 0; e < p.experts; ++e) {
       int64_t count = 0;
@@ -155,11 +171,11 @@ class Dots {
   }
 
  private:
-  template <class Run>
-  void each_step(const RowsOf<E>& weights, Run run) {
+  template <class Weights, class Run>
+  void each_step(const Weights& weights, Run run) {
     first_ = true;
     for (int64_t c = 0; c < weights.length; c += weights.width) {
-      const E* chunk = weights.data + c * weights.rows;
+      const E* chunk = weights.chunk(c / weights.width);
       const int64_t width = weights.length - c < weights.width ? weights.length - c : weights.width;
       const int64_t step = step_of<E>(width);
       for (int64_t k = 0; k < width; k += step) {
@@ -173,8 +189,8 @@ class Dots {
             Vector<C>* sums) {
     if (tokens == 0) return;
     const Parts of_rows(count, kMostRows), of_tokens(tokens, kMostTokens);
-    for (int64_t b = 0, r = 0; b < of_rows.count; r += of_rows.size(b++))
-      for (int64_t a = 0, m = 0; a < of_tokens.count; m += of_tokens.size(a++)) {
+    for (int64_t a = 0, m = 0; a < of_tokens.count; m += of_tokens.size(a++))
+      for (int64_t b = 0, r = 0; b < of_rows.count; r += of_rows.size(b++)) {
         const E* ahead = rows[m] + k;  // nothing new
         if (next_tokens_ > 0) ahead = *next_++ + k, --next_tokens_;
         dot_tile_of<E>(of_tokens.size(a), of_rows.size(b))(rows + m, k, weights + r * stride, stride, n, first_,
@@ -183,7 +199,7 @@ class Dots {
   }
 
   const rode::Problem& p;
-  const int64_t block_ = block_tokens(p);
+  const int64_t block_;
   Scratch<Vector<C>> sums_;
   Scratch<C> results_;
   Scratch<const E*> chosen_;

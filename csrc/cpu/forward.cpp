@@ -70,7 +70,7 @@ class ForwardPass {
         dropped_(p.dropout.on ? block_ * p.in_features : 0),
         v_(p.total_rank),
         B_(w.B == nullptr ? w.chunks.width * w.terms : 0),
-        dots_(p),
+        dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
 
   // u of tokens [m0, m0 + tokens), and with a router their gates.

@@ -137,12 +137,8 @@ void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int6
 }
 
 #if defined(__AVX512BF16__)
-// The same from pairs of tokens; rows come in pairs too. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
-template <int TR, int V>
-void outer_tile(const uint32_t* coefficients, int64_t width, const BFloat16* const* rows, int64_t pairs, int64_t c, int64_t some,
-                float* out, int64_t stride, Ahead& next) {
-  constexpr int64_t lanes = kLanes<float>;
-  static_assert(V % 2 == 0);
+// Of 32 columns of two tokens the pairs, 16 at a time.
+RODE_INLINE void interleave(__m512i first, __m512i second, __m512i* pairs) {
   alignas(64) static const struct Order {
     uint16_t low[32], high[32];
     constexpr Order() : low(), high() {
@@ -152,27 +148,37 @@ void outer_tile(const uint32_t* coefficients, int64_t width, const BFloat16* con
       }
     }
   } order;
-  const __m512i low = _mm512_load_si512(order.low), high = _mm512_load_si512(order.high);
+  pairs[0] = _mm512_permutex2var_epi16(first, _mm512_load_si512(order.low), second);
+  pairs[1] = _mm512_permutex2var_epi16(first, _mm512_load_si512(order.high), second);
+}
+
+// The same from pairs of tokens, whose rows come one after the other: of bfloat16, or interleaved already, then every second one
+// is not looked at. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
+template <int TR, int V, class E>
+void outer_tile(const uint32_t* coefficients, int64_t width, const E* const* rows, int64_t pairs, int64_t c, int64_t some,
+                float* out, int64_t stride, Ahead& next) {
+  constexpr int64_t lanes = kLanes<float>;
+  static_assert(V % 2 == 0);
   Vector<float> sums[TR][V];
   RODE_UNROLL for (int r = 0; r < TR; ++r) RODE_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = Vector<float>{};
-  const auto whole = [](const BFloat16* p) { return _mm512_loadu_si512(p); };
   Ahead ahead = next;  // in registers
   for (int64_t i = 0; i < pairs; ++i) {
     ahead.step();
-    __m512bh x[V];
-    RODE_UNROLL for (int v = 0; v < V; v += 2) {
-      const BFloat16 *p = rows[2 * i] + c + v * lanes, *q = rows[2 * i + 1] + c + v * lanes;
-      __m512i a, b;
-      if (V > 2 || some == 2 * lanes)
-        a = whole(p), b = whole(q);
-      else
-        a = (__m512i)Operand<BFloat16>::first(p, some), b = (__m512i)Operand<BFloat16>::first(q, some);
-      x[v] = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
-      x[v + 1] = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+    __m512i x[V];
+    if constexpr (sizeof(E) == sizeof(uint32_t)) {
+      RODE_UNROLL for (int v = 0; v < V; ++v) x[v] = _mm512_loadu_si512(rows[2 * i] + c + v * lanes);
+    } else {
+      RODE_UNROLL for (int v = 0; v < V; v += 2) {
+        const BFloat16 *p = rows[2 * i] + c + v * lanes, *q = rows[2 * i + 1] + c + v * lanes;
+        if (V > 2 || some == 2 * lanes)
+          interleave(_mm512_loadu_si512(p), _mm512_loadu_si512(q), x + v);
+        else
+          interleave((__m512i)Operand<BFloat16>::first(p, some), (__m512i)Operand<BFloat16>::first(q, some), x + v);
+      }
     }
     RODE_UNROLL for (int r = 0; r < TR; ++r) {
       const __m512bh k = (__m512bh)_mm512_set1_epi32(static_cast<int>(coefficients[i * width + r]));
-      RODE_UNROLL for (int v = 0; v < V; ++v) Operand<BFloat16>::add(sums[r][v], k, x[v]);
+      RODE_UNROLL for (int v = 0; v < V; ++v) Operand<BFloat16>::add(sums[r][v], k, (__m512bh)x[v]);
     }
   }
   next = ahead;

@@ -189,7 +189,7 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, int
       i, chunks, rows, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
 }
 
-// Row j of A, (R, K), or of the router into each of its chunks.
+// Row j of A, (R, K), into each of its chunks.
 template <class T, class Out>
 void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
   for (int64_t i = 0; i < chunks.count; ++i) {
@@ -200,16 +200,23 @@ void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t ro
   }
 }
 
+// Chunk i of the router's rows.
+template <class T, class Out>
+void pack_rows(const rode::Weight& w, int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
+  const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
+  for (int64_t j = 0; j < rows; ++j) {
+    Out* to = out + j * chunks.width;
+    copy_row<T>(w, j, first, n, to);
+    for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
+  }
+}
+
 // Chunk i of A as sums of rows read it.
 template <class T>
 void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks,
                           typename Path<T>::Column* out) {
   if constexpr (Path<T>::kTerm == 1) {
-    const int64_t first = i * chunks.width, n = chunks.columns(i, p.in_features);
-    for (int64_t j = 0; j < p.total_rank; ++j) {
-      copy_row<T>(w, j, first, n, out + j * chunks.width);
-      for (int64_t c = n; c < chunks.width; ++c) out[j * chunks.width + c] = 0;
-    }
+    pack_rows<T>(w, i, chunks, p.total_rank, p.in_features, out);
   } else {
 #if defined(__AVX512BF16__)
     constexpr int64_t lanes = kLanes<float>;

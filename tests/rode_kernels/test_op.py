@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -196,31 +197,44 @@ def test_token_bits_do_not_depend_on_company(backend):
         pytest.skip("plain PyTorch picks its matrix product by shape")
     if backend in ON_GPUS:
         pytest.skip("fewer tokens share K out among more blocks, which add in another order")
-    p = random_problem((37,), K=50, O=300, dtype=torch.bfloat16)
-    kwargs = dict(ranks=p.ranks, scaling=p.scaling, backend=backend)
-    whole = rectified_mixture(p.x, p.A, p.B, p.router_weight, p.router_bias, base=p.base, **kwargs)
-    for m in (0, 5, 36):
-        one = slice(m, m + 1)
-        alone = rectified_mixture(
-            p.x[one], p.A, p.B, p.router_weight, p.router_bias, base=p.base[one], **kwargs
+    tokens = 300 if backend == "cpu" else 37
+    p = random_problem((tokens,), K=50, O=300, dtype=torch.bfloat16)
+
+    def run(some):
+        x = p.x[some].clone().requires_grad_()
+        weights = (p.A, p.B, p.router_weight, p.router_bias)
+        y = rectified_mixture(
+            x, *weights, base=p.base[some], ranks=p.ranks, scaling=p.scaling, backend=backend
         )
-        assert torch.equal(alone, whole[one])
+        return y.detach(), *torch.autograd.grad(y, x, p.dy[some])
+
+    whole = run(slice(None))
+    for some in (slice(0, 1), slice(5, 7), slice(31, 37), slice(tokens - 90, tokens)):
+        assert all(torch.equal(part, of[some]) for part, of in zip(run(some), whole, strict=True))
 
 
-@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
-def test_bits_do_not_depend_on_threads_or_run(backend, router):
-    if backend == "reference":
-        pytest.skip("plain PyTorch makes no such promise")
-    tokens = 200 if backend in ON_GPUS else 700  # these are slow
-    p = random_problem((tokens,), K=300, O=260, router=router, dropout_p=0.1, dropout_seed=3)
+@contextmanager
+def threads(count):
     before = torch.get_num_threads()
-    results = []
+    torch.set_num_threads(count)
     try:
-        for threads in (1, 2, 5, 5):
-            torch.set_num_threads(threads)
-            results.append(operation(p, backend=backend))
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 70, 700])
+@pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
+def test_bits_do_not_depend_on_threads_or_run(backend, router, tokens):
+    if backend == "reference":
+        pytest.skip("plain PyTorch makes no such promise")
+    if backend in ON_GPUS and tokens != 70:
+        pytest.skip("these are slow, and threads are not theirs")
+    p = random_problem((tokens,), K=300, O=260, router=router, dropout_p=0.1, dropout_seed=3)
+    results = []
+    for count in (1, 2, 5, 5):
+        with threads(count):
+            results.append(operation(p, backend=backend))
     for other in results[1:]:
         assert torch.equal(other.y, results[0].y)
         for name, grad in results[0].grads.items():
@@ -247,7 +261,9 @@ def test_random_problems(backend, data):
         open_share=data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]), label="open"),
         seed=data.draw(st.integers(0, 10**6), label="seed"),
     )
-    check(p, backend=backend, inplace=p.base is not None and data.draw(st.booleans(), label="inplace"))
+    inplace = p.base is not None and data.draw(st.booleans(), label="inplace")
+    with threads(data.draw(st.sampled_from([1, 2, 3]), label="threads") if backend == "cpu" else 1):
+        check(p, backend=backend, inplace=inplace)
 
 
 def test_gates_broadcast(backend):
