@@ -167,7 +167,7 @@ class TokenPass {
   Expansion<T> up_;
 };
 
-constexpr int64_t kColumns = 128;   // columns of a weight gradient that one unit of work owns
+constexpr int64_t kColumns = 128;  // columns of a weight gradient that one unit of work owns
 
 template <class T>
 class WeightPass {

@@ -14,7 +14,6 @@ constexpr int kTogether = 2;
 constexpr int kAlone = 4;
 #endif
 constexpr int kTileVectors = 4;
-constexpr int64_t kNear = 48;          // tokens whose sums an expert at a time are made of
 constexpr int64_t kGroupTokens = 128;  // among how many tokens those with the same open experts are looked for
 
 // Chunks of weights that sums of `terms` rows read; `least` of them if columns are enough.
@@ -59,7 +58,7 @@ class Lines {
       each_ = 0;
   }
 
-  const char *at_ = nullptr, *end_ = nullptr, *rows_[2 * kNear];
+  const char *at_ = nullptr, *end_ = nullptr, *rows_[2 * kGroupTokens];
   int64_t each_ = 0, bytes_ = 0, count_ = 0, row_ = 0;
 };
 
@@ -84,7 +83,9 @@ class Expansion {
         terms_(kGroupTokens * terms),
         identity_(terms),
         starts_of_experts_(p.experts + 1),
-        sums_(kNear * width) {
+        sums_(terms > kFewTerms ? kGroupTokens * width : 0),
+        open_(terms > kFewTerms ? kGroupTokens * p.experts : 0),
+        open_counts_(terms > kFewTerms ? p.experts : 0) {
     for (int64_t t = 0; t < terms; ++t) identity_.get()[t] = static_cast<int32_t>(t);
     starts_of_experts_.get()[0] = 0;
     for (int64_t e = 0; e < p.experts; ++e)
@@ -129,6 +130,7 @@ class Expansion {
     // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
     gates_ = g;
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
+    if (by_expert_) list_open(tokens);
   }
 
   // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(who, c, n, sums)` gets sums of tokens
@@ -152,6 +154,7 @@ class Expansion {
   }
 
  private:
+  static constexpr int64_t kTile = kTileVectors * kLanes<C>;
   static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
 
   static Column coefficient(const C* values, int64_t j, [[maybe_unused]] int64_t end) {
@@ -243,64 +246,82 @@ class Expansion {
     }
   }
 
-  // The same sums in the same order, in memory between one expert and the next; of so many tokens at a time that they stay near.
-  template <class Finish>
-  void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    for (int64_t i = 0; i < groups_;) {
-      int64_t who[kNear], count = 0;
-      for (; i < groups_ && count + sizes_[i] <= kNear; ++i)
-        for (int64_t k = 0; k < sizes_[i]; ++k) who[count++] = order_[starts_[i] + k];
-      by_expert(who, count, B, width, c, n, finish);
+  // For `chunk_by_expert`: where in the order tokens stand that have an expert open.
+  void list_open(int64_t tokens) {
+    for (int64_t k = 0; k < tokens; ++k) experts_of_[k] = 0;
+    for (int64_t e = 0; e < p.experts; ++e) {
+      int32_t* open = open_.get() + e * kGroupTokens;
+      int32_t count = 0;
+      for (int64_t k = 0; k < tokens; ++k) {
+        if (gates_[order_[k] * p.experts + e] == 0) continue;
+        open[count++] = static_cast<int32_t>(k);
+        ++experts_of_[k];
+      }
+      open_counts_.get()[e] = count;
     }
   }
 
+  // The same sums in the same order, in memory between a token's experts.
   template <class Finish>
-  void by_expert(const int64_t* who, int64_t count, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    constexpr int64_t lanes = kLanes<C>;
+  void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     lines_.clear(n * static_cast<int64_t>(sizeof(T)));
-    for (int64_t i = 0; i < count; ++i) finish.lines(who[i], c, lines_);
+    for (int64_t i = 0; i < groups_; ++i)
+      for (int64_t k = 0; k < sizes_[i]; ++k) finish.lines(order_[starts_[i] + k], c, lines_);
     lines_.begin(steps(kTileVectors, width, all_terms_));
-    for (int64_t k = 0; k < count * width; k += lanes) store(sums_.get() + k, Vector<C>{});
+    int32_t done[kGroupTokens] = {};
     for (int64_t e = 0; e < p.experts; ++e) {
-      int64_t open[kNear], of = 0;
-      for (int64_t i = 0; i < count; ++i)
-        if (gates_[who[i] * p.experts + e] != 0) open[of++] = i;
-      const Parts parts(of, kTogether);
-      for (int64_t k = 0, at = 0; k < parts.count; at += parts.size(k++)) {
+      const int32_t* open = open_.get() + e * kGroupTokens;
+      const Parts parts(open_counts_.get()[e], kTogether);
+      for (int64_t k = 0; k < parts.count; open += parts.size(k++)) {
         const int64_t size = parts.size(k);
-        if (size == 1) expert<1>(who, open + at, e, B, width);
-        if (size == 2) expert<2>(who, open + at, e, B, width);
+        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish);
+        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish);
         if constexpr (kTogether == 4) {
-          if (size == 3) expert<3>(who, open + at, e, B, width);
-          if (size == 4) expert<4>(who, open + at, e, B, width);
+          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish);
+          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish);
         }
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t k = 0; k < n; k += kTileVectors * lanes) {
-        Vector<C> sums[1][kTileVectors];
-        RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[0][v] = load(sums_.get() + i * width + k + v * lanes);
-        finish.template add<1, kTileVectors>(who + i, c + k, n - k < kTileVectors * lanes ? n - k : kTileVectors * lanes, sums);
+    for (int64_t i = 0; i < groups_; ++i)  // who has none
+      for (int64_t k = 0; k < sizes_[i]; ++k) {
+        const int64_t at = starts_[i] + k;
+        if (experts_of_[at] != 0) continue;
+        Vector<C> none[1][kTileVectors] = {};
+        for (int64_t j = 0; j < n; j += kTile)
+          finish.template add<1, kTileVectors>(order_ + at, c + j, n - j < kTile ? n - j : kTile, none);
       }
-    }
   }
 
-  template <int TM>
-  void expert(const int64_t* who, const int64_t* open, int64_t e, const Column* B, int64_t width) {
+  // A token's first expert starts its sums, the last one ends them.
+  template <int TM, class Finish>
+  void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
-    int64_t tokens[TM];
-    RODE_UNROLL for (int m = 0; m < TM; ++m) tokens[m] = who[open[m]];
-    for (int64_t k = 0; k < width; k += kTileVectors * lanes) {
+    int64_t who[TM];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) who[m] = order_[open[m]];
+    for (int64_t k = 0; k < n; k += kTile) {
       C* at[TM];
       RODE_UNROLL for (int m = 0; m < TM; ++m) at[m] = sums_.get() + open[m] * width + k;
       Vector<C> sums[TM][kTileVectors];
-      RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] =
-          load(at[m] + v * lanes);
-      accumulate<TM, kTileVectors>(tokens, B + k, width, identity_.get() + begin, count, sums);
-      RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int v = 0; v < kTileVectors; ++v)
-          store(at[m] + v * lanes, sums[m][v]);
+      RODE_UNROLL for (int m = 0; m < TM; ++m) {
+        if (done[open[m]] == 0) {
+          RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] = Vector<C>{};
+        } else {
+          RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(at[m] + v * lanes);
+        }
+      }
+      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums);
+      RODE_UNROLL for (int m = 0; m < TM; ++m) {
+        if (done[open[m]] + 1 < experts_of_[open[m]]) {
+          RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) store(at[m] + v * lanes, sums[m][v]);
+        } else {
+          Vector<C> all[1][kTileVectors];
+          RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) all[0][v] = sums[m][v];
+          finish.template add<1, kTileVectors>(who + m, c + k, n - k < kTile ? n - k : kTile, all);
+        }
+      }
     }
+    RODE_UNROLL for (int m = 0; m < TM; ++m)++ done[open[m]];
   }
 
   const rode::Problem& p;
@@ -308,9 +329,11 @@ class Expansion {
   Scratch<Column> v_;
   Scratch<int32_t> terms_, identity_;
   Scratch<int64_t> starts_of_experts_;
-  Scratch<C> sums_;
   const C* gates_ = nullptr;
   bool by_expert_ = false;
+  int32_t experts_of_[kGroupTokens];
+  Scratch<C> sums_;
+  Scratch<int32_t> open_, open_counts_;
   Lines lines_;
   int64_t counts_[kGroupTokens], order_[kGroupTokens], first_[kGroupTokens];
   int64_t starts_[kGroupTokens], sizes_[kGroupTokens], groups_ = 0;
