@@ -138,13 +138,17 @@ class TokenPass {
     C* du = static_cast<C*>(a.du) + m * p.total_rank;
     C* v = a.v == nullptr ? nullptr : static_cast<C*>(a.v) + m * p.total_rank;
     for (int64_t e = 0; e < p.experts; ++e) {
+      const int64_t begin = p.offsets[e], width = p.offsets[e + 1] - begin;
       const C scaling = static_cast<C>(p.scaling[e]);
       const bool open = g[e] != 0;
       C dg = 0;
-      for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; ++j) {
-        if (open || p.dense) dg += t[j] * u[j];
-        du[j] = open ? round_to<T>(scaling * g[e] * t[j]) : C(0);  // select, never 0 * infinity
-        if (v != nullptr) v[j] = open ? round_to<T>(scaling * g[e] * u[j]) : C(0);
+      for (int64_t j = begin; (open || p.dense) && j < begin + width; ++j) dg += t[j] * u[j];
+      if (open) {
+        scale_rounded<T, C>(scaling * g[e], t + begin, width, du + begin);
+        if (v != nullptr) scale_rounded<T, C>(scaling * g[e], u + begin, width, v + begin);
+      } else {  // never 0 * infinity
+        for (int64_t j = begin; j < begin + width; ++j) du[j] = C(0);
+        for (int64_t j = begin; v != nullptr && j < begin + width; ++j) v[j] = C(0);
       }
       dg *= scaling;
       if (a.router) {

@@ -101,11 +101,9 @@ class Expansion {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
       pattern = pattern * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(e + 1);
-      int64_t term = starts_of_experts_.get()[e];
-      for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; j += kTerm) {
-        v[term] = coefficient(values, j, p.offsets[e + 1]);
-        terms[count++] = static_cast<int32_t>(term++);
-      }
+      const int64_t begin = starts_of_experts_.get()[e], end = starts_of_experts_.get()[e + 1];
+      coefficients(values + p.offsets[e], p.offsets[e + 1] - p.offsets[e], v + begin);
+      for (int64_t term = begin; term < end; ++term) terms[count++] = static_cast<int32_t>(term);
     }
     counts_[i] = count;
     patterns_[i] = pattern;
@@ -157,12 +155,19 @@ class Expansion {
   static constexpr int64_t kTile = kTileVectors * kLanes<C>;
   static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
 
-  static Column coefficient(const C* values, int64_t j, [[maybe_unused]] int64_t end) {
+  // n ranks of an expert.
+  static void coefficients(const C* values, int64_t n, Column* out) {
     if constexpr (kTerm == 1) {
-      return values[j];
+      for (int64_t j = 0; j < n; ++j) out[j] = values[j];
     } else {
 #if defined(__AVX512BF16__)
-      return pair_of(narrow<BFloat16>(values[j]), j + 1 < end ? narrow<BFloat16>(values[j + 1]) : BFloat16{});
+      for (int64_t j = 0; j < n; j += kLanes<C>) {  // exact: they are bfloat16 already
+        const int64_t some = n - j < kLanes<C> ? n - j : kLanes<C>;
+        // with masks of all lanes: GCC 12 warns of its own header otherwise
+        const __m512i high = _mm512_maskz_srli_epi32(0xFFFF, (__m512i)load_first(values + j, some), 16);
+        const __m256i halves = _mm512_maskz_cvtepi32_epi16(0xFFFF, high);
+        _mm256_mask_storeu_epi32(out + j / 2, static_cast<__mmask8>((1u << ((some + 1) / 2)) - 1), halves);
+      }
 #endif
     }
   }

@@ -136,7 +136,8 @@ class ForwardPass {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
       const C factor = static_cast<C>(p.scaling[e]) * g[e];
-      for (int64_t j = p.offsets[e]; j < p.offsets[e + 1]; ++j) v_.get()[j] = round_to<T>(factor * u[j]);
+      const int64_t begin = p.offsets[e];
+      scale_rounded<T, C>(factor, u + begin, p.offsets[e + 1] - begin, v_.get() + begin);
     }
   }
 

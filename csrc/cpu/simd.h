@@ -244,6 +244,22 @@ inline void store_some(T* p, const C* values, int64_t n) {
   if (i < n) store_first<T, C>(p + i, load_first(values + i, n - i), n - i);
 }
 
+// out[i] = factor * in[i] for i in [0, n), rounded to T, in the accumulation type.
+template <class T, class C>
+inline void scale_rounded(C factor, const C* in, int64_t n, C* out) {
+  constexpr int64_t lanes = kLanes<C>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t some = n - i < lanes ? n - i : lanes;
+    Vector<C> v = factor * (some == lanes ? load(in + i) : load_first(in + i, some));
+    if constexpr (sizeof(T) != sizeof(C)) {
+      T rounded[lanes];
+      store_narrow<T>(rounded, v);
+      v = load_wide<T>(rounded);
+    }
+    store_first<C, C>(out + i, v, some);
+  }
+}
+
 // A vector of what enters a product: the accumulation type, or with dot-product instructions pairs of bfloat16.
 template <class E>
 struct Operand {
