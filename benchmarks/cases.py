@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 PAPER = (2, 4, 8, 16)
 RUN = 256
-PASSES = ("forward", "in place", "backward", "both")
-"""What is timed: y in a new tensor, y added into base, all gradients alone, a forward pass and all gradients."""
+PASSES = ("forward", "in place", "backward", "both", "both in place")
+"""What is timed: y in a new tensor, y added into base, all gradients alone, a forward pass and all gradients, and that with y added
+into a base that is no parameter."""
 
 
 class Shape(NamedTuple):

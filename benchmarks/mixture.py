@@ -27,6 +27,7 @@ from benchmarks.problem import (
     check,
     enough,
     forms,
+    gradients_in_place,
     place,
     results,
     trained,
@@ -45,29 +46,31 @@ from benchmarks.work import work
 from rode_kernels import backends
 
 COMPILED = "compiled "
-TRAINING = {"backward", "both"}
+TRAINING = {"backward", "both", "both in place"}
+IN_PLACE = {"in place", "both in place"}
 TITLES = (
-    f"{'case':16} {'dtype':9} {'open':>6} {'pass':9} {'backend':8} {'milliseconds':>28} {'packed':>22} {'loop':>22} "
+    f"{'case':16} {'dtype':9} {'open':>6} {'pass':13} {'backend':8} {'milliseconds':>28} {'packed':>22} {'loop':>22} "
     f"{'compiled':>41} {'of frozen':>10} {'roofline':>14}"
 )
 
 
-def frozen(p: Problem) -> Form:
-    """The layer beside which the mixture stands, y = W0 x, and the gradient of x alone; W0 is another one in each call too."""
+def frozen(p: Problem) -> tuple[Form, Form]:
+    """The layer beside which the mixture stands, y = W0 x, and the gradient of x alone; W0 is another one in each call too. The
+    second stands beside calls in place: it is handed their base, and leaves it alone."""
     K, O, like = p.x.shape[1], p.base.shape[1], dict(dtype=p.x.dtype, device=p.x.device)
     count = enough(O * K * p.x.element_size(), p.x.device.type)
     weights = cycle([torch.randn(O, K, **like) for _ in range(count)])
 
-    def linear(x: torch.Tensor) -> torch.Tensor:
+    def linear(x: torch.Tensor, _base: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x, next(weights))
 
-    return Form(lambda q: [q.x], linear, linear)
+    return Form(lambda q: [q.x], linear), Form(lambda q: [q.x, q.base], linear, linear)
 
 
 def calls(what: str, all_forms: dict[str, Form], copies: list[Problem]) -> dict[str, Callable[[], Any]]:
     """For each form that has this pass, a function that returns the next call of it, on the next of the copies."""
     train = what in TRAINING
-    if what == "in place":
+    if what in IN_PLACE:
         all_forms = {name: form for name, form in all_forms.items() if form.run_in_place is not None}
     taken: Iterator[tuple[Problem, dict[str, list]]] = cycle(
         [
@@ -85,6 +88,8 @@ def calls(what: str, all_forms: dict[str, Form], copies: list[Problem]) -> dict[
                 return lambda: torch.autograd.grad(y, leaves, q.dy)
             if what == "both":
                 return lambda: torch.autograd.grad(form.run(*leaves), leaves, q.dy)
+            if what == "both in place":
+                return lambda: gradients_in_place(form, leaves, q.dy)
             run = form.run if what == "forward" else form.run_in_place
             return lambda: run(*leaves)
 
@@ -128,13 +133,14 @@ def run_case(
         compiled, took = compile_forms(p, plain, train)
         all_forms |= compiled
     check(p, all_forms, train)
-    own, beside = {n: all_forms[n] for n in names}, frozen(p)
+    own, (beside, beside_in_place) = {n: all_forms[n] for n in names}, frozen(p)
     copies, device = p.copies(), p.x.device.type
     needed = work(p.is_open, p.ranks, p.x.shape[1], p.base.shape[1], p.x.element_size())
     for what in passes:
         times = timed(what, all_forms, copies, rounds)
         # in rounds of its own, fewer: it takes many times as long, and all that is wanted is one ratio
-        of_frozen = timed(what, {**own, "frozen": beside}, copies, max(3, rounds // 4))
+        other = beside_in_place if what in IN_PLACE else beside
+        of_frozen = timed(what, {**own, "frozen": other}, copies, max(3, rounds // 4))
         fastest = min(
             (n for n in times if n.startswith(COMPILED)), key=lambda n: spread(times[n]).median, default=None
         )
@@ -182,7 +188,7 @@ def line(row: dict[str, Any]) -> str:
     own = row["seconds"][row["backend"]]
     milliseconds = Spread(**{name: 1000 * value for name, value in own.items()}).text(3)
     return (
-        f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:9} {row['backend']:8} {milliseconds:>28} "
+        f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:13} {row['backend']:8} {milliseconds:>28} "
         f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>41} {row['of_frozen']['median']:10.1%} {share:>14}"
     )
 

@@ -166,14 +166,21 @@ def gradients(p: Problem, form: Form) -> tuple[Tensor, list[Tensor]]:
     return y.detach(), form.unpack(list(torch.autograd.grad(y, leaves, p.dy)))
 
 
+def gradients_in_place(form: Form, leaves: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    """Of all leaves but base, into which y is added: it is what a frozen layer gave, and no parameter."""
+    *leaves, base = leaves
+    return torch.autograd.grad(form.run_in_place(*leaves, base.detach()), leaves, dy)
+
+
 def trained(leaves: Sequence[Tensor]) -> list[Tensor]:
     """The same memory, with gradients."""
     return [t.detach().requires_grad_() for t in leaves]
 
 
-def results(p: Problem, form: Form, train: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """y in every way that this form is called, and the gradients of x, A, B and the router's weights where `train`."""
-    grads: dict[str, Tensor] = {}
+def results(p: Problem, form: Form, train: bool) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    """y in every way that this form is called, and the gradients of x, A, B and the router's weights where `train`, in every way
+    too."""
+    grads: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         ys = {"y": form.run(*form.leaves(p))}
         if form.run_in_place is not None:
@@ -183,7 +190,12 @@ def results(p: Problem, form: Form, train: bool) -> tuple[dict[str, Tensor], dic
             ys["y in place"] = target
     if train:
         ys["y with gradients"], found = gradients(p, form)
-        grads = dict(zip(("x", "A", "B", "the router"), found, strict=True))
+        ways = [found]
+        if form.run_in_place is not None:
+            *leaves, base = form.leaves(p)
+            leaves = [*trained(leaves), base.clone()]
+            ways.append(form.unpack(list(gradients_in_place(form, leaves, p.dy))))
+        grads = dict(zip(("x", "A", "B", "the router"), map(list, zip(*ways, strict=True)), strict=True))
     return ys, grads
 
 
@@ -215,12 +227,14 @@ def check(p: Problem, all_forms: dict[str, Form], train: bool = True, chunk: int
             for what, y in ys.items():
                 compare(name, what, y[rows], truth["y"])
             if train:
-                compare(name, "the gradient of x", grads["x"][rows], true_grads["x"])
+                for dx in grads["x"]:
+                    compare(name, "the gradient of x", dx[rows], true_grads["x"][0])
         for what in true_grads.keys() - {"x"}:
-            sums[what] = sums.get(what, 0.0) + true_grads[what]
+            sums[what] = sums.get(what, 0.0) + true_grads[what][0]
     for what, truth in sums.items():
         for name, (_, grads) in found.items():
-            compare(name, f"the gradient of {what}", grads[what], truth)
+            for grad in grads[what]:
+                compare(name, f"the gradient of {what}", grad, truth)
 
 
 def place(backend: str) -> str | None:

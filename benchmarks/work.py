@@ -51,4 +51,6 @@ def work(
         fewest(call, backward=True) + saved + gradients - unread,
     )
     in_place = Work(forward.operations, forward.bytes - 2 * e * idle * O)
-    return dict(zip(PASSES, (forward, in_place, backward, forward + backward), strict=True))
+    return dict(
+        zip(PASSES, (forward, in_place, backward, forward + backward, in_place + backward), strict=True)
+    )

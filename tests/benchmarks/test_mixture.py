@@ -49,11 +49,11 @@ def test_rows_and_what_is_written(tiny, tmp_path, capsys):
     assert found["peak"] == PEAK.json()
     assert found["backends"] == {"cpu": backends()["cpu"].reason}
     rows = found["rows"]
-    assert len(rows) == 2 * 3 * 4  # dtypes, cases with their shares, passes
+    assert len(rows) == 2 * 3 * 5  # dtypes, cases with their shares, passes
     asked = {(row["case"], row["open"], row["open_share"]) for row in rows}
     assert asked == {("a", 0.5, 0.5), ("b", 0.25, 0.25), ("b", 1.0, 1.0)}
     for row in rows:
-        plain = {"packed"} if row["pass"] == "in place" else {"packed", "loop"}
+        plain = {"packed"} if row["pass"] in mixture.IN_PLACE else {"packed", "loop"}
         assert set(row["seconds"]) == plain | {"cpu"}
         assert set(row["ratio"]) == plain
         for spread in (*row["seconds"].values(), *row["ratio"].values(), row["of_frozen"]):
@@ -110,7 +110,9 @@ def test_calls_are_the_pass_that_they_say(what):
     """Each on another copy; backward from a graph that was made before."""
     p = Problem.random(5, 16, 24, torch.float32, "cpu", (2, 5))
     others = [p, p.clone()]
-    plain = {name: form for name, form in forms(p, []).items() if what != "in place" or form.run_in_place}
+    plain = {
+        name: form for name, form in forms(p, []).items() if what not in mixture.IN_PLACE or form.run_in_place
+    }
     y, grads = problem.gradients(p, plain["packed"])
     calls = mixture.calls(what, forms(p, []), others)
     assert list(calls) == list(plain)
@@ -123,6 +125,8 @@ def test_calls_are_the_pass_that_they_say(what):
                 found = plain["packed"].unpack(list(result))
                 for got, want in zip(found, grads, strict=True):
                     torch.testing.assert_close(got, want)
+                if what == "both in place":
+                    torch.testing.assert_close(q.base, y)
             else:
                 torch.testing.assert_close(result, y)
                 assert (result is q.base) == (what == "in place")
@@ -132,8 +136,11 @@ def test_calls_are_the_pass_that_they_say(what):
 def test_the_frozen_layer_is_a_linear_layer_with_other_weights_each_time(monkeypatch):
     monkeypatch.setattr(mixture, "enough", lambda bytes_, device: 2)
     p = Problem.random(5, 16, 24, torch.float32, "cpu", (2, 5))
-    form = mixture.frozen(p)
+    form, in_place = mixture.frozen(p)
     first, second, third = (form.run(*form.leaves(p)) for _ in range(3))
+    base = p.base.clone()
+    assert torch.equal(in_place.run_in_place(*in_place.leaves(p)), second)
+    assert torch.equal(p.base, base)
     assert first.shape == (5, 24)
     assert torch.equal(first, third)
     assert not torch.equal(first, second)

@@ -25,6 +25,9 @@ def test_by_hand():
     moved = e * (2 * K + 2 * O) + e * 3 * K  # x and dy of two tokens; dx of three
     assert found["backward"] == Work(operations, moved + weights + weights + saved)
     assert found["both"] == Work(forward.operations + operations, forward.bytes + found["backward"].bytes)
+    assert found["both in place"] == Work(
+        forward.operations + operations, found["in place"].bytes + found["backward"].bytes
+    )
 
 
 def test_weights_of_an_expert_that_nobody_opens_are_not_read():
