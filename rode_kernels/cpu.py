@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch  # before the native module: both then share torch's OpenMP runtime
@@ -231,52 +231,65 @@ def prepare_backward(
         A function of dy, dgates or None, and of what was saved: x, u, g, A, B, router_weight, seed; and of `needs`. It gives what
         `backward` gives, dx in `shape`.
     """
-    (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+    O = B.shape[0]
     run = _prepared_backward(
         (x.dtype, x.shape, O, mixture.ranks, mixture.scaling, dropout_p, False),
         (O, 1),
         x.stride(),
         *((*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
     )
-    bytes_of_du = M * R * accumulation_dtype(x.dtype).itemsize
-    threads = torch.get_num_threads
+    return partial(_gradients, run, shape)
 
-    def prepared(dy, dgates, x, u, g, A, B, router_weight, seed, needs):
-        need_x, need_A, need_B, need_router, need_bias, _ = needs
-        wide = u.new_empty
-        if dgates is not None:
-            dgates = dgates.to(u.dtype).contiguous()
-        # du and dh, and v where dB is a sum of its rows
-        factors, dh = wide((2 if need_B else 1) * M * R), wide(M * N)
-        dx = x.new_empty(shape) if need_x else None
-        dA = A.new_empty(R, K) if need_A else None
-        dB = B.new_empty(O, R) if need_B else None
-        dWr = router_weight.new_empty(N, K) if need_router else None
-        dbr = wide(N) if need_bias else None
-        du = factors.data_ptr()
-        run(
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if dx is None else dx.data_ptr(),
-            0 if dgates is None else dgates.data_ptr(),
-            u.data_ptr(),
-            g.data_ptr(),
-            A.data_ptr(),
-            B.data_ptr(),
-            router_weight.data_ptr(),
-            du + bytes_of_du if need_B else 0,
-            du,
-            dh.data_ptr(),
-            0 if dA is None else dA.data_ptr(),
-            0 if dB is None else dB.data_ptr(),
-            0 if dWr is None else dWr.data_ptr(),
-            0 if dbr is None else dbr.data_ptr(),
-            0 if seed is None else seed.data_ptr(),
-            threads(),
-        )
-        return [dx, dA, dB, dWr, dbr, None]
 
-    return prepared
+def _gradients(
+    run: Callable,
+    shape: tuple[int, ...],
+    dy: Tensor | None,
+    dgates: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    seed: Tensor | None,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """By the core's backward pass for these strides; dx in `shape`, each gradient in its parameter's dtype."""
+    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+    M, R = u.shape
+    empty = u.new_empty  # in the accumulation dtype, as u is
+    if dgates is not None:
+        dgates = dgates.to(u.dtype).contiguous()
+    factors = empty(2 if need_B else 1, M, R)  # du, and v where dB is a sum of its rows
+    dh = empty(g.shape)  # gradient of the router's logits, or of the gates where no router is
+    dx = x.new_empty(shape) if need_x else None
+    dA = A.new_empty(A.shape) if need_A else None
+    dB = B.new_empty(B.shape) if need_B else None
+    dWr = router_weight.new_empty(router_weight.shape) if need_router else None
+    dbr = empty(g.shape[1]) if need_bias else None
+    du = factors.data_ptr()
+    run(
+        0 if dy is None else dy.data_ptr(),
+        x.data_ptr(),
+        0 if dx is None else dx.data_ptr(),
+        0 if dgates is None else dgates.data_ptr(),
+        u.data_ptr(),
+        g.data_ptr(),
+        A.data_ptr(),
+        B.data_ptr(),
+        0 if router_weight is None else router_weight.data_ptr(),
+        du + M * R * factors.element_size() if need_B else 0,
+        du,
+        dh.data_ptr(),
+        0 if dA is None else dA.data_ptr(),
+        0 if dB is None else dB.data_ptr(),
+        0 if dWr is None else dWr.data_ptr(),
+        0 if dbr is None else dbr.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return [dx, dA, dB, dWr, dbr, dh if need_gates else None]
 
 
 def backward(
@@ -293,44 +306,11 @@ def backward(
     dropout_p: float,
     dense: bool,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> list[Tensor | None]:
     """As `reference.backward`, each gradient in its parameter's dtype; closed experts are skipped."""
-    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
-    (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
-    wide = u.new_empty  # in the accumulation dtype, as u is
-    dgates = None if dgates is None else dgates.to(u.dtype).contiguous()
-    # du, and v where dB is a sum of its rows
-    factors = wide(2 if need_B else 1, M, R)
-    dh = wide(M, N)  # gradient of the router's logits, or of the gates where no router is
-    dx = x.new_empty(M, K) if need_x else None
-    dA = A.new_empty(R, K) if need_A else None
-    dB = B.new_empty(O, R) if need_B else None
-    dWr = router_weight.new_empty(N, K) if need_router else None
-    dbr = wide(N) if need_bias else None
     run = _prepared_backward(
-        (x.dtype, x.shape, O, mixture.ranks, mixture.scaling, dropout_p, dense),
+        (x.dtype, x.shape, B.shape[0], mixture.ranks, mixture.scaling, dropout_p, dense),
         *(None if t is None else t.stride() for t in (dy, x)),
         *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
     )
-    du = factors.data_ptr()
-    run(
-        _address(dy),
-        x.data_ptr(),
-        _address(dx),
-        _address(dgates),
-        u.data_ptr(),
-        g.data_ptr(),
-        A.data_ptr(),
-        B.data_ptr(),
-        _address(router_weight),
-        du + factors.stride(0) * factors.element_size() if need_B else 0,
-        du,
-        dh.data_ptr(),
-        _address(dA),
-        _address(dB),
-        _address(dWr),
-        _address(dbr),
-        _address(seed),
-        torch.get_num_threads(),
-    )
-    return dx, dA, dB, dWr, dbr, dh if need_gates else None
+    return _gradients(run, x.shape, dy, dgates, x, u, g, A, B, router_weight, seed, needs)

@@ -175,11 +175,11 @@ class Expansion {
   // Tokens with one pattern next to each other, patterns and their tokens in the order in which they come.
   void sort(int64_t tokens) {
     constexpr int64_t kSlots = 2 * kGroupTokens;
-    static_assert((kSlots & (kSlots - 1)) == 0);
+    static_assert(kSlots == 256);  // 8 bits of a hash
     int64_t of_slot[kSlots], of_token[kGroupTokens], starts[kGroupTokens + 1], count = 0;
     std::memset(of_slot, -1, sizeof of_slot);
     for (int64_t i = 0; i < tokens; ++i) {
-      int64_t slot = static_cast<int64_t>(patterns_[i] >> 56);
+      int64_t slot = static_cast<int64_t>(patterns_[i] * 0x9E3779B97F4A7C15u >> 56);
       while (of_slot[slot] >= 0 && patterns_[first_[of_slot[slot]]] != patterns_[i]) slot = (slot + 1) % kSlots;
       if (of_slot[slot] < 0) {
         first_[count] = i, starts[count] = 0;
