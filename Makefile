@@ -19,7 +19,7 @@ test: $(VENV)/.dev  ## everything that needs minutes at most and no GPU
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
 test-long: $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 -m slow
 
 test-full: test test-long
 
