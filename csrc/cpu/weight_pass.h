@@ -1,0 +1,179 @@
+// The second half of the backward pass: whoever owns columns of dA and the router's gradient, or rows of dB, walks all tokens.
+#pragma once
+
+#include "outer.h"
+
+namespace {
+
+constexpr int64_t kColumns = 128;  // columns of a weight gradient that one unit of work owns
+
+template <class T>
+class WeightPass {
+  using C = typename AccumulationOf<T>::type;
+  using Row = typename Path<T>::Row;
+  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
+
+ public:
+  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const Occurrences<T>& open)
+      : p(problem),
+        a(arrays),
+        open_(open),
+        rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
+        pairs_(Path<T>::kTerm == 1 ? 0 : kSumTokens / 2 * kColumns),
+        dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
+        sums_((p.total_rank + p.experts) * kColumns),
+        dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
+        zeros_(kColumns) {
+    for (int64_t i = 0; i < kColumns; ++i) zeros_.get()[i] = Row{};
+  }
+
+  // Columns [c, c + n) of dA and of the router's gradient, from the same rows of x. Columns from `next` on come after them.
+  void input_columns(int64_t c, int64_t n, int64_t next) {
+    C* const of_A = sums_.get();
+    C* const of_router = of_A + p.total_rank * kColumns;
+    clear();
+    for (int64_t block = 0; block < open_.blocks(); ++block) {
+      const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
+      const Row* rows[kSumTokens];
+      take_rows(a.x, block, m0, tokens, c, n, rows);
+      Ahead ahead = after(a.x, m0 + tokens, p.in_features, c, n, next);
+      if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, ahead);
+      if (a.dA == nullptr) continue;
+      if (p.dropout.on)
+        for (int64_t i = 0; i < tokens; ++i) {
+          if (!any_open(static_cast<const C*>(a.g) + (m0 + i) * p.experts, p.experts)) continue;
+          Row* out = dropped_.get() + i * kColumns;
+          drop(p.dropout, static_cast<uint64_t>(m0 + i) * p.in_features + c, n, rows[i], out);
+          rows[i] = out;
+        }
+      for (int64_t e = 0; e < p.experts; ++e)
+        expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, ahead);
+    }
+    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.wide, a.dA, c, n);
+    if (a.drouter != nullptr) write_rows(of_router, p.experts, a.router.wide, a.drouter, c, n);
+  }
+
+  // Rows [c, c + n) of dB.
+  void output_columns(int64_t c, int64_t n, int64_t next) {
+    clear();
+    for (int64_t block = 0; block < open_.blocks(); ++block) {
+      const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
+      const Row* rows[kSumTokens];
+      take_rows(a.dy, block, m0, tokens, c, n, rows);
+      Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
+      for (int64_t e = 0; e < p.experts; ++e)
+        expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, ahead);
+    }
+    a.B.wide ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
+  }
+
+ private:
+  // Columns [c, c + n) of a block's tokens. Where all experts are open to all of them the pairs are the same for all experts: they
+  // are interleaved once.
+  void take_rows(const rode::Matrix& matrix, [[maybe_unused]] int64_t block, int64_t m0, int64_t tokens, int64_t c, int64_t n,
+                 const Row** rows) {
+    gather_rows<T>(matrix, m0, tokens, c, n, rows_.get(), rows);
+#if defined(__AVX512BF16__)
+    if constexpr (Path<T>::kTerm == 2) {
+      paired_ = n == kColumns && p.total_rank >= kFewRanks && !p.dropout.on;
+      for (int64_t e = 0; e < p.experts; ++e) paired_ = paired_ && open_.count(block, e) == tokens;
+      for (int64_t i = 0; i < (paired_ ? tokens : 0); i += 2) {
+        const Row *first = rows[i], *second = i + 1 < tokens ? rows[i + 1] : zeros_.get();
+        for (int64_t k = 0; k < kColumns; k += 32) {
+          __m512i pairs[2];
+          interleave(_mm512_loadu_si512(first + k), _mm512_loadu_si512(second + k), pairs);
+          _mm512_store_si512(pairs_.get() + i / 2 * kColumns + k, pairs[0]);
+          _mm512_store_si512(pairs_.get() + i / 2 * kColumns + k + 16, pairs[1]);
+        }
+      }
+    }
+#endif
+  }
+
+  // The next block of tokens, or the first of other columns.
+  Ahead after(const rode::Matrix& matrix, int64_t m, int64_t columns, int64_t c, int64_t n, int64_t next) const {
+    if (m >= p.tokens) m = 0, c = next, n = columns - next < kColumns ? columns - next : kColumns;
+    const int64_t left = p.tokens - m;
+    return Ahead(matrix, sizeof(T), m, n <= 0 ? 0 : left < kSumTokens ? left : kSumTokens, c, n);
+  }
+
+  void expert(int64_t block, int64_t e, const typename Path<T>::Column* coefficients, const Row* const* rows, int64_t n, C* out,
+              Ahead& ahead) const {
+    const int64_t count = open_.count(block, e);
+    if constexpr (Path<T>::kTerm == 2) {
+      if (paired_) {
+        const uint32_t* pairs[kSumTokens];
+        for (int64_t i = 0; i < count; i += 2) pairs[i] = pairs_.get() + i / 2 * kColumns;
+        return outer(coefficients, p.offsets[e + 1] - p.offsets[e], pairs, count, n, out, kColumns, ahead);
+      }
+    }
+    const Row* chosen[kSumTokens + 1];
+    for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
+    chosen[count] = zeros_.get();  // the last pair's second
+    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, ahead);
+  }
+
+  // dh is not rounded, so what it multiplies is not in pairs.
+  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out, Ahead& ahead) {
+    int64_t open = 0;
+    for (int64_t e = 0; e < p.experts; ++e) open += open_.count(block, e);
+    // Where many gates are open it takes less time to multiply closed ones' zeros too, unless a product is not finite.
+    if (4 * open >= tokens * p.experts) {
+      for (int64_t e = 0; e < p.experts; ++e)
+        for (int64_t i = 0; i < n; ++i) dense_.get()[e * kColumns + i] = C(0);
+      outer(static_cast<const C*>(a.dh) + m0 * p.experts, p.experts, rows, tokens, n, dense_.get(), kColumns, ahead);
+      bool finite = true;
+      for (int64_t e = 0; e < p.experts; ++e)
+        for (int64_t i = 0; i < n; ++i) finite &= dense_.get()[e * kColumns + i] - dense_.get()[e * kColumns + i] == 0;
+      if (finite) {
+        for (int64_t e = 0; e < p.experts; ++e)
+          for (int64_t i = 0; i < n; ++i) out[e * kColumns + i] += dense_.get()[e * kColumns + i];
+        return;
+      }
+    }
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const Row* chosen[kSumTokens];
+      const int64_t count = open_.count(block, e);
+      for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
+      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * kColumns, kColumns, ahead);
+    }
+  }
+
+  void clear() {
+    for (int64_t i = 0; i < (p.total_rank + p.experts) * kColumns; ++i) sums_.get()[i] = C(0);
+  }
+
+  // Columns [c, c + n) of a gradient's rows.
+  void write_rows(const C* sums, int64_t rows, bool wide, void* out, int64_t c, int64_t n) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * p.in_features + c;
+      wide ? store_some<C, C>(static_cast<C*>(out) + at, sums + r * kColumns, n)
+           : store_some<T, C>(static_cast<T*>(out) + at, sums + r * kColumns, n);
+    }
+  }
+
+  // Rows [c, c + n) of a gradient whose columns the sums are.
+  template <class G>
+  void write_transposed(G* out, int64_t c, int64_t n) const {
+    constexpr int64_t lanes = kLanes<C>;
+    for (int64_t i = 0; i < n; i += lanes)
+      for (int64_t j = 0; j < p.total_rank; j += lanes) {
+        const int64_t some = p.total_rank - j < lanes ? p.total_rank - j : lanes;
+        Vector<C> v[lanes];
+        RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = l < some ? load(sums_.get() + (j + l) * kColumns + i) : Vector<C>{};
+        transpose<lanes / 2, C>(v);
+        for (int64_t l = 0; l < lanes && i + l < n; ++l) store_first<G, C>(out + (c + i + l) * p.total_rank + j, v[l], some);
+      }
+  }
+
+  const rode::Problem& p;
+  const rode::Backward& a;
+  const Occurrences<T>& open_;
+  bool paired_ = false;
+  Scratch<Row> rows_;
+  Scratch<uint32_t> pairs_;
+  Scratch<C> dense_, sums_;
+  Scratch<Row> dropped_, zeros_;
+};
+
+}  // namespace
