@@ -62,13 +62,6 @@ class Lines {
   int64_t each_ = 0, bytes_ = 0, count_ = 0, row_ = 0;
 };
 
-// Tokens that a thread takes down where all of them together are one group.
-inline int64_t few_tokens(const rode::Problem& p) {
-  constexpr int64_t kLeast = 4;  // fewer are not worth a thread
-  const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
-  return share < kLeast ? kLeast : share > most ? most : share;
-}
-
 template <class T>
 class Expansion {
   using C = typename AccumulationOf<T>::type;
@@ -326,7 +319,7 @@ class Expansion {
         }
       }
     }
-    RODE_UNROLL for (int m = 0; m < TM; ++m)++ done[open[m]];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) done[open[m]] += 1;
   }
 
   const rode::Problem& p;

@@ -83,7 +83,7 @@ class ForwardPass {
     m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     for (int64_t i = 0; i < tokens; ++i) {
-      weigh(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
+      weigh_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
       up_.token(i, g + i * p.experts, v_.get());
     }
     up_.group(tokens, g, a.base && a.base.data == a.y.data);
@@ -132,7 +132,7 @@ class ForwardPass {
   }
 
   // v of one token's open experts.
-  void weigh(const C* g, const C* u) {
+  void weigh_token(const C* g, const C* u) {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
       const C factor = static_cast<C>(p.scaling[e]) * g[e];
@@ -152,6 +152,13 @@ class ForwardPass {
   Dots<Row> dots_;
   Expansion<T> up_;
 };
+
+// Tokens that a thread takes down where all of them together are one group.
+inline int64_t few_tokens(const rode::Problem& p) {
+  constexpr int64_t kLeast = 4;  // fewer are not worth a thread
+  const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
+  return share < kLeast ? kLeast : share > most ? most : share;
+}
 
 template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {

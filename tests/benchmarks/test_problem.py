@@ -130,3 +130,14 @@ def test_a_wrong_gradient_is_an_error(argument):
         RuntimeError, match=rf"loop is wrong \(the gradient of {argument}, .*nothing is timed"
     ):
         check(p, form, chunk=32)
+
+
+def test_a_gradient_that_is_wrong_in_place_alone_is_an_error():
+    p = small()
+    right = forms(p, ["reference"])["packed"]
+
+    def wrong(x, *others):
+        return right.run_in_place(WrongGradient.apply(x), *others)
+
+    with pytest.raises(RuntimeError, match=r"packed is wrong \(the gradient of x, .*nothing is timed"):
+        check(p, {"packed": replace(right, run_in_place=wrong)}, chunk=32)

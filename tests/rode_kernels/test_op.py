@@ -29,6 +29,8 @@ SHAPES = {
     "R = 1000": dict(ranks=(500, 300, 200), tokens=(9,), K=64, O=48),
     "all closed": dict(open_share=0.0),
     "all open": dict(open_share=1.0),
+    "all open, wider than a unit": dict(open_share=1.0, K=300, O=260, tokens=(301,)),
+    "many experts, few open": dict(ranks=(16,) * 16, open_share=0.1, K=70, O=200, tokens=(150,)),
     "K = 1": dict(K=1),
     "O = 1": dict(O=1),
     "K and O odd": dict(K=101, O=77, tokens=(45,)),
@@ -197,8 +199,7 @@ def test_token_bits_do_not_depend_on_company(backend):
         pytest.skip("plain PyTorch picks its matrix product by shape")
     if backend in ON_GPUS:
         pytest.skip("fewer tokens share K out among more blocks, which add in another order")
-    tokens = 300 if backend == "cpu" else 37
-    p = random_problem((tokens,), K=50, O=300, dtype=torch.bfloat16)
+    p = random_problem((300,), K=50, O=300, dtype=torch.bfloat16)
 
     def run(some):
         x = p.x[some].clone().requires_grad_()
@@ -209,7 +210,7 @@ def test_token_bits_do_not_depend_on_company(backend):
         return y.detach(), *torch.autograd.grad(y, x, p.dy[some])
 
     whole = run(slice(None))
-    for some in (slice(0, 1), slice(5, 7), slice(31, 37), slice(tokens - 90, tokens)):
+    for some in (slice(0, 1), slice(5, 7), slice(31, 37), slice(210, 300)):
         assert all(torch.equal(part, of[some]) for part, of in zip(run(some), whole, strict=True))
 
 
@@ -223,22 +224,20 @@ def threads(count):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("tokens", [0, 3, 70, 700])
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
-def test_bits_do_not_depend_on_threads_or_run(backend, router, tokens):
+def test_bits_do_not_depend_on_threads_or_run(backend, router):
     if backend == "reference":
         pytest.skip("plain PyTorch makes no such promise")
-    if backend in ON_GPUS and tokens != 70:
-        pytest.skip("these are slow, and threads are not theirs")
-    p = random_problem((tokens,), K=300, O=260, router=router, dropout_p=0.1, dropout_seed=3)
-    results = []
-    for count in (1, 2, 5, 5):
-        with threads(count):
-            results.append(operation(p, backend=backend))
-    for other in results[1:]:
-        assert torch.equal(other.y, results[0].y)
-        for name, grad in results[0].grads.items():
-            assert torch.equal(grad, other.grads[name]), name
+    for tokens in (200,) if backend in ON_GPUS else (0, 3, 70, 700):  # GPU code on a CPU is slow
+        p = random_problem((tokens,), K=300, O=260, router=router, dropout_p=0.1, dropout_seed=3)
+        results = []
+        for count in (1, 2, 5, 5):
+            with threads(count):
+                results.append(operation(p, backend=backend))
+        for other in results[1:]:
+            assert torch.equal(other.y, results[0].y)
+            for name, grad in results[0].grads.items():
+                assert torch.equal(grad, other.grads[name]), name
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
