@@ -121,13 +121,14 @@ class TokenPass {
       const bool direct = is_direct<T, Row>(a.dy);
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
       if (w.B.data == nullptr) {
+        const Range all{0, p.total_rank};
         const auto make = [&](int64_t i, Row* out) {
-          pack_transposed<T>(a.B, i, {w.B.width, 0}, p.total_rank, p.out_features, out);
+          pack_transposed<T>(a.B, i, {w.B.width, 0}, {&all, 1}, p.total_rank, p.out_features, out);
         };
         const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
-        dots_.where_open(g, rows, tokens, B, t, nullptr, 0);
+        dots_.where_open(g, rows, tokens, B, {0, p.total_rank}, t, nullptr, 0);
       } else {
-        dots_.where_open(g, rows, tokens, w.B, t, direct ? next : nullptr, of_next);
+        dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, direct ? next : nullptr, of_next);
       }
     }
     for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
@@ -184,14 +185,20 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   }
 }
 
+// Whom columns of weight gradients belong to: each thread a share, those of dA cut up where those of dB are cut down.
+inline int64_t parts_of(int64_t columns) { return (columns + kLeastColumns - 1) / kLeastColumns; }
+inline int64_t share(int64_t columns, int64_t thread, int64_t threads, bool up) {
+  const int64_t at = (thread * parts_of(columns) + (up ? threads - 1 : 0)) / threads * kLeastColumns;
+  return at < columns ? at : columns;
+}
+
 template <class T>
 void backward(const rode::Problem& p, const rode::Backward& a) {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
   const bool in = a.dA != nullptr || a.drouter != nullptr, out = a.dB != nullptr && a.dy;
-  const int64_t in_units = in ? (p.in_features + kColumns - 1) / kColumns : 0;
-  const int64_t units = in_units + (out ? (p.out_features + kColumns - 1) / kColumns : 0);
+  const int64_t in_columns = in ? p.in_features : 0, out_columns = out ? p.out_features : 0;
   if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
   const int64_t terms = terms_of<T>(p);
 
@@ -199,7 +206,9 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const bool few = p.threads > 1 && p.tokens > 0 && p.tokens <= kGroupTokens;
   const int64_t unit = few ? (p.tokens + p.threads - 1) / p.threads : unit_tokens(p);
   const int64_t token_units = (p.tokens + unit - 1) / unit;
-  const int threads = thread_count(p, token_units > units ? token_units : units);
+  const Range all{0, p.total_rank};
+  const int64_t parts = parts_of(in_columns) + parts_of(out_columns);
+  const int threads = thread_count(p, token_units > parts ? token_units : parts);
   const Chunks of_B = row_chunks<Row>(p.out_features), chunks = column_chunks<T>(p.in_features, terms, few ? 4 * threads : 1);
   const int64_t block = few && is_direct<T, Row>(a.dy) ? unit : block_tokens(p);
   Scratch<Row> B(a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0);
@@ -213,7 +222,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
     if (!few) {
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
-        pack_transposed<T>(a.B, i, of_B, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
+        pack_transposed<T>(a.B, i, of_B, {&all, 1}, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i) {
         pack_rows_as_columns<T>(p, a.A, i, chunks, A.get() + i * chunks.width * terms);
@@ -238,18 +247,15 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
       }
     }
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < (units > 0 ? open.blocks() : 0); ++b)
+    for (int64_t b = 0; b < (parts > 0 ? open.blocks() : 0); ++b)
       open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
                    out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
     WeightPass<T> pass(p, a, open);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < units; ++i) {
-      const bool input = i < in_units;
-      const int64_t c = (input ? i : i - in_units) * kColumns;
-      const int64_t left = (input ? p.in_features : p.out_features) - c, n = left < kColumns ? left : kColumns;
-      const int64_t next = c + threads * kColumns;  // most likely
-      input ? pass.input_columns(c, n, next) : pass.output_columns(c, n, next);
-    }
+    // Neighbouring columns are a thread's: what the processor reads ahead would else be lines that another thread writes.
+    const Team team;
+    pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
+    pass.output_columns(share(out_columns, team.thread, team.threads, false),
+                        share(out_columns, team.thread + 1, team.threads, false));
   }
   if (a.dbias != nullptr) bias_gradient<C>(p, a);
 }

@@ -117,6 +117,35 @@ Chunks row_chunks(int64_t length) {
   return {width, (length + width - 1) / width};
 }
 
+// Those of expert e.
+inline Range within(const rode::Problem& p, int64_t e, Range ranks) {
+  const int64_t begin = p.offsets[e], end = p.offsets[e + 1];
+  return {ranks.begin > begin ? ranks.begin : begin, ranks.end < end ? ranks.end : end};
+}
+
+// The ranks of a thread, which have an even share of those that any of the tokens has open, or of all if `dense`.
+template <class C>
+Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
+  const auto wanted = [&](int64_t e) {
+    for (int64_t i = 0; i < tokens; ++i)
+      if (gates[i * p.experts + e] != 0) return true;
+    return p.dense;
+  };
+  int64_t all = 0;
+  for (int64_t e = 0; e < p.experts; ++e) all += wanted(e) ? p.offsets[e + 1] - p.offsets[e] : 0;
+  const auto rank_after = [&](int64_t count) {  // so many wanted ones
+    for (int64_t e = 0; e < p.experts; ++e) {
+      const int64_t width = wanted(e) ? p.offsets[e + 1] - p.offsets[e] : 0;
+      if (count < width) return p.offsets[e] + count;
+      count -= width;
+    }
+    return p.total_rank;
+  };
+  const int64_t next = team.thread + 1;
+  return {team.thread == 0 ? 0 : rank_after(team.thread * all / team.threads),
+          next == team.threads ? p.total_rank : rank_after(next * all / team.threads)};
+}
+
 template <class E>
 class Dots {
   using C = typename Operand<E>::C;
@@ -140,11 +169,11 @@ class Dots {
     sums<C>(sums_.get(), tokens * weights.rows, out);
   }
 
-  // For each token in turn, out[expert's columns] where the expert is open (or `dense`). Other pairs leave `out` alone.
-  // `next`: rows that will be read after these, null where they are not to be brought near.
+  // For each token in turn, out[expert's columns] where the expert is open (or `dense`), of `ranks`. Other pairs leave `out`
+  // alone. `next`: rows that will be read after these, null where they are not to be brought near.
   template <class Weights>
-  void where_open(const C* gates, const E* const* rows, int64_t tokens, const Weights& weights, C* out, const E* const* next,
-                  int64_t next_tokens) {
+  void where_open(const C* gates, const E* const* rows, int64_t tokens, const Weights& weights, Range ranks, C* out,
+                  const E* const* next, int64_t next_tokens) {
     for (int64_t e = 0; e < p.experts; ++e) {
       int64_t count = 0;
       for (int64_t i = 0; i < tokens; ++i)
@@ -157,13 +186,16 @@ class Dots {
     each_step(weights, [&](const E* w, int64_t stride, int64_t k, int64_t n) {
       next_ = next, next_tokens_ = next == nullptr ? 0 : next_tokens;
       for (int64_t e = 0; e < p.experts; ++e) {
-        const int64_t begin = p.offsets[e];
-        part(chosen_.get() + e * block_, counts_.get()[e], k, w + begin * stride, p.offsets[e + 1] - begin, stride, n,
-             sums_.get() + block_ * begin);
+        const Range r = within(p, e, ranks);
+        if (r.begin < r.end)
+          part(chosen_.get() + e * block_, counts_.get()[e], k, w + r.begin * stride, r.end - r.begin, stride, n,
+               sums_.get() + block_ * r.begin);
       }
     });
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t begin = p.offsets[e], width = p.offsets[e + 1] - begin;
+      const Range r = within(p, e, ranks);
+      const int64_t begin = r.begin, width = r.end - begin;
+      if (width <= 0) continue;
       sums<C>(sums_.get() + block_ * begin, counts_.get()[e] * width, results_.get());
       for (int64_t i = 0; i < counts_.get()[e]; ++i)
         std::memcpy(out + index_.get()[e * block_ + i] * p.total_rank + begin, results_.get() + i * width, width * sizeof(C));

@@ -76,6 +76,7 @@ class Expansion {
         terms_(kGroupTokens * terms),
         identity_(terms),
         starts_of_experts_(p.experts + 1),
+        ranges_(p.experts),
         sums_(terms > kFewTerms ? kGroupTokens * width : 0),
         open_(terms > kFewTerms ? kGroupTokens * p.experts : 0),
         open_counts_(terms > kFewTerms ? p.experts : 0) {
@@ -102,10 +103,28 @@ class Expansion {
     patterns_[i] = pattern;
   }
 
+  // Terms that any of `tokens` tokens has open.
+  Ranges open_terms(int64_t tokens, const C* g) {
+    int64_t count = 0;
+    Range* const ranges = ranges_.get();
+    for (int64_t e = 0; e < p.experts; ++e) {
+      bool open = false;
+      for (int64_t i = 0; i < tokens && !open; ++i) open = g[i * p.experts + e] != 0;
+      const int64_t begin = starts_of_experts_.get()[e], end = starts_of_experts_.get()[e + 1];
+      if (!open || begin == end) continue;
+      if (count > 0 && ranges[count - 1].end == begin)
+        ranges[count - 1].end = end;
+      else
+        ranges[count++] = {begin, end};
+    }
+    return {ranges, count};
+  }
+
   // Decides, of tokens [0, tokens), who is computed together. Those without an open expert are left out if `skip_closed`.
   void group(int64_t tokens, const C* g, bool skip_closed) {
     sort(tokens);
     groups_ = 0;
+    gates_ = g;
     for (int64_t i = 0; i < tokens;) {
       int64_t run = 1;
       while (i + run < tokens && alike(order_[i], order_[i + run])) ++run;
@@ -119,7 +138,6 @@ class Expansion {
       i += run;
     }
     // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
-    gates_ = g;
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
     if (by_expert_) list_open(tokens);
   }
@@ -327,6 +345,7 @@ class Expansion {
   Scratch<Column> v_;
   Scratch<int32_t> terms_, identity_;
   Scratch<int64_t> starts_of_experts_;
+  Scratch<Range> ranges_;
   const C* gates_ = nullptr;
   bool by_expert_ = false;
   int32_t experts_of_[kGroupTokens];

@@ -69,14 +69,18 @@ class ForwardPass {
         x_(is_direct<T, Row>(a.x) ? 0 : block_ * p.in_features),
         dropped_(p.dropout.on ? block_ * p.in_features : 0),
         v_(p.total_rank),
+        gates_(block_ * p.experts),
         B_(w.B == nullptr ? w.chunks.width * w.terms : 0),
         dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
 
   // u of tokens [m0, m0 + tokens), and with a router their gates.
   void down(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
+    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_, {0, 1});
   }
+
+  // The same of all tokens, no more than a block, whose ranks threads share.
+  void down_together(Team team) { down_block(0, p.tokens, team); }
 
   // Makes v of them, for `up`.
   void weigh(int64_t m0, int64_t tokens) {
@@ -87,22 +91,26 @@ class ForwardPass {
       up_.token(i, g + i * p.experts, v_.get());
     }
     up_.group(tokens, g, a.base && a.base.data == a.y.data);
+    if (w.B == nullptr) wanted_ = up_.open_terms(tokens, g);
   }
 
   // Chunk i of y.
   void up(int64_t i) {
     IntoOutput<T> output{a, m0_};
     const Column* B = w.B == nullptr ? B_.get() : w.B + i * w.chunks.width * w.terms;
-    if (w.B == nullptr) pack_columns<T>(p, a.B, i, w.chunks, B_.get());
+    if (w.B == nullptr) pack_columns<T>(p, a.B, i, w.chunks, wanted_, B_.get());
     up_.chunk(B, w.chunks.width, i * w.chunks.width, w.chunks.columns(i, p.out_features), output);
   }
 
  private:
-  void down_block(int64_t m0, int64_t tokens) {
+  void down_block(int64_t m0, int64_t tokens, Team team) {
     const Row* rows[kBlockTokens];
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
-    if (a.router) gate(rows, tokens, g);
+    if (a.router) {
+      if (team.thread > 0) g = gates_.get();  // rather computed twice than waited for
+      gate(rows, tokens, g);
+    }
     if (p.dropout.on) {
       for (int64_t i = 0; i < tokens; ++i) {
         if (!p.dense && !any_open(g + i * p.experts, p.experts)) continue;
@@ -112,12 +120,14 @@ class ForwardPass {
       }
     }
     C* u = static_cast<C*>(a.u) + m0 * p.total_rank;
-    for (int64_t i = 0; i < tokens * p.total_rank; ++i) u[i] = 0;
+    const Range ranks = team.threads == 1 ? Range{0, p.total_rank} : share_of_ranks(p, g, tokens, team);
+    for (int64_t i = 0; i < tokens; ++i)
+      for (int64_t r = ranks.begin; r < ranks.end; ++r) u[i * p.total_rank + r] = 0;
     const Row* next[kBlockTokens];
     const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
     const bool direct = is_direct<T, Row>(a.x);
     if (direct) gather_rows<T>(a.x, m0 + tokens, of_next, 0, p.in_features, x_.get(), next);
-    dots_.where_open(g, rows, tokens, w.A, u, direct ? next : nullptr, of_next);
+    dots_.where_open(g, rows, tokens, w.A, ranks, u, direct ? next : nullptr, of_next);
   }
 
   void gate(const Row* const* rows, int64_t tokens, C* g) {
@@ -146,18 +156,27 @@ class ForwardPass {
   const ForwardWeights<T>& w;
   const int64_t block_ = block_tokens(p);
   int64_t m0_ = 0;
+  Ranges wanted_{};
   Scratch<Row> x_, dropped_;
-  Scratch<C> v_;
+  Scratch<C> v_, gates_;
   Scratch<Column> B_;
   Dots<Row> dots_;
   Expansion<T> up_;
 };
 
+constexpr int64_t kLeastTokens = 4;  // fewer are not worth a thread
+
 // Tokens that a thread takes down where all of them together are one group.
 inline int64_t few_tokens(const rode::Problem& p) {
-  constexpr int64_t kLeast = 4;  // fewer are not worth a thread
   const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
-  return share < kLeast ? kLeast : share > most ? most : share;
+  return share < kLeastTokens ? kLeastTokens : share > most ? most : share;
+}
+
+// Of still fewer, threads share the weights: each has at least so many bytes of A and B, or it is not worth waking.
+constexpr int64_t kBytesOfThread = 192 * 1024;
+template <class T>
+int64_t weight_bytes(const rode::Problem& p) {
+  return p.total_rank * (p.in_features + p.out_features) * static_cast<int64_t>(sizeof(T));
 }
 
 template <class T>
@@ -167,8 +186,11 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
   // Few tokens are one group, whose y threads share by columns: each lays out the weights of its own.
   const bool few = p.tokens <= kGroupTokens;
   const int64_t unit = few ? few_tokens(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
-  const int threads = thread_count(p, units);
+  const int64_t kept_busy = weight_bytes<T>(p) / kBytesOfThread;
+  const bool by_rank = p.tokens > 0 && p.tokens < 2 * kLeastTokens && p.threads > 1 && kept_busy > 1;
+  const int threads = thread_count(p, by_rank ? kept_busy : units);
   const int64_t terms = terms_of<T>(p);
+  const Range all_terms{0, terms};
   const Chunks chunks = column_chunks<T>(p.out_features, terms, few && threads > 1 ? 4 * threads : 1);
   // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
   const bool copies = !few || (threads == 1 && p.tokens >= kBlockTokens) || !stands_as_rows<T>(a.A, p.in_features);
@@ -190,14 +212,20 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
     for (int64_t r = 0; r < (copies_router ? p.experts : 0); ++r)
       copy_row<T>(a.router, r, 0, p.in_features, router.get() + r * p.in_features);
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < (few ? 0 : chunks.count); ++i) pack_columns<T>(p, a.B, i, chunks, B.get() + i * chunks.width * terms);
+    for (int64_t i = 0; i < (few ? 0 : chunks.count); ++i)
+      pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B.get() + i * chunks.width * terms);
     ForwardPass<T> pass(p, a, weights);
     if (copies || copies_router) {
 #pragma omp barrier
     }
+    if (by_rank) {
+      pass.down_together(Team());
+#pragma omp barrier
+    }
     if (few) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < units; ++b) pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);
+      for (int64_t b = 0; b < (by_rank ? 0 : units); ++b)
+        pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);
       pass.weigh(0, p.tokens);
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);

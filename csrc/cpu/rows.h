@@ -1,6 +1,10 @@
 // Reading a matrix of any dtype and strides as rows, and how tokens are cut into blocks.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "../rode.h"
 #include "simd.h"
 // philox.h uses memcpy
@@ -57,6 +61,15 @@ bool any_open(const C* gates, int64_t experts) {
     if (gates[i] != 0) return true;
   return false;
 }
+
+// Of a parallel region: who runs this, of how many. These may be fewer than were asked for.
+struct Team {
+#ifdef _OPENMP
+  int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+#else
+  int64_t thread = 0, threads = 1;
+#endif
+};
 
 // No thread is woken for nothing.
 inline int thread_count(const rode::Problem& p, int64_t units) {

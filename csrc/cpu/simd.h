@@ -132,6 +132,38 @@ RODE_INLINE void transpose(Vector<C>* v) {
   }
 }
 
+// Squares of four words of a row each are turned in vectors of this size: in wider ones that takes longer.
+constexpr int kQuadRows = kVectorBytes >= 32 ? 8 : 4;
+typedef float Quads __attribute__((vector_size(4 * kQuadRows)));
+typedef float QuadInMemory __attribute__((vector_size(16), aligned(4), may_alias));
+
+// out[j], for j in [0, 4): word j of kQuadRows rows, `stride` words apart.
+RODE_INLINE void transpose_quads(const float* rows, int64_t stride, Quads* out) {
+  const auto at = [&](int64_t l)
+                      __attribute__((always_inline)) { return *reinterpret_cast<const QuadInMemory*>(rows + l * stride); };
+#if defined(__AVX2__)
+  const float* others = rows + 4 * stride;
+  const auto both = [&](int64_t l) __attribute__((always_inline)) {
+    return __builtin_shufflevector(at(l), *reinterpret_cast<const QuadInMemory*>(others + l * stride), 0, 1, 2, 3, 4, 5, 6, 7);
+  };
+  const Quads a = both(0), b = both(1), c = both(2), d = both(3);
+  const Quads ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13),
+              ab2 = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  const Quads cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13),
+              cd2 = __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+  out[0] = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13),
+  out[1] = __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  out[2] = __builtin_shufflevector(ab2, cd2, 0, 1, 8, 9, 4, 5, 12, 13),
+  out[3] = __builtin_shufflevector(ab2, cd2, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+  const Quads a = at(0), b = at(1), c = at(2), d = at(3);
+  const Quads ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quads cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), out[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), out[3] = __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7);
+#endif
+}
+
 // out[i] = the sum of v[i]'s lanes, by halves; of n vectors, the same bits wherever one stands.
 template <int Half, class C>
 RODE_INLINE void merge(Vector<C>* v) {

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t kColumns = 128;  // columns of a weight gradient that one unit of work owns
+constexpr int64_t kColumns = 128;                // columns of a weight gradient at a time
+constexpr int64_t kLeastColumns = kColumns / 2;  // of which a thread has a multiple
 
 template <class T>
 class WeightPass {
@@ -27,8 +28,18 @@ class WeightPass {
     for (int64_t i = 0; i < kColumns; ++i) zeros_.get()[i] = Row{};
   }
 
-  // Columns [c, c + n) of dA and of the router's gradient, from the same rows of x. Columns from `next` on come after them.
-  void input_columns(int64_t c, int64_t n, int64_t next) {
+  // Columns [begin, end) of dA and of the router's gradient, from the same rows of x.
+  void input_columns(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += kColumns) input_columns(c, end - c < kColumns ? end - c : kColumns, end);
+  }
+
+  // Rows [begin, end) of dB.
+  void output_columns(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += kColumns) output_columns(c, end - c < kColumns ? end - c : kColumns, end);
+  }
+
+ private:
+  void input_columns(int64_t c, int64_t n, int64_t end) {
     C* const of_A = sums_.get();
     C* const of_router = of_A + p.total_rank * kColumns;
     clear();
@@ -36,7 +47,7 @@ class WeightPass {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       take_rows(a.x, block, m0, tokens, c, n, rows);
-      Ahead ahead = after(a.x, m0 + tokens, p.in_features, c, n, next);
+      Ahead ahead = after(a.x, m0 + tokens, c, n, end);
       if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, ahead);
       if (a.dA == nullptr) continue;
       if (p.dropout.on)
@@ -53,21 +64,18 @@ class WeightPass {
     if (a.drouter != nullptr) write_rows(of_router, p.experts, a.router.wide, a.drouter, c, n);
   }
 
-  // Rows [c, c + n) of dB.
-  void output_columns(int64_t c, int64_t n, int64_t next) {
+  void output_columns(int64_t c, int64_t n, int64_t end) {
     clear();
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       take_rows(a.dy, block, m0, tokens, c, n, rows);
-      Ahead ahead = after(a.dy, m0 + tokens, p.out_features, c, n, next);
+      Ahead ahead = after(a.dy, m0 + tokens, c, n, end);
       for (int64_t e = 0; e < p.experts; ++e)
         expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, ahead);
     }
     a.B.wide ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
   }
-
- private:
   // Columns [c, c + n) of a block's tokens. Where all experts are open to all of them the pairs are the same for all experts: they
   // are interleaved once.
   void take_rows(const rode::Matrix& matrix, [[maybe_unused]] int64_t block, int64_t m0, int64_t tokens, int64_t c, int64_t n,
@@ -90,9 +98,9 @@ class WeightPass {
 #endif
   }
 
-  // The next block of tokens, or the first of other columns.
-  Ahead after(const rode::Matrix& matrix, int64_t m, int64_t columns, int64_t c, int64_t n, int64_t next) const {
-    if (m >= p.tokens) m = 0, c = next, n = columns - next < kColumns ? columns - next : kColumns;
+  // The next block of tokens, or the first of the next columns.
+  Ahead after(const rode::Matrix& matrix, int64_t m, int64_t c, int64_t n, int64_t end) const {
+    if (m >= p.tokens) m = 0, c += n, n = end - c < kColumns ? end - c : kColumns;
     const int64_t left = p.tokens - m;
     return Ahead(matrix, sizeof(T), m, n <= 0 ? 0 : left < kSumTokens ? left : kSumTokens, c, n);
   }

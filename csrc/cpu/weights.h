@@ -94,20 +94,57 @@ inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t 
   return {width, (columns + width - 1) / width};
 }
 
-// Chunk i of a matrix that is given transposed: out[j * width + o] = row(o, j) for j in [0, rows), and 0 beyond the last of
-// `columns`. `row(o, j, n)`: n neighbours from j on of given row o, as a vector.
+// Rows that somebody will read, as ranges in ascending order.
+struct Range {
+  int64_t begin, end;
+};
+struct Ranges {
+  const Range* first;
+  int64_t count;
+  const Range* begin() const { return first; }
+  const Range* end() const { return first + count; }
+};
+
+// Chunk i of a matrix that is given transposed: out[j * width + o] = row(o, j) for j in the ranges, and 0 beyond the last of
+// `columns`. `row(o, j, n)`: n neighbours from j on of given row o, as a vector. Other rows may be written too.
 template <class C, class Out, class Row>
-void transpose_chunk(int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Row row, Out* out) {
+void transpose_chunk(int64_t i, const Chunks& chunks, Ranges wanted, int64_t columns, Row row, Out* out) {
   constexpr int64_t lanes = kLanes<C>;
   const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
   for (int64_t o = 0; o < chunks.width; o += lanes)
-    for (int64_t j = 0; j < rows; j += lanes) {
-      const int64_t some = rows - j < lanes ? rows - j : lanes;
-      Vector<C> v[lanes];
-      RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = o + l < n ? row(first + o + l, j, some) : Vector<C>{};
-      transpose<lanes / 2, C>(v);
-      RODE_UNROLL for (int k = 0; k < lanes; ++k) if (k < some) store_narrow<Out>(out + (j + k) * chunks.width + o, v[k]);
+    for (const Range& range : wanted)
+      for (int64_t j = range.begin; j < range.end; j += lanes) {
+        const int64_t some = range.end - j < lanes ? range.end - j : lanes;
+        Vector<C> v[lanes];
+        RODE_UNROLL for (int l = 0; l < lanes; ++l) v[l] = o + l < n ? row(first + o + l, j, some) : Vector<C>{};
+        transpose<lanes / 2, C>(v);
+        RODE_UNROLL for (int k = 0; k < lanes; ++k) if (k < some) store_narrow<Out>(out + (j + k) * chunks.width + o, v[k]);
+      }
+}
+
+// The same of words of 32 bits that stand in memory, `stride` apart from row to row.
+inline void transpose_chunk_of_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
+                                     const float* words, int64_t stride, float* out) {
+  const int64_t width = chunks.width, first = i * width, n = chunks.columns(i, columns);
+  int64_t o = 0;
+  for (; rows >= 4 && o + kQuadRows <= n; o += kQuadRows) {
+    const float* const from = words + (first + o) * stride;
+    for (const Range& range : wanted) {
+      for (int64_t l = 16; l < 16 + kQuadRows; ++l)  // rows that come later, in the order in which they stand
+        for (int64_t j = range.begin; j < range.end; j += 16) __builtin_prefetch(from + l * stride + j);
+      const int64_t last = rows - 4 < range.end ? rows - 4 : range.end;
+      for (int64_t j = range.begin; j < range.end; j += 4) {
+        const int64_t at = j < last ? j : last;
+        Quads v[4];
+        transpose_quads(from + at, stride, v);
+        float* const to = out + at * width + o;
+        RODE_UNROLL for (int l = 0; l < 4; ++l) std::memcpy(to + l * width, &v[l], sizeof v[l]);
+      }
     }
+  }
+  for (; o < width; ++o)
+    for (const Range& range : wanted)
+      for (int64_t j = range.begin; j < range.end; ++j) out[j * width + o] = o < n ? words[(first + o) * stride + j] : 0.0f;
 }
 
 // How many of Path's columns an expert takes, all of them together.
@@ -137,13 +174,20 @@ inline bool ranks_are_even(const rode::Problem& p) {
 }
 #endif
 
-// Chunk i of B^T as sums of rows read it; w is B, (O, R).
+// Terms `wanted` of chunk i of B^T as sums of rows read it; w is B, (O, R).
 template <class T>
-void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks, typename Path<T>::Column* out) {
+void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted,
+                  typename Path<T>::Column* out) {
   using C = typename AccumulationOf<T>::type;
   if constexpr (Path<T>::kTerm == 1) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (w.column == 1) {
+        transpose_chunk_of_words(i, chunks, wanted, p.total_rank, p.out_features, static_cast<const float*>(w.data), w.row, out);
+        return;
+      }
+    }
     transpose_chunk<C, C>(
-        i, chunks, p.total_rank, p.out_features,
+        i, chunks, wanted, p.out_features,
         [&](int64_t o, int64_t j, int64_t n) {
           __builtin_prefetch(static_cast<const char*>(w.data) + ((o + kLanes<C>)*w.row + j) * (w.wide ? sizeof(C) : sizeof(T)));
           return weights_at<T>(w, o, j, n);
@@ -154,19 +198,14 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
     // pairs travel as the bits of floats
     float* words = reinterpret_cast<float*>(out);
     const int64_t terms = terms_of<T>(p);
-    if (!w.wide && w.column == 1 && ranks_are_even(p)) {
-      transpose_chunk<float, float>(
-          i, chunks, terms, p.out_features,
-          [&](int64_t o, int64_t t, int64_t n) {
-            return load_first(reinterpret_cast<const float*>(static_cast<const BFloat16*>(w.data) + o * w.row) + t, n);
-          },
-          words);
+    if (!w.wide && w.column == 1 && w.row % 2 == 0 && ranks_are_even(p)) {
+      transpose_chunk_of_words(i, chunks, wanted, terms, p.out_features, static_cast<const float*>(w.data), w.row / 2, words);
       return;
     }
     Scratch<int64_t> ranks(terms), ends(terms);
     each_pair(p, [&](int64_t term, int64_t j, int64_t end) { ranks.get()[term] = j, ends.get()[term] = end; });
     transpose_chunk<float, float>(
-        i, chunks, terms, p.out_features,
+        i, chunks, wanted, p.out_features,
         [&](int64_t o, int64_t t, int64_t n) {
           uint32_t pairs[kLanes<float>] = {};
           for (int64_t l = 0; l < n; ++l) {
@@ -181,12 +220,19 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
   }
 }
 
-// Chunk i of B^T as rows; w is B, (O, R).
+// Rows `wanted` of chunk i of B^T; w is B, (O, R).
 template <class T, class Out>
-void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
+void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
+                     Out* out) {
   using C = typename AccumulationOf<T>::type;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (w.column == 1) {
+      transpose_chunk_of_words(i, chunks, wanted, rows, columns, static_cast<const float*>(w.data), w.row, out);
+      return;
+    }
+  }
   transpose_chunk<C, Out>(
-      i, chunks, rows, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
+      i, chunks, wanted, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
 }
 
 // Row j of A, (R, K), into each of its chunks.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,6 +241,57 @@ def test_bits_do_not_depend_on_threads_or_run(backend, router):
                 assert torch.equal(grad, other.grads[name]), name
 
 
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_cpu_threads_share_the_weights_of_hardly_any_tokens(tokens, dtype, parameter_dtype):
+    """Each takes some of the ranks, whosever experts they are, and then some columns: values, and the same bits as one thread's."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    for options in (
+        dict(open_share=0.2),
+        dict(dropout_p=0.3, dropout_seed=5),
+        dict(router=False, gate_grad="all"),
+    ):
+        p = random_problem(
+            (tokens,),
+            K=1024,
+            O=1001,
+            ranks=(3, 1, 40, 65, 5, 100),
+            dtype=dtype,
+            parameter_dtype=parameter_dtype,
+            **options,
+        )
+        results = []
+        for count in (1, 2, 4):
+            with threads(count):
+                results.append(operation(p, backend="cpu") if p.dropout_p else check(p, backend="cpu"))
+        for other in results[1:]:
+            assert torch.equal(other.y, results[0].y)
+            for name, grad in results[0].grads.items():
+                assert torch.equal(grad, other.grads[name]), name
+
+
+def test_cpu_with_fewer_threads_than_it_asks_for():
+    """As within another program's parallel region: nobody's share may be lost."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    program = """
+import torch
+from mixture_oracle import check, random_problem
+torch.set_num_threads(4)
+for tokens in (1, 60, 300):
+    check(random_problem((tokens,), K=1024, O=1001, ranks=(64, 64)), backend="cpu")
+"""
+    support = Path(__file__).parents[1] / "support"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=dict(os.environ, OMP_THREAD_LIMIT="1", PYTHONPATH=str(support)),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_problems(backend, data):
@@ -385,6 +437,7 @@ def test_other_instruction_sets(isa):
         f"{__file__}::test_parameter_dtypes",
         f"{__file__}::test_random_problems",
         f"{__file__}::test_strides",
+        f"{__file__}::test_cpu_threads_share_the_weights_of_hardly_any_tokens",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own_where_experts_are_many",
     ]
