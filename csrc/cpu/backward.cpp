@@ -76,6 +76,7 @@ class TokenPass {
         block_(block),
         dy_(a.dy && !is_direct<T, Row>(a.dy) ? block_ * p.out_features : 0),
         B_(a.dy && w.B.data == nullptr ? w.B.width * p.total_rank : 0),
+        ranges_(p.experts),
         A_(a.dx && w.A == nullptr ? w.chunks.width * w.terms : 0),
         router_(a.dx && a.router && w.A == nullptr ? w.chunks.width * p.experts : 0),
         t_(block_ * p.total_rank),
@@ -87,6 +88,31 @@ class TokenPass {
     for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
   }
 
+  // Of all tokens, of the ranks that are the team member's: t, (M, R).
+  void project(Team team, C* t) {
+    const C* g = static_cast<const C*>(a.g);
+    const Range mine = share_of_ranks(p, g, p.tokens, team);
+    for (int64_t i = 0; i < p.tokens; ++i)
+      for (int64_t r = mine.begin; r < mine.end; ++r) t[i * p.total_rank + r] = 0;
+    for (int64_t m0 = 0; a.dy && m0 < p.tokens; m0 += block_) {
+      const int64_t tokens = p.tokens - m0 < block_ ? p.tokens - m0 : block_;
+      const C* of_block = g + m0 * p.experts;
+      const Row* rows[kGroupTokens];
+      gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
+      const Ranges wanted = wanted_ranges(p, of_block, tokens, [&](int64_t e) { return within(p, e, mine); }, ranges_.get());
+      const auto make = [&](int64_t i, Row* out) {
+        pack_transposed<T>(a.B, i, {w.B.width, 0}, wanted, p.total_rank, p.out_features, out);
+      };
+      const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
+      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, nullptr, 0);
+    }
+  }
+
+  // v, du and dh of token m from its t.
+  void derive(int64_t m, const C* t) const {
+    gates_and_coefficients(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
+  }
+
   // Takes du of them, for `up`.
   void take(int64_t m0, int64_t tokens) {
     m0_ = m0;
@@ -94,6 +120,7 @@ class TokenPass {
     const C* du = static_cast<const C*>(a.du) + m0 * p.total_rank;
     for (int64_t i = 0; i < tokens; ++i) up_.token(i, g + i * p.experts, du + i * p.total_rank);
     up_.group(tokens, g, false);
+    if (w.A == nullptr) wanted_ = up_.open_terms(tokens, g);
   }
 
   // Chunk i of dx.
@@ -102,8 +129,9 @@ class TokenPass {
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
     const C* router = w.A == nullptr ? router_.get() : w.router + first * p.experts;
     if (w.A == nullptr) {
-      pack_rows_as_columns<T>(p, a.A, i, w.chunks, A_.get());
-      if (a.router) pack_rows<T>(a.router, i, w.chunks, p.experts, p.in_features, router_.get());
+      const Range experts{0, p.experts};
+      pack_rows_as_columns<T>(p, a.A, i, w.chunks, wanted_, A_.get());
+      if (a.router) pack_rows<T>(a.router, i, w.chunks, {&experts, 1}, p.in_features, router_.get());
     }
     IntoInputGradient<T> output{p, a, w, m0_, first, router};
     up_.chunk(A, w.chunks.width, first, w.chunks.columns(i, p.in_features), output);
@@ -115,21 +143,12 @@ class TokenPass {
     C* t = t_.get();
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
     if (a.dy) {
-      const Row *rows[kGroupTokens], *next[kGroupTokens];
+      const Row *rows[kBlockTokens], *next[kBlockTokens];
       gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
       const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
       const bool direct = is_direct<T, Row>(a.dy);
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
-      if (w.B.data == nullptr) {
-        const Range all{0, p.total_rank};
-        const auto make = [&](int64_t i, Row* out) {
-          pack_transposed<T>(a.B, i, {w.B.width, 0}, {&all, 1}, p.total_rank, p.out_features, out);
-        };
-        const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
-        dots_.where_open(g, rows, tokens, B, {0, p.total_rank}, t, nullptr, 0);
-      } else {
-        dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, direct ? next : nullptr, of_next);
-      }
+      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, direct ? next : nullptr, of_next);
     }
     for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }
@@ -165,7 +184,9 @@ class TokenPass {
   const BackwardWeights<T>& w;
   const int64_t block_;
   int64_t m0_ = 0;
+  Ranges wanted_{};
   Scratch<Row> dy_, B_;
+  Scratch<Range> ranges_;
   Scratch<typename Path<T>::Column> A_;
   Scratch<C> router_, t_;
   Dots<Row> dots_;
@@ -203,17 +224,18 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const int64_t terms = terms_of<T>(p);
 
   // Few tokens are one group, whose dx threads share by columns: each lays out the weights of its own.
-  const bool few = p.threads > 1 && p.tokens > 0 && p.tokens <= kGroupTokens;
-  const int64_t unit = few ? (p.tokens + p.threads - 1) / p.threads : unit_tokens(p);
-  const int64_t token_units = (p.tokens + unit - 1) / unit;
-  const Range all{0, p.total_rank};
+  const bool few = p.tokens > 0 && p.tokens <= kGroupTokens;
+  const int64_t unit = unit_tokens(p), token_units = few ? 0 : (p.tokens + unit - 1) / unit;
+  const Range all_ranks{0, p.total_rank}, all_terms{0, terms}, experts{0, p.experts};
   const int64_t parts = parts_of(in_columns) + parts_of(out_columns);
   const int threads = thread_count(p, token_units > parts ? token_units : parts);
-  const Chunks of_B = row_chunks<Row>(p.out_features), chunks = column_chunks<T>(p.in_features, terms, few ? 4 * threads : 1);
-  const int64_t block = few && is_direct<T, Row>(a.dy) ? unit : block_tokens(p);
+  const Chunks of_B = row_chunks<Row>(p.out_features),
+               chunks = column_chunks<T>(p.in_features, terms, few && threads > 1 ? 4 * threads : 1);
+  const int64_t block = few && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
   Scratch<Row> B(a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0);
   Scratch<Column> A(a.dx && !few ? chunks.count * chunks.width * terms : 0);
   Scratch<C> router(a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0);
+  Scratch<C> t(few ? p.tokens * p.total_rank : 0);
   Occurrences<T> open(p, a.dA != nullptr, out);
   const BackwardWeights<T> weights = {
       {few ? nullptr : B.get(), p.total_rank, p.out_features, of_B.width}, few ? nullptr : A.get(), router.get(), chunks, terms};
@@ -222,27 +244,31 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
     if (!few) {
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
-        pack_transposed<T>(a.B, i, of_B, {&all, 1}, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
+        pack_transposed<T>(a.B, i, of_B, {&all_ranks, 1}, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i) {
-        pack_rows_as_columns<T>(p, a.A, i, chunks, A.get() + i * chunks.width * terms);
-        if (a.router) pack_rows<T>(a.router, i, chunks, p.experts, p.in_features, router.get() + i * chunks.width * p.experts);
+        pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A.get() + i * chunks.width * terms);
+        if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router.get() + i * chunks.width * p.experts);
       }
     }
     {
       TokenPass<T> pass(p, a, weights, block);
       const int64_t of_dx = a.dx ? chunks.count : 0;
+      if (few) {
+        pass.project(Team(), t.get());
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < p.tokens; ++m) pass.derive(m, t.get());
+        if (of_dx > 0) pass.take(0, p.tokens);
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+      }
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < token_units; ++b) {
         const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
         pass.down(m0, tokens);
-        if (few || of_dx == 0) continue;
+        if (of_dx == 0) continue;
         pass.take(m0, tokens);
-        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
-      }
-      if (few && of_dx > 0) {
-        pass.take(0, p.tokens);
-#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
       }
     }

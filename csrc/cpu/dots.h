@@ -123,27 +123,46 @@ inline Range within(const rode::Problem& p, int64_t e, Range ranks) {
   return {ranks.begin > begin ? ranks.begin : begin, ranks.end < end ? ranks.end : end};
 }
 
-// The ranks of a thread, which have an even share of those that any of the tokens has open, or of all if `dense`.
+// How many of the tokens want expert e: those that have it open, or all if `dense`.
+template <class C>
+int64_t who_want(const rode::Problem& p, const C* gates, int64_t tokens, int64_t e) {
+  if (p.dense) return tokens;
+  int64_t count = 0;
+  for (int64_t i = 0; i < tokens; ++i) count += gates[i * p.experts + e] != 0;
+  return count;
+}
+
+// The ranks of a thread, which have an even share in those that tokens want.
 template <class C>
 Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
-  const auto wanted = [&](int64_t e) {
-    for (int64_t i = 0; i < tokens; ++i)
-      if (gates[i * p.experts + e] != 0) return true;
-    return p.dense;
-  };
   int64_t all = 0;
-  for (int64_t e = 0; e < p.experts; ++e) all += wanted(e) ? p.offsets[e + 1] - p.offsets[e] : 0;
-  const auto rank_after = [&](int64_t count) {  // so many wanted ones
+  for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * who_want(p, gates, tokens, e);
+  const auto first_of = [&](int64_t thread) {
+    if (thread == 0) return int64_t{0};
+    int64_t before = thread * all / team.threads;
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t width = wanted(e) ? p.offsets[e + 1] - p.offsets[e] : 0;
-      if (count < width) return p.offsets[e] + count;
-      count -= width;
+      const int64_t width = p.offsets[e + 1] - p.offsets[e], each = who_want(p, gates, tokens, e);
+      if (before < width * each) return p.offsets[e] + before / each;
+      before -= width * each;
     }
     return p.total_rank;
   };
-  const int64_t next = team.thread + 1;
-  return {team.thread == 0 ? 0 : rank_after(team.thread * all / team.threads),
-          next == team.threads ? p.total_rank : rank_after(next * all / team.threads)};
+  return {first_of(team.thread), team.thread + 1 == team.threads ? p.total_rank : first_of(team.thread + 1)};
+}
+
+// Of `range_of(e)`, for each expert that tokens want, what is not empty; neighbours are one range.
+template <class C, class Of>
+Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, Of range_of, Range* out) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < p.experts; ++e) {
+    const Range range = range_of(e);
+    if (range.begin >= range.end || who_want(p, gates, tokens, e) == 0) continue;
+    if (count > 0 && out[count - 1].end == range.begin)
+      out[count - 1].end = range.end;
+    else
+      out[count++] = range;
+  }
+  return {out, count};
 }
 
 template <class E>

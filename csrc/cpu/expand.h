@@ -105,19 +105,8 @@ class Expansion {
 
   // Terms that any of `tokens` tokens has open.
   Ranges open_terms(int64_t tokens, const C* g) {
-    int64_t count = 0;
-    Range* const ranges = ranges_.get();
-    for (int64_t e = 0; e < p.experts; ++e) {
-      bool open = false;
-      for (int64_t i = 0; i < tokens && !open; ++i) open = g[i * p.experts + e] != 0;
-      const int64_t begin = starts_of_experts_.get()[e], end = starts_of_experts_.get()[e + 1];
-      if (!open || begin == end) continue;
-      if (count > 0 && ranges[count - 1].end == begin)
-        ranges[count - 1].end = end;
-      else
-        ranges[count++] = {begin, end};
-    }
-    return {ranges, count};
+    const int64_t* starts = starts_of_experts_.get();
+    return wanted_ranges(p, g, tokens, [&](int64_t e) { return Range{starts[e], starts[e + 1]}; }, ranges_.get());
   }
 
   // Decides, of tokens [0, tokens), who is computed together. Those without an open expert are left out if `skip_closed`.

@@ -8,8 +8,8 @@ namespace {
 
 template <class T>
 struct ForwardWeights {
-  RowsOf<typename Path<T>::Row> A, router;
-  const typename Path<T>::Column* B;  // in chunks; null: packed by whoever needs one
+  RowsOf<typename Path<T>::Row> A, router;  // A without data: laid out by whoever needs some of it
+  const typename Path<T>::Column* B;        // in chunks; null: packed by whoever needs one
   Chunks chunks;
   int64_t terms;
 };
@@ -70,6 +70,8 @@ class ForwardPass {
         dropped_(p.dropout.on ? block_ * p.in_features : 0),
         v_(p.total_rank),
         gates_(block_ * p.experts),
+        A_(w.A.data == nullptr ? w.A.width * p.total_rank : 0),
+        ranges_(w.A.data == nullptr ? p.experts : 0),
         B_(w.B == nullptr ? w.chunks.width * w.terms : 0),
         dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
@@ -123,6 +125,12 @@ class ForwardPass {
     const Range ranks = team.threads == 1 ? Range{0, p.total_rank} : share_of_ranks(p, g, tokens, team);
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t r = ranks.begin; r < ranks.end; ++r) u[i * p.total_rank + r] = 0;
+    if (w.A.data == nullptr) {
+      const Ranges wanted = wanted_ranges(p, g, tokens, [&](int64_t e) { return within(p, e, ranks); }, ranges_.get());
+      const auto make = [&](int64_t i, Row* out) { pack_rows<T>(a.A, i, {w.A.width, 0}, wanted, p.in_features, out); };
+      const RowsMade<Row, decltype(make)> A{make, A_.get(), p.total_rank, p.in_features, w.A.width};
+      return dots_.where_open(g, rows, tokens, A, ranks, u, nullptr, 0);
+    }
     const Row* next[kBlockTokens];
     const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
     const bool direct = is_direct<T, Row>(a.x);
@@ -159,6 +167,8 @@ class ForwardPass {
   Ranges wanted_{};
   Scratch<Row> x_, dropped_;
   Scratch<C> v_, gates_;
+  Scratch<Row> A_;
+  Scratch<Range> ranges_;
   Scratch<Column> B_;
   Dots<Row> dots_;
   Expansion<T> up_;
@@ -193,13 +203,17 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
   const Range all_terms{0, terms};
   const Chunks chunks = column_chunks<T>(p.out_features, terms, few && threads > 1 ? 4 * threads : 1);
   // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
-  const bool copies = !few || (threads == 1 && p.tokens >= kBlockTokens) || !stands_as_rows<T>(a.A, p.in_features);
+  const bool stands = stands_as_rows<T>(a.A, p.in_features), hardly_any = p.tokens < 2 * kLeastTokens;
+  const bool copies = !hardly_any && (!few || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
-  const Chunks of_rows = copies ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
+  const Chunks of_rows = copies || !stands ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
   Scratch<Row> A(copies ? p.total_rank * of_rows.width * of_rows.count : 0), router(copies_router ? p.experts * p.in_features : 0);
   Scratch<Column> B(few ? 0 : chunks.count * chunks.width * terms);
   const ForwardWeights<T> weights = {
-      {copies ? A.get() : static_cast<const Row*>(a.A.data), p.total_rank, p.in_features, of_rows.width},
+      {copies   ? A.get()
+       : stands ? static_cast<const Row*>(a.A.data)
+                : nullptr,
+       p.total_rank, p.in_features, of_rows.width},
       {copies_router ? router.get() : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
       few ? nullptr : B.get(),
       chunks,

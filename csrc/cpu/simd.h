@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>  // integer_sequence: a type without functions
 
 #include "scratch.h"
@@ -136,6 +137,40 @@ RODE_INLINE void transpose(Vector<C>* v) {
 constexpr int kQuadRows = kVectorBytes >= 32 ? 8 : 4;
 typedef float Quads __attribute__((vector_size(4 * kQuadRows)));
 typedef float QuadInMemory __attribute__((vector_size(16), aligned(4), may_alias));
+
+typedef uint32_t QuadWords __attribute__((vector_size(4 * kQuadRows)));
+typedef uint16_t QuadHalves __attribute__((vector_size(2 * kQuadRows)));
+
+// v rounded to bfloat16, as `narrow` rounds.
+inline QuadWords bfloat16_bits(Quads v) {
+  const QuadWords w = (QuadWords)v;
+  return v != v ? QuadWords{} + 0x7FC0u : (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+}
+// v rounded to T as what stands at `out`, float or bfloat16.
+template <class T, class Out>
+inline void store_rounded(Out* out, Quads v) {
+  if constexpr (sizeof(Out) == sizeof(uint16_t)) {
+    const QuadHalves bits = __builtin_convertvector(bfloat16_bits(v), QuadHalves);
+    std::memcpy(out, &bits, sizeof bits);
+  } else {
+    if constexpr (sizeof(T) == sizeof(uint16_t)) v = (Quads)(bfloat16_bits(v) << 16);
+    std::memcpy(out, &v, sizeof v);
+  }
+}
+// Words of two bfloat16 each: the first ones at `out`, the second ones `width` after it.
+template <class Out>
+inline void store_halves(Out* out, int64_t width, Quads v) {
+  const QuadWords first = (QuadWords)v & 0xFFFFu, second = (QuadWords)v >> 16;
+  if constexpr (sizeof(Out) == sizeof(uint16_t)) {
+    const QuadHalves a = __builtin_convertvector(first, QuadHalves), b = __builtin_convertvector(second, QuadHalves);
+    std::memcpy(out, &a, sizeof a);
+    std::memcpy(out + width, &b, sizeof b);
+  } else {
+    const QuadWords a = first << 16, b = second << 16;
+    std::memcpy(out, &a, sizeof a);
+    std::memcpy(out + width, &b, sizeof b);
+  }
+}
 
 // out[j], for j in [0, 4): word j of kQuadRows rows, `stride` words apart.
 RODE_INLINE void transpose_quads(const float* rows, int64_t stride, Quads* out) {

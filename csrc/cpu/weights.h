@@ -60,6 +60,14 @@ bool stands_as_rows(const rode::Weight& w, int64_t columns) {
   return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
 }
 
+// Columns [c, c + n) of row r, which will be read before long.
+template <class T>
+void bring_near(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
+  const int64_t element = w.wide ? sizeof(typename AccumulationOf<T>::type) : sizeof(T);
+  const char* first = static_cast<const char*>(w.data) + (r * w.row + c * w.column) * element;
+  for (int64_t at = 0; at < n * w.column * element; at += 64) __builtin_prefetch(first + at, 0, 2);
+}
+
 // Columns [c, c + n) of row r.
 template <class T, class Out>
 void copy_row(const rode::Weight& w, int64_t r, int64_t c, int64_t n, Out* out) {
@@ -122,29 +130,36 @@ void transpose_chunk(int64_t i, const Chunks& chunks, Ranges wanted, int64_t col
       }
 }
 
-// The same of words of 32 bits that stand in memory, `stride` apart from row to row.
-inline void transpose_chunk_of_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
-                                     const float* words, int64_t stride, float* out) {
+// The same by words of 32 bits that stand in memory, `row` from row to row: put(j, o, v, n) gets words j to j + n of given rows
+// o to o + kQuadRows in vectors v[0] to v[n - 1], some of them twice.
+template <class Put>
+void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const float* data, int64_t row,
+                     Put put) {
   const int64_t width = chunks.width, first = i * width, n = chunks.columns(i, columns);
   int64_t o = 0;
-  for (; rows >= 4 && o + kQuadRows <= n; o += kQuadRows) {
-    const float* const from = words + (first + o) * stride;
+  for (; words >= 4 && o + kQuadRows <= n; o += kQuadRows) {
+    const float* const from = data + (first + o) * row;
     for (const Range& range : wanted) {
       for (int64_t l = 16; l < 16 + kQuadRows; ++l)  // rows that come later, in the order in which they stand
-        for (int64_t j = range.begin; j < range.end; j += 16) __builtin_prefetch(from + l * stride + j);
-      const int64_t last = rows - 4 < range.end ? rows - 4 : range.end;
+        for (int64_t j = range.begin; j < range.end; j += 16) __builtin_prefetch(from + l * row + j);
+      const int64_t last = words - 4 < range.end ? words - 4 : range.end;
       for (int64_t j = range.begin; j < range.end; j += 4) {
         const int64_t at = j < last ? j : last;
         Quads v[4];
-        transpose_quads(from + at, stride, v);
-        float* const to = out + at * width + o;
-        RODE_UNROLL for (int l = 0; l < 4; ++l) std::memcpy(to + l * width, &v[l], sizeof v[l]);
+        transpose_quads(from + at, row, v);
+        put(at, o, v, 4);
       }
     }
   }
-  for (; o < width; ++o)
+  for (; o < width; o += kQuadRows)
     for (const Range& range : wanted)
-      for (int64_t j = range.begin; j < range.end; ++j) out[j * width + o] = o < n ? words[(first + o) * stride + j] : 0.0f;
+      for (int64_t j = range.begin; j < range.end; j += 4) {
+        Quads v[4] = {};
+        const int64_t some = words - j < 4 ? words - j : 4;
+        for (int64_t l = 0; l < kQuadRows && o + l < n; ++l)
+          for (int64_t k = 0; k < some; ++k) v[k][l] = data[(first + o + l) * row + j + k];
+        put(j, o, v, some);
+      }
 }
 
 // How many of Path's columns an expert takes, all of them together.
@@ -174,37 +189,72 @@ inline bool ranks_are_even(const rode::Problem& p) {
 }
 #endif
 
-// Terms `wanted` of chunk i of B^T as sums of rows read it; w is B, (O, R).
+// Rows `wanted` of chunk i of B^T; w is B, (O, R). Other rows may be written too.
+template <class T, class Out>
+void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
+                     Out* out) {
+  using C = typename AccumulationOf<T>::type;
+  const int64_t width = chunks.width;
+  if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, Float16>) {
+    if (w.column == 1 && (w.wide || sizeof(T) == sizeof(float))) {
+      transpose_words(i, chunks, wanted, rows, columns, static_cast<const float*>(w.data), w.row,
+                      [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
+                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n) store_rounded<T>(out + (j + l) * width + o, v[l]);
+                      });
+      return;
+    }
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (w.column == 1 && w.row % 2 == 0 && rows % 2 == 0) {  // two neighbours are a word
+      for (const Range& range : wanted) {
+        const Range words{range.begin / 2, (range.end + 1) / 2};
+        transpose_words(i, chunks, {&words, 1}, rows / 2, columns, static_cast<const float*>(w.data), w.row / 2,
+                        [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
+                          RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n)
+                              store_halves(out + 2 * (j + l) * width + o, width, v[l]);
+                        });
+      }
+      return;
+    }
+  }
+  transpose_chunk<C, Out>(
+      i, chunks, wanted, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
+}
+
+// Terms `wanted` of chunk i of B^T as sums of rows read it.
 template <class T>
 void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted,
                   typename Path<T>::Column* out) {
-  using C = typename AccumulationOf<T>::type;
   if constexpr (Path<T>::kTerm == 1) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (w.column == 1) {
-        transpose_chunk_of_words(i, chunks, wanted, p.total_rank, p.out_features, static_cast<const float*>(w.data), w.row, out);
-        return;
-      }
-    }
-    transpose_chunk<C, C>(
-        i, chunks, wanted, p.out_features,
-        [&](int64_t o, int64_t j, int64_t n) {
-          __builtin_prefetch(static_cast<const char*>(w.data) + ((o + kLanes<C>)*w.row + j) * (w.wide ? sizeof(C) : sizeof(T)));
-          return weights_at<T>(w, o, j, n);
-        },
-        out);
+    pack_transposed<T>(w, i, chunks, wanted, p.total_rank, p.out_features, out);
   } else {
 #if defined(__AVX512BF16__)
-    // pairs travel as the bits of floats
-    float* words = reinterpret_cast<float*>(out);
-    const int64_t terms = terms_of<T>(p);
-    if (!w.wide && w.column == 1 && w.row % 2 == 0 && ranks_are_even(p)) {
-      transpose_chunk_of_words(i, chunks, wanted, terms, p.out_features, static_cast<const float*>(w.data), w.row / 2, words);
+    const int64_t terms = terms_of<T>(p), width = chunks.width;
+    const bool even = ranks_are_even(p);
+    if (even && !w.wide && w.column == 1 && w.row % 2 == 0) {
+      transpose_words(i, chunks, wanted, terms, p.out_features, static_cast<const float*>(w.data), w.row / 2,
+                      [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
+                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n)
+                            std::memcpy(out + (j + l) * width + o, &v[l], sizeof v[l]);
+                      });
+      return;
+    }
+    if (even && w.wide && w.column == 1) {
+      for (const Range& range : wanted) {
+        const Range ranks{2 * range.begin, 2 * range.end};
+        transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const float*>(w.data), w.row,
+                        [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
+                          RODE_UNROLL for (int l = 0; l < 4; l += 2) if (l < n) {
+                            const QuadWords pairs = bfloat16_bits(v[l]) | bfloat16_bits(v[l + 1]) << 16;
+                            std::memcpy(out + (j + l) / 2 * width + o, &pairs, sizeof pairs);
+                          }
+                        });
+      }
       return;
     }
     Scratch<int64_t> ranks(terms), ends(terms);
     each_pair(p, [&](int64_t term, int64_t j, int64_t end) { ranks.get()[term] = j, ends.get()[term] = end; });
-    transpose_chunk<float, float>(
+    transpose_chunk<float, float>(  // pairs travel as the bits of floats
         i, chunks, wanted, p.out_features,
         [&](int64_t o, int64_t t, int64_t n) {
           uint32_t pairs[kLanes<float>] = {};
@@ -215,24 +265,9 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
           }
           return load(reinterpret_cast<const float*>(pairs));
         },
-        words);
+        reinterpret_cast<float*>(out));
 #endif
   }
-}
-
-// Rows `wanted` of chunk i of B^T; w is B, (O, R).
-template <class T, class Out>
-void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
-                     Out* out) {
-  using C = typename AccumulationOf<T>::type;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (w.column == 1) {
-      transpose_chunk_of_words(i, chunks, wanted, rows, columns, static_cast<const float*>(w.data), w.row, out);
-      return;
-    }
-  }
-  transpose_chunk<C, Out>(
-      i, chunks, wanted, columns, [&](int64_t o, int64_t j, int64_t n) { return weights_at<T>(w, o, j, n); }, out);
 }
 
 // Row j of A, (R, K), into each of its chunks.
@@ -246,28 +281,34 @@ void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t ro
   }
 }
 
-// Chunk i of the router's rows.
+// Rows `wanted` of chunk i of a matrix. The next chunk's are brought near.
 template <class T, class Out>
-void pack_rows(const rode::Weight& w, int64_t i, const Chunks& chunks, int64_t rows, int64_t columns, Out* out) {
+void pack_rows(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t columns, Out* out) {
   const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
-  for (int64_t j = 0; j < rows; ++j) {
-    Out* to = out + j * chunks.width;
-    copy_row<T>(w, j, first, n, to);
-    for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
-  }
+  for (const Range& range : wanted)
+    for (int64_t j = range.begin; j < range.end; ++j) {
+      Out* to = out + j * chunks.width;
+      bring_near<T>(w, j, first + chunks.width, columns - first - chunks.width < n ? columns - first - chunks.width : n);
+      copy_row<T>(w, j, first, n, to);
+      for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
+    }
 }
 
-// Chunk i of A as sums of rows read it.
+// Terms `wanted` of chunk i of A as sums of rows read it.
 template <class T>
-void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks,
+void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted,
                           typename Path<T>::Column* out) {
   if constexpr (Path<T>::kTerm == 1) {
-    pack_rows<T>(w, i, chunks, p.total_rank, p.in_features, out);
+    pack_rows<T>(w, i, chunks, wanted, p.in_features, out);
   } else {
 #if defined(__AVX512BF16__)
     constexpr int64_t lanes = kLanes<float>;
-    const int64_t first = i * chunks.width, n = chunks.columns(i, p.in_features);
+    const int64_t first = i * chunks.width, n = chunks.columns(i, p.in_features), left = p.in_features - first - chunks.width;
+    const Range* range = wanted.begin();
     each_pair(p, [&](int64_t term, int64_t j, int64_t end) {
+      while (range != wanted.end() && range->end <= term) ++range;
+      if (range == wanted.end() || term < range->begin) return;
+      for (int64_t rank = j; rank < end && rank < j + 2; ++rank) bring_near<T>(w, rank, first + chunks.width, left < n ? left : n);
       for (int64_t c = 0; c < chunks.width; c += lanes) {
         const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
         const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already
