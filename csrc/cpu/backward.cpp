@@ -232,30 +232,41 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const Chunks of_B = row_chunks<Row>(p.out_features),
                chunks = column_chunks<T>(p.in_features, terms, few && threads > 1 ? 4 * threads : 1);
   const int64_t block = few && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
-  Scratch<Row> B(a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0);
-  Scratch<Column> A(a.dx && !few ? chunks.count * chunks.width * terms : 0);
-  Scratch<C> router(a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0);
+  const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
+  const int64_t size_of_B = a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0;
+  const int64_t size_of_A = a.dx && !few ? chunks.count * chunks.width * terms : 0;
+  const int64_t size_of_router = a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0;
+  Scratch<Row> shared_B(own ? 0 : size_of_B);
+  Scratch<Column> shared_A(own ? 0 : size_of_A);
+  Scratch<C> shared_router(own ? 0 : size_of_router);
   Scratch<C> t(few ? p.tokens * p.total_rank : 0);
   Occurrences<T> open(p, a.dA != nullptr, out);
-  const BackwardWeights<T> weights = {
-      {few ? nullptr : B.get(), p.total_rank, p.out_features, of_B.width}, few ? nullptr : A.get(), router.get(), chunks, terms};
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (!few) {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < (a.dy ? of_B.count : 0); ++i)
-        pack_transposed<T>(a.B, i, of_B, {&all_ranks, 1}, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < (a.dx ? chunks.count : 0); ++i) {
-        pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A.get() + i * chunks.width * terms);
-        if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router.get() + i * chunks.width * p.experts);
-      }
-    }
+    const Team team = Team::here(), layers = own ? Team{0, 1} : team;
     {
+      Scratch<Row> own_B(own ? size_of_B : 0);
+      Scratch<Column> own_A(own ? size_of_A : 0);
+      Scratch<C> own_router(own ? size_of_router : 0);
+      Row* const B = own ? own_B.get() : shared_B.get();
+      Column* const A = own ? own_A.get() : shared_A.get();
+      C* const router = own ? own_router.get() : shared_router.get();
+      layers.each(size_of_B > 0 ? of_B.count : 0, [&](int64_t i) {
+        pack_transposed<T>(a.B, i, of_B, {&all_ranks, 1}, p.total_rank, p.out_features, B + i * of_B.width * p.total_rank);
+      });
+      layers.each(size_of_A > 0 ? chunks.count : 0, [&](int64_t i) {
+        pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A + i * chunks.width * terms);
+        if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router + i * chunks.width * p.experts);
+      });
+      if (!own && !few) {
+#pragma omp barrier
+      }
+      const BackwardWeights<T> weights = {
+          {few ? nullptr : B, p.total_rank, p.out_features, of_B.width}, few ? nullptr : A, router, chunks, terms};
       TokenPass<T> pass(p, a, weights, block);
       const int64_t of_dx = a.dx ? chunks.count : 0;
       if (few) {
-        pass.project(Team(), t.get());
+        pass.project(team, t.get());
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < p.tokens; ++m) pass.derive(m, t.get());
@@ -278,7 +289,6 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
                    out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
     WeightPass<T> pass(p, a, open);
     // Neighbouring columns are a thread's: what the processor reads ahead would else be lines that another thread writes.
-    const Team team;
     pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
     pass.output_columns(share(out_columns, team.thread, team.threads, false),
                         share(out_columns, team.thread + 1, team.threads, false));

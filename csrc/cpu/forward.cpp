@@ -184,10 +184,6 @@ inline int64_t few_tokens(const rode::Problem& p) {
 
 // Of still fewer, threads share the weights: each has at least so many bytes of A and B, or it is not worth waking.
 constexpr int64_t kBytesOfThread = 192 * 1024;
-template <class T>
-int64_t weight_bytes(const rode::Problem& p) {
-  return p.total_rank * (p.in_features + p.out_features) * static_cast<int64_t>(sizeof(T));
-}
 
 template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {
@@ -207,33 +203,39 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
   const bool copies = !hardly_any && (!few || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
   const Chunks of_rows = copies || !stands ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
-  Scratch<Row> A(copies ? p.total_rank * of_rows.width * of_rows.count : 0), router(copies_router ? p.experts * p.in_features : 0);
-  Scratch<Column> B(few ? 0 : chunks.count * chunks.width * terms);
-  const ForwardWeights<T> weights = {
-      {copies   ? A.get()
-       : stands ? static_cast<const Row*>(a.A.data)
-                : nullptr,
-       p.total_rank, p.in_features, of_rows.width},
-      {copies_router ? router.get() : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
-      few ? nullptr : B.get(),
-      chunks,
-      terms};
+  const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
+  const int64_t of_A = copies ? p.total_rank * of_rows.width * of_rows.count : 0,
+                of_router = copies_router ? p.experts * p.in_features : 0;
+  const int64_t of_B = few ? 0 : chunks.count * chunks.width * terms;
+  Scratch<Row> shared_A(own ? 0 : of_A), shared_router(own ? 0 : of_router);
+  Scratch<Column> shared_B(own ? 0 : of_B);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < (copies ? p.total_rank : 0); ++r) pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A.get());
-#pragma omp for schedule(static) nowait
-    for (int64_t r = 0; r < (copies_router ? p.experts : 0); ++r)
-      copy_row<T>(a.router, r, 0, p.in_features, router.get() + r * p.in_features);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < (few ? 0 : chunks.count); ++i)
-      pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B.get() + i * chunks.width * terms);
+    Scratch<Row> own_A(own ? of_A : 0), own_router(own ? of_router : 0);
+    Scratch<Column> own_B(own ? of_B : 0);
+    Row *const A = own ? own_A.get() : shared_A.get(), *const router = own ? own_router.get() : shared_router.get();
+    Column* const B = own ? own_B.get() : shared_B.get();
+    const Team team = Team::here(), layers = own ? Team{0, 1} : team;
+    layers.each(copies ? p.total_rank : 0, [&](int64_t r) { pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A); });
+    layers.each(copies_router ? p.experts : 0,
+                [&](int64_t r) { copy_row<T>(a.router, r, 0, p.in_features, router + r * p.in_features); });
+    layers.each(few ? 0 : chunks.count,
+                [&](int64_t i) { pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B + i * chunks.width * terms); });
+    const ForwardWeights<T> weights = {
+        {copies   ? A
+         : stands ? static_cast<const Row*>(a.A.data)
+                  : nullptr,
+         p.total_rank, p.in_features, of_rows.width},
+        {copies_router ? router : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
+        few ? nullptr : B,
+        chunks,
+        terms};
     ForwardPass<T> pass(p, a, weights);
-    if (copies || copies_router) {
+    if (!own && (of_A > 0 || of_router > 0 || of_B > 0)) {
 #pragma omp barrier
     }
     if (by_rank) {
-      pass.down_together(Team());
+      pass.down_together(team);
 #pragma omp barrier
     }
     if (few) {

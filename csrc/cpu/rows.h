@@ -64,11 +64,21 @@ bool any_open(const C* gates, int64_t experts) {
 
 // Of a parallel region: who runs this, of how many. These may be fewer than were asked for.
 struct Team {
+  int64_t thread, threads;
+
+  static Team here() {
 #ifdef _OPENMP
-  int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {omp_get_thread_num(), omp_get_num_threads()};
 #else
-  int64_t thread = 0, threads = 1;
+    return {0, 1};
 #endif
+  }
+
+  // This one's share of n.
+  template <class Run>
+  void each(int64_t n, Run run) const {
+    for (int64_t i = thread * n / threads; i < (thread + 1) * n / threads; ++i) run(i);
+  }
 };
 
 // No thread is woken for nothing.
