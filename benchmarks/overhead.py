@@ -1,4 +1,5 @@
-"""What a call costs beside the work: one token, K = O = 16, ranks 2, 4, 8, 16, on the CPU backend.
+"""What a call costs beside the work: one token, K = O = 16, ranks 2, 4, 8, 16, on the CPU backend. And what the work itself costs
+at K = O = 4096 where weights are in cache, beside reading A and B from there.
 
 Overhead is the time of a call less that of the native call alone, on the same memory. Everything happens on one thread, and its own
 time is counted: what other processes take of the processor is not. Each timing is a run of calls; rounds are interleaved.
@@ -15,6 +16,7 @@ from torch import nn
 
 from benchmarks import eager, write_json
 from benchmarks.cases import PAPER
+from benchmarks.peak import cached_read
 from benchmarks.timing import headline, interleaved, machine, spread
 from rode_kernels import backends, cpu, rectified_mixture, shortcut
 from rode_kernels.mixture import check_inputs, check_x, make_mixture
@@ -22,6 +24,9 @@ from rode_kernels.mixture import check_inputs, check_x, make_mixture
 WIDTH = 16
 CALLS = 50
 LIMITS = {"without gradients": 12.0, "with gradients": 15.0}  # microseconds of overhead
+DECODING = 4096  # the width at which the work of one token is measured
+# Of the ranks about half are open in either.
+OPEN = {"2, 4, 8 open": (1.0, 1.0, 1.0, -1.0), "16 open": (-1.0, -1.0, -1.0, 1.0)}
 
 
 def repeated(call: Callable[[], object], grad: bool = False) -> Callable[[], None]:
@@ -102,6 +107,52 @@ def calls() -> dict[str, Callable[[], None]]:
     return runs
 
 
+def decoding() -> dict[str, Callable[[], None]]:
+    """One token with the same weights again and again, the native call alone."""
+    generator = torch.Generator().manual_seed(0)
+    R, N, K = sum(PAPER), len(PAPER), DECODING
+    scaling = tuple(16.0 / r for r in PAPER)
+    x, base = (torch.randn(1, K, generator=generator) for _ in range(2))
+    A, B = (torch.randn(shape, generator=generator) / K**0.5 for shape in ((R, K), (K, R)))
+    runs = {}
+    for name, h in OPEN.items():
+        router = torch.tensor(h)[:, None] * x / x.square().sum()  # whose products with x are h
+        outputs = y, u, g = torch.empty(1, K), torch.empty(1, R), torch.empty(1, N)
+        native = cpu._prepare(x, A, B, router, base, y, make_mixture(PAPER, scaling), 0.0, False)
+        kept = (x, base, A, B, router, *outputs)  # must outlive the call
+        addresses = (
+            *(0 if t is None else t.data_ptr() for t in (x, base, y, A, B, router, None, u, g, None)),
+            1,
+        )
+        call = lambda native=native, addresses=addresses, kept=kept: native(*addresses)  # noqa: E731
+        call()
+        factors = torch.tensor(scaling).mul(g[0]).repeat_interleave(torch.tensor(PAPER))
+        want = base + (x @ A.T * factors) @ B.T
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+        runs[name] = repeated(call)
+    return runs
+
+
+def report_decoding(rounds: int, call: float) -> dict[str, float]:
+    """Prints and gives microseconds of `decoding` without the `call` itself, and of reading its A and B once."""
+    times = interleaved(decoding(), rounds, clock=time.thread_time)
+    found = {name: 1e6 * spread(each).median / CALLS - call for name, each in times.items()}
+    print(
+        f"one token, width {DECODING}, weights in cache, inside the native call: "
+        + ", ".join(f"{us:.1f} us with ranks {name}" for name, us in found.items())
+    )
+    read = cached_read(2 * sum(PAPER) * DECODING * 4)
+    if read is None:
+        print("no C++ compiler: reading A and B is not measured")
+        return found
+    found["reading A and B"] = 1e6 * spread([read() for _ in range(rounds)]).median
+    ratio = max(found[name] for name in OPEN) / found["reading A and B"]
+    print(
+        f"reading A and B once from cache: {found['reading A and B']:.1f} us; {ratio:.2f} times that, 1.5 wanted"
+    )
+    return found
+
+
 def main(json_file: str | None, rounds: int) -> None:
     status = backends()["cpu"]
     if not status.available:
@@ -112,15 +163,25 @@ def main(json_file: str | None, rounds: int) -> None:
     try:
         about = machine()
         times = interleaved(calls(), rounds, clock=time.thread_time)
+        rows = {name: spread([1e6 * t / CALLS for t in each]) for name, each in times.items()}
+        print(f"cpu on {headline(about)}; microseconds a call, median and quartiles")
+        for name, row in rows.items():
+            print(f"  {name:36} {row}")
+        inside = report_decoding(rounds, rows["native call"].median)
     finally:
         torch.set_num_threads(threads)
-    rows = {name: spread([1e6 * t / CALLS for t in each]) for name, each in times.items()}
-    print(f"cpu on {headline(about)}; microseconds a call, median and quartiles")
-    for name, row in rows.items():
-        print(f"  {name:36} {row}")
     overhead = {name: rows[name].median - rows["native call"].median for name in LIMITS}
     for name, limit in LIMITS.items():
         print(f"overhead {name}: {overhead[name]:.1f} us, at most {limit:.0f} wanted")
     if json_file:
         table = {name: row._asdict() for name, row in rows.items()}
-        write_json(json_file, {"benchmark": "overhead", **about, "microseconds": table, "overhead": overhead})
+        write_json(
+            json_file,
+            {
+                "benchmark": "overhead",
+                **about,
+                "microseconds": table,
+                "overhead": overhead,
+                "decoding": inside,
+            },
+        )

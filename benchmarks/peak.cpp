@@ -1,5 +1,5 @@
 // What this processor reaches: multiply-adds from registers, reads and copies of memory. Compiled by benchmarks/peak.py when it is
-// needed, with -march=native. Each function runs on `threads` threads and returns the seconds from their common start to the last.
+// needed, with -march=native. Functions run on `threads` threads and return the seconds from their common start to the last.
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -55,6 +55,18 @@ float sum(Vector v) {
     return total;
 }
 
+void read(const char* p, size_t bytes) {
+    Vector sums[8] = {};
+    for (size_t i = 0; i < bytes; i += 8 * kBytes)
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; ++c) {
+            Vector v;
+            std::memcpy(&v, p + i + c * kBytes, kBytes);
+            sums[c] += v;
+        }
+    for (const Vector& v : sums) sink = sum(v);
+}
+
 }  // namespace
 
 extern "C" {
@@ -108,18 +120,16 @@ double bfloat16_seconds(long repetitions, int threads) {
 // Reads `bytes`, a share for each thread.
 double read_seconds(const char* from, size_t bytes, int threads) {
     const size_t share = bytes / threads / (8 * kBytes) * (8 * kBytes);
-    return timed(threads, [=](int t) {
-        const char* p = from + t * share;
-        Vector sums[8] = {};
-        for (size_t i = 0; i < share; i += 8 * kBytes)
-#pragma GCC unroll 8
-            for (int c = 0; c < 8; ++c) {
-                Vector v;
-                std::memcpy(&v, p + i + c * kBytes, kBytes);
-                sums[c] += v;
-            }
-        for (const Vector& v : sums) sink = sum(v);
-    });
+    return timed(threads, [=](int t) { read(from + t * share, share); });
+}
+
+// Of reading `bytes` once, by this thread that has just done so: from cache as far as they fit.
+double read_again_seconds(const char* from, size_t bytes, int times) {
+    bytes = bytes / (8 * kBytes) * (8 * kBytes);
+    read(from, bytes);
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < times; ++i) read(from, bytes);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / times;
 }
 
 double copy_seconds(const char* from, char* to, size_t bytes, int threads) {

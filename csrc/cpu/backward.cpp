@@ -99,7 +99,8 @@ class TokenPass {
       const C* of_block = g + m0 * p.experts;
       const Row* rows[kGroupTokens];
       gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
-      const Ranges wanted = wanted_ranges(p, of_block, tokens, [&](int64_t e) { return within(p, e, mine); }, ranges_.get());
+      const Ranges wanted =
+          wanted_ranges(p, of_block, tokens, p.dense, [&](int64_t e) { return within(p, e, mine); }, ranges_.get());
       const auto make = [&](int64_t i, Row* out) {
         pack_transposed<T>(a.B, i, {w.B.width, 0}, wanted, p.total_rank, p.out_features, out);
       };

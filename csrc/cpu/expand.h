@@ -106,7 +106,7 @@ class Expansion {
   // Terms that any of `tokens` tokens has open.
   Ranges open_terms(int64_t tokens, const C* g) {
     const int64_t* starts = starts_of_experts_.get();
-    return wanted_ranges(p, g, tokens, [&](int64_t e) { return Range{starts[e], starts[e + 1]}; }, ranges_.get());
+    return wanted_ranges(p, g, tokens, false, [&](int64_t e) { return Range{starts[e], starts[e + 1]}; }, ranges_.get());
   }
 
   // Decides, of tokens [0, tokens), who is computed together. Those without an open expert are left out if `skip_closed`.

@@ -34,6 +34,20 @@ struct IntoOutput {
     RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + who[m], c, n, sums[m]);
   }
 
+  RODE_INLINE void eight(int64_t m, int64_t c, int64_t n, Quads sums) const {
+    const float* base = a.base ? base_at(m, c) : nullptr;
+    float* y = y_at(m, c);
+    if (n >= kQuadRows && a.y.column == 1 && (!a.base || a.base.column == 1)) {
+      Quads start{};
+      if (base != nullptr) std::memcpy(&start, base, sizeof start);
+      sums = start + sums;
+      std::memcpy(y, &sums, sizeof sums);
+      return;
+    }
+    for (int64_t l = 0; l < kQuadRows && l < n; ++l)
+      y[l * a.y.column] = (base != nullptr ? base[l * a.base.column] : 0.0f) + sums[l];
+  }
+
   template <int V>
   RODE_INLINE void one(int64_t m, int64_t c, int64_t n, const Vector<C> (&sums)[V]) const {
     constexpr int64_t lanes = kLanes<C>;
@@ -99,12 +113,31 @@ class ForwardPass {
   // Chunk i of y.
   void up(int64_t i) {
     IntoOutput<T> output{a, m0_};
+    if constexpr (std::is_same_v<T, float>) {
+      if (p.tokens == 1 && w.B == nullptr && a.B.column == 1) return up_alone(i, output);
+    }
     const Column* B = w.B == nullptr ? B_.get() : w.B + i * w.chunks.width * w.terms;
     if (w.B == nullptr) pack_columns<T>(p, a.B, i, w.chunks, wanted_, B_.get());
     up_.chunk(B, w.chunks.width, i * w.chunks.width, w.chunks.columns(i, p.out_features), output);
   }
 
  private:
+  // The same of a single token, which needs no layout of B: the same sums, in registers.
+  void up_alone(int64_t i, const IntoOutput<T>& output) {
+    const C* const v = v_.get();
+    const int64_t first = i * w.chunks.width;
+    Quads sums{};
+    transpose_words(
+        i, w.chunks, wanted_, p.total_rank, p.out_features, static_cast<const float*>(a.B.data), a.B.row,
+        [&](int64_t j, int64_t, const Quads* of_B, int64_t begin, int64_t end) __attribute__((always_inline)) {
+          RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end) sums += v[j + l] * of_B[l];
+        },
+        [&](int64_t o) __attribute__((always_inline)) {
+          output.eight(m0_, first + o, p.out_features - first - o, sums);
+          sums = Quads{};
+        });
+  }
+
   void down_block(int64_t m0, int64_t tokens, Team team) {
     const Row* rows[kBlockTokens];
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
@@ -126,7 +159,7 @@ class ForwardPass {
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t r = ranks.begin; r < ranks.end; ++r) u[i * p.total_rank + r] = 0;
     if (w.A.data == nullptr) {
-      const Ranges wanted = wanted_ranges(p, g, tokens, [&](int64_t e) { return within(p, e, ranks); }, ranges_.get());
+      const Ranges wanted = wanted_ranges(p, g, tokens, p.dense, [&](int64_t e) { return within(p, e, ranks); }, ranges_.get());
       const auto make = [&](int64_t i, Row* out) { pack_rows<T>(a.A, i, {w.A.width, 0}, wanted, p.in_features, out); };
       const RowsMade<Row, decltype(make)> A{make, A_.get(), p.total_rank, p.in_features, w.A.width};
       return dots_.where_open(g, rows, tokens, A, ranks, u, nullptr, 0);

@@ -114,7 +114,7 @@ struct Ranges {
 };
 
 // Chunk i of a matrix that is given transposed: out[j * width + o] = row(o, j) for j in the ranges, and 0 beyond the last of
-// `columns`. `row(o, j, n)`: n neighbours from j on of given row o, as a vector. Other rows may be written too.
+// `columns`. `row(o, j, n)`: n neighbours from j on of given row o, as a vector.
 template <class C, class Out, class Row>
 void transpose_chunk(int64_t i, const Chunks& chunks, Ranges wanted, int64_t columns, Row row, Out* out) {
   constexpr int64_t lanes = kLanes<C>;
@@ -130,11 +130,11 @@ void transpose_chunk(int64_t i, const Chunks& chunks, Ranges wanted, int64_t col
       }
 }
 
-// The same by words of 32 bits that stand in memory, `row` from row to row: put(j, o, v, n) gets words j to j + n of given rows
-// o to o + kQuadRows in vectors v[0] to v[n - 1], some of them twice.
-template <class Put>
+// The same by words of 32 bits that stand in memory, `row` from row to row: put(j, o, v, begin, end) gets words j + begin to j +
+// end of given rows o to o + kQuadRows in vectors v[begin] to v[end - 1]; done(o) comes after all of those rows.
+template <class Put, class Done>
 void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const float* data, int64_t row,
-                     Put put) {
+                     Put put, Done done) {
   const int64_t width = chunks.width, first = i * width, n = chunks.columns(i, columns);
   int64_t o = 0;
   for (; words >= 4 && o + kQuadRows <= n; o += kQuadRows) {
@@ -142,24 +142,35 @@ void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t wor
     for (const Range& range : wanted) {
       for (int64_t l = 16; l < 16 + kQuadRows; ++l)  // rows that come later, in the order in which they stand
         for (int64_t j = range.begin; j < range.end; j += 16) __builtin_prefetch(from + l * row + j);
-      const int64_t last = words - 4 < range.end ? words - 4 : range.end;
       for (int64_t j = range.begin; j < range.end; j += 4) {
-        const int64_t at = j < last ? j : last;
+        const int64_t at = j < words - 4 ? j : words - 4, left = range.end - at;
         Quads v[4];
         transpose_quads(from + at, row, v);
-        put(at, o, v, 4);
+        if (at == j && left >= 4)
+          put(at, o, v, 0, 4);
+        else
+          put(at, o, v, j - at, left < 4 ? left : 4);
       }
     }
+    done(o);
   }
-  for (; o < width; o += kQuadRows)
+  for (; o < width; o += kQuadRows) {
     for (const Range& range : wanted)
       for (int64_t j = range.begin; j < range.end; j += 4) {
         Quads v[4] = {};
-        const int64_t some = words - j < 4 ? words - j : 4;
+        const int64_t some = range.end - j < 4 ? range.end - j : 4;
         for (int64_t l = 0; l < kQuadRows && o + l < n; ++l)
           for (int64_t k = 0; k < some; ++k) v[k][l] = data[(first + o + l) * row + j + k];
-        put(j, o, v, some);
+        put(j, o, v, 0, some);
       }
+    done(o);
+  }
+}
+
+template <class Put>
+void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const float* data, int64_t row,
+                     Put put) {
+  transpose_words(i, chunks, wanted, words, columns, data, row, put, [](int64_t) {});
 }
 
 // Of A and B, in x's dtype.
@@ -198,7 +209,7 @@ inline bool ranks_are_even(const rode::Problem& p) {
 }
 #endif
 
-// Rows `wanted` of chunk i of B^T; w is B, (O, R). Other rows may be written too.
+// Rows `wanted` of chunk i of B^T; w is B, (O, R). A neighbour of theirs may be written too.
 template <class T, class Out>
 void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
                      Out* out) {
@@ -207,8 +218,9 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ran
   if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, Float16>) {
     if (w.column == 1 && (w.wide || sizeof(T) == sizeof(float))) {
       transpose_words(i, chunks, wanted, rows, columns, static_cast<const float*>(w.data), w.row,
-                      [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
-                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n) store_rounded<T>(out + (j + l) * width + o, v[l]);
+                      [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
+                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
+                            store_rounded<T>(out + (j + l) * width + o, v[l]);
                       });
       return;
     }
@@ -218,8 +230,8 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ran
       for (const Range& range : wanted) {
         const Range words{range.begin / 2, (range.end + 1) / 2};
         transpose_words(i, chunks, {&words, 1}, rows / 2, columns, static_cast<const float*>(w.data), w.row / 2,
-                        [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
-                          RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n)
+                        [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
+                          RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
                               store_halves(out + 2 * (j + l) * width + o, width, v[l]);
                         });
       }
@@ -242,8 +254,8 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
     const bool even = ranks_are_even(p);
     if (even && !w.wide && w.column == 1 && w.row % 2 == 0) {
       transpose_words(i, chunks, wanted, terms, p.out_features, static_cast<const float*>(w.data), w.row / 2,
-                      [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
-                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (l < n)
+                      [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
+                        RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
                             std::memcpy(out + (j + l) * width + o, &v[l], sizeof v[l]);
                       });
       return;
@@ -252,8 +264,8 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
       for (const Range& range : wanted) {
         const Range ranks{2 * range.begin, 2 * range.end};
         transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const float*>(w.data), w.row,
-                        [=](int64_t j, int64_t o, const Quads* v, int64_t n) __attribute__((always_inline)) {
-                          RODE_UNROLL for (int l = 0; l < 4; l += 2) if (l < n) {
+                        [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
+                          RODE_UNROLL for (int l = 0; l < 4; l += 2) if (begin <= l && l < end) {
                             const QuadWords pairs = bfloat16_bits(v[l]) | bfloat16_bits(v[l + 1]) << 16;
                             std::memcpy(out + (j + l) / 2 * width + o, &pairs, sizeof pairs);
                           }

@@ -21,6 +21,8 @@ def test_parts_are_measured_and_written(tmp_path, capsys):
     assert all(row["median"] > 0 for row in times.values())
     assert "guard" in times, "the short way is not taken"
     assert set(result["overhead"]) == {"without gradients", "with gradients"}
+    assert all(us > 0 for us in result["decoding"].values())
+    assert len(result["decoding"]) >= 2
     assert result["threads"] == 1
     assert torch.get_num_threads() == threads
     assert "us, at most 12 wanted" in capsys.readouterr().out
