@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks import eager, write_json
 from benchmarks.cases import PAPER
@@ -38,9 +38,20 @@ def repeated(call: Callable[[], object], grad: bool = False) -> Callable[[], Non
     return run
 
 
-def trained(run: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], object]:
+def trained(run: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object]:
     dy = torch.ones(1, WIDTH)
     return lambda: torch.autograd.grad(run(), leaves, dy)
+
+
+def native_call(
+    x: Tensor, A: Tensor, B: Tensor, router: Tensor, base: Tensor, scaling: tuple[float, ...]
+) -> tuple[Callable[[], object], tuple[Tensor, Tensor, Tensor]]:
+    """The core on one token and one thread, and where it writes y, u and gates."""
+    outputs = y, u, g = torch.empty(1, B.shape[0]), torch.empty(1, A.shape[0]), torch.empty(1, len(PAPER))
+    native = cpu._prepare(x, A, B, router, base, y, make_mixture(PAPER, scaling), 0.0, False)
+    memory = (x, base, y, A, B, router, None, u, g, None)
+    addresses = (*(0 if t is None else t.data_ptr() for t in memory), 1)
+    return lambda: native(*addresses) or memory, outputs  # memory must outlive the calls
 
 
 def calls() -> dict[str, Callable[[], None]]:
@@ -66,11 +77,9 @@ def calls() -> dict[str, Callable[[], None]]:
         torch.testing.assert_close(rectified_mixture(x, A, B, router, **options), want, rtol=1e-4, atol=1e-4)
     known = shortcut.find(mixture, args, False, 0.0, "cpu")
 
-    y, u, g = outputs = torch.empty(1, WIDTH), torch.empty(1, R), torch.empty(1, N)
-    native = cpu._prepare(x, A, B, router, base, y, mixture, 0.0, False)
-    addresses = (*(0 if t is None else t.data_ptr() for t in (x, base, y, A, B, router, None, u, g, None)), 1)
+    native, _ = native_call(x, A, B, router, base, scaling)
     runs = {
-        "native call": repeated(lambda: native(*addresses) or outputs),  # which must outlive it
+        "native call": repeated(native),
         "without gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options)),
         "with gradients": repeated(lambda: rectified_mixture(x, A, B, router, **options), grad=True),
         "forward and backward": repeated(
@@ -110,21 +119,14 @@ def calls() -> dict[str, Callable[[], None]]:
 def decoding() -> dict[str, Callable[[], None]]:
     """One token with the same weights again and again, the native call alone."""
     generator = torch.Generator().manual_seed(0)
-    R, N, K = sum(PAPER), len(PAPER), DECODING
+    R, K = sum(PAPER), DECODING
     scaling = tuple(16.0 / r for r in PAPER)
     x, base = (torch.randn(1, K, generator=generator) for _ in range(2))
     A, B = (torch.randn(shape, generator=generator) / K**0.5 for shape in ((R, K), (K, R)))
     runs = {}
     for name, h in OPEN.items():
         router = torch.tensor(h)[:, None] * x / x.square().sum()  # whose products with x are h
-        outputs = y, u, g = torch.empty(1, K), torch.empty(1, R), torch.empty(1, N)
-        native = cpu._prepare(x, A, B, router, base, y, make_mixture(PAPER, scaling), 0.0, False)
-        kept = (x, base, A, B, router, *outputs)  # must outlive the call
-        addresses = (
-            *(0 if t is None else t.data_ptr() for t in (x, base, y, A, B, router, None, u, g, None)),
-            1,
-        )
-        call = lambda native=native, addresses=addresses, kept=kept: native(*addresses)  # noqa: E731
+        call, (y, _, g) = native_call(x, A, B, router, base, scaling)
         call()
         factors = torch.tensor(scaling).mul(g[0]).repeat_interleave(torch.tensor(PAPER))
         want = base + (x @ A.T * factors) @ B.T

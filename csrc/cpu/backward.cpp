@@ -229,7 +229,8 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const int64_t unit = unit_tokens(p), token_units = few ? 0 : (p.tokens + unit - 1) / unit;
   const Range all_ranks{0, p.total_rank}, all_terms{0, terms}, experts{0, p.experts};
   const int64_t parts = parts_of(in_columns) + parts_of(out_columns);
-  const int threads = thread_count(p, token_units > parts ? token_units : parts);
+  const int64_t units = few ? parts_of(p.in_features) + parts_of(p.out_features) : token_units;
+  const int threads = thread_count(p, units > parts ? units : parts);
   const Chunks of_B = row_chunks<Row>(p.out_features),
                chunks = column_chunks<T>(p.in_features, terms, few && threads > 1 ? 4 * threads : 1);
   const int64_t block = few && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);

@@ -113,7 +113,6 @@ class Expansion {
   void group(int64_t tokens, const C* g, bool skip_closed) {
     sort(tokens);
     groups_ = 0;
-    gates_ = g;
     for (int64_t i = 0; i < tokens;) {
       int64_t run = 1;
       while (i + run < tokens && alike(order_[i], order_[i + run])) ++run;
@@ -127,6 +126,7 @@ class Expansion {
       i += run;
     }
     // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
+    gates_ = g;
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
     if (by_expert_) list_open(tokens);
   }

@@ -34,7 +34,8 @@ struct IntoOutput {
     RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + who[m], c, n, sums[m]);
   }
 
-  RODE_INLINE void eight(int64_t m, int64_t c, int64_t n, Quads sums) const {
+  // Columns [c, c + kQuadRows) of a token, as far as there are n.
+  RODE_INLINE void quads(int64_t m, int64_t c, int64_t n, Quads sums) const {
     const float* base = a.base ? base_at(m, c) : nullptr;
     float* y = y_at(m, c);
     if (n >= kQuadRows && a.y.column == 1 && (!a.base || a.base.column == 1)) {
@@ -106,12 +107,13 @@ class ForwardPass {
       weigh_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
       up_.token(i, g + i * p.experts, v_.get());
     }
-    up_.group(tokens, g, a.base && a.base.data == a.y.data);
+    up_.group(tokens, g, in_place());
     if (w.B == nullptr) wanted_ = up_.open_terms(tokens, g);
   }
 
   // Chunk i of y.
   void up(int64_t i) {
+    if (w.B == nullptr && wanted_.count == 0 && in_place()) return;  // y is what it shall be
     IntoOutput<T> output{a, m0_};
     if constexpr (std::is_same_v<T, float>) {
       if (p.tokens == 1 && w.B == nullptr && a.B.column == 1) return up_alone(i, output);
@@ -122,6 +124,8 @@ class ForwardPass {
   }
 
  private:
+  bool in_place() const { return a.base && a.base.data == a.y.data; }
+
   // The same of a single token, which needs no layout of B: the same sums, in registers.
   void up_alone(int64_t i, const IntoOutput<T>& output) {
     const C* const v = v_.get();
@@ -133,7 +137,7 @@ class ForwardPass {
           RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end) sums += v[j + l] * of_B[l];
         },
         [&](int64_t o) __attribute__((always_inline)) {
-          output.eight(m0_, first + o, p.out_features - first - o, sums);
+          output.quads(m0_, first + o, p.out_features - first - o, sums);
           sums = Quads{};
         });
   }

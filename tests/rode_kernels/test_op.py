@@ -271,6 +271,27 @@ def test_cpu_threads_share_the_weights_of_hardly_any_tokens(tokens, dtype, param
                 assert torch.equal(grad, other.grads[name]), name
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_closed_in_place_keeps_the_sign_of_zero(tokens):
+    """Nothing is added where all gates are closed, not even a zero, however many tokens there are."""
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    base = torch.full((tokens, 77), -0.0)
+    x, A, B = torch.randn(tokens, 50), torch.randn(6, 50), torch.randn(77, 6)
+    gates = torch.zeros(tokens, 2)
+    gated_mixture(x, A, B, gates, ranks=(2, 4), scaling=(1.0, 1.0), base=base, inplace=True, backend="cpu")
+    assert base.signbit().all()
+
+
+def test_cpu_single_token_on_a_strided_base():
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    p = random_problem((1,), K=50, O=77, open_share=1.0)
+    p.base = torch.stack([p.base, p.base], dim=-1)[..., 0]
+    assert p.base.stride(-1) == 2
+    check(p, backend="cpu")
+
+
 def test_cpu_with_fewer_threads_than_it_asks_for():
     """As within another program's parallel region: nobody's share may be lost."""
     if not backends()["cpu"].available:
