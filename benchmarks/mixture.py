@@ -99,12 +99,16 @@ def calls(what: str, all_forms: dict[str, Form], copies: list[Problem]) -> dict[
 
 
 def timed(
-    what: str, all_forms: dict[str, Form], copies: list[Problem], rounds: int
+    what: str,
+    all_forms: dict[str, Form],
+    copies: list[Problem],
+    rounds: int,
+    host: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    device = copies[0].x.device.type
+    device, of_cache = copies[0].x.device.type, what == "backward"
     with torch.set_grad_enabled(what in TRAINING):
         return interleaved(
-            calls(what, all_forms, copies), rounds, device, prepared=True, flush=what == "backward"
+            calls(what, all_forms, copies), rounds, device, prepared=True, flush=of_cache, host=host
         )
 
 
@@ -137,7 +141,8 @@ def run_case(
     copies, device = p.copies(), p.x.device.type
     needed = work(p.is_open, p.ranks, p.x.shape[1], p.base.shape[1], p.x.element_size())
     for what in passes:
-        times = timed(what, all_forms, copies, rounds)
+        host: dict[str, float] = {}
+        times = timed(what, all_forms, copies, rounds, host)
         # in rounds of its own, fewer: it takes many times as long, and all that is wanted is one ratio
         other = beside_in_place if what in IN_PLACE else beside
         of_frozen = timed(what, {**own, "frozen": other}, copies, max(3, rounds // 4))
@@ -167,6 +172,7 @@ def run_case(
                     "frozen_seconds": spread(of_frozen["frozen"])._asdict(),
                     "of_frozen": ratios(of_frozen, name, "frozen")._asdict(),
                     "roofline": roofline,
+                    "host_seconds": host,  # in which the host asks a GPU for it
                     "clock_mhz": clock(device),  # right after the last round
                 }
             )
@@ -187,9 +193,10 @@ def line(row: dict[str, Any]) -> str:
     share = "-" if roofline is None else f"{roofline['share']:.0%} {roofline['bound']}"
     own = row["seconds"][row["backend"]]
     milliseconds = Spread(**{name: 1000 * value for name, value in own.items()}).text(3)
+    host = f"  host {1e6 * row['host_seconds'][row['backend']]:.0f} us" if row["host_seconds"] else ""
     return (
         f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:13} {row['backend']:8} {milliseconds:>28} "
-        f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>41} {row['of_frozen']['median']:10.1%} {share:>14}"
+        f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>41} {row['of_frozen']['median']:10.1%} {share:>14}{host}"
     )
 
 

@@ -45,13 +45,21 @@ def cache_bytes(device: str = "cpu") -> int:
     return int(caches[-1].read_text().strip().removesuffix("K")) * 1024 if caches else 64 * 2**20
 
 
+SPINS = 2e9  # of torch.cuda._sleep in a second, on the fastest multiprocessors
+
+
 def seconds(
     call: Callable[[], object],
     device: str = "cpu",
     flush: Tensor | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    ahead: float = 0.0,
 ) -> float:
-    """Of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before."""
+    """Of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before.
+
+    `ahead`: for so long a GPU is kept busy first, so that all of the call's launches wait for it in the queue: its own time is
+    measured then, and not how fast the host can ask.
+    """
     if flush is not None:
         flush.add_(1)
     if device == "cpu":
@@ -59,6 +67,8 @@ def seconds(
         call()
         return clock() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if ahead > 0:
+        torch.cuda._sleep(int(ahead * SPINS))
     start.record()
     call()
     end.record()
@@ -75,30 +85,49 @@ def interleaved(
     prepared: bool = False,
     flush: bool = False,
     clock: Callable[[], float] = time.perf_counter,
+    host: dict[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call in each round. Every round runs all of them, beginning with another one each time, so that a slow
     moment of the machine meets all alike.
 
     Args:
         prepared: a call is not timed but returns what is. flush: its caches are overwritten in between; on a GPU they always are.
+        host: takes the seconds in which the host asks a GPU for each call; those of the rounds are then the device's alone.
     """
     of_cache = None
     if flush or device != "cpu":
         of_cache = torch.zeros(2 * cache_bytes(device) // 4, device=device)
 
-    def once(call: Callable[[], Any]) -> float:
-        return seconds(call() if prepared else call, device, of_cache, clock)
+    asking: dict[str, float] = {}
 
-    for call in calls.values():
+    def once(name: str) -> float:
+        call = calls[name]() if prepared else calls[name]
+        return seconds(call, device, of_cache, clock, 2 * asking.get(name, 0.0))
+
+    for name, call in calls.items():
         for _ in range(warm_up):  # compiles, tunes, fills caches
-            once(call)
+            once(name)
+        if host is not None and device != "cpu":
+            asking[name] = host[name] = _asking(call, prepared)
     times: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(once(calls[name]))
+            times[name].append(once(name))
     return times
+
+
+def _asking(call: Callable[[], Any], prepared: bool, repeats: int = 3) -> float:
+    """Seconds in which the host asks a GPU for a call, without waiting for it: the median of some."""
+    found = []
+    for _ in range(repeats):
+        run = call() if prepared else call
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def ratios(times: dict[str, list[float]], of: str, to: str) -> Spread:

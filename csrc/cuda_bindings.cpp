@@ -77,9 +77,9 @@ using Gradient = std::tuple<uintptr_t, bool>;             // address, whether it
 
 void backward(const OwnedProblem& p, const Strided& dy, const Rows& x, uintptr_t A, uintptr_t router, uintptr_t B, int64_t ld_A,
               int64_t ld_B, uintptr_t u, uintptr_t g, uintptr_t dgates, uintptr_t seed, uintptr_t dx, const Gradient& dA,
-              const Gradient& dW, const Gradient& dB, uintptr_t dbias, uintptr_t dh, uintptr_t D, uintptr_t t, uintptr_t of_B,
-              uintptr_t of_A, uintptr_t of_bias, bool fast, bool wide, int slabs, int slab, int share_y, int groups, int share_x, int share_dx,
-              int device, uintptr_t stream) {
+              const Gradient& dW, const Gradient& dB, uintptr_t dbias, uintptr_t dh, uintptr_t D, uintptr_t open, uintptr_t t,
+              uintptr_t of_B, uintptr_t of_A, uintptr_t of_bias, bool fast, bool wide, int slabs, int slab, int share_y, int groups,
+              int share_x, int share_dx, int device, uintptr_t stream) {
   const rode::cuda::Backward a{{pointer<void>(std::get<0>(dy)), std::get<1>(dy), std::get<2>(dy)},
                                matrix(x),
                                pointer<void>(A),
@@ -101,6 +101,7 @@ void backward(const OwnedProblem& p, const Strided& dy, const Rows& x, uintptr_t
                                pointer<float>(dbias),
                                pointer<float>(dh),
                                pointer<void>(D),
+                               pointer<uint32_t>(open),
                                pointer<float>(t),
                                pointer<float>(of_B),
                                pointer<float>(of_A),
@@ -150,8 +151,8 @@ PYBIND11_MODULE(RODE_MODULE, m) {
         py::arg("out_tiles"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::kw_only(), py::arg("problem"), py::arg("dy"), py::arg("x"), py::arg("A"), py::arg("router"),
         py::arg("B"), py::arg("ld_A"), py::arg("ld_B"), py::arg("u"), py::arg("g"), py::arg("dgates"), py::arg("seed"), py::arg("dx"),
-        py::arg("dA"), py::arg("dW"), py::arg("dB"), py::arg("dbias"), py::arg("dh"), py::arg("D"), py::arg("t"), py::arg("of_B"),
-        py::arg("of_A"), py::arg("of_bias"), py::arg("fast"), py::arg("wide"), py::arg("slabs"), py::arg("slab"), py::arg("share_y"),
+        py::arg("dA"), py::arg("dW"), py::arg("dB"), py::arg("dbias"), py::arg("dh"), py::arg("D"), py::arg("open"), py::arg("t"),
+        py::arg("of_B"), py::arg("of_A"), py::arg("of_bias"), py::arg("fast"), py::arg("wide"), py::arg("slabs"), py::arg("slab"), py::arg("share_y"),
         py::arg("groups"), py::arg("share_x"), py::arg("share_dx"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("cast_parameters", &cast_parameters, py::call_guard<py::gil_scoped_release>());
   m.def("load_kernels", [](int device) {

@@ -173,6 +173,7 @@ class Kernels:
         dB = gradient(need_B and of_y, O, R, dtypes[2])
         dbias, dh = floats(need_bias, N), floats(need_v, M, N)
         D = self.empty(M, 16 * groups, like=x) if need_v else None
+        open_ = self.empty(-(-M // 16), like=x, dtype=torch.int32) if need_v else None
         t = floats(need_v and of_y, plan.slabs, -(-M // 16), tiles, 128)
         of_B = floats(need_B and of_y, ranges_y, O, 8 * tiles)
         of_A = floats(sums_x, ranges_x, 16 * groups, -(-K // 8) * 8)
@@ -207,6 +208,7 @@ class Kernels:
             dbias=_address(dbias),
             dh=_address(dh),
             D=_address(D),
+            open=_address(open_),
             t=_address(t),
             of_B=_address(of_B),
             of_A=_address(of_A),

@@ -84,11 +84,12 @@ def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
     blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
     stages, most = _divide_up(call.in_features, depth), _divide_up(multiprocessors, blocks)
     outs = _divide_up(call.out_features, depth)
-    parts = min(outs, _divide_up(multiprocessors, tiles))
+    parts = {min(outs, p) for p in (max(1, multiprocessors // tiles), max(1, 2 * multiprocessors // tiles))}
     tried = {1 << i for i in range(most.bit_length())} | {most}
     # in whole stages, none without work
     for splits in sorted({_divide_up(stages, _divide_up(stages, min(s, stages))) for s in tried}):
-        plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=_divide_up(outs, parts)))
+        for share in sorted({_divide_up(outs, p) for p in parts}):
+            plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=share))
     return plans
 
 
@@ -127,13 +128,13 @@ class BackwardPlan:
 
 # What blocks of backward_y and backward_x hold (`SlabShape` and `ColumnShape`): columns of O by (wide, element size), and the most
 # tokens of a range, of which a block notes in shared memory which ones are open.
-_SLABS = {(False, 2): 768, (False, 4): 384, (True, 2): 384, (True, 4): 128}
+_SLABS = {(False, 2): 384, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536
 
 
 def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
-    """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that there
-    is about one block for each multiprocessor."""
+    """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that every
+    multiprocessor has as many blocks as it holds, or fewer."""
     depth, tokens, R = ROW_BYTES // call.element_size, max(call.tokens, 1), call.total_rank
     wide = R > 32
     groups = _divide_up(R, 16) + _divide_up(call.routed_experts, 16)
@@ -145,12 +146,15 @@ def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
         slab = _divide_up(_divide_up(call.out_features, wanted), depth) * depth
         slabs = _divide_up(call.out_features, slab)
         blocks = slabs * _divide_up(R, 64 if wide else 32)
-        for ranges_x in {max(1, multiprocessors // columns), _divide_up(multiprocessors, columns)}:
+        of_x = cost.resident_x(held) * multiprocessors
+        for ranges_x in {max(1, of_x * part // 3 // columns) for part in (1, 2, 3)}:
             plans[slabs, ranges_x] = BackwardPlan(
                 wide=wide,
                 slabs=slabs,
                 slab=slab,
-                share_y=_share(tokens, 16, multiprocessors // blocks),
+                share_y=_share(
+                    tokens, 16, cost.resident_y(wide, call.element_size) * multiprocessors // blocks
+                ),
                 groups=held,
                 share_x=_share(tokens, 64, ranges_x),
                 share_dx=_share(tokens, 64, _divide_up(2 * multiprocessors, k_slabs)),

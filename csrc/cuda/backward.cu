@@ -34,6 +34,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.D = output<T>(a.D, M * 16 * groups);
   k.dx = output<T>(a.dx, M * K);
   k.dh = output<float>(a.dh, M * N);
+  k.open = output<uint32_t>(a.open, divide_up(M, 16));
   k.t = output<float>(a.t, a.plan.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
   k.of_B = output<float>(a.of_B, ranges_y * O * 8 * k.expert_tiles);
   k.of_A = output<float>(a.of_A, ranges_x * 16 * groups * k.pitch);
@@ -58,7 +59,6 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.chunks = divide_up(groups, a.plan.groups);
   k.copy_dy = copy_width<T>(a.dy.data, a.dy.row);
   k.copy_x = copy_width<T>(a.x.data, a.x.row);
-  k.vectors = copy_width<T>(a.dx, K) == 16;
   k.dropout = p.dropout.on;
   k.dense = p.dense;
   k.fast = a.fast;
@@ -76,7 +76,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   return k;
 }
 
-template <class T, int kTiles>
+template <class T, int kTiles, bool kAligned>
 Status through_y(const BackwardParams<T>& k, void* stream) {
   using Shape = SlabShape<T, kTiles>;
   const unsigned ranges = static_cast<unsigned>(divide_up(k.M, k.share_y)),
@@ -86,10 +86,10 @@ Status through_y(const BackwardParams<T>& k, void* stream) {
                  Shape::kThreadsY,
                  static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16),
                  stream};
-  return {launch(l, backward_y<T, kTiles>, k), l.kernel};
+  return {launch(l, backward_y<T, kTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, int kGroups, bool kWide>
+template <class T, int kGroups, bool kWide, bool kAligned>
 Status through_x(const BackwardParams<T>& k, void* stream) {
   using Shape = ColumnShape<T, kGroups>;
   const bool sums = k.need_A || k.need_W;
@@ -100,9 +100,31 @@ Status through_x(const BackwardParams<T>& k, void* stream) {
                  {static_cast<unsigned>(divide_up(k.K, Shape::kColumns)), static_cast<unsigned>(divide_up(k.M, share)),
                   static_cast<unsigned>(chunks)},
                  kThreads,
-                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(longest, Shape::kTokens), 8) * 16),
+                 Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u),
                  stream};
-  return {launch(l, backward_x<T, kGroups, kWide>, k), l.kernel};
+  return {launch(l, backward_x<T, kGroups, kWide, kAligned>, k), l.kernel};
+}
+
+// Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
+template <class T>
+bool aligned_y(const BackwardParams<T>& k) {
+  return k.dy_column == 1 && k.copy_dy == 16 && k.O % (16 / static_cast<int>(sizeof(T))) == 0;
+}
+template <class T>
+bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
+  return k.copy_x == 16 && k.K % (16 / static_cast<int>(sizeof(T))) == 0 && copy_width<T>(a.dx, k.K) == 16 &&
+         copy_width<T>(a.A, k.ld_A) == 16 && copy_width<T>(a.router, k.ld_A) == 16;
+}
+
+template <class T, bool kAligned>
+Status by_y(const BackwardParams<T>& k, const Backward& a) {
+  return a.plan.wide ? through_y<T, 8, kAligned>(k, a.stream) : through_y<T, 4, kAligned>(k, a.stream);
+}
+template <class T, bool kAligned>
+Status by_x(const BackwardParams<T>& k, const Backward& a) {
+  return a.plan.groups == 3   ? through_x<T, 3, false, kAligned>(k, a.stream)
+         : a.plan.groups == 5 ? through_x<T, 5, false, kAligned>(k, a.stream)
+                              : through_x<T, 4, true, kAligned>(k, a.stream);
 }
 
 template <class T>
@@ -150,21 +172,19 @@ Status backward<Type>(const Problem& p, const Backward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const BackwardParams<Type> k = parameters<Type>(p, a);
   Status status;
-  if (k.need_t || k.need_B) status = a.plan.wide ? through_y<Type, 8>(k, a.stream) : through_y<Type, 4>(k, a.stream);
+  if (k.need_t || k.need_B) status = aligned_y(k) ? by_y<Type, true>(k, a) : by_y<Type, false>(k, a);
   if (status.error) return status;
   if (k.dh) {
     const Launch l{"backward_v",
-                   {static_cast<unsigned>(divide_up(k.M, 64))},
+                   {static_cast<unsigned>(divide_up(k.M, 16))},
                    kThreads,
-                   static_cast<unsigned>(kWarps * 32 * k.N * 4),
+                   static_cast<unsigned>(backward_v_bytes(k.N)),
                    a.stream};
     status = {launch(l, backward_v<Type>, k), l.kernel};
     if (status.error) return status;
   }
   if (k.need_A || k.need_W || k.need_x) {
-    status = a.plan.groups == 3   ? through_x<Type, 3, false>(k, a.stream)
-             : a.plan.groups == 5 ? through_x<Type, 5, false>(k, a.stream)
-                                  : through_x<Type, 4, true>(k, a.stream);
+    status = aligned_x(k, a) ? by_x<Type, true>(k, a) : by_x<Type, false>(k, a);
     if (status.error) return status;
   }
   return add(k, a);
@@ -177,12 +197,16 @@ Status load_backward_kernels<Type>(int device) {
   const auto load = [&](const char* name, auto kernel) {
     if (!status.error) status = {load_kernel(kernel), name};
   };
-  load("backward_y", backward_y<Type, 4>);
-  load("backward_y", backward_y<Type, 8>);
+  const auto load_all = [&]<bool kAligned>() {
+    load("backward_y", backward_y<Type, 4, kAligned>);
+    load("backward_y", backward_y<Type, 8, kAligned>);
+    load("backward_x", backward_x<Type, 3, false, kAligned>);
+    load("backward_x", backward_x<Type, 4, true, kAligned>);
+    load("backward_x", backward_x<Type, 5, false, kAligned>);
+  };
+  load_all.template operator()<true>();
+  load_all.template operator()<false>();
   load("backward_v", backward_v<Type>);
-  load("backward_x", backward_x<Type, 3, false>);
-  load("backward_x", backward_x<Type, 4, true>);
-  load("backward_x", backward_x<Type, 5, false>);
   load("backward_add", backward_add<Type>);
   return status;
 }

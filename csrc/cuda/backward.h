@@ -27,6 +27,7 @@ struct Backward {
   bool wide_A, wide_W, wide_B;  // the gradient is float32, not of x's type
   float *dbias, *dh;            // (N), (M, N): of the logits, or of given gates
   void* D;                      // (M, 16 groups): du and dh in x's type
+  uint32_t* open;               // (M / 16), with dh
   float *t, *of_B, *of_A, *of_bias;
   bool fast;
   BackwardPlan plan;

@@ -5,7 +5,8 @@
 //
 //   backward_y     reads dy: t, summed over a slab of O, and dB of a range of tokens. One reading of 16 tokens serves both; B's
 //                  part stands in registers, and so do dB's sums.
-//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens.
+//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It says which
+//                  tokens have anything open.
 //   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
 //   backward_add   adds up the ranges in order.
 //
@@ -35,6 +36,7 @@ struct BackwardParams {
   gmem<const int64_t> seed;
   gmem<T> D, dx;                    // (M, 16 groups), (M, K)
   gmem<float> dh;                   // (M, N): of the logits, or of given gates
+  gmem<uint32_t> open;              // (M / 16): whether any gate of these tokens is
   gmem<float> t;                    // (slabs, M / 16, expert_tiles, 32 lanes, 4): parts over slabs of O, as fragments have them
   gmem<float> of_B, of_A, of_bias;  // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
   int64_t ld_dy, dy_column;         // distances of dy, in elements
@@ -46,7 +48,6 @@ struct BackwardParams {
   int slabs, slab, share_y;          // of O, how wide; tokens of a range
   int share_x, share_dx, chunks;     // tokens of a range of dA and dWr, of dx; chunks of groups that a block has
   int copy_dy, copy_x;
-  bool vectors;  // rows of dx move 16 bytes at once
   bool routed, dropout, drop_all, dense, fast;
   bool need_t, need_B, need_A, need_W, need_x;
   float scaling[kMaxExperts];
@@ -65,7 +66,7 @@ RODE_DEVICE void scan_gates(const BackwardParams<T>& p, int first, int count, sm
   for (int tile = warp_index(); tile < count; tile += warps) {
     const int m0 = first + tile * kRows;
     uint32_t open = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int row = lane / width; row < kRows; row += at_once) {
       const bool inside = m0 + row < p.M;
       const gmem<const float> from = p.g + (offset(m0 + row, p.N) + n);

@@ -5,21 +5,28 @@
 
 namespace rode::gpu {
 
-// grid (64 tokens); a warp has 16.
+// Shared memory: the gates of 16 tokens, then what each warp finds of their gradients.
+RODE_HOST_DEVICE constexpr int backward_v_bytes(int experts) { return (1 + kWarps) * 16 * experts * 4; }
+
+// grid (16 tokens); warps take tiles of 8 columns in turn, for one after the other they would wait for memory as often.
 template <class T>
 RODE_KERNEL(kThreads, 4)
 backward_v(BackwardParams<T> p) {
-  const int lane = lane_index(), warp = warp_index(), m0 = (static_cast<int>(block_index().x) * kWarps + warp) * 16;
-  if (m0 >= p.M) return;
+  const int lane = lane_index(), warp = warp_index(), tile16 = static_cast<int>(block_index().x), m0 = tile16 * 16;
   const int all = (p.M + 15) / 16, rows = p.M - m0 < 16 ? p.M - m0 : 16, pitch = 16 * (p.expert_groups + p.router_groups);
-  const smem<float> gates = shared_array<float>(static_cast<unsigned>(warp * 32 * p.N * 4), 16 * p.N);
-  const smem<float> dg = shared_array<float>(static_cast<unsigned>((warp * 32 + 16) * p.N * 4), 16 * p.N);
-  for (int i = lane; i < 16 * p.N; i += 32) {
-    store(gates + i, load(p.g + (offset(m0, p.N) + i), i < rows * p.N));
-    store(dg + i, 0.0f);
+  const smem<float> gates = shared_array<float>(0, 16 * p.N);
+  const auto of_warp = [&](int w) { return shared_array<float>(static_cast<unsigned>((1 + w) * 16 * p.N * 4), 16 * p.N); };
+  const smem<float> dg = of_warp(warp);
+  bool some = false;
+  for (int i = thread_index(); i < 16 * p.N; i += kThreads) {
+    const float gate = load(p.g + (offset(m0, p.N) + i), i < rows * p.N);
+    some |= gate != 0.0f;
+    store(gates + i, gate);
   }
-  sync_warp();
-  for (int tile = 0; tile < 2 * p.expert_groups; ++tile) {
+  for (int i = lane; i < 16 * p.N; i += 32) store(dg + i, 0.0f);
+  const bool some_open = sync_threads_or(some);
+  store(p.open + tile16, static_cast<uint32_t>(some_open), thread_index() == 0);
+  for (int tile = warp; tile < 2 * p.expert_groups; tile += kWarps) {
     float gate[4], factor[4], t[4] = {}, product[4];
     int expert[4];
     bool any = false;
@@ -34,10 +41,17 @@ backward_v(BackwardParams<T> p) {
     }
     const bool open = ballot(any) != 0;  // as backward_y found it: then t was computed, of all 16 tokens
     if (p.need_t && tile < p.expert_tiles && (open || p.dense)) {
-#pragma unroll 4
+      float u[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * tile + sum_column(i), row = fragment_row(i);
+        const bool wanted = (gate[i] != 0.0f || p.dense) && column < p.R && row < rows;
+        u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted);
+      }
+#pragma unroll 8
       for (int slab = 0; slab < p.slabs; ++slab) {
         const vec<float, 4> part =
-            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(slab) * all + m0 / 16) * p.expert_tiles + tile) * 128 + lane * 4));
+            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(slab) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
 #pragma unroll
         for (int i = 0; i < 4; ++i) t[i] += part.v[i];
       }
@@ -45,7 +59,7 @@ backward_v(BackwardParams<T> p) {
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * tile + sum_column(i), row = fragment_row(i);
         const bool wanted = (gate[i] != 0.0f || p.dense) && column < p.R && row < rows;
-        product[i] = wanted ? factor[i] * t[i] * load(p.u + (offset(m0 + row, p.R) + column)) : 0.0f;
+        product[i] = wanted ? factor[i] * t[i] * u[i] : 0.0f;
       }
       const int last = 8 * tile + 7 < p.R ? 8 * tile + 7 : p.R - 1;
       for (int e = p.expert[8 * tile]; e <= p.expert[last]; ++e) {  // by selection: what is not finite in one expert stays there
@@ -71,25 +85,27 @@ backward_v(BackwardParams<T> p) {
             row < rows);
     }
   }
-  sync_warp();
+  sync_threads();
   const int columns = p.routed ? 16 * p.router_groups : p.N;
-  for (int i = lane; i < rows * columns; i += 32) {
+  for (int i = thread_index(); i < rows * columns; i += kThreads) {
     const int row = i / columns, n = i % columns;
     const bool inside = n < p.N;
-    float value = load(dg + (row * p.N + n), inside);
+    float value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) value += load(of_warp(w) + (row * p.N + n), inside);
     const int64_t at = offset(m0 + row, p.N) + n;
     if (p.dgates) value += load(p.dgates + at, inside);
     if (p.routed) value = load(gates + (row * p.N + n), inside) != 0.0f ? value : 0.0f;
     store(p.dh + at, value, inside);
-    store(dg + (row * p.N + n), value, inside);
+    store(of_warp(0) + (row * p.N + n), value, inside);
     if (p.routed) store(p.D + (offset(m0 + row, pitch) + 16 * p.expert_groups + n), from_float<T>(value));
   }
   if (!p.of_bias) return;
-  sync_warp();
-  for (int n = lane; n < p.N; n += 32) {
+  sync_threads();
+  for (int n = thread_index(); n < p.N; n += kThreads) {
     float total = 0.0f;
-    for (int row = 0; row < rows; ++row) total += load(dg + (row * p.N + n));
-    store(p.of_bias + (offset(m0 / 16, p.N) + n), total);
+    for (int row = 0; row < rows; ++row) total += load(of_warp(0) + (row * p.N + n));
+    store(p.of_bias + (offset(tile16, p.N) + n), total);
   }
 }
 

@@ -15,7 +15,9 @@ struct ColumnShape {
   static constexpr int kParts = (16 * kGroups * kSize + kRowBytes - 1) / kRowBytes;  // tiles of D
   static constexpr int kStageBytes = (2 + kParts) * kTileBytes, kStages = kParts <= 2 ? 3 : 2;
   static constexpr int kMaskWords = kColumns / 32, kMaskBytes = kTokens * kMaskWords * 4;
-  static constexpr int kMasks = kStages * kStageBytes, kFlags = kMasks + 2 * kMaskBytes;
+  static constexpr int kFlags = kStages * kStageBytes;
+  // Two masks of dropout stand behind the flags of so many tiles of tokens.
+  RODE_HOST_DEVICE static constexpr unsigned masks(int count) { return static_cast<unsigned>(kFlags + (count + 7) / 8 * 16); }
 };
 
 // Where a row of [A; Wr] padded as D's columns are stands, if it exists.
@@ -26,45 +28,36 @@ RODE_DEVICE Row<T> weight_row(const BackwardParams<T>& p, int row) {
                     : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
 }
 
+// In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only the places of weights in their
+// registers know about it.
+template <int kTiles>
+RODE_DEVICE int dx_column(int j, int n) {
+  return n / 2 * 2 * kTiles + 2 * j + n % 2;
+}
+
 // dx of 16 tokens and a warp's columns, 16 bytes a lane where rows allow it.
-template <class T, int kTiles>
+template <class T, bool kAligned, int kTiles>
 RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const float (&c)[kTiles][4]) {
-  const int t = lane_index() % 4;
+  const int k = k0 + lane_index() % 4 * 2 * kTiles;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int m = m0 + fragment_row(2 * half);
-    const gmem<T> row = p.dx + (static_cast<int64_t>(m) * p.K + k0);
-    if (!p.vectors) {
+    const gmem<T> to = p.dx + (static_cast<int64_t>(m) * p.K + k);
+    if constexpr (kAligned) {
+      constexpr int kEach = 4 / static_cast<int>(sizeof(T)), kWords = 2 * kTiles / kEach;
+      static_assert(kWords == 4);
+      vec<uint32_t, kWords> out;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
+      for (int w = 0; w < kWords; ++w) {
+        float value[kEach];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int k = 8 * j + sum_column(i);
-          store(row + k, from_float<T>(c[j][2 * half + i]), m < p.M && k0 + k < p.K);
-        }
-    } else if constexpr (is_wide<T>) {
-#pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        const int k = 8 * j + sum_column(0);
-        store(row + k, vec<float, 2>{{c[j][2 * half], c[j][2 * half + 1]}}, m < p.M && k0 + k < p.K);
+        for (int i = 0; i < kEach; ++i) value[i] = c[(w * kEach + i) / 2][2 * half + (w * kEach + i) % 2];
+        out.v[w] = pack<T>(value);
       }
+      store(to, out, m < p.M && k < p.K);
     } else {
-      // Lane t has columns 2 t, 2 t + 1 of four tiles: the four lanes of a row exchange them, so that lane t has all of tile t.
-      static_assert(kTiles == 4);
-      uint32_t word[4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) word[j] = pack2<T>(c[j][2 * half], c[j][2 * half + 1]);
-#pragma unroll
-      for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (j & bit) continue;
-          const bool upper = t & bit;
-          const uint32_t got = shuffle_xor(upper ? word[j] : word[j | bit], bit);
-          word[j] = upper ? got : word[j];
-          word[j | bit] = upper ? word[j | bit] : got;
-        }
-      store(row + 8 * t, vec<uint32_t, 4>{{word[0], word[1], word[2], word[3]}}, m < p.M && k0 + 8 * t < p.K);
+      for (int i = 0; i < 2 * kTiles; ++i) store(to + i, from_float<T>(c[i / 2][2 * half + i % 2]), m < p.M && k + i < p.K);
     }
   }
 }
@@ -93,15 +86,15 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words
   for (int j = 0; j < kTiles; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int column = column0 + 8 * j + sum_column(i);
+      const int column = column0 + dx_column<kTiles>(j, sum_column(i));
       if (!(load(mask + ((row0 + fragment_row(i)) * words + column / 32)) >> (column % 32) & 1)) c[j][i] = 0.0f;
     }
 }
 
 // grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kWide) dx has blocks and
 // ranges of its own, the first ones, for they have the most to do.
-template <class T, int kGroups, bool kWide>
-RODE_KERNEL(kThreads, 2)
+template <class T, int kGroups, bool kWide, bool kAligned>
+RODE_KERNEL(kThreads, kGroups == 3 ? 3 : 2)
 backward_x(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
   constexpr int kTiles = Shape::kTiles, kSteps = Shape::kSteps, kSize = Shape::kSize;
@@ -118,28 +111,49 @@ backward_x(BackwardParams<T> p) {
   const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
 
   const auto flags = shared_array<uint16_t>(Shape::kFlags, count);
-  scan_gates<Shape::kTokens>(p, first, count, flags, [](int) { return 1u; });
+  for (int tile = thread_index(); tile < count; tile += kThreads) {
+    uint32_t open = 0;
+#pragma unroll
+    for (int i = 0; i < Shape::kTokens / 16; ++i) {
+      const int tile16 = first / 16 + tile * (Shape::kTokens / 16) + i;
+      open |= load(p.open + tile16, 16 * tile16 < p.M);
+    }
+    store(flags + tile, static_cast<uint16_t>(open));
+  }
   const auto x_tile = [](int stage, int tile) {
     return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes),
                            Shape::kTokens * kDepth<T>);
   };
   const auto D_tile = [&](int stage, int part) { return x_tile(stage, 2 + part); };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(static_cast<unsigned>(Shape::kMasks + tile % 2 * Shape::kMaskBytes), Shape::kMaskBytes / 4);
+    return shared_array<uint32_t>(Shape::masks(count) + static_cast<unsigned>(tile % 2 * Shape::kMaskBytes), Shape::kMaskBytes / 4);
   };
   const auto key = [](unsigned row) { return tile_key<T>(row); };
+  const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
+  const auto D_row = [&](int i) { return Row<T>{p.D + offset(i, pitch), true}; };
+  const Pieces<T, 16, Shape::kTokens, kRowBytes, kThreads, true> of_x(x_row, key), of_D(D_row, key);
   const auto issue = [&](int turn, int stage) {
     const int m0 = first + turn / turns * Shape::kTokens, group = group0 + turn % turns * kGroups;
+    const unsigned inside = m0 + Shape::kTokens <= p.M ? of_D.inside() : of_D.below(p.M - m0);
     if (sums_up) {
-      const auto row = [&](int i) { return Row<T>{p.x + offset(m0 + i, p.ld_x), m0 + i < p.M}; };
+      const int64_t distance = offset(m0, p.ld_x);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        load_tile<Shape::kTokens, kRowBytes>(x_tile(stage, i), row, key, k0 + i * kDepth<T>, p.K, p.copy_x);
+      for (int i = 0; i < 2; ++i) {
+        const int k = k0 + i * kDepth<T>;
+        if constexpr (kAligned) {
+          of_x.copy(x_tile(stage, i), distance + k, inside, p.K - k, key, p.ld_x);
+        } else {
+          const auto row = [&](int r) { return Row<T>{p.x + offset(m0 + r, p.ld_x), m0 + r < p.M}; };
+          load_tile<Shape::kTokens, kRowBytes>(x_tile(stage, i), row, key, k, p.K, p.copy_x);
+        }
+      }
     }
-    const auto row = [&](int i) { return Row<T>{p.D + offset(m0 + i, pitch), m0 + i < p.M}; };
+    const int64_t distance = offset(m0, pitch);
 #pragma unroll
-    for (int i = 0; i < Shape::kParts; ++i)
-      load_tile<Shape::kTokens, kRowBytes>(D_tile(stage, i), row, key, 16 * group + i * kDepth<T>, pitch, 16);
+    for (int i = 0; i < Shape::kParts; ++i) {
+      const int column = 16 * group + i * kDepth<T>;
+      of_D.copy(D_tile(stage, i), distance + column, inside, pitch - column, key, pitch);
+    }
   };
   const auto mask = [&](int tile) {
     if (!p.dropout || tile >= count || load(flags + tile) == 0) return;
@@ -150,36 +164,73 @@ backward_x(BackwardParams<T> p) {
     }
   };
   uint32_t weight[kWide ? 1 : kGroups][kSteps][kTiles][2];
-  const auto read_weights = [&](uint32_t (&to)[kSteps][kTiles][2], int group) {
+  // A lane's columns of dx are 16 bytes of each of the rows of [A; Wr] that an mma asks of it.
+  constexpr int kEach = is_wide<T> ? 2 : 4;
+  using Raw = vec<uint32_t, 4>[kSteps][kEach];
+  const int lane_n = lane_index() / 4, lane_t = lane_index() % 4, lane_k = k0 + warp_k + dx_column<kTiles>(0, lane_n & ~1);
+  const auto fetch_weights = [&](Raw& raw, int group) {
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          const int k = is_wide<T> ? lane_t + 4 * i : 2 * lane_t + i % 2 + i / 2 * 8;
+          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+          raw[step][i] = load<vec<uint32_t, 4>>(row.at + lane_k, row.inside && lane_k < p.K);
+        }
+    }
+  };
+  const auto place_weights = [&](uint32_t (&to)[kSteps][kTiles][2], const Raw& raw, int group) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-        right_values<T>(to[step][j], [&](int k, int n) {
-          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
-          const int column = k0 + warp_k + 8 * j + n;
-          return load(row.at + column, row.inside && column < p.K);
-        });
-  };
-  if constexpr (!kWide) {
+      for (int j = 0; j < kTiles; ++j) {
+        if constexpr (!kAligned) {
+          right_values<T>(to[step][j], [&](int k, int n) {
+            const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+            const int column = k0 + warp_k + dx_column<kTiles>(j, n);
+            return load(row.at + column, row.inside && column < p.K);
+          });
+        } else {
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group)
-      if (writes) read_weights(weight[group], group);
+          for (int i = 0; i < 2; ++i)
+            if constexpr (is_wide<T>) {
+              to[step][j][i] = lane_n % 2 ? raw[step][i].v[2 * j + 1] : raw[step][i].v[2 * j];
+            } else {
+              to[step][j][i] = halves(raw[step][2 * i].v[j], raw[step][2 * i + 1].v[j], lane_n % 2);
+            }
+        }
+      }
+  };
+  [[maybe_unused]] Raw ahead_weights;  // with kWide of group `fetched`
+  [[maybe_unused]] int fetched = -1;
+  if constexpr (!kWide) {
+    if (writes) {
+      Raw raw[kGroups];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) fetch_weights(raw[group], group);
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) place_weights(weight[group], raw[group], group);
+    }
   }
 
   float sums[kGroups][kTiles][4] = {};  // of dA and dWr
-  const auto add_up = [&](int stage, int tile, float (&c)[kGroups][kTiles][4]) {
+  uint32_t wanted = 0;  // a bit for each group whose sums are
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group)
+    wanted |= (group0 + group < p.expert_groups ? p.need_A : p.need_W) ? 1u << group : 0u;
+  const auto add_up = [&]<bool kDrop>(int stage, int tile, float (&c)[kGroups][Shape::kTiles][4]) {
 #pragma unroll 1
     for (int row0 = 0; row0 < Shape::kTokens; row0 += kStepRows<T>) {
       uint32_t b[kTiles][2], kept[kTiles][2];
       right_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) kept[j][0] = b[j][0], kept[j][1] = b[j][1];
-      if (p.dropout) drop_right<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+      if constexpr (kDrop) drop_right<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const bool of_experts = group0 + group < p.expert_groups;
-        if (!(of_experts ? p.need_A : p.need_W)) continue;
+        const bool of_experts = !kDrop || group0 + group < p.expert_groups;
+        if (!(wanted >> group & 1)) continue;
         const int at = group * 16 * kSize / kChunk;
         uint32_t bits[4];
         left_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
@@ -211,7 +262,7 @@ backward_x(BackwardParams<T> p) {
   };
   const auto finish = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
     if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
-    store_dx<T, kTiles>(p, m0 + row0, k0 + warp_k, c);
+    store_dx<T, kAligned, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
 
   sync_threads();
@@ -232,9 +283,13 @@ backward_x(BackwardParams<T> p) {
     if (step == turns - 1) mask(tile + 1);
     const bool open = is_open(turn);
     if (sums_up && open) {
+      const auto sum = [&](float (&c)[kGroups][kTiles][4]) {
+        if (p.dropout) return add_up.template operator()<true>(stage, tile, c);
+        add_up.template operator()<false>(stage, tile, c);
+      };
       if constexpr (is_wide<T>) {  // in pieces, as tensor cores truncate when they add
         float piece[kGroups][kTiles][4] = {};
-        add_up(stage, tile, piece);
+        sum(piece);
 #pragma unroll
         for (int group = 0; group < kGroups; ++group)
 #pragma unroll
@@ -242,7 +297,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[group][j][i] += piece[group][j][i];
       } else {
-        add_up(stage, tile, sums);
+        sum(sums);
       }
     }
     if constexpr (kWide) {
@@ -252,10 +307,13 @@ backward_x(BackwardParams<T> p) {
             for (int j = 0; j < kTiles; ++j)
               for (int l = 0; l < 4; ++l) dx[i][j][l] = 0.0f;
 #pragma unroll 1
-        for (int i = 0; i < kGroups && open; ++i) {
-          read_weights(weight[0], step * kGroups + i);
+        for (int i = 0; i < kGroups && open && step * kGroups + i < groups; ++i) {
+          const int group = step * kGroups + i, next = group + 1 == groups ? 0 : group + 1;
+          if (fetched != group) fetch_weights(ahead_weights, group);
+          place_weights(weight[0], ahead_weights, group);
+          if (next > 0 || tile + 1 < count) fetch_weights(ahead_weights, fetched = next);
 #pragma unroll
-          for (int rows = 0; rows < 4; ++rows) go_back(stage, tile, 16 * rows, i, step * kGroups + i, weight[0], dx[rows]);
+          for (int rows = 0; rows < 4; ++rows) go_back(stage, tile, 16 * rows, i, group, weight[0], dx[rows]);
         }
         if (step == turns - 1) {
 #pragma unroll

@@ -6,11 +6,12 @@
 
 namespace rode::gpu {
 
-// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums.
+// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits and
+// with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others beside them.
 template <class T, int kTiles>
 struct SlabShape {
-  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3;
-  static constexpr int kSteps = kTiles == 4 ? 6 : is_wide<T> ? 2 : 3;
+  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
+  static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
   static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kSlab = kWarpsY * kColumns;
   static constexpr int kRowTiles = kSlab / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
   static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
@@ -20,8 +21,8 @@ struct SlabShape {
 };
 
 // grid (slabs, ranges of tokens, chunks of kTiles column tiles)
-template <class T, int kTiles>
-RODE_KERNEL(256, 1)
+template <class T, int kTiles, bool kAligned>
+RODE_KERNEL(256, (kAligned ? SlabShape<T, kTiles>::kBlocks : 1))
 backward_y(BackwardParams<T> p) {
   using Shape = SlabShape<T, kTiles>;
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
@@ -53,6 +54,8 @@ backward_y(BackwardParams<T> p) {
       });
   sync_threads();
 
+  const auto dy_row = [&](int i) { return Row<T>{p.dy + i * p.ld_dy, true}; };
+  const Pieces<T, 16, kTokens, kRowBytes, kThreads> of_dy(dy_row, tile_key<T>);
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
@@ -60,24 +63,33 @@ backward_y(BackwardParams<T> p) {
   };
   const auto issue = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
-    const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
-    if (p.dy_column == 1) {
-      for (int i = thread / kThreads; i * kDepth<T> < o_end - o0; i += Shape::kThreadsY / kThreads)
-        load_tile<kTokens, kRowBytes, Shape::kThreadsY>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
-      return;
-    }
-    for (int i = thread; i < kTokens * p.slab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
-      const int token = i / p.slab, column = i % p.slab, chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
-      const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), m0 + token < p.M && o0 + column < o_end);
-      store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
-                column % (kChunk / static_cast<int>(sizeof(T))),
-            value);
+    // Columns from the slab's end on become zeros, so that no product has to ask for them.
+    if constexpr (kAligned) {
+      const unsigned inside = m0 + kTokens <= p.M ? of_dy.inside() : of_dy.below(p.M - m0);
+      const int64_t distance = m0 * p.ld_dy + o0;
+#pragma unroll 1
+      for (int j = 0; j < Shape::kRowTiles; j += Shape::kThreadsY / kThreads) {
+        const int i = j + thread / kThreads;
+        if (Shape::kRowTiles % 2 == 0 || i < Shape::kRowTiles)
+          of_dy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_key<T>);
+      }
+    } else if (p.dy_column == 1) {
+      const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
+      for (int i = thread / kThreads; i < Shape::kRowTiles; i += Shape::kThreadsY / kThreads)
+        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
+    } else {
+      for (int i = thread; i < kTokens * Shape::kSlab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
+        const int token = i / Shape::kSlab, column = i % Shape::kSlab, chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
+        const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), m0 + token < p.M && o0 + column < o_end);
+        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
+                  column % (kChunk / static_cast<int>(sizeof(T))),
+              value);
+      }
     }
   };
   // A thread's entries of v are of one column: u and g come into its registers a tile ahead.
   const int my_column = thread % (8 * kTiles), r = 8 * tile0 + my_column;
   const int expert = r < p.R ? p.expert[r] : 0;
-  const float factor = p.scaling[expert];
   float my_u[kEach], my_gate[kEach];
   const auto token_of = [&](int i) { return (thread + i * Shape::kThreadsY) / (8 * kTiles); };
   const auto fetch = [&](int tile) {
@@ -97,7 +109,7 @@ backward_y(BackwardParams<T> p) {
     constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const T v = from_float<T>(my_gate[i] != 0.0f ? factor * my_gate[i] * my_u[i] : 0.0f);
+      const T v = from_float<T>(my_gate[i] != 0.0f ? p.scaling[expert] * my_gate[i] * my_u[i] : 0.0f);
       const int token = token_of(i), column = my_column % kDepth<T>;
       store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_key<T>(token), column / kPerChunk) + column % kPerChunk, v);
     }
@@ -106,34 +118,46 @@ backward_y(BackwardParams<T> p) {
     return shared_array<float>(Shape::kCorners, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
   };
 
+  const uint32_t all_open = (1u << tiles) - 1;
   float sums[kMTiles][kTiles][4] = {};  // dB
-  int ahead = next(0), at = ahead, coming = next(at + 1);
-  for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
-    if (ahead < count) issue(ahead, stage), ahead = next(ahead + 1);
-    cp_async_commit();
-  }
+  // Three tiles are under way: `at`, `coming`, and the one after it, which takes the place that is free.
+  static_assert(Shape::kStages == 3);
+  int at = next(0), coming = next(at + 1);
+  if (at < count) issue(at, 0);
+  cp_async_commit();
+  if (coming < count) issue(coming, 1);
+  cp_async_commit();
   fetch(at);
   weigh(0);
   fetch(coming);
-  for (int stage = 0, free = Shape::kStages - 1, buffer = 0; at < count; buffer ^= 1) {
+  for (int stage = 0, buffer = 0; at < count; buffer ^= 1) {
     cp_async_wait<Shape::kStages - 2>();
     sync_threads();
-    if (ahead < count) issue(ahead, free), ahead = next(ahead + 1);
+    const int then = next(coming + 1);
+    if (then < count) issue(then, stage == 0 ? Shape::kStages - 1 : stage - 1);
     cp_async_commit();
-    const uint32_t open = everywhere ? ~0u : load(flags + at);
+    const uint32_t open = everywhere ? all_open : load(flags + at);
+    // A branch for each product costs more than most products: none where all of them are wanted.
+    const auto for_open = [&](auto product) {
+      if ((open & all_open) == all_open) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) product(j);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+          if (open >> j & 1) product(j);
+      }
+    };
     const auto chunk_of = [&](int bytes) { return (warp_o * static_cast<int>(sizeof(T)) + bytes) / kChunk; };
     if (p.need_t) {
       float t[kTiles][4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int chunk = chunk_of(step * 32);
-        if (chunk / 8 * kDepth<T> >= o_end - o0) break;  // nothing was read there
         uint32_t bits[4];
         left_plain<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
         const Left<T> a = left_operand<T>(bits, p.fast);
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j)
-          if (open >> j & 1) multiply(t[j], a, here(weight[step][j][0]), here(weight[step][j][1]), p.fast);
+        for_open([&](int j) { multiply(t[j], a, here(weight[step][j][0]), here(weight[step][j][1]), p.fast); });
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
@@ -158,18 +182,14 @@ backward_y(BackwardParams<T> p) {
 #pragma unroll
           for (int pair = 0; pair < kPairs; ++pair) {
             const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));
-            if (chunk / 8 * kDepth<T> >= o_end - o0) break;
             uint32_t bits[4];
             left_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
             const Left<T> a = left_operand<T>(bits, p.fast);
-#pragma unroll
-            for (int j = 0; j < kTiles; ++j)
-              if (open >> j & 1) multiply(c[j], a, v[pair][j][0], v[pair][j][1], p.fast);
+            for_open([&](int j) { multiply(c[j], a, v[pair][j][0], v[pair][j][1], p.fast); });
           }
         });
     }
     weigh(buffer ^ 1);  // of `coming`
-    const int then = next(coming + 1);
     fetch(then);
     if (p.need_t) {
       sync_threads();
@@ -187,7 +207,6 @@ backward_y(BackwardParams<T> p) {
     at = coming;
     coming = then;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    free = free + 1 == Shape::kStages ? 0 : free + 1;
   }
   if (!p.need_B) return;
 #pragma unroll

@@ -44,7 +44,7 @@ RODE_DEVICE uint32_t keep_bits(uint64_t first, uint64_t seed, uint32_t threshold
 template <int kRows, class T>
 RODE_DEVICE void fill_mask(smem<uint32_t> mask, int64_t m0, int k, int64_t K, uint64_t seed, uint32_t threshold, bool drop_all) {
   constexpr int kPerRow = kDepth<T> / 32;
-  for (int i = thread_index(); i < kRows * kPerRow; i += kThreads) {
+  for (int i = thread_index(); i < kRows * kPerRow; i += block_threads()) {
     const int64_t element = (m0 + i / kPerRow) * K + k + i % kPerRow * 32;
     store(mask + i, drop_all ? 0u : keep_bits(static_cast<uint64_t>(element), seed, threshold));
   }

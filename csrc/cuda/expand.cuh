@@ -8,9 +8,10 @@ namespace rode::gpu {
 
 // ---- weigh
 
-// A tile of logits becomes gates, in shared memory (16 tokens of this warp, N) and, if `keep`, in g. True if any is open.
+// A tile of logits becomes gates: if `share`, in shared memory (16 tokens, N), and if `keep`, in g. True if any is open.
 template <class T>
-RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int tile, int m0, smem<float> gates, bool keep) {
+RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int tile, int m0, smem<float> gates, bool share,
+                            bool keep) {
   bool any = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -19,19 +20,19 @@ RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int 
     const float logit = h[i] + (p.bias ? load(p.bias + n, n < p.N) : 0.0f);
     const float gate = logit <= 0.0f || !inside ? 0.0f : logit;  // NaN is not swallowed
     any |= n < p.N && gate != 0.0f;
-    store(gates + (row * p.N + n), gate, n < p.N);
+    store(gates + (row * p.N + n), gate, n < p.N && share);
     store(p.g + (offset(m0 + row, p.N) + n), gate, inside && n < p.N && keep);
   }
   return any;
 }
 
 template <class T>
-RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gates) {
+RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gates, bool share) {
   bool any = false;
   for (int i = lane_index(); i < 16 * p.N; i += 32) {
     const float gate = load(p.gates + (offset(m0, p.N) + i), m0 + i / p.N < p.M);
     any |= gate != 0.0f;
-    store(gates + i, gate);
+    store(gates + i, gate, share);
   }
   return any;
 }
@@ -76,22 +77,22 @@ RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile,
 // ---- expand
 
 // kParts pieces of 128 bytes hold what a row of B has for one pass: `kUsed` bytes of each
-template <class T, int kRows, int kExpertTiles>
+template <class T, int kRows, int kExpertTiles, int kStages>
 struct ExpandStages {
   static constexpr int kWidth = 8 * kExpertTiles * static_cast<int>(sizeof(T));
   static constexpr int kParts = (kWidth + kRowBytes - 1) / kRowBytes, kUsed = kWidth / kParts;
   static constexpr int kPartBytes = kDepth<T> * kRowBytes, kBytes = kParts * kPartBytes + kRows * kRowBytes;
-  static constexpr int kCount = 3;
+  static constexpr int kCount = kStages;
 };
 
 // y = base + v B^T for output tiles [first, last), each in `chunks` passes of 8 kExpertTiles columns, before which form(chunk, v)
 // is asked for v if there are several. A warp with nothing open (`warp_open`) copies base to y, or leaves y alone if that is base;
-// where the whole block has nothing open, B is not read. Warps share the rows, or the columns of a tile.
-template <class T, int kRows, int kExpertTiles, int kCount, class Form>
+// where the whole block has nothing open, B is not read. Warps share the rows, then the columns of a tile.
+template <class T, int kRows, int kExpertTiles, int kStages, bool kAligned, int kCount, class Form>
 RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, int chunks, bool warp_open, bool block_open,
                         Weighted<kCount>& v, Form form) {
-  using Stages = ExpandStages<T, kRows, kExpertTiles>;
-  constexpr int kSize = static_cast<int>(sizeof(T)), kWarpsM = kRows / 16, kWarpsO = kWarps / kWarpsM;
+  using Stages = ExpandStages<T, kRows, kExpertTiles, kStages>;
+  constexpr int kSize = static_cast<int>(sizeof(T)), kFilling = kBlock<kRows>, kWarpsM = kRows / 16, kWarpsO = kFilling / 32 / kWarpsM;
   constexpr int kTiles = kDepth<T> / 8 / kWarpsO;  // of 8 columns of y that a warp has
   // In a group of tiles a lane owns consecutive columns, up to 16 bytes: column n of tile j is column n / 2 * kLane + 2 j + n % 2
   // of the group. Only which rows of B the lanes of ldmatrix point to knows about it.
@@ -104,29 +105,49 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   };
   // A lane reads back what it has copied itself, so base has no order in common with other lanes.
   const auto base_piece = [&](int stage, int group, int half) {
-    const int piece = (group * 2 + half) * kThreads + thread_index();
+    const int piece = (group * 2 + half) * kFilling + thread_index();
     return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes + Stages::kParts * Stages::kPartBytes), kRows * kDepth<T>) +
            piece * kLane;
   };
   // Different for the 8 rows of an ldmatrix; rows 2 i and 2 i + 1 in different halves, for rows that are 64 bytes long.
   const auto key = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
-  const auto token = [&](int half) { return m0 + warp_m * 16 + lane / 4 + half * 8; };
-  const auto output = [&](int tile, int group) { return tile * kDepth<T> + warp_o + group * 8 * kGroup + lane % 4 * kLane; };
+  // Where this lane's columns of output tile 0 stand, in the first of its tokens; the second is 8 rows on.
+  const int lane_o = warp_o + lane % 4 * kLane, token = m0 + warp_m * 16 + lane / 4;
+  const gmem<const T> base_at = p.base + (offset(token, p.ld_base) + lane_o);
+  const gmem<T> y_at = p.y + (offset(token, p.ld_y) + lane_o);
+  const auto B_row = [&](int i) { return Row<T>{p.B + offset(i, p.ld_B), true}; };
+  const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, key);
+  const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, key);
   const auto issue = [&](int tile, int chunk, int stage) {
+    const int o0 = tile * kDepth<T>;
     if (block_open) {
-      const int o0 = tile * kDepth<T>;
-      const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };
 #pragma unroll
-      for (int part = 0; part < Stages::kParts; ++part)
-        load_tile<kDepth<T>, Stages::kUsed>(B_tile(stage, part), row, key, (chunk * Stages::kParts + part) * kDepth<T>, p.R,
-                                            p.copy_B);
+      for (int part = 0; part < Stages::kParts; ++part) {
+        const int column = (chunk * Stages::kParts + part) * kDepth<T>;
+        const int64_t distance = offset(o0, p.ld_B) + column;
+        const auto copy = [&](const auto& pieces) {
+          const unsigned inside = o0 + kDepth<T> <= p.O ? pieces.inside() : pieces.below(p.O - o0);
+          pieces.copy(B_tile(stage, part), distance, inside, p.ld_B - column, key, p.ld_B);
+        };
+        if constexpr (kAligned) {
+          if (p.copy_B == 16) {
+            copy(wide_B);
+          } else {
+            copy(narrow_B);
+          }
+        } else {
+          const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };
+          load_tile<kDepth<T>, Stages::kUsed, kFilling>(B_tile(stage, part), row, key, column, p.ld_B, p.copy_B);
+        }
+      }
     }
-    if (p.base && active && p.vectors && chunk == chunks - 1) {
+    if (kAligned && p.base && active && chunk == chunks - 1) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group)
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const bool inside = token(half) < p.M && output(tile, group) < p.O;
-          cp_async<kLane * kSize>(base_piece(stage, group, half), p.base + (offset(token(half), p.ld_base) + output(tile, group)),
+          const bool inside = token + 8 * half < p.M && o0 + lane_o + group * 8 * kGroup < p.O;
+          cp_async<kLane * kSize>(base_piece(stage, group, half), base_at + (offset(8 * half, p.ld_base) + o0 + group * 8 * kGroup),
                                   inside ? kLane * kSize : 0);
         }
     }
@@ -137,8 +158,10 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     for (int group = 0; group < kGroups; ++group)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int m = token(half), o = output(tile, group);
-        if (p.vectors) {
+        const int within = tile * kDepth<T> + group * 8 * kGroup, o = within + lane_o, m = token + 8 * half;
+        const gmem<const T> from = base_at + (offset(8 * half, p.ld_base) + within);
+        const gmem<T> to = y_at + (offset(8 * half, p.ld_y) + within);
+        if constexpr (kAligned) {
           constexpr int kWords = kLane * kSize / 4, kEach = 4 / kSize;
           vec<uint32_t, kWords> out{};
           if (p.base) out = load<vec<uint32_t, kWords>>(base_piece(stage, group, half));
@@ -149,16 +172,23 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
             for (int j = 0; j < kEach; ++j) value[j] = unpack<T>(out.v[i], j) + sum(group, half, i * kEach + j);
             out.v[i] = pack<T>(value);
           }
-          store(p.y + (offset(m, p.ld_y) + o), out, m < p.M && o < p.O);
+          store(to, out, m < p.M && o < p.O);
         } else {
 #pragma unroll
           for (int i = 0; i < kLane; ++i) {
             const bool inside = m < p.M && o + i < p.O;
-            const float before = p.base ? to_float(load(p.base + (offset(m, p.ld_base) + o + i), inside)) : 0.0f;
-            store(p.y + (offset(m, p.ld_y) + o + i), from_float<T>(before + sum(group, half, i)), inside);
+            const float before = p.base ? to_float(load(from + i, inside)) : 0.0f;
+            store(to + i, from_float<T>(before + sum(group, half, i)), inside);
           }
         }
       }
+  };
+  // The row of B that this lane points to for tiles j, j + 1 of an ldmatrix: its place but for the step.
+  const auto B_at = [&](int j, int step) {
+    const int mine = kTiles > 1 ? j + lane / 16 : j, n = lane % 8;
+    const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + n / 2 * kLane + n % 2;
+    const unsigned chunk = static_cast<unsigned>(2 * (step % kRowSteps)) ^ static_cast<unsigned>(lane / 8 % 2);
+    return (row * kRowBytes + static_cast<int>(chunk ^ key(static_cast<unsigned>(row))) * kChunk) / kSize;
   };
 
   struct Place {
@@ -173,7 +203,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   int stage = 0, free = Stages::kCount - 1;
   float sums[kTiles][4];
   for (Place at{first, 0}; at.tile < last; at = after(at), ahead = after(ahead)) {
-    if (chunks > 1) form(at.tile, at.chunk, v);
+    if (chunks > 1) form(at.chunk, v);
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
     if (ahead.tile < last) issue(ahead.tile, ahead.chunk, free);
@@ -190,19 +220,16 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
           if (!(v.open >> step & 1)) continue;
           const Left<T> a = left_operand<T>(v.a[step], p.fast);
           const smem<T> tile = B_tile(stage, part);
-          const int n = lane % 8, in_group = n / 2 * kLane + n % 2, chunk = 2 * (step % kRowSteps) + lane / 8 % 2;
 #pragma unroll
           for (int j = 0; j < kTiles; j += 2) {
-            const int mine = j + lane / 16;  // of the two tiles that one ldmatrix reads
-            const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + in_group;
             if constexpr (kTiles > 1) {
               uint32_t b[4];
-              ldmatrix<4>(b, at_chunk(tile, row, key(row), chunk));
+              ldmatrix<4>(b, tile + B_at(j, step));
               multiply(c[j], a, b[0], b[1], p.fast);
               multiply(c[j + 1], a, b[2], b[3], p.fast);
             } else {
               uint32_t b[2];
-              ldmatrix<2>(b, at_chunk(tile, warp_o + in_group, key(warp_o + in_group), chunk));
+              ldmatrix<2>(b, tile + B_at(j, step));
               multiply(c[j], a, b[0], b[1], p.fast);
             }
           }

@@ -17,7 +17,7 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   k.x = matrix<T>(a.x, M, K);
   k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
   k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
-  k.B = array<T>(a.B, (O - 1) * a.ld_B + R);
+  k.B = array<T>(a.B, O * a.ld_B);
   k.base = matrix<T>(a.base, M, O);
   k.bias = array<float>(a.bias, N);
   k.gates = array<float>(a.gates, M * N);
@@ -46,8 +46,6 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   const int of_A = copy_width<T>(a.A, a.ld_A), of_router = copy_width<T>(a.router, a.ld_A);
   k.copy_weights = of_A < of_router ? of_A : of_router;
   k.copy_B = copy_width<T>(a.B, a.ld_B);
-  k.vectors = O * static_cast<int64_t>(sizeof(T)) % 16 == 0 && copy_width<T>(a.y.data, a.y.row) == 16 &&
-              (!a.base || copy_width<T>(a.base.data, a.base.row) == 16);
   k.routed = routed;
   k.dropout = p.dropout.on;
   k.dense = p.dense;
@@ -60,53 +58,67 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   return k;
 }
 
-template <class T, int kExpertTiles, int kRouterTiles>
+// Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
+template <class T>
+bool aligned(const Forward& a, const ForwardParams<T>& k) {
+  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+  return k.K % kEach == 0 && k.O % kEach == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
+         copy_width<T>(a.y.data, a.y.row) == 16 && (!a.base || copy_width<T>(a.base.data, a.base.row) == 16);
+}
+
+template <class T, bool kAligned, int kExpertTiles, int kRouterTiles>
 Status fused(const Problem& p, ForwardParams<T> k, void* stream) {
   k.expert_tiles = kExpertTiles;  // where the kernel looks for the router
   k.router_tiles = kRouterTiles;
   const unsigned shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
-  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(p.tokens, 64))}, kThreads, shared, stream};
-  return {launch(l, forward_fused<T, kExpertTiles, kRouterTiles>, k), l.kernel};
+  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(p.tokens, 64))}, kBlock<64>, shared, stream};
+  return {launch(l, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, int kRows, int kTiles>
+template <class T, bool kAligned, int kRows, int kTiles>
 Status shrunk(const ForwardParams<T>& k, void* stream) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   const Launch l{"forward_shrink",
                  {static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)),
                   static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(k.splits)},
-                 kThreads,
-                 static_cast<unsigned>(Stages::kBytes * Stages::kCount + masks_bytes(k.dropout)),
+                 kBlock<kRows>,
+                 static_cast<unsigned>(Stages::kPipeline + masks_bytes(k.dropout)),
                  stream};
-  return {launch(l, forward_shrink<T, kRows, kTiles>, k), l.kernel};
+  return {launch(l, forward_shrink<T, kRows, kTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, int kRows>
-Status expanded(ForwardParams<T> k, void* stream) {
-  int shared = ExpandShared<T, kRows>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N);
-  // v in several passes of 4 steps: 16 bytes a thread and step, and a bit of 32
-  const int chunks = divide_up(k.expert_tiles, ExpandShared<T, kRows>::kExpertTiles), kept = chunks * kRowSteps * kThreads * 16;
-  if (chunks > 1 && chunks <= 8 && shared + kept <= kMaxShared) {
-    k.kept_chunks = chunks;
-    shared += kept;
-  }
+template <class T, bool kAligned, int kRows, Passes kPasses>
+Status expanded(const ForwardParams<T>& k, int kept, void* stream) {
   const int outs = divide_up(k.O, kDepth<T>);
+  const int shared = ExpandShared<T, kRows, kPasses>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N) + kept;
   const Launch l{"forward_expand",
                  {static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(divide_up(outs, k.out_tiles))},
-                 kThreads,
+                 kBlock<kRows>,
                  static_cast<unsigned>(shared),
                  stream};
-  return {launch(l, forward_expand<T, kRows>, k), l.kernel};
+  return {launch(l, forward_expand<T, kRows, kAligned, kPasses>, k), l.kernel};
 }
 
-template <class T>
+template <class T, bool kAligned>
 Status in_two_launches(const ForwardParams<T>& k, int rows, void* stream) {
   const int tiles = k.expert_tiles + k.router_tiles;
-  Status status = rows == 16 && tiles <= 5 ? shrunk<T, 16, 5>(k, stream)
-                  : tiles <= 5             ? shrunk<T, 64, 5>(k, stream)
-                                           : shrunk<T, 64, 16>(k, stream);
+  Status status = rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, stream)
+                  : tiles <= 5             ? shrunk<T, kAligned, 64, 5>(k, stream)
+                                           : shrunk<T, kAligned, 64, 16>(k, stream);
   if (status.error) return status;
-  return rows == 16 ? expanded<T, 16>(k, stream) : expanded<T, 64>(k, stream);
+  using Kept = ExpandShared<T, 64, Passes::kKept>;
+  const int chunks = divide_up(k.expert_tiles, Kept::kExpertTiles), kept = kept_bytes(chunks);
+  if (rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, 0, stream);
+  if (chunks == 1) return expanded<T, kAligned, 64, Passes::kOne>(k, 0, stream);
+  if (Kept::pipeline(tiles) + gates_bytes(k.N) + kept <= max_shared()) return expanded<T, kAligned, 64, Passes::kKept>(k, kept, stream);
+  return expanded<T, kAligned, 64, Passes::kAgain>(k, 0, stream);
+}
+
+template <class T, bool kAligned>
+Status run(const Problem& p, const Forward& a, const ForwardParams<T>& k) {
+  if (!a.plan.fused) return in_two_launches<T, kAligned>(k, a.plan.rows, a.stream);
+  const bool small = p.total_rank <= 32 && (!k.routed || p.experts <= 8);
+  return small ? fused<T, kAligned, 4, 1>(p, k, a.stream) : fused<T, kAligned, 8, 2>(p, k, a.stream);
 }
 
 }  // namespace
@@ -115,9 +127,7 @@ template <>
 Status forward<Type>(const Problem& p, const Forward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters<Type>(p, a);
-  if (!a.plan.fused) return in_two_launches(k, a.plan.rows, a.stream);
-  const bool small = p.total_rank <= 32 && (!k.routed || p.experts <= 8);
-  return small ? fused<Type, 4, 1>(p, k, a.stream) : fused<Type, 8, 2>(p, k, a.stream);
+  return aligned(a, k) ? run<Type, true>(p, a, k) : run<Type, false>(p, a, k);
 }
 
 #if RODE_TYPE_BITS == 16  // float32 parameters need no cast for float32
@@ -151,13 +161,19 @@ Status load_kernels<Type>(int device) {
   const auto load = [&](const char* name, auto kernel) {
     if (!status.error) status = {load_kernel(kernel), name};
   };
-  load("forward_fused", forward_fused<Type, 4, 1>);
-  load("forward_fused", forward_fused<Type, 8, 2>);
-  load("forward_shrink", forward_shrink<Type, 16, 5>);
-  load("forward_shrink", forward_shrink<Type, 64, 5>);
-  load("forward_shrink", forward_shrink<Type, 64, 16>);
-  load("forward_expand", forward_expand<Type, 16>);
-  load("forward_expand", forward_expand<Type, 64>);
+  const auto load_all = [&]<bool kAligned>() {
+    load("forward_fused", forward_fused<Type, 4, 1, kAligned>);
+    load("forward_fused", forward_fused<Type, 8, 2, kAligned>);
+    load("forward_shrink", forward_shrink<Type, 16, 5, kAligned>);
+    load("forward_shrink", forward_shrink<Type, 64, 5, kAligned>);
+    load("forward_shrink", forward_shrink<Type, 64, 16, kAligned>);
+    load("forward_expand", forward_expand<Type, 16, kAligned, Passes::kOne>);
+    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kOne>);
+    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kKept>);
+    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kAgain>);
+  };
+  load_all.template operator()<true>();
+  load_all.template operator()<false>();
 #if RODE_TYPE_BITS == 16
   load("cast_parameters", gpu::cast_parameters<Type>);
 #endif

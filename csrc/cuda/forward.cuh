@@ -10,16 +10,21 @@
 // Where token tiles fill the device one kernel does all three (forward_fused); for few tokens, or many columns, forward_shrink
 // leaves partial sums of K in memory, and forward_expand adds them up in order and goes on. No atomics: the same bits on every run.
 //
-// Blocks of 128 threads that a multiprocessor holds at once, at least, for any type, 4 experts, no dropout and no v to keep: where
-// it has 164 KiB of shared memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
-//   forward_fused 4 1: 3, 1
-//   forward_fused 8 2: 2, 1
-//   forward_shrink 16 5: 3, 3
-//   forward_shrink 64 5: 3, 1
+// What takes time is not memory alone, but instructions and waiting: a block of 64 tokens has two warps for each 16 of them, what a
+// thread copies is worked out once (`Pieces`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at once.
+//
+// Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB of shared
+// memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
+//   forward_fused 4 1: 1, 1
+//   forward_fused 8 2: 1, 1
+//   forward_shrink 16 5: 3, 1
+//   forward_shrink 64 5: 1, 1
 //   forward_shrink 64 16: 2, 1
-//   forward_expand 16: 4, 3
-//   forward_expand 64: 3, 2
-// One block of forward_fused 4 1 alone keeps 39 KiB on their way: M = 8192 gives a multiprocessor of 132 no second one.
+//   forward_expand 16 one: 3, 1
+//   forward_expand 64 one: 1, 1
+//   forward_expand 64 kept: 2, 1
+//   forward_expand 64 again: 2, 1
+// One block of forward_fused 4 1 alone keeps 78 KiB on their way: M = 8192 gives a multiprocessor of 132 no second one.
 #pragma once
 
 #include "expand.cuh"
@@ -29,55 +34,57 @@ namespace rode::gpu {
 
 template <class T, int kExpertTiles, int kRouterTiles>
 struct FusedShared {
-  static constexpr int kDown =
-      ShrinkStages<T, 64, kExpertTiles + kRouterTiles>::kBytes * ShrinkStages<T, 64, kExpertTiles + kRouterTiles>::kCount;
-  static constexpr int kUp = ExpandStages<T, 64, kExpertTiles>::kBytes * ExpandStages<T, 64, kExpertTiles>::kCount;
+  static constexpr int kStages = 5;  // of the way up
+  static constexpr int kDown = ShrinkStages<T, 64, kExpertTiles + kRouterTiles>::kPipeline;
+  static constexpr int kUp = ExpandStages<T, 64, kExpertTiles, kStages>::kBytes * kStages;
   static constexpr int kPipeline = kDown > kUp ? kDown : kUp;
 };
 
 // grid (token tiles)
-template <class T, int kExpertTiles, int kRouterTiles>
-RODE_KERNEL(kThreads, kExpertTiles == 4 ? 3 : 2)
+template <class T, int kExpertTiles, int kRouterTiles, bool kAligned>
+RODE_KERNEL(kBlock<64>, is_wide<T> && kExpertTiles == 8 ? 1 : 2)
 forward_fused(ForwardParams<T> p) {
-  constexpr int kPipeline = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline;
-  const int m0 = static_cast<int>(block_index().x) * 64, warp = warp_index(), warp_m0 = m0 + warp * 16;
-  const unsigned mask_at = static_cast<unsigned>(kPipeline + gates_bytes(p.N));
-  float sums[kExpertTiles + kRouterTiles][4] = {};
-  shrink<T, 64, kExpertTiles + kRouterTiles, kExpertTiles>(p, m0, 0, 0, (p.K + kDepth<T> - 1) / kDepth<T>, mask_at, sums);
+  using Shared = FusedShared<T, kExpertTiles, kRouterTiles>;
+  constexpr int kTiles = kExpertTiles + kRouterTiles;
+  const int m0 = static_cast<int>(block_index().x) * 64, warp_m = warp_index() % 4, warp_m0 = m0 + warp_m * 16;
+  const bool keep = warp_index() < 4;  // of two warps that have the same tokens, the one that shares what it makes of their sums
+  const unsigned mask_at = static_cast<unsigned>(Shared::kPipeline + gates_bytes(p.N));
+  float sums[kTiles][4] = {};
+  shrink<T, 64, kTiles, kExpertTiles, kAligned>(p, m0, 0, 0, (p.K + kDepth<T> - 1) / kDepth<T>, mask_at, sums);
+  add_up<T, 64, kTiles>(0, 1, sums);
 
-  const smem<float> gates = shared_array<float>(static_cast<unsigned>(kPipeline + warp * 16 * p.N * 4), 16 * p.N);
+  const smem<float> gates = shared_array<float>(static_cast<unsigned>(Shared::kPipeline + warp_m * 16 * p.N * 4), 16 * p.N);
   bool any = false;
   if (p.routed) {
 #pragma unroll
-    for (int j = 0; j < kRouterTiles; ++j) any |= open_gates(p, sums[kExpertTiles + j], j, warp_m0, gates, true);
+    for (int j = 0; j < kRouterTiles; ++j) any |= open_gates(p, sums[kExpertTiles + j], j, warp_m0, gates, keep, keep);
   } else {
-    any = given_gates(p, warp_m0, gates);
+    any = given_gates(p, warp_m0, gates, keep);
   }
-  sync_warp();
+  const bool block_open = sync_threads_or(any);  // and the gates are there
   constexpr int kCount = kExpertTiles / (is_wide<T> ? 1 : 2);
   Weighted<kCount> v;
 #pragma unroll
-  for (int j = 0; j < kExpertTiles; ++j) weigh(p, sums[j], j, j, warp_m0, gates, true, v);
-  const bool block_open = sync_threads_or(any);
+  for (int j = 0; j < kExpertTiles; ++j) weigh(p, sums[j], j, j, warp_m0, gates, keep, v);
   if (!block_open && p.in_place) return;
-  expand<T, 64, kExpertTiles>(p, m0, 0, (p.O + kDepth<T> - 1) / kDepth<T>, 1, ballot(any) != 0, block_open, v,
-                              [](int, int, Weighted<kCount>&) {});
+  expand<T, 64, kExpertTiles, Shared::kStages, kAligned>(p, m0, 0, (p.O + kDepth<T> - 1) / kDepth<T>, 1, ballot(any) != 0, block_open, v,
+                                               [](int, Weighted<kCount>&) {});
 }
 
-// grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours. For 16 tokens the
-// warps share K and add up in order.
-template <class T, int kRows, int kTiles>
-RODE_KERNEL(kThreads, kTiles == 5 ? 3 : 2)
+// grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours.
+template <class T, int kRows, int kTiles, bool kAligned>
+RODE_KERNEL(kBlock<kRows>, 2)
 forward_shrink(ForwardParams<T> p) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   const int m0 = static_cast<int>(block_index().y) * kRows, first_tile = static_cast<int>(block_index().x) * kTiles;
   const int stages = (p.K + kDepth<T> - 1) / kDepth<T>, share = (stages + p.splits - 1) / p.splits;
-  const int split = static_cast<int>(block_index().z), first = split * share, lane = lane_index(), warp = warp_index();
+  const int split = static_cast<int>(block_index().z), first = split * share;
   const int count = stages - first < share ? stages - first : share;
-  float sums[kTiles][4] = {};
-  shrink<T, kRows, kTiles, -1>(p, m0, first_tile, first, count, Stages::kBytes * Stages::kCount, sums);
+  float sums[Stages::kMine][4] = {};
+  shrink<T, kRows, kTiles, -1, kAligned>(p, m0, first_tile, first, count, Stages::kPipeline, sums);
 
-  const int columns = 8 * (p.expert_tiles + p.router_tiles), row0 = kRows == 64 ? m0 + warp * 16 : m0;
+  const int columns = 8 * (p.expert_tiles + p.router_tiles), row0 = m0 + warp_index() % Stages::kWarpsM * 16;
+  const int warp_share = warp_index() / Stages::kWarpsM;
   const auto write = [&](int tile, const float (&c)[4]) {
     const bool exists = 8 * tile < columns;
 #pragma unroll
@@ -92,150 +99,173 @@ forward_shrink(ForwardParams<T> p) {
       }
     }
   };
-  if constexpr (kRows == 64) {
+  if constexpr (Stages::kWarpsK == 1) {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) write(first_tile + j, sums[j]);
+    for (int j = 0; j < Stages::kMine; ++j) write(first_tile + warp_share * Stages::kMine + j, sums[j]);
   } else {
-    sync_threads();  // the stages are free
-    const auto corner = [&](int from, int j) {
-      return shared_array<float>(0, kWarps * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
-    };
+    add_up<T, kRows, kTiles>(warp_share, Stages::kWarpsK, sums);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
-    sync_threads();
-    for (int j = warp; j < kTiles; j += kWarps) {
-      float total[4] = {};
-      for (int from = 0; from < kWarps; ++from) {
-        const vec<float, 4> part = load<vec<float, 4>>(corner(from, j));
-        for (int i = 0; i < 4; ++i) total[i] += part.v[i];
-      }
-      write(first_tile + j, total);
-    }
+    for (int j = 0; j < kTiles; ++j)
+      if (j % Stages::kWarpsK == warp_share) write(first_tile + j, sums[j]);
   }
 }
 
-// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order.
+// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are asked for before the
+// first one is added, for each of them is a way to memory.
 template <class T>
 RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int first, int by, float (&c)[4]) {
-  const int columns = 8 * (p.expert_tiles + p.router_tiles);
+  constexpr int kBatch = 8;
+  const int columns = 8 * (p.expert_tiles + p.router_tiles), m = m0 + fragment_row(0);
+  const int64_t split_size = static_cast<int64_t>(p.M) * columns;
+  gmem<const float> from = p.partial + (first * split_size + static_cast<int64_t>(m) * columns + 8 * tile + fragment_column<T>(0));
   for (int i = 0; i < 4; ++i) c[i] = 0.0f;
-#pragma unroll 4
-  for (int split = first; split < p.splits; split += by) {
+#pragma unroll 1
+  for (int split = first; split < p.splits; split += by * kBatch) {
+    vec<float, 2> part[kBatch][2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = m0 + fragment_row(2 * half);
-      const gmem<const float> from =
-          p.partial + ((static_cast<int64_t>(split) * p.M + m) * columns + 8 * tile + fragment_column<T>(0));
-      if constexpr (is_wide<T>) {
-        c[2 * half] += load(from, m < p.M);
-        c[2 * half + 1] += load(from + 4, m < p.M);
-      } else {
-        const vec<float, 2> two = load<vec<float, 2>>(from, m < p.M);
-        c[2 * half] += two.v[0];
-        c[2 * half + 1] += two.v[1];
+    for (int i = 0; i < kBatch; ++i, from = from + by * split_size) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const gmem<const float> of_row = from + half * 8 * columns;
+        const bool inside = m + 8 * half < p.M && split + i * by < p.splits;
+        if constexpr (is_wide<T>) {
+          part[i][half] = {load(of_row, inside), load(of_row + 4, inside)};
+        } else {
+          part[i][half] = load<vec<float, 2>>(of_row, inside);
+        }
       }
     }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) c[j] += part[i][j / 2].v[j % 2];
   }
 }
 
-template <class T, int kRows>
+// How v is come by: in one pass; in several, and kept in shared memory between output tiles; or made again for each of them.
+enum class Passes { kOne, kKept, kAgain };
+
+template <class T, int kRows, Passes kPasses>
 struct ExpandShared {
-  static constexpr int kExpertTiles = kDepth<T> / 8;  // of a pass: 128 bytes of B's rows
-  static constexpr int kPipeline = ExpandStages<T, kRows, kExpertTiles>::kBytes * ExpandStages<T, kRows, kExpertTiles>::kCount;
-  // For 16 tokens: sums of 4 warps for every column tile, before the pipeline starts.
+  static constexpr int kStages = kPasses == Passes::kOne ? 5 : 3, kExpertTiles = kDepth<T> / 8;  // of a pass: 128 bytes of B's rows
+  static constexpr int kPipeline = ExpandStages<T, kRows, kExpertTiles, kStages>::kBytes * kStages;
+  static constexpr int kSharing = kBlock<kRows> / 32 / (kRows / 16);  // warps that have the same tokens
+  static constexpr int kParts = kRows == 16 ? kSharing : 1;           // of the splits, each added up by another warp
+  // Before the pipeline starts: sums of the column tiles of a pass, of all of them if it is the only one, else at most 8.
+  RODE_HOST_DEVICE static constexpr int corners(int tiles) { return kParts * kRows / 16 * tiles * 512; }
   RODE_HOST_DEVICE static constexpr int pipeline(int tiles) {
-    const int corners = kRows == 16 ? kWarps * tiles * 512 : 0;
-    return corners > kPipeline ? corners : kPipeline;
+    const int bytes = corners(kPasses == Passes::kOne ? tiles : 8);
+    return bytes > kPipeline ? bytes : kPipeline;
   }
 };
 
-// grid (token tiles, parts of O)
-template <class T, int kRows>
-RODE_KERNEL(kThreads, 2)
-forward_expand(ForwardParams<T> p) {
-  using Shared = ExpandShared<T, kRows>;
-  constexpr int kExpertTiles = Shared::kExpertTiles, kCount = kRowSteps;
-  const int m0 = static_cast<int>(block_index().x) * kRows, lane = lane_index(), warp = warp_index();
-  const int warp_m0 = kRows == 64 ? m0 + warp * 16 : m0, tiles = p.expert_tiles + p.router_tiles;
-  const int outs = (p.O + kDepth<T> - 1) / kDepth<T>, first = static_cast<int>(block_index().y) * p.out_tiles;
-  const int last = first + p.out_tiles < outs ? first + p.out_tiles : outs;
-  const int pipeline = Shared::pipeline(tiles);
-  const bool keep = block_index().y == 0 && (kRows == 64 || warp == 0);  // one of those who have them writes u and g
+// v of 64 tokens, as the lanes of 4 warps have it, and for each warp a word that says which steps are open.
+RODE_HOST_DEVICE constexpr int kept_bytes(int chunks) { return chunks * (kRowSteps * kThreads * 16 + kWarps * 4); }
 
-  const auto corner = [&](int from, int tile) {
-    return shared_array<float>(0, kWarps * tiles * 128) + ((from * tiles + tile) * 32 + lane) * 4;
+// grid (token tiles, parts of O)
+template <class T, int kRows, bool kAligned, Passes kPasses>
+RODE_KERNEL(kBlock<kRows>, 2)
+forward_expand(ForwardParams<T> p) {
+  using Shared = ExpandShared<T, kRows, kPasses>;
+  constexpr bool kOne = kPasses == Passes::kOne;
+  constexpr int kExpertTiles = Shared::kExpertTiles, kCount = kRowSteps, kWarpsM = kRows / 16, kSharing = Shared::kSharing;
+  constexpr int kParts = Shared::kParts;
+  const int m0 = static_cast<int>(block_index().x) * kRows, lane = lane_index(), warp_m = warp_index() % kWarpsM;
+  const int share = warp_index() / kWarpsM, warp_m0 = m0 + warp_m * 16, tiles = p.expert_tiles + p.router_tiles;
+  const int chunks = kOne ? 1 : (p.expert_tiles + kExpertTiles - 1) / kExpertTiles, pipeline = Shared::pipeline(tiles);
+  const bool writes = block_index().y == 0;  // one of those who have them writes u and g
+
+  const smem<float> gates = shared_array<float>(static_cast<unsigned>(pipeline + warp_m * 16 * p.N * 4), 16 * p.N);
+  const auto kept_at = [&] { return static_cast<unsigned>(pipeline + gates_bytes(p.N)); };
+  const auto kept = [&](int chunk, int step) {
+    return shared_array<uint32_t>(kept_at(), chunks * kCount * kThreads * 4) +
+           ((chunk * kCount + step) * kThreads + warp_m * 32 + lane) * 4;
   };
-  if constexpr (kRows == 16) {  // each warp adds a quarter of the splits
-    for (int tile = 0; tile < tiles; ++tile) {
+  const auto kept_open = [&](int chunk) {
+    return shared_array<uint32_t>(kept_at() + static_cast<unsigned>(chunks * kCount * kThreads * 16), chunks * kWarps) +
+           (chunk * kWarps + warp_m);
+  };
+  // The only pass, or one for the router and one for every chunk of experts. Their code stands here once: a block is over before
+  // much more of it could be fetched.
+  Weighted<kCount> v;
+  bool any = false, block_open = false;
+  for (int pass = kOne ? 0 : -1; pass < chunks; ++pass) {
+    const bool has_router = kOne || pass < 0;
+    const int begin = pass < 0 ? p.expert_tiles : pass * kExpertTiles, above = begin + kExpertTiles,
+              end = has_router ? tiles : above < p.expert_tiles ? above : p.expert_tiles;
+    const auto corner = [&](int part, int tile) {
+      return shared_array<float>(0, Shared::corners(end - begin) / 4) +
+             (((part * kWarpsM + warp_m) * (end - begin) + tile - begin) * 32 + lane) * 4;
+    };
+    // Warps that have the same tokens share the tiles; with few tokens, and then many splits, these.
+#pragma unroll 1
+    for (int tile = begin + (kParts == 1 ? share : 0); tile < end; tile += kParts == 1 ? kSharing : 1) {
       float c[4];
-      add_splits(p, tile, m0, warp, kWarps, c);
-      store(corner(warp, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
+      add_splits(p, tile, warp_m0, kParts == 1 ? 0 : share, kParts, c);
+      store(corner(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
     }
     sync_threads();
-  }
-  const auto sums = [&](int tile, float (&c)[4]) {
-    if constexpr (kRows == 64) {
-      add_splits(p, tile, warp_m0, 0, 1, c);
-    } else {
+    const auto sums = [&](int tile, float (&c)[4]) {
       for (int i = 0; i < 4; ++i) c[i] = 0.0f;
-      for (int from = 0; from < kWarps; ++from) {
-        const vec<float, 4> part = load<vec<float, 4>>(corner(from, tile));
-        for (int i = 0; i < 4; ++i) c[i] += part.v[i];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const vec<float, 4> some = load<vec<float, 4>>(corner(part, tile));
+        for (int i = 0; i < 4; ++i) c[i] += some.v[i];
+      }
+    };
+    if (has_router) {
+      if (p.routed) {
+#pragma unroll 1
+        for (int j = 0; j < p.router_tiles; ++j) {
+          float h[4];
+          sums(p.expert_tiles + j, h);
+          any |= open_gates(p, h, j, warp_m0, gates, share == 0, share == 0 && writes);
+        }
+      } else {
+        any = given_gates(p, warp_m0, gates, share == 0);
+      }
+      block_open = sync_threads_or(any);  // and the gates are there
+    }
+    if (kOne || (pass >= 0 && share == pass % kSharing)) {
+      v.open = 0;
+#pragma unroll
+      for (int j = 0; j < kExpertTiles; ++j) {
+        float u[4] = {};
+        if (begin + j < p.expert_tiles) sums(begin + j, u);
+        weigh(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
+      }
+      if constexpr (kPasses == Passes::kKept) {
+        store(kept_open(pass), v.open, lane == 0);
+#pragma unroll
+        for (int step = 0; step < kCount; ++step)
+          store(kept(pass, step), vec<uint32_t, 4>{{v.a[step][0], v.a[step][1], v.a[step][2], v.a[step][3]}});
       }
     }
-  };
-
-  const smem<float> gates = shared_array<float>(static_cast<unsigned>(pipeline + warp * 16 * p.N * 4), 16 * p.N);
-  bool any = false;
-  if (p.routed) {
-    for (int j = 0; j < p.router_tiles; ++j) {
-      float h[4];
-      sums(p.expert_tiles + j, h);
-      any |= open_gates(p, h, j, warp_m0, gates, keep);
-    }
-  } else {
-    any = given_gates(p, warp_m0, gates);
+    sync_threads();  // the corners are free
   }
-  sync_warp();
-  const int chunks = (p.expert_tiles + kExpertTiles - 1) / kExpertTiles;
-  Weighted<kCount> v;
-  // Several passes ask for v at every output tile: it is kept in shared memory, each lane its own part, where there is room.
-  uint32_t kept_open = 0;
-  const auto kept = [&](int chunk, int step) {
-    const unsigned at = static_cast<unsigned>(pipeline + gates_bytes(p.N));
-    return shared_array<uint32_t>(at, p.kept_chunks * kCount * kThreads * 4) +
-           ((chunk * kCount + step) * kThreads + thread_index()) * 4;
-  };
-  const auto form = [&](int tile, int chunk, Weighted<kCount>& w) {
-    if (p.kept_chunks && tile != first) {
-      w.open = kept_open >> (kCount * chunk) & ((1u << kCount) - 1);
+  if (!block_open && p.in_place) return;
+  const auto form = [&](int chunk, Weighted<kCount>& w) {
+    if constexpr (kPasses == Passes::kAgain) {
+      w.open = 0;
+#pragma unroll
+      for (int j = 0; j < kExpertTiles; ++j) {
+        const int tile = chunk * kExpertTiles + j;
+        float u[4] = {};
+        if (tile < p.expert_tiles) add_splits(p, tile, warp_m0, 0, 1, u);
+        weigh(p, u, tile, j, warp_m0, gates, false, w);
+      }
+    } else if constexpr (kPasses == Passes::kKept) {
+      w.open = load(kept_open(chunk));
 #pragma unroll
       for (int step = 0; step < kCount; ++step) {
         const vec<uint32_t, 4> a = load<vec<uint32_t, 4>>(kept(chunk, step));
         for (int i = 0; i < 4; ++i) w.a[step][i] = a.v[i];
       }
-      return;
-    }
-    w.open = 0;
-#pragma unroll
-    for (int j = 0; j < kExpertTiles; ++j) {
-      const int column_tile = chunk * kExpertTiles + j;
-      float u[4] = {};
-      if (column_tile < p.expert_tiles) sums(column_tile, u);
-      weigh(p, u, column_tile, j, warp_m0, gates, keep && tile == first, w);
-    }
-    if (p.kept_chunks) {
-      kept_open |= w.open << (kCount * chunk);
-#pragma unroll
-      for (int step = 0; step < kCount; ++step)
-        store(kept(chunk, step), vec<uint32_t, 4>{{w.a[step][0], w.a[step][1], w.a[step][2], w.a[step][3]}});
     }
   };
-  if (chunks == 1) form(first, 0, v);
-  const bool block_open = sync_threads_or(any);  // and the corners are free
-  // Closed tiles of several passes still owe their u.
-  if (!block_open && p.in_place && (chunks == 1 || block_index().y != 0)) return;
-  expand<T, kRows, kExpertTiles>(p, m0, first, last, chunks, ballot(any) != 0, block_open, v, form);
+  const int outs = (p.O + kDepth<T> - 1) / kDepth<T>, first = static_cast<int>(block_index().y) * p.out_tiles;
+  const int last = first + p.out_tiles < outs ? first + p.out_tiles : outs;
+  expand<T, kRows, kExpertTiles, Shared::kStages, kAligned>(p, m0, first, last, chunks, ballot(any) != 0, block_open, v, form);
 }
 
 // float32 parameters become T, in one launch: rows of A, router and B, each padded with zeros to its pitch (a multiple of 8).

@@ -21,9 +21,7 @@ struct ForwardParams {
   int expert_tiles, router_tiles;                         // columns in tiles of 8
   int splits;                                             // of K
   int out_tiles;                                          // of y that a block of forward_expand goes through
-  int kept_chunks;                                        // of v that forward_expand makes once and keeps, or 0
   int copy_x, copy_weights, copy_B;                       // bytes that rows can be copied by: 16, 4 or one value
-  bool vectors;                                           // rows of base and y move 16 bytes at once
   bool routed, dropout, drop_all, dense, in_place, fast;  // fast: tf32 products for float32
   float scaling[kMaxExperts];
   uint8_t expert[kMaxRank];  // of each column

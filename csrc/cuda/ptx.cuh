@@ -63,6 +63,7 @@ class smem {
  public:
   RODE_DEVICE explicit smem(unsigned offset) : offset_(offset) {}
   RODE_DEVICE smem operator+(int n) const { return smem(offset_ + static_cast<unsigned>(n) * unsigned{sizeof(T)}); }
+  RODE_DEVICE smem operator^(unsigned bytes) const { return smem(offset_ ^ bytes); }
   template <class U>
   RODE_DEVICE smem<U> as() const {
     return smem<U>(offset_);
@@ -93,11 +94,40 @@ inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) 
                                 sizeof(V) <= 16 && alignof(V) == sizeof(V);
 
 template <class V = void, class T>
-RODE_DEVICE moved<V, T> load(gmem<T> from, bool when = true) {
+RODE_DEVICE moved<V, T> load(gmem<T> from) {
   using R = moved<V, T>;
   static_assert(movable<R, std::remove_const_t<T>>);
+  return *from.template at<const R>();
+}
+// Zero unless `when`. A predicate on the load itself: of an if the compiler makes a branch, and then loads wait for one another.
+// Kernels read nothing that they have written, so its place among stores does not matter.
+template <class V = void, class T>
+RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
+  using R = moved<V, T>;
+  static_assert(movable<R, std::remove_const_t<T>>);
+  const auto address = __cvta_generic_to_global(from.template at<const void>());
+  const int p = when;
   R value{};
-  if (when) value = *from.template at<const R>();
+  if constexpr (sizeof(R) == 2) {
+    unsigned short w;
+    asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1];}" : "=&h"(w) : "l"(address), "r"(p));
+    memcpy(&value, &w, sizeof(R));
+  } else {
+    unsigned w[sizeof(R) / 4];
+    if constexpr (sizeof(R) == 4) {
+      asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1];}" : "=&r"(w[0]) : "l"(address), "r"(p));
+    } else if constexpr (sizeof(R) == 8) {
+      asm("{.reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
+          : "=&r"(w[0]), "=&r"(w[1])
+          : "l"(address), "r"(p));
+    } else {
+      asm("{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+          "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+          : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
+          : "l"(address), "r"(p));
+    }
+    memcpy(&value, w, sizeof(R));
+  }
   return value;
 }
 
@@ -285,6 +315,8 @@ RODE_DEVICE uint32_t here(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+// The upper, or lower, halves of two words in one.
+RODE_DEVICE uint32_t halves(uint32_t low, uint32_t high, bool upper) { return __byte_perm(low, high, upper ? 0x7632 : 0x5410); }
 RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
@@ -307,11 +339,18 @@ int launch(const Launch& l, void (*kernel)(P...), A... args) {
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // not the thread's last error, which may be an old one
 }
 
+// Bytes of shared memory that a block may ask for on the current device; 0 if it does not say.
+inline int max_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
+
 // Has the driver load a kernel on the current device, now and not at its first launch, which a stream capture may surround; and lets
-// it ask for up to kMaxShared bytes. Set once, not at each launch: threads launch at the same time.
+// it ask for as much shared memory as there is. Set once, not at each launch: threads launch at the same time.
 template <class... P>
 int load_kernel(void (*kernel)(P...)) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared());
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   return error;

@@ -6,22 +6,28 @@
 
 namespace rode::gpu {
 
+// Warps that share rows share the steps of a stage, and add up at the end (`add_up`); or, with many tiles, the tiles.
 template <class T, int kRows, int kTiles>
 struct ShrinkStages {
   static constexpr int kTileBytes = kRows * kRowBytes, kBytes = kTileBytes + 8 * kTiles * kRowBytes;
-  static constexpr int kCount = kTiles <= 5 ? 4 : 3;
+  static constexpr int kCount = kTiles <= 5 ? 7 : kTiles <= 10 ? 4 : 3;
+  static constexpr int kWarpsM = kRows / 16, kSharing = kBlock<kRows> / 32 / kWarpsM;
+  static constexpr int kWarpsK = kTiles == 16 ? 1 : kSharing, kMine = kTiles / (kSharing / kWarpsK);  // tiles of a warp
+  static constexpr int kCorners = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
+  static constexpr int kPipeline = kBytes * kCount > kCorners ? kBytes * kCount : kCorners;
 };
 
-// sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on. Tiles below kExpertTiles (or,
-// if that is negative, below p.expert_tiles) are experts' and see x after dropout. Warps share the rows, or the steps of a stage.
-template <class T, int kRows, int kTiles, int kExpertTiles>
+// sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on; with 16 tiles, those of this
+// warp. Tiles below kExpertTiles (or, if that is negative, below p.expert_tiles) are experts' and see x after dropout.
+template <class T, int kRows, int kTiles, int kExpertTiles, bool kAligned>
 RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int first, int count, unsigned mask_at,
-                        float (&sums)[kTiles][4]) {
+                        float (&sums)[ShrinkStages<T, kRows, kTiles>::kMine][4]) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
-  constexpr int kWarpsM = kRows / 16, kWarpsK = kWarps / kWarpsM;
-  const int lane = lane_index(), row0 = warp_index() % kWarpsM * 16, warp_k = warp_index() / kWarpsM;
+  constexpr int kWarpsM = Stages::kWarpsM, kWarpsK = Stages::kWarpsK, kMine = Stages::kMine;
+  const int lane = lane_index(), row0 = warp_index() % kWarpsM * 16, share = warp_index() / kWarpsM;
+  const int warp_k = kWarpsK == 1 ? 0 : share, warp_tile = kWarpsK == 1 ? share * kMine : 0;
   const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
-  const int tiles = p.expert_tiles + p.router_tiles - first_tile;  // that exist
+  const int tile0 = first_tile + warp_tile, tiles = p.expert_tiles + p.router_tiles - tile0;  // that exist
 
   const auto x_tile = [](int stage) { return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes), kRows * kDepth<T>); };
   const auto weight_tile = [](int stage) {
@@ -37,43 +43,57 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
                       : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
   };
   const auto key = [](unsigned row) { return row % 8; };
+  const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, key);
+  const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, key);
   const auto issue = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
-    load_tile<kRows, kRowBytes>(x_tile(stage), x_row, key, k, p.K, p.copy_x);
-    load_tile<8 * kTiles, kRowBytes>(weight_tile(stage), weight_row, key, k, p.K, p.copy_weights);
+    if constexpr (kAligned) {
+      of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, key);
+      of_weights.copy(weight_tile(stage), k, of_weights.inside(), p.K - k, key);
+    } else {
+      load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, key, k, p.K, p.copy_x);
+      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, key, k, p.K, p.copy_weights);
+    }
   };
-  // kWhole: every one of kTiles exists and belongs to experts.
-  const auto compute = [&]<bool kWhole>(int stage, int tile, float (&c)[kTiles][4]) {
+  // Where this lane's rows for ldmatrix stand in a stage, but for the step, which is a flip of bits that are 0 there.
+  const auto chunk_of = [](int row, unsigned chunk) { return row * kRowBytes + static_cast<int>(chunk ^ (row % 8u)) * kChunk; };
+  const int of_lane = chunk_of(row0 + lane % 16, static_cast<unsigned>(lane) / 16);
+  const int n = tile_row<T>(lane % 8) + 8 * warp_tile, of_pair = chunk_of(n + lane / 16 * 8, static_cast<unsigned>(lane) / 8 % 2),
+            of_single = chunk_of(n, static_cast<unsigned>(lane) / 8 % 2);
+  // kWhole: every one of kTiles exists and belongs to experts. kDrop: there is dropout.
+  // (Stages::kMine: nvcc 13.0 crashes on a local constant in the parameters of such a lambda.)
+  const auto compute = [&]<bool kWhole, bool kDrop>(int stage, int tile, float (&c)[Stages::kMine][4]) {
 #pragma unroll
     for (int i = 0; i < kRowSteps / kWarpsK; ++i) {
-      const int step = i * kWarpsK + warp_k, row = row0 + lane % 16;
+      const int step = i * kWarpsK + warp_k;
+      const unsigned flip = static_cast<unsigned>(step) * 2 * kChunk;
       uint32_t bits[4];
-      ldmatrix<4>(bits, at_chunk(x_tile(stage), row, key(row), 2 * step + lane / 16));
+      ldmatrix<4>(bits, (x_tile(stage) + of_lane / static_cast<int>(sizeof(T))) ^ flip);
       const Left<T> a = left_operand<T>(bits, p.fast);
       Left<T> kept = a;  // the experts' x
-      if (p.dropout) {
+      if constexpr (kDrop) {
         drop<T>(bits, mask_of(tile), row0, step);
         kept = left_operand<T>(bits, p.fast);
       }
       const auto add = [&](int j, uint32_t b0, uint32_t b1) {
-        if (kWhole || (kExpertTiles < 0 ? first_tile + j < p.expert_tiles : j < kExpertTiles)) {
+        if (!kDrop || kWhole || (kExpertTiles < 0 ? tile0 + j < p.expert_tiles : j < kExpertTiles)) {
           multiply(c[j], kept, b0, b1, p.fast);
         } else {
           multiply(c[j], a, b0, b1, p.fast);
         }
       };
+      const auto weights = [&](int at, int j) { return ((weight_tile(stage) + at / static_cast<int>(sizeof(T))) ^ flip) + 8 * j * kDepth<T>; };
 #pragma unroll
-      for (int j = 0; j < kTiles; j += 2) {
-        if (!kWhole && kTiles > 5 && kExpertTiles < 0 && j >= tiles) break;
-        const int n = 8 * j + tile_row<T>(lane % 8), chunk = 2 * step + lane / 8 % 2;
-        if (j + 1 < kTiles) {
+      for (int j = 0; j < kMine; j += 2) {
+        if (!kWhole && kTiles == 16 && j >= tiles) break;
+        if (j + 1 < kMine) {
           uint32_t b[4];
-          ldmatrix<4>(b, at_chunk(weight_tile(stage), n + lane / 16 * 8, key(n), chunk));
+          ldmatrix<4>(b, weights(of_pair, j));
           add(j, b[0], b[1]);
           add(j + 1, b[2], b[3]);
         } else {
           uint32_t b[2];
-          ldmatrix<2>(b, at_chunk(weight_tile(stage), n, key(n), chunk));
+          ldmatrix<2>(b, weights(of_single, j));
           add(j, b[0], b[1]);
         }
       }
@@ -89,21 +109,48 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     cp_async_commit();
   }
   mask(0);
-  const bool whole = first_tile + kTiles <= p.expert_tiles;
+  const bool whole = tile0 + kMine <= p.expert_tiles;
   for (int tile = 0, stage = 0, free = Stages::kCount - 1; tile < count; ++tile) {
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
     if (tile + Stages::kCount - 1 < count) issue(tile + Stages::kCount - 1, free);
     cp_async_commit();
     mask(tile + 1);  // beside the products
-    accumulate<T, kTiles>(sums, [&](float (&c)[kTiles][4]) {
-      if constexpr (kTiles > 5 && kExpertTiles < 0) {
-        if (whole) return compute.template operator()<true>(stage, tile, c);
+    accumulate<T, kMine>(sums, [&](float (&c)[kMine][4]) {
+      if (p.dropout) return compute.template operator()<false, true>(stage, tile, c);
+      if constexpr (kTiles == 16) {
+        if (whole) return compute.template operator()<true, false>(stage, tile, c);
       }
-      compute.template operator()<false>(stage, tile, c);
+      compute.template operator()<false, false>(stage, tile, c);
     });
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;
+  }
+}
+
+// Adds up, in order, what the warps that share rows have summed over their steps: tiles first, first + by, .. of each. Stages are
+// no longer needed.
+template <class T, int kRows, int kTiles>
+RODE_DEVICE void add_up(int first, int by, float (&sums)[kTiles][4]) {
+  using Stages = ShrinkStages<T, kRows, kTiles>;
+  static_assert(Stages::kMine == kTiles);
+  const int warp = warp_index(), warp_m = warp % Stages::kWarpsM, lane = lane_index();
+  const auto corner = [&](int from, int j) {
+    return shared_array<float>(0, Stages::kCorners / 4) + ((from * kTiles + j) * 32 + lane) * 4;
+  };
+  sync_threads();
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
+  sync_threads();
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    if (j % by != first) continue;
+    for (int i = 0; i < 4; ++i) sums[j][i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < Stages::kWarpsK; ++k) {
+      const vec<float, 4> part = load<vec<float, 4>>(corner(k * Stages::kWarpsM + warp_m, j));
+      for (int i = 0; i < 4; ++i) sums[j][i] += part.v[i];
+    }
   }
 }
 

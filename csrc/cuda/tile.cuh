@@ -10,6 +10,9 @@
 namespace rode::gpu {
 
 constexpr int kThreads = 128, kWarps = 4;
+// Of a block that takes kRows tokens forward: two warps for each 16 of 64 tokens, four for 16.
+template <int kRows>
+inline constexpr int kBlock = kRows == 64 ? 256 : 128;
 constexpr int kRowBytes = 128, kChunk = 16, kRowSteps = 4;
 
 template <class T>
@@ -30,14 +33,14 @@ struct Row {
 };
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
-// are copied at once. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads meet all banks.
-template <int kCopy, int kRows, int kUsed, int kBlock, class T, class Source, class Key>
+// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads meet all banks.
+template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Key>
 RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
-  constexpr int kStep = kThreads / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
-  static_assert(kThreads % kPerRow == 0, "so a thread's pieces all stand in the same columns");
+  constexpr int kStep = kFilling / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
+  static_assert(kFilling % kPerRow == 0, "so a thread's pieces all stand in the same columns");
   // Unsigned: divisions and remainders are then shifts and masks.
-  const unsigned thread = static_cast<unsigned>(kBlock == kThreads ? thread_index() : thread_index() % kThreads);
+  const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling;
   const int row0 = static_cast<int>(thread / kPerRow), byte = static_cast<int>(thread % kPerRow * kCopy);
   const int column = k + byte / kSize, left = (columns - column) * kSize;
   const int wanted = left <= 0 ? 0 : left < kCopy ? left : kCopy;
@@ -73,17 +76,71 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   }
 }
 
-// `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value. In a block of kBlock threads each kThreads fill a tile.
-template <int kRows, int kUsed, int kBlock = kThreads, class T, class Source, class Key>
+// `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value.
+template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Key>
 RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int columns, int copy) {
   if (copy == 16) {
-    load_pieces<16, kRows, kUsed, kBlock>(tile, source, key, k, columns);
+    load_pieces<16, kRows, kUsed, kFilling>(tile, source, key, k, columns);
   } else if (is_wide<T> || copy == 4) {
-    load_pieces<4, kRows, kUsed, kBlock>(tile, source, key, k, columns);
+    load_pieces<4, kRows, kUsed, kFilling>(tile, source, key, k, columns);
   } else {
-    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kBlock>(tile, source, key, k, columns);
+    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, key, k, columns);
   }
 }
+
+// What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in each,
+// so they are worked out once: a copy then costs few instructions beside itself. `key` must be linear: key(a ^ b) = key(a) ^ key(b).
+// kAffine: rows are equally far apart, and one address is kept instead of one for each piece.
+template <class T, int kCopy, int kRows, int kUsed, int kFilling, bool kAffine = false>
+class Pieces {
+  static constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy, kStep = kFilling / kPerRow;
+  static constexpr int kCount = (kRows + kStep - 1) / kStep;
+  static_assert(kFilling % kPerRow == 0 && (kStep & (kStep - 1)) == 0 && kCopy % kSize == 0);
+
+ public:
+  template <class Source, class Key>
+  RODE_DEVICE Pieces(Source source, Key key) {
+    const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling, byte = thread % kPerRow * kCopy;
+    row_ = static_cast<int>(thread / kPerRow);
+    column_ = static_cast<int>(byte / kSize);
+    place_ = static_cast<int>((static_cast<unsigned>(row_) * kRowBytes + ((byte / kChunk) ^ key(static_cast<unsigned>(row_))) * kChunk +
+                               byte % kChunk) /
+                              kSize);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Row<T> from = source(row_ + i * kStep);
+      if (!kAffine || i == 0) at_[kAffine ? 0 : i] = from.at + column_;
+      inside_ |= from.inside && row_ + i * kStep < kRows ? 1u << i : 0u;
+    }
+  }
+  // A bit for each piece: whether its row is inside, or below `rows`.
+  RODE_DEVICE unsigned inside() const { return inside_; }
+  RODE_DEVICE unsigned below(int rows) const {
+    unsigned found = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) found |= row_ + i * kStep < rows ? 1u << i : 0u;
+    return found;
+  }
+  // What stands `distance` elements on, or zeros where `inside` has no bit or the matrix, of which this tile has `columns` columns
+  // left, has none. `stride`: elements from row to row, if kAffine.
+  template <class Key>
+  RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Key key, int stride = 0) const {
+    const smem<T> to = tile + place_;
+    const bool exists = column_ < columns;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (kRows % kStep != 0 && i == kCount - 1 && row_ + i * kStep >= kRows) break;
+      const gmem<const T> from = kAffine ? at_[0] + (distance + offset(i * kStep, stride)) : at_[kAffine ? 0 : i] + distance;
+      cp_async<kCopy>((to ^ key(static_cast<unsigned>(i * kStep)) * kChunk) + i * kStep * (kRowBytes / kSize), from,
+                      (inside >> i & 1) && exists ? kCopy : 0);
+    }
+  }
+
+ private:
+  gmem<const T> at_[kAffine ? 1 : kCount];
+  unsigned inside_ = 0;
+  int row_, column_, place_;
+};
 
 template <class T>
 RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned key, int chunk) {

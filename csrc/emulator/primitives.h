@@ -59,6 +59,7 @@ class smem {
  public:
   smem(int64_t offset, int64_t low, int64_t high) : address(offset), low(low), high(high) {}
   smem operator+(int n) const { return {address + n * static_cast<int64_t>(sizeof(T)), low, high}; }
+  smem operator^(unsigned bytes) const { return {address ^ static_cast<int64_t>(bytes), low, high}; }
   template <class U>
   smem<U> as() const {
     return {address, low, high};
@@ -187,6 +188,9 @@ inline unsigned take_ticket(gmem<unsigned> counter, unsigned last, At at = At::c
 // ---- Conversions
 
 inline uint32_t here(uint32_t x) { return x; }
+inline uint32_t halves(uint32_t low, uint32_t high, bool upper) {
+  return upper ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+}
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
@@ -320,6 +324,7 @@ template <class... P>
 int load_kernel(void (*)(P...)) {
   return 0;
 }
+inline int max_shared() { return kMaxShared; }
 inline int enter_device(int) { return 0; }
 
 }  // namespace rode::gpu

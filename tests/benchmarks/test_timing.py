@@ -28,8 +28,9 @@ def test_preparation_is_not_timed_and_comes_before_the_flush(monkeypatch):
     events: list[str] = []
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 64)
 
-    def seconds(call, device, flush, clock):
+    def seconds(call, device, flush, clock, ahead):
         assert flush.nbytes == 128  # twice the cache
+        assert ahead == 0
         events.append("flush")
         call()
         return 1.0

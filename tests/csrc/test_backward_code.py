@@ -48,7 +48,8 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
     report, kernels = compile_kernels("backward.cu", kind, arch, folder)
     assert "warning" not in report
     claimed = claims()
-    assert set(kernels) == set(claimed)
+    of_alignment = {name for name in claimed if name.startswith(("backward_y", "backward_x"))}
+    assert set(kernels) == set(claimed) | {f"{name} any" for name in of_alignment}
     for name, kernel in kernels.items():
         where = f"{name} for {kind} on sm_{arch}"
         assert kernel.spills == 0, where
@@ -78,10 +79,8 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
         assert kernel.count(r"LDSM\.16\.M88") >= 1, f"{where}: ldmatrix"
         assert kind == "float" or kernel.count(r"LDSM\.16\.MT88") >= 2, f"{where}: transposed ldmatrix"
         assert kernel.count(r"LDGSTS.*\.128") >= 1, f"{where}: asynchronous copies of 16 bytes"
-        if name.startswith("backward_x"):
-            assert kernel.count(rf"STG.*\.{128 if kind != 'float' else 64}") >= 2, (
-                f"{where}: wide stores of dx"
-            )
+        if name.startswith("backward_x") and name in claimed:
+            assert kernel.count(r"STG.*\.128") >= 2, f"{where}: wide stores of dx"
 
 
 @pytest.mark.parametrize("kind", ["bf16", "float"])

@@ -53,9 +53,13 @@ class Kernel:
 
 
 def _short(mangled: str) -> str:
-    """forward_fused 4 1, from a mangled name."""
+    """forward_fused 4 1, from a mangled name; " any" after it where rows need not be aligned (the last of its flags is false)."""
     name = re.search(r"(forward_[a-z]+|backward_[a-z]+|cast_parameters)", mangled).group(1)
-    return " ".join([name, *re.findall(r"Li(\d+)E", mangled)])
+    passes = [("one", "kept", "again")[int(i)] for i in re.findall(r"PassesE(\d)E", mangled)]
+    flags = re.findall(r"Lb([01])E", mangled)
+    return " ".join(
+        [name, *re.findall(r"Li(\d+)E", mangled), *passes, *(["any"] if flags[-1:] == ["0"] else [])]
+    )
 
 
 def compile_kernels(source: str, kind: str, arch: int, folder: Path) -> tuple[str, dict[str, Kernel]]:
