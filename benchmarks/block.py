@@ -150,7 +150,11 @@ def make_steps(
     generator, like = torch.Generator().manual_seed(1), dict(device=device, dtype=dtype)
     x = torch.randn(1, tokens, hidden, generator=generator).to(**like)
     dy = torch.randn(1, tokens, 32, generator=generator).to(**like)
-    steps = {name: Step(model.to(**like), x, dy) for name, model in systems(hidden).items()}
+    steps = {
+        name: Step(model.to(**like), x, dy)
+        for name, model in systems(hidden).items()
+        if not (name.startswith("X-LoRA") and dtype != torch.float32)  # it multiplies in float32
+    }
     check(steps)
     return steps
 

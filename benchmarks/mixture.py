@@ -145,7 +145,7 @@ def run_case(
         times = timed(what, all_forms, copies, rounds, host)
         # in rounds of its own, fewer: it takes many times as long, and all that is wanted is one ratio
         other = beside_in_place if what in IN_PLACE else beside
-        of_frozen = timed(what, {**own, "frozen": other}, copies, max(3, rounds // 4))
+        of_frozen = timed(what, {**own, "frozen": other}, copies, max(3, rounds // 4), {})
         fastest = min(
             (n for n in times if n.startswith(COMPILED)), key=lambda n: spread(times[n]).median, default=None
         )

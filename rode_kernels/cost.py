@@ -49,6 +49,7 @@ DEVICES = {
         Device("RTX 4090", 128, 1.008e12, 5e12, 165e12),
         Device("A100", 108, 2.039e12, 5e12, 312e12),
         Device("H100", 132, 3.35e12, 6e12, 989e12),
+        Device("H200", 132, 4.8e12, 6e12, 989e12),
         Device("B200", 148, 8.0e12, 1e13, 2250e12),
     )
 }
@@ -104,12 +105,11 @@ class Step:
             return 0.0  # no launch
         share = min(1.0, self.blocks / (device.multiprocessors * self.busy))
         waves = self.blocks / (device.multiprocessors * self.resident)
-        if waves <= 1:
-            share = min(
-                share,
-                self.blocks / (device.multiprocessors * _divide_up(self.blocks, device.multiprocessors)),
-            )
-        elif waves <= 2:
+        if self.blocks > device.multiprocessors and waves <= 1:
+            # some have a block more than others; part of the bandwidth that these leave goes to those
+            most = _divide_up(self.blocks, device.multiprocessors)
+            share = min(share, (1 + self.blocks / (device.multiprocessors * most)) / 2)
+        elif 1 < waves <= 2:
             share = min(share, waves / 2)
         work = max(self.dram / device.dram, self.l2 / device.l2, self.operations / device.tensor)
         return max(work / share, self.stages * max(1.0, waves)) + device.launch

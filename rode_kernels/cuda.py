@@ -140,6 +140,7 @@ class Kernels:
         """As `reference.backward`, by the kernels that `plan` names. Everything that they write is allocated here."""
         need_x, need_A, need_B, need_router, need_bias, need_gates = needs
         (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
+        plan.check(x.element_size())
         if M == 0 or not any(needs):
             return tuple(
                 like.new_zeros(shape) if needed else None

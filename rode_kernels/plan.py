@@ -84,7 +84,9 @@ def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
     blocks = tiles * _divide_up(columns, 5 if columns <= 5 else 16)
     stages, most = _divide_up(call.in_features, depth), _divide_up(multiprocessors, blocks)
     outs = _divide_up(call.out_features, depth)
-    parts = {min(outs, p) for p in (max(1, multiprocessors // tiles), max(1, 2 * multiprocessors // tiles))}
+    # one or two blocks for each multiprocessor, or a few less or more
+    full = [n * multiprocessors for n in (1, 2)]
+    parts = {max(1, min(outs, p)) for n in full for p in (n // tiles, _divide_up(n, tiles))}
     tried = {1 << i for i in range(most.bit_length())} | {most}
     # in whole stages, none without work
     for splits in sorted({_divide_up(stages, _divide_up(stages, min(s, stages))) for s in tried}):
@@ -124,6 +126,12 @@ class BackwardPlan:
     groups: int
     share_x: int
     share_dx: int
+
+    def check(self, element_size: int) -> None:
+        """Raises ValueError for a plan that the kernels have no variant for."""
+        most = _SLABS[self.wide, element_size]
+        if not 0 < self.slab <= most:
+            raise ValueError(f"{self}: a block holds at most {most} columns of y")
 
 
 # What blocks of backward_y and backward_x hold (`SlabShape` and `ColumnShape`): columns of O by (wide, element size), and the most

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +82,10 @@ def test_wide_mixtures_take_two_launches():
 def test_a_plan_that_no_kernel_serves_is_refused(plan, why):
     with pytest.raises(ValueError, match=why):
         plan.check(65, 4, 2)
+
+
+def test_a_slab_that_no_block_holds_is_refused():
+    plan = plan_backward(Call(8192, 4096, 4096, 30, 4), 132)
+    plan.check(2)
+    with pytest.raises(ValueError, match="at most 384 columns of y"):
+        replace(plan, slab=448).check(2)

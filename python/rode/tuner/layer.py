@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,29 @@ class RodeLayer(Gated, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def _parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        for name in self.adapter_layer_names:
+            found = getattr(self, name)
+            if adapter_name in found:
+                yield found[adapter_name]
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """To where the base layer is; float64 if that is. PEFT's also rounds to other dtypes, and makes frozen ones trainable."""
+        of_base, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for parameter in self._parameters_of(adapter_name):
+            if not parameter.is_meta:
+                dtype = torch.float64 if base_dtype == torch.float64 else parameter.dtype
+                parameter.data = parameter.data.to(device or of_base or parameter.device, dtype)
+
+    def round_adapter(self, adapter_name: str) -> None:
+        """Adapters in the base layer's dtype, if that is a floating-point one."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        for parameter in self._parameters_of(adapter_name):
+            if dtype is not None and dtype.is_floating_point and not parameter.is_meta:
+                parameter.data = parameter.data.to(dtype)
 
     def update_layer(
         self,

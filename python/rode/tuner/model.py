@@ -238,7 +238,7 @@ class RodeModel(BaseTuner):
         if not autocast_adapter_dtype:
             for module in self.model.modules():
                 if isinstance(module, RodeLayer):
-                    module._move_adapter_to_device_of_base_layer(adapter_name)
+                    module.round_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, for adapters with gate="none"; refuses the others before any layer is changed."""

@@ -51,6 +51,20 @@ def test_reload_gives_the_same_bits(mlp, tmp_path, name, low_cpu_mem_usage):
     assert not any(p.requires_grad for p in again.parameters())
 
 
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_moves_to_its_base_keeps_its_bits_and_stays_frozen(mlp, tmp_path, base_dtype):
+    """As where PEFT reads weights onto a GPU first and the base is elsewhere, or of another type."""
+    saved = make(mlp, torch.float32, **CONFIGS["relu"])
+    saved.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mlp(base_dtype), tmp_path, low_cpu_mem_usage=True)
+    theirs = again.state_dict()
+    for name, value in saved.state_dict().items():
+        if ".rode_" in name:
+            assert theirs[name].dtype == (torch.float64 if base_dtype == torch.float64 else torch.float32)
+            assert torch.equal(theirs[name].float(), value), name
+    assert not any(p.requires_grad for p in again.parameters())
+
+
 def test_a_fresh_process_reloads_the_same_bits(mlp, tmp_path):
     model = make(mlp, torch.float32, ranks=(2, 4))
     model.save_pretrained(tmp_path / "adapter")
