@@ -6,8 +6,8 @@
 
 namespace rode::gpu {
 
-// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits and
-// with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others beside them.
+// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits
+// and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others beside them.
 template <class T, int kTiles>
 struct SlabShape {
   static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
@@ -79,8 +79,10 @@ backward_y(BackwardParams<T> p) {
         load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
     } else {
       for (int i = thread; i < kTokens * Shape::kSlab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
-        const int token = i / Shape::kSlab, column = i % Shape::kSlab, chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
-        const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), m0 + token < p.M && o0 + column < o_end);
+        const int token = i / Shape::kSlab, column = i % Shape::kSlab;
+        const int chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
+        const bool inside = m0 + token < p.M && o0 + column < o_end;
+        const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), inside);
         store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
                   column % (kChunk / static_cast<int>(sizeof(T))),
               value);

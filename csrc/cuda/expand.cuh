@@ -92,7 +92,8 @@ template <class T, int kRows, int kExpertTiles, int kStages, bool kAligned, int 
 RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, int chunks, bool warp_open, bool block_open,
                         Weighted<kCount>& v, Form form) {
   using Stages = ExpandStages<T, kRows, kExpertTiles, kStages>;
-  constexpr int kSize = static_cast<int>(sizeof(T)), kFilling = kBlock<kRows>, kWarpsM = kRows / 16, kWarpsO = kFilling / 32 / kWarpsM;
+  constexpr int kSize = static_cast<int>(sizeof(T)), kFilling = kBlock<kRows>;
+  constexpr int kWarpsM = kRows / 16, kWarpsO = kFilling / 32 / kWarpsM;
   constexpr int kTiles = kDepth<T> / 8 / kWarpsO;  // of 8 columns of y that a warp has
   // In a group of tiles a lane owns consecutive columns, up to 16 bytes: column n of tile j is column n / 2 * kLane + 2 j + n % 2
   // of the group. Only which rows of B the lanes of ldmatrix point to knows about it.

@@ -110,7 +110,8 @@ Status in_two_launches(const ForwardParams<T>& k, int rows, void* stream) {
   const int chunks = divide_up(k.expert_tiles, Kept::kExpertTiles), kept = kept_bytes(chunks);
   if (rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, 0, stream);
   if (chunks == 1) return expanded<T, kAligned, 64, Passes::kOne>(k, 0, stream);
-  if (Kept::pipeline(tiles) + gates_bytes(k.N) + kept <= max_shared()) return expanded<T, kAligned, 64, Passes::kKept>(k, kept, stream);
+  if (Kept::pipeline(tiles) + gates_bytes(k.N) + kept <= max_shared())
+    return expanded<T, kAligned, 64, Passes::kKept>(k, kept, stream);
   return expanded<T, kAligned, 64, Passes::kAgain>(k, 0, stream);
 }
 

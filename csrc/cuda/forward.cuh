@@ -67,8 +67,9 @@ forward_fused(ForwardParams<T> p) {
 #pragma unroll
   for (int j = 0; j < kExpertTiles; ++j) weigh(p, sums[j], j, j, warp_m0, gates, keep, v);
   if (!block_open && p.in_place) return;
-  expand<T, 64, kExpertTiles, Shared::kStages, kAligned>(p, m0, 0, (p.O + kDepth<T> - 1) / kDepth<T>, 1, ballot(any) != 0, block_open, v,
-                                               [](int, Weighted<kCount>&) {});
+  const int outs = (p.O + kDepth<T> - 1) / kDepth<T>;
+  expand<T, 64, kExpertTiles, Shared::kStages, kAligned>(p, m0, 0, outs, 1, ballot(any) != 0, block_open, v,
+                                                         [](int, Weighted<kCount>&) {});
 }
 
 // grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours.
@@ -110,8 +111,8 @@ forward_shrink(ForwardParams<T> p) {
   }
 }
 
-// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are asked for before the
-// first one is added, for each of them is a way to memory.
+// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are asked for before
+// the first one is added, for each of them is a way to memory.
 template <class T>
 RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int first, int by, float (&c)[4]) {
   constexpr int kBatch = 8;

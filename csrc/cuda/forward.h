@@ -15,8 +15,8 @@ struct Plan {
   int out_tiles = 1;   // of 128 bytes of y's rows, that a block of the second launch goes through
 };
 
-// Contiguous unless it says otherwise. Parameters are in x's dtype, their rows ld_A (A and router) and ld_B elements apart; a row of B
-// that is longer than R goes on with zeros. Only x, base and y may have another distance between rows; their columns are 1 apart.
+// Contiguous unless it says otherwise. Parameters are in x's dtype, their rows ld_A (A and router) and ld_B elements apart; a row of
+// B that is longer than R goes on with zeros. Only x, base and y may have another distance between rows; their columns are 1 apart.
 // Null where absent.
 struct Forward {
   Matrix x, base, y;           // (M, K), (M, O), (M, O)
