@@ -150,10 +150,11 @@ PYBIND11_MODULE(RODE_MODULE, m) {
         py::arg("g"), py::arg("partial"), py::arg("seed"), py::arg("fast"), py::arg("fused"), py::arg("rows"), py::arg("splits"),
         py::arg("out_tiles"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("backward", &backward, py::kw_only(), py::arg("problem"), py::arg("dy"), py::arg("x"), py::arg("A"), py::arg("router"),
-        py::arg("B"), py::arg("ld_A"), py::arg("ld_B"), py::arg("u"), py::arg("g"), py::arg("dgates"), py::arg("seed"), py::arg("dx"),
-        py::arg("dA"), py::arg("dW"), py::arg("dB"), py::arg("dbias"), py::arg("dh"), py::arg("D"), py::arg("open"), py::arg("t"),
-        py::arg("of_B"), py::arg("of_A"), py::arg("of_bias"), py::arg("fast"), py::arg("wide"), py::arg("slabs"), py::arg("slab"), py::arg("share_y"),
-        py::arg("groups"), py::arg("share_x"), py::arg("share_dx"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+        py::arg("B"), py::arg("ld_A"), py::arg("ld_B"), py::arg("u"), py::arg("g"), py::arg("dgates"), py::arg("seed"),
+        py::arg("dx"), py::arg("dA"), py::arg("dW"), py::arg("dB"), py::arg("dbias"), py::arg("dh"), py::arg("D"),
+        py::arg("open"), py::arg("t"), py::arg("of_B"), py::arg("of_A"), py::arg("of_bias"), py::arg("fast"), py::arg("wide"),
+        py::arg("slabs"), py::arg("slab"), py::arg("share_y"), py::arg("groups"), py::arg("share_x"), py::arg("share_dx"),
+        py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.def("cast_parameters", &cast_parameters, py::call_guard<py::gil_scoped_release>());
   m.def("load_kernels", [](int device) {
     check(rode::cuda::load_kernels<float>(device));

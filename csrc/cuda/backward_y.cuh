@@ -7,7 +7,8 @@
 namespace rode::gpu {
 
 // 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits
-// and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others beside them.
+// and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others
+// beside them.
 template <class T, int kTiles>
 struct SlabShape {
   static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;

@@ -82,7 +82,9 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
           multiply(c[j], a, b0, b1, p.fast);
         }
       };
-      const auto weights = [&](int at, int j) { return ((weight_tile(stage) + at / static_cast<int>(sizeof(T))) ^ flip) + 8 * j * kDepth<T>; };
+      const auto weights = [&](int at, int j) {
+        return ((weight_tile(stage) + at / static_cast<int>(sizeof(T))) ^ flip) + 8 * j * kDepth<T>;
+      };
 #pragma unroll
       for (int j = 0; j < kMine; j += 2) {
         if (!kWhole && kTiles == 16 && j >= tiles) break;

@@ -33,7 +33,8 @@ struct Row {
 };
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
-// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads meet all banks.
+// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads
+// meet all banks.
 template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Key>
 RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
@@ -88,8 +89,9 @@ RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int colu
   }
 }
 
-// What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in each,
-// so they are worked out once: a copy then costs few instructions beside itself. `key` must be linear: key(a ^ b) = key(a) ^ key(b).
+// What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in
+// each, so they are worked out once: a copy then costs few instructions beside itself. `key` must be linear: key(a ^ b) is
+// key(a) ^ key(b).
 // kAffine: rows are equally far apart, and one address is kept instead of one for each piece.
 template <class T, int kCopy, int kRows, int kUsed, int kFilling, bool kAffine = false>
 class Pieces {
@@ -103,9 +105,8 @@ class Pieces {
     const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling, byte = thread % kPerRow * kCopy;
     row_ = static_cast<int>(thread / kPerRow);
     column_ = static_cast<int>(byte / kSize);
-    place_ = static_cast<int>((static_cast<unsigned>(row_) * kRowBytes + ((byte / kChunk) ^ key(static_cast<unsigned>(row_))) * kChunk +
-                               byte % kChunk) /
-                              kSize);
+    const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ key(row);
+    place_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Row<T> from = source(row_ + i * kStep);
