@@ -241,6 +241,8 @@ def main(what: str, json_file: str | None, rounds: int = 10, tokens: int = 1024)
     tokens = 8 * tokens if on_gpu else tokens
     about = {**machine(device), "dtype": dtype_name(dtype)}
     print(f"{headline(about)}; one block, {tokens} tokens, {about['dtype']}, adapters on q and v")
+    if on_gpu:
+        print("X-LoRA (PEFT): left out, for it multiplies in float32 what is in bfloat16 here")
     rows = []
     for hidden in SHAPES:
         rows += memory(hidden, tokens) if what == "memory" else run(hidden, tokens, rounds, device, dtype)

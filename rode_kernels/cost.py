@@ -154,6 +154,7 @@ def forward(c: Call, plan: Plan) -> Cost:
     e, part, tiles = c.element_size, c.open_share, _divide_up(c.tokens, plan.rows)
     weights, of_y = (R + N) * K * e, M * O * e * (1 + c.base) * (part if c.in_place else 1.0)
     gates, u, read_B = M * c.experts * 4, M * R * 4, O * R * e * (part > 0)
+    depth = 128 // e  # columns of a stage
     products = 6 if e == 4 else 1  # of float32 three, of tf32 values, at half the rate
     down, up = products * 2.0 * M * K * (R + N), products * 2.0 * M * O * R * part
     again_B = tiles * part * O * R * e  # by every tile of tokens
@@ -162,7 +163,6 @@ def forward(c: Call, plan: Plan) -> Cost:
     if plan.fused:
         dram = M * K * e + weights + read_B + of_y + gates + u
         l2 = M * K * e + tiles * weights + again_B + of_y + by_warps + gates * c.routed + u
-        depth = 128 // e
         stages = STAGE[e] * (_divide_up(K, depth) + _divide_up(O, depth))
         return Cost((Step(dram, l2, tiles, down + up, stages=stages),))
     columns, of_experts = 8 * (_divide_up(R, 8) + _divide_up(N, 8)), 8 * _divide_up(R, 8)
@@ -173,13 +173,12 @@ def forward(c: Call, plan: Plan) -> Cost:
         M * K * e * passes + tiles * weights + partial,
         passes * tiles * plan.splits,
         down,
-        stages=STAGE[e] * _divide_up(_divide_up(K, 128 // e), plan.splits),
+        stages=STAGE[e] * _divide_up(_divide_up(K, depth), plan.splits),
     )
-    depth = 128 // e
     outs = _divide_up(O, depth)
     shares = _divide_up(outs, plan.out_tiles)
-    # v of several passes is kept in shared memory, if there is room, else both of the warps that have the same tokens make it again
-    # for every 128 bytes of y
+    # v of several passes is kept in shared memory, if there is room in what every device has, else both of the warps that have the
+    # same tokens make it again for every 128 bytes of y
     chunks = _divide_up(of_experts, depth)
     room = chunks == 1 or 49152 + 256 * c.experts + 8208 * chunks <= 99 * 1024
     read = partial * (shares + (0 if room else 2 * outs * of_experts / columns))
