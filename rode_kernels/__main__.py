@@ -15,6 +15,7 @@ from rode_kernels.plan import (
     MAX_FEATURES,
     MAX_RANK,
     MAX_TOKENS,
+    by_library,
     plan_backward,
     plan_forward,
     variants_backward,
@@ -63,19 +64,23 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    chosen = plan_forward(call, device.multiprocessors)
-    rows = []
+    chosen, wide = plan_forward(call, device.multiprocessors), by_library(call)
+    rows = [("cuda: products of PyTorch's library", cost.library(call), wide)]
     for plan in variants_forward(call, device.multiprocessors):
         name = (
             "one launch"
             if plan.fused
             else f"two launches, K in {plan.splits} parts, tiles of {plan.rows} tokens"
         )
-        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen))
+        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen and not wide))
     rows += _triton(call, ranks, device, backward=False)
     _table("forward", rows, cost.fewest(call), device)
     tiles = -(-call.tokens // chosen.rows)
-    if chosen.fused:
+    if wide:
+        print(
+            f"  {call.total_rank} columns: products decide, and a library multiplies faster (measured on one H100)."
+        )
+    elif chosen.fused:
         print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
     elif tiles >= device.multiprocessors:
         print(
@@ -85,13 +90,17 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen = plan_backward(call, device.multiprocessors)
-    rows = []
+    chosen, wide = plan_backward(call, device.multiprocessors), by_library(call, backward=True)
+    rows = [("cuda: products of PyTorch's library", cost.library(call, backward=True), wide)]
     for plan in variants_backward(call, device.multiprocessors):
         name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
-        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen))
+        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not wide))
     rows += _triton(call, ranks, device, backward=True)
     _table("backward", rows, cost.fewest(call, backward=True), device)
+    if wide:
+        return print(
+            "  With so many columns or float32 tokens products decide, and a library multiplies faster (measured on one H100)."
+        )
     print(
         f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "
         f"{-(-call.tokens // chosen.share_y)} ranges of tokens."

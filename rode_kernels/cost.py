@@ -254,6 +254,53 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
     return Cost((y, v, x, add))
 
 
+# ---- PyTorch's library and csrc/cuda/between.cuh
+
+
+def library(c: Call, backward: bool = False) -> Cost:
+    """By `rode_kernels.library`. Its products are taken to read and write once, with blocks enough for any device; they multiply
+    what is closed, too."""
+    M, K, O, R, e = c.tokens, c.in_features, c.out_features, c.total_rank, c.element_size
+    columns, pitch = _divide_up(R + c.routed_experts, 8) * 8, _divide_up(R, 8) * 8
+    rate = 24 if e == 4 else 1  # float32 by ordinary multiply-adds
+    weights, u, g, v, D = columns * K * e, M * R * 4, M * c.experts * 4, M * pitch * e, M * columns * e
+    of_B = O * pitch * e
+
+    def product(moved: float, columns: int, width: int) -> Step:
+        return Step(moved, moved, 1 << 20, 2.0 * M * columns * width * rate)
+
+    def kernel(moved: float, blocks: int) -> Step:
+        return Step(moved, moved, blocks)
+
+    def pack(with_B: bool) -> Step:
+        moved = (R + c.routed_experts) * K * e + weights + (O * R * e + of_B if with_B else 0)
+        return kernel(moved, _divide_up(columns * K * e, 16 * 128))
+
+    packed = [pack(pitch != R)] if c.routed or columns != R else []
+    weigh = _divide_up(M, 8)
+    if not backward:
+        sums, of_y = M * columns * 4, M * O * e * (1 + c.base)
+        return Cost(
+            (
+                *packed,
+                product(M * K * e + weights + sums, columns, K),
+                kernel(sums + u + g + v, weigh),
+                product(v + of_B + of_y, pitch, O),
+            )
+        )
+    t, dy, x = M * pitch * 4, M * O * e, M * K * e
+    return Cost(
+        (
+            *packed,
+            product(dy + of_B + t, pitch, O),
+            kernel(t + u + 2 * g + v + D, weigh),
+            product(dy + v + O * pitch * 4, pitch, O),
+            product(x + D + columns * K * 4, columns, K),
+            product(D + weights + x, columns, K),
+        )
+    )
+
+
 def seconds(value: float) -> str:
     """A time for people."""
     if value >= 1:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rode_kernels.cuda import Kernels, call
+from rode_kernels.cost import Call
+from rode_kernels.cuda import Passes
+from rode_kernels.cuda_kernels import Kernels, Layout
 from rode_kernels.gpu import beyond_kernels
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
@@ -32,13 +34,15 @@ class Machine:
     Attributes:
         seed: decides the order of blocks, warps and lanes.
         multiprocessors: as few as let small problems fill the device.
-        plan: forces the kernels, instead of `plan_forward`.
+        plan, backward_plan: force the kernels, instead of `plan_forward` and `plan_backward`.
+        library: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
     """
 
     seed: int = 0
     multiprocessors: int = 2
     plan: Plan | None = None
     backward_plan: BackwardPlan | None = None
+    library: bool | None = None
 
 
 machine = Machine()
@@ -52,23 +56,33 @@ class _EmulatedKernels(Kernels):
         return t
 
 
-_kernels = _EmulatedKernels(native)
+class _EmulatedPasses(Passes):
+    def plan_forward(self, of: Call, device: int) -> Plan:
+        return machine.plan or plan_forward(of, machine.multiprocessors)
+
+    def plan_backward(self, of: Call, device: int) -> BackwardPlan:
+        return machine.backward_plan or plan_backward(of, machine.multiprocessors)
+
+    def by_library(self, layout: Layout, backward: bool = False) -> bool:
+        if machine.library is not None:
+            return machine.library and layout.dropout_p == 0.0
+        forced = machine.backward_plan if backward else machine.plan
+        return forced is None and super().by_library(layout, backward)
 
 
-def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
+_passes = _EmulatedPasses(_EmulatedKernels(native))
+
+
+def forward(*args):
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed)
-    plan = machine.plan or plan_forward(call(x, B, router_weight, mixture), machine.multiprocessors)
-    args = (x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace)
-    return _kernels.forward(*args, plan=plan, device=0, stream=0)
+    return _passes.forward(0, *args, 0)
 
 
-def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
+def backward(*args):
     """As `reference.backward`; as `forward` above."""
     native.reset(machine.seed)
-    plan = machine.backward_plan or plan_backward(call(x, B, router_weight, mixture), machine.multiprocessors)
-    args = (dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs)
-    return _kernels.backward(*args, plan=plan, device=0, stream=0)
+    return _passes.backward(0, *args, 0)
 
 
 refuses = beyond_kernels

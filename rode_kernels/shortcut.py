@@ -1,9 +1,9 @@
-"""Calls that nobody watches go straight to the CPU core.
+"""Calls that nobody watches go straight to the native kernels, of a CPU or of CUDA.
 
-Of a call with one token, checks and the dispatcher take some 50 us and the core 3: `python -m benchmarks overhead`. But checks look
-at what tensors are, not at what they hold, and the dispatcher leads to the core if no mode, transform or subclass stands between.
-So a call that went well is remembered, with a guard: a later one that passes it needs neither checks nor dispatcher, and gives what
-these would have given. Whatever fails the guard takes the long way.
+Of a call with one token, checks and the dispatcher take some 50 us and the CPU core 3: `python -m benchmarks overhead`. But checks
+look at what tensors are, not at what they hold, and the dispatcher leads to the kernels if no mode, transform or subclass stands
+between. So a call that went well is remembered, with a guard: a later one that passes it needs neither checks nor dispatcher, and
+gives what these would have given. Whatever fails the guard takes the long way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rode_kernels import cpu
+from rode_kernels import cpu, cuda
 from rode_kernels.backends import backend_of_environment
 from rode_kernels.mixture import Mixture
 from rode_kernels.reference import accumulation_dtype
@@ -41,11 +41,15 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, None, Tensor | 
 
 _TYPES = (Tensor, Parameter)
 if TensorGuards is not None:
-    _AUTOGRAD = _dispatch_key_parse("AutogradCPU")
-    # The dispatch keys of a call that reaches the core with nothing in between.
-    _PLAIN = DispatchKeySet(_AUTOGRAD)
-    for _key in ("CPU", "ADInplaceOrView", "BackendSelect"):
-        _PLAIN |= DispatchKeySet(_dispatch_key_parse(_key))
+    # By device, which is the backend's name, too: autograd's dispatch key, and all keys of a call that comes to the kernels with
+    # nothing in between.
+    _AUTOGRAD = {d: _dispatch_key_parse(f"Autograd{d.upper()}") for d in ("cpu", "cuda")}
+    _PLAIN = {d: DispatchKeySet(key) for d, key in _AUTOGRAD.items()}
+    for _device in _PLAIN:
+        for _key in (_device.upper(), "ADInplaceOrView", "BackendSelect"):
+            _PLAIN[_device] |= DispatchKeySet(_dispatch_key_parse(_key))
+
+_BACKENDS = {"cpu": cpu, "cuda": cuda}
 
 _KEYS, _GUARDS = 1024, 8  # shapes that are remembered, and for each the strides, dtypes, ...
 
@@ -56,7 +60,7 @@ class Shortcut(NamedTuple):
     Attributes:
         guard: whether tensors, and what would see the operator, are as they were.
         run: takes the operator's eight tensors; gives y, u, g.
-        backward: `cpu.prepare_backward`'s.
+        backward: the backend's `prepare_backward`'s.
         needs_grad: whether it needs autograd's Function where gradients are enabled.
         mixture: kept, for its address is part of the key.
     """
@@ -88,14 +92,14 @@ def _eligible(args: Arguments, backend: str | None) -> bool:
     return (
         type(args[0]) in _TYPES
         and type(args[2]) in _TYPES
-        and (backend or backend_of_environment()) in ("", "cpu")
         and not _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
         and not _profiler_enabled()
+        and (backend or backend_of_environment()) in ("", args[0].device.type)
     )
 
 
 def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether an operator on these would come to a CPU kernel with nothing in between, and no gradients are recorded."""
+    """Whether an operator on these would come to a kernel with nothing in between, and no gradients are recorded."""
     if TensorGuards is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     there = [t for t in tensors if t is not None]
@@ -103,8 +107,13 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
         all(type(t) in _TYPES for t in there)
         and not _len_torch_function_stack()
         and not _profiler_enabled()
-        and (_keys_of(there) | _PLAIN).raw_repr() == _PLAIN.raw_repr()
+        and _plain(_keys_of(there), there[0].device.type)
     )
+
+
+def _plain(keys: DispatchKeySet, device: str) -> bool:
+    plain = _PLAIN.get(device)
+    return plain is not None and (keys | plain).raw_repr() == plain.raw_repr()
 
 
 def find(
@@ -133,21 +142,25 @@ def remember(
     Args:
         base_needed_grad: before the call; one in place may have changed that.
     """
-    if TensorGuards is None or not (_eligible(args, backend) and cpu.status()[0]):
+    if TensorGuards is None or not _eligible(args, backend):
+        return
+    x, A, B, router_weight, router_bias, _, base = args
+    device = x.device.type
+    native = _BACKENDS.get(device)
+    if native is None or not native.status()[0]:
         return
     key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p)
     if len(_known.get(key, ())) >= _GUARDS:
         return
     keys = _keys_of(tensors)
-    if (keys | _PLAIN).raw_repr() != _PLAIN.raw_repr() or any(t.numel() == 0 for t in tensors):
+    if not _plain(keys, device) or any(t.numel() == 0 for t in tensors):
         return
     if any(type(t) not in _TYPES for t in tensors):
         return
-    x, A, B, router_weight, router_bias, _, base = args
     if base is not None and not base_needed_grad:
         tensors = (*tensors[:-1], base.detach())
     needs_grad = any(t.requires_grad for t in tensors)
-    if needs_grad and not (keys.has(_AUTOGRAD) or torch.is_inference_mode_enabled()):
+    if needs_grad and not (keys.has(_AUTOGRAD[device]) or torch.is_inference_mode_enabled()):
         return  # within another operator
     if router_bias is not None and not (
         router_bias.dtype == accumulation_dtype(x.dtype) and router_bias.is_contiguous()
@@ -157,6 +170,11 @@ def remember(
         rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
     except RuntimeError:  # strides that do not flatten
         return
+    shape = (*x.shape[:-1], B.shape[0])
+    run = native.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, dropout_p, inplace, shape)
+    if run is None:
+        return
+    backward = native.prepare_backward(rows_of_x, A, B, router_weight, mixture, dropout_p, tuple(x.shape))
     if len(_known) >= _KEYS:
         _known.clear()
     guard = TensorGuards(
@@ -164,9 +182,6 @@ def remember(
         dynamic_dims_sizes=[list(t.shape) for t in tensors],
         dynamic_dims_strides=[list(t.stride()) for t in tensors],
     )
-    shape = (*x.shape[:-1], B.shape[0])
-    run = cpu.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, dropout_p, inplace, shape)
-    backward = cpu.prepare_backward(rows_of_x, A, B, router_weight, mixture, dropout_p, tuple(x.shape))
     _known.setdefault(key, []).append(Shortcut(guard.check, run, backward, needs_grad, mixture))
 
 

@@ -131,30 +131,6 @@ Status forward<Type>(const Problem& p, const Forward& a) {
   return aligned(a, k) ? run<Type, true>(p, a, k) : run<Type, false>(p, a, k);
 }
 
-#if RODE_TYPE_BITS == 16  // float32 parameters need no cast for float32
-template <>
-Status cast_parameters<Type>(const Problem& p, const Cast& a) {
-  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
-  const int64_t pitch_K = (K + 7) / 8 * 8, pitch_R = (R + 7) / 8 * 8;
-  const CastParams<Type> k{array<float>(a.A, R * K),
-                           array<float>(a.router, N * K),
-                           array<float>(a.B, O * R),
-                           output<Type>(a.to_A, R * pitch_K),
-                           output<Type>(a.to_router, N * pitch_K),
-                           output<Type>(a.to_B, O * pitch_R),
-                           static_cast<int>(K),
-                           static_cast<int>(R),
-                           static_cast<int>(N),
-                           static_cast<int>(O),
-                           static_cast<int>(pitch_K),
-                           static_cast<int>(pitch_R)};
-  const int64_t pieces = (R + N) * (pitch_K / 8) + O * (pitch_R / 8);
-  const Launch l{"cast_parameters", {static_cast<unsigned>(divide_up(pieces, kThreads))}, kThreads, 0, a.stream};
-  return {launch(l, gpu::cast_parameters<Type>, k), l.kernel};
-}
-#endif
-
 template <>
 Status load_kernels<Type>(int device) {
   if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
@@ -175,9 +151,6 @@ Status load_kernels<Type>(int device) {
   };
   load_all.template operator()<true>();
   load_all.template operator()<false>();
-#if RODE_TYPE_BITS == 16
-  load("cast_parameters", gpu::cast_parameters<Type>);
-#endif
   return status;
 }
 

@@ -269,33 +269,4 @@ forward_expand(ForwardParams<T> p) {
   expand<T, kRows, kExpertTiles, Shared::kStages, kAligned>(p, m0, first, last, chunks, ballot(any) != 0, block_open, v, form);
 }
 
-// float32 parameters become T, in one launch: rows of A, router and B, each padded with zeros to its pitch (a multiple of 8).
-template <class T>
-struct CastParams {
-  gmem<const float> A, router, B;
-  gmem<T> to_A, to_router, to_B;
-  int K, R, N, O, pitch_K, pitch_R;
-};
-template <class T>
-RODE_KERNEL(kThreads, 8)
-cast_parameters(CastParams<T> p) {
-  const int64_t wide_pieces = static_cast<int64_t>(p.R + p.N) * (p.pitch_K / 8);
-  const int64_t pieces = wide_pieces + static_cast<int64_t>(p.O) * (p.pitch_R / 8);
-  const int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
-  if (piece >= pieces) return;
-  const bool of_B = piece >= wide_pieces;
-  const int64_t local = of_B ? piece - wide_pieces : piece;
-  const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
-  int64_t row = local / (pitch / 8);
-  const int column = static_cast<int>(local % (pitch / 8)) * 8;
-  const bool of_router = !of_B && row >= p.R;
-  if (of_router) row -= p.R;
-  const gmem<const float> from = of_B ? p.B : of_router ? p.router : p.A;
-  const gmem<T> to = of_B ? p.to_B : of_router ? p.to_router : p.to_A;
-  vec<T, 8> out;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) out.v[i] = from_float<T>(load(from + (row * columns + column + i), column + i < columns));
-  store(to + (row * pitch + column), out);
-}
-
 }  // namespace rode::gpu

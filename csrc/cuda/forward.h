@@ -32,14 +32,6 @@ struct Forward {
   void* stream;
 };
 
-// float32 parameters to another type, each row padded with zeros to a multiple of 8 elements.
-struct Cast {
-  const float *A, *router, *B;
-  void *to_A, *to_router, *to_B;
-  int device;
-  void* stream;
-};
-
 struct Status {
   int error = 0;  // a cudaError_t
   const char* kernel = "";
@@ -56,8 +48,6 @@ inline bool can_fuse(const Problem& p, bool routed) {
 // In p, dropout.seed is not looked at. T is gpu::bf16, gpu::f16 or float.
 template <class T>
 Status forward(const Problem& p, const Forward& arrays);
-template <class T>
-Status cast_parameters(const Problem& p, const Cast& arrays);
 // Loads every kernel of T on the current device, which the driver must not do while a stream is being captured.
 template <class T>
 Status load_kernels(int device);

@@ -33,7 +33,7 @@ SEEDS = range(5)
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
     yield
-    machine.seed, machine.plan, machine.multiprocessors = 0, None, 2
+    machine.seed, machine.plan, machine.multiprocessors, machine.library = 0, None, 2, None
 
 
 def run(p: Problem, **kwargs) -> torch.Tensor:
@@ -225,8 +225,8 @@ def test_launches():
     assert kernels(tokens=(20,), K=8192) == ["forward_shrink", "forward_expand"]
     assert kernels(tokens=(1,), K=8192) == ["forward_shrink", "forward_expand"]
     machine.multiprocessors = 2
-    assert kernels(tokens=(128,), ranks=(128,)) == ["forward_shrink", "forward_expand"]
-    assert kernels(tokens=(128,), parameter_dtype=torch.float32) == ["cast_parameters", "forward_fused"]
+    assert kernels(tokens=(64,), ranks=(128,)) == ["forward_shrink", "forward_expand"]
+    assert kernels(tokens=(128,), parameter_dtype=torch.float32) == ["pack_parameters", "forward_fused"]
     assert kernels(tokens=(0,)) == []
 
 
@@ -351,32 +351,14 @@ def test_a_mistake_names_the_kernel():
     assert misaligned.data_ptr() % 4 == 2
     x = misaligned.view(64, 64)
     cuda_emulated.forward(x, p.A, p.B, p.router_weight, None, None, None, None, mixture, 0.0, False, False)
-    problem = native.Problem(
-        dtype=3,
-        tokens=64,
-        in_features=64,
-        out_features=64,
-        ranks=p.ranks,
-        scaling=p.scaling,
-        dropout_p=0.0,
-        dense=False,
+    run = native.Forward(
+        **dict(dtype=3, tokens=64, in_features=64, out_features=64, ranks=p.ranks, scaling=p.scaling),
+        **dict(dropout_p=0.0, dense=False, ld_x=64, ld_base=0, ld_y=0, ld_A=64, ld_B=30),
+        **dict(fused=True, rows=64, splits=1, out_tiles=1, device=0),
     )
-    with pytest.raises(
-        native.EmulatorError,
-        match=r"kernel forward_fused, block \(0, 0, 0\), thread \d+: access through a null",
-    ):
-        native.forward(
-            **{"problem": problem, "x": (p.x.data_ptr(), 64), "base": (0, 0), "y": (0, 0)},
-            **{
-                "A": p.A.data_ptr(),
-                "router": p.router_weight.data_ptr(),
-                "B": p.B.data_ptr(),
-                "ld_A": 64,
-                "ld_B": 30,
-            },
-            **{"bias": 0, "gates": 0, "u": 0, "g": 0, "partial": 0, "seed": 0, "fast": False},
-            **{"fused": True, "rows": 64, "splits": 1, "out_tiles": 1, "device": 0, "stream": 0},
-        )
+    where = r"kernel forward_fused, block \(0, 0, 0\), thread \d+: access through a null"
+    with pytest.raises(native.EmulatorError, match=where):
+        run(p.x.data_ptr(), 0, 0, *(t.data_ptr() for t in (p.A, p.router_weight, p.B)), *[0] * 6, False, 0)
 
 
 @pytest.mark.skipif(cuda._native is None, reason="built without nvcc")

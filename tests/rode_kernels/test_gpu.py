@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
-from rode_kernels import backends, rectified_mixture
+from rode_kernels import backends, rectified_mixture, shortcut
 from rode_kernels.reference import dropout_keep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -137,3 +137,48 @@ def test_float64_goes_to_the_reference_with_a_warning():
     p = on_device(random_problem((5,), dtype=torch.float64))
     with pytest.warns(RuntimeWarning, match="the GPU kernels take float32"):
         run(p)
+
+
+@pytest.mark.parametrize("ranks", [(2, 4, 8, 16), (16,) * 8], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("parameter_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_a_second_call_takes_the_shortcut_to_the_same_bits(
+    monkeypatch, ranks, inplace, parameter_dtype, dropout_p
+):
+    """Through autograd and without, by the kernels and by the library."""
+    if not backends()["cuda"].available:
+        pytest.skip(backends()["cuda"].reason)
+    monkeypatch.setattr(shortcut, "_known", {})
+    p = on_device(
+        random_problem(
+            (2, 9),
+            K=136,
+            O=72,
+            ranks=ranks,
+            bias=False,
+            dtype=torch.bfloat16,
+            parameter_dtype=parameter_dtype,
+        )
+    )
+    leaves = [p.x, p.A, p.B, p.router_weight]
+
+    def both() -> list[torch.Tensor]:
+        found = []
+        for grad in (False, True):
+            torch.manual_seed(0)
+            for t in leaves:
+                t.requires_grad_(grad)
+            y, gates = run(p, base=p.base * 1, inplace=inplace, dropout_p=dropout_p, return_gates=True)
+            found += [y.detach(), gates.detach()]
+            if grad:
+                found += torch.autograd.grad([y, gates], leaves, [p.dy, gates.detach()])
+        return found
+
+    first = both()
+    known = sum(map(len, shortcut._known.values()))
+    assert known == 2
+    for have, want in zip(both(), first, strict=True):
+        assert torch.equal(have, want)
+        assert (have.shape, have.stride(), have.dtype) == (want.shape, want.stride(), want.dtype)
+    assert sum(map(len, shortcut._known.values())) == known

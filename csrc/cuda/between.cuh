@@ -1,0 +1,164 @@
+// pack_parameters puts parameters side by side, in x's type. forward_weigh and backward_weigh stand between products that a library
+// computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
+//
+//   forward    sums = x [A; Wr]^T (library)   forward_weigh: g, u, v               y = base + v B^T (library)
+//   backward   t = dy B (library)             backward_weigh: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x, dx = D [A; Wr]
+//
+// Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
+//   pack_parameters: 8, 8
+//   forward_weigh: 8, 8
+//   backward_weigh: 4, 2
+#pragma once
+
+#include "params.cuh"
+#include "tile.cuh"
+
+namespace rode::gpu {
+
+// A matrix in x's type or, beside 16 bits, in float32.
+template <class T>
+struct Given {
+  gmem<const T> narrow;
+  gmem<const float> wide;
+};
+template <class T>
+RODE_DEVICE T narrowed(const Given<T>& from, int64_t at, bool inside) {
+  return from.wide ? from_float<T>(load(from.wide + at, inside)) : load(from.narrow + at, inside);
+}
+
+template <class T>
+struct PackParams {
+  Given<T> A, router, B;
+  gmem<T> W, to_B;  // (rows, pitch_K), (O, pitch_R); rows 0: not asked for, and so O
+  int K, R, N, O, rows, pitch_K, pitch_R;
+};
+
+// A thread writes 16 bytes.
+template <class T>
+RODE_KERNEL(kThreads, 8)
+pack_parameters(PackParams<T> p) {
+  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+  const int64_t of_W = static_cast<int64_t>(p.rows) * (p.pitch_K / kEach);
+  const int64_t pieces = of_W + static_cast<int64_t>(p.O) * (p.pitch_R / kEach);
+  int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
+  if (piece >= pieces) return;
+  const bool of_B = piece >= of_W;
+  if (of_B) piece -= of_W;
+  const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
+  const int row = static_cast<int>(piece / (pitch / kEach)), column = static_cast<int>(piece % (pitch / kEach)) * kEach;
+  const bool of_router = !of_B && row >= p.R, exists = of_B || row < p.R + p.N;
+  const Given<T> from = of_B ? p.B : of_router ? p.router : p.A;
+  vec<T, kEach> out;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    out.v[i] = narrowed(from, offset(of_router ? row - p.R : row, columns) + column + i, exists && column + i < columns);
+  store((of_B ? p.to_B : p.W) + (offset(row, pitch) + column), out);
+}
+
+constexpr int kWeighed = 8;  // tokens of a block
+
+template <class T>
+struct WeighParams {
+  gmem<const float> sums, bias, gates, t, old_u, old_g, dgates;
+  gmem<float> u, g, dh;
+  gmem<T> v, D;
+  int M, R, N, columns, pitch_R;  // elements of a row of sums or D, and of v and t
+  bool routed, dense;
+  float scaling[kMaxExperts];
+  uint16_t offset[kMaxExperts + 1];  // first column of each expert
+  uint8_t expert[kMaxRank];
+};
+
+// grid (8 tokens). A thread has a column, of all tokens, so that their loads are under way together.
+template <class T>
+RODE_KERNEL(kThreads, 8)
+forward_weigh(WeighParams<T> p) {
+  const int m0 = static_cast<int>(block_index().x) * kWeighed, rows = p.M - m0 < kWeighed ? p.M - m0 : kWeighed;
+  const smem<float> gates = shared_array<float>(0, kWeighed * p.N);
+  for (int i = thread_index(); i < rows * p.N; i += kThreads) {
+    const int row = i / p.N, n = i % p.N;
+    float gate;
+    if (p.routed) {
+      const float logit = load(p.sums + (offset(m0 + row, p.columns) + p.R + n)) + load(p.bias + n, static_cast<bool>(p.bias));
+      gate = logit <= 0.0f ? 0.0f : logit;  // NaN is not swallowed
+      store(p.g + (offset(m0, p.N) + i), gate);
+    } else {
+      gate = load(p.gates + (offset(m0, p.N) + i));
+    }
+    store(gates + i, gate);
+  }
+  sync_threads();
+  for (int column = thread_index(); column < p.pitch_R; column += kThreads) {
+    const bool exists = column < p.R;
+    const int expert = exists ? p.expert[column] : 0;
+    const float factor = p.scaling[expert];
+    float u[kWeighed];
+#pragma unroll
+    for (int i = 0; i < kWeighed; ++i) u[i] = load(p.sums + (offset(m0 + i, p.columns) + column), exists && i < rows);
+#pragma unroll
+    for (int i = 0; i < kWeighed; ++i) {
+      const float gate = load(gates + (i * p.N + expert), exists && i < rows);
+      const bool open = gate != 0.0f;
+      store(p.u + (offset(m0 + i, p.R) + column), open || p.dense ? u[i] : 0.0f, exists && i < rows);
+      store(p.v + (offset(m0 + i, p.pitch_R) + column), from_float<T>(open ? factor * gate * u[i] : 0.0f), i < rows);
+    }
+  }
+}
+
+// Shared memory of backward_weigh: gates of 8 tokens, then for each of them scaling t u. Every 16 columns one more place, so that
+// threads that add up experts of rank 16 meet different banks.
+RODE_HOST_DEVICE constexpr int product_pitch(int pitch_R) { return pitch_R + pitch_R / 16 + 1; }
+RODE_HOST_DEVICE constexpr int backward_weigh_bytes(int experts, int pitch_R) {
+  return kWeighed * (experts + product_pitch(pitch_R)) * 4;
+}
+
+template <class T>
+RODE_KERNEL(kThreads, 4)
+backward_weigh(WeighParams<T> p) {
+  const int m0 = static_cast<int>(block_index().x) * kWeighed, rows = p.M - m0 < kWeighed ? p.M - m0 : kWeighed;
+  const smem<float> gates = shared_array<float>(0, kWeighed * p.N);
+  const auto product_at = [&](int row, int column) {
+    const int pitch = product_pitch(p.pitch_R);
+    return shared_array<float>(static_cast<unsigned>(kWeighed * p.N * 4), kWeighed * pitch) + (row * pitch + column + column / 16);
+  };
+  for (int i = thread_index(); i < rows * p.N; i += kThreads) store(gates + i, load(p.old_g + (offset(m0, p.N) + i)));
+  sync_threads();
+  for (int column = thread_index(); column < p.pitch_R; column += kThreads) {
+    const bool exists = column < p.R;
+    const int expert = exists ? p.expert[column] : 0;
+    const float factor = p.scaling[expert];
+    float gate[kWeighed], u[kWeighed], t[kWeighed];
+#pragma unroll
+    for (int i = 0; i < kWeighed; ++i) {
+      gate[i] = load(gates + (i * p.N + expert), exists && i < rows);
+      const bool wanted = exists && i < rows && (gate[i] != 0.0f || p.dense);
+      u[i] = load(p.old_u + (offset(m0 + i, p.R) + column), wanted);
+      t[i] = load(p.t + (offset(m0 + i, p.pitch_R) + column), wanted && p.t);
+    }
+#pragma unroll
+    for (int i = 0; i < kWeighed; ++i) {
+      const bool open = gate[i] != 0.0f, wanted = open || p.dense;
+      store(product_at(i, column), wanted ? factor * t[i] * u[i] : 0.0f, i < rows);
+      store(p.D + (offset(m0 + i, p.columns) + column), from_float<T>(open ? factor * gate[i] * t[i] : 0.0f),
+            p.D && exists && i < rows);
+      store(p.v + (offset(m0 + i, p.pitch_R) + column), from_float<T>(open ? factor * gate[i] * u[i] : 0.0f), p.v && i < rows);
+    }
+  }
+  sync_threads();
+  const int rest = p.columns - p.R;  // of D: the logits' gradients, then zeros
+  const int width = rest < p.N ? p.N : rest;
+  for (int i = thread_index(); i < rows * width; i += kThreads) {
+    const int row = i / width, n = i % width;
+    float value = 0.0f;
+    if (n < p.N) {
+      for (int column = p.offset[n]; column < p.offset[n + 1]; ++column) value += load(product_at(row, column));
+      const int64_t at = offset(m0 + row, p.N) + n;
+      value += load(p.dgates + at, static_cast<bool>(p.dgates));
+      if (p.routed && load(gates + (row * p.N + n)) == 0.0f) value = 0.0f;
+      store(p.dh + at, value);
+    }
+    store(p.D + (offset(m0 + row, p.columns) + p.R + n), from_float<T>(p.routed ? value : 0.0f), p.D && n < rest);
+  }
+}
+
+}  // namespace rode::gpu

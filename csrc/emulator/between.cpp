@@ -1,0 +1,2 @@
+// The kernels around library products for the host.
+#include "../cuda/between.cu"

@@ -1,0 +1,364 @@
+"""How the CUDA kernels are called: addresses of torch tensors, on a stream. What a device and its emulation have in common.
+
+`Forward` and `Backward` are passes decided for sizes, strides and dtypes, made once and called many times: with few tokens the
+host takes longer to ask than the device to answer. `rode_kernels.library` has the same two, by products of PyTorch's library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import lru_cache
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rode_kernels.gpu import tf32_allowed
+from rode_kernels.mixture import Mixture
+from rode_kernels.plan import BackwardPlan, Plan, column_tiles
+
+_DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Layout(NamedTuple):
+    """What a pass is decided for, but for the kernels that do it.
+
+    Attributes:
+        tokens, in_features, out_features: M, K, O.
+        wide: whether A, router weight and B are float32 beside a 16-bit x.
+        routed: there is a router; otherwise gates are given.
+        dense: u and the gates' gradients are wanted where gates are 0 too.
+    """
+
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    out_features: int
+    mixture: Mixture
+    dropout_p: float
+    wide: tuple[bool, bool, bool]
+    routed: bool
+    dense: bool
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        mixture: Mixture,
+        dropout_p: float,
+        dense: bool,
+    ) -> Layout:
+        wide = tuple(t is not None and t.dtype != x.dtype for t in (A, router_weight, B))
+        features, routed = x.shape[-1], router_weight is not None
+        tokens = prod(x.shape[:-1])
+        return Layout(x.dtype, tokens, features, B.shape[0], mixture, dropout_p, wide, routed, dense)
+
+    @property
+    def in_one_type(self) -> bool:
+        return not any(self.wide)
+
+
+class Kernels:
+    """Makes passes on one native module.
+
+    Args:
+        native: the compiled module, `_cuda` or `_cuda_emulated`.
+    """
+
+    def __init__(self, native: ModuleType | None):
+        self.native = native
+        self.forward = lru_cache(maxsize=4096)(self._forward)
+        self.backward = lru_cache(maxsize=4096)(self._backward)
+
+    def _forward(
+        self, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
+    ) -> Forward:
+        return Forward(self, layout, plan, device, ld_x, ld_base, ld_y)
+
+    def _backward(
+        self,
+        layout: Layout,
+        plan: BackwardPlan,
+        device: int,
+        ld_x: int,
+        ld_dy: tuple[int, int],
+        needs: tuple[bool, ...],
+    ) -> Backward:
+        return Backward(self, layout, plan, device, ld_x, ld_dy, needs)
+
+    def problem(self, layout: Layout) -> dict[str, Any]:
+        """The arguments of native objects that every pass has."""
+        return dict(
+            dtype=_DTYPES[layout.dtype],
+            tokens=layout.tokens,
+            in_features=layout.in_features,
+            out_features=layout.out_features,
+            ranks=layout.mixture.ranks,
+            scaling=layout.mixture.scaling_with_dropout(layout.dropout_p),
+            dropout_p=layout.dropout_p,
+            dense=layout.dense,
+        )
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+class Packing:
+    """Parameters side by side in x's type: W, which is A above the router above zeros, and B.
+
+    Args:
+        rows: of W. pitch_K, pitch_R: elements of a row of W, and of B. with_B: whether B is packed too.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layout: Layout,
+        device: int,
+        rows: int,
+        pitch_K: int,
+        pitch_R: int,
+        with_B: bool,
+    ):
+        self.kernels, self.with_B = kernels, with_B
+        self.of_W, self.of_B = (rows, pitch_K), (layout.out_features, pitch_R)
+        self.run = kernels.native.Pack(
+            **kernels.problem(layout),
+            wide_parameters=layout.wide,
+            rows=rows,
+            pitch_K=pitch_K,
+            pitch_R=pitch_R,
+            device=device,
+        )
+
+    def __call__(
+        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        """W and B; B itself if it is not packed. A, B and router_weight are contiguous."""
+        empty = self.kernels.empty
+        W = empty(*self.of_W, like=x)
+        to_B = empty(*self.of_B, like=x) if self.with_B else None
+        self.run(address(A), address(router_weight), address(B), address(W), address(to_B), stream)
+        return W, B if to_B is None else to_B
+
+
+class Forward:
+    """The forward pass by the kernels that a plan names.
+
+    Args:
+        ld_x, ld_base, ld_y: elements from row to row.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layout: Layout,
+        plan: Plan,
+        device: int,
+        ld_x: int,
+        ld_base: int,
+        ld_y: int,
+    ):
+        R, N = layout.mixture.total_rank, layout.mixture.num_experts
+        K = layout.in_features
+        plan.check(R, N if layout.routed else 0, layout.dtype.itemsize)
+        self.kernels, self.tokens, self.R, self.N = kernels, layout.tokens, R, N
+        self.wide = layout.dtype == torch.float32
+        pitch_K, pitch_R = (K, R) if layout.in_one_type else (divide_up(K, 8) * 8, divide_up(R, 8) * 8)
+        self.router_at = R * pitch_K * layout.dtype.itemsize
+        self.pack = None
+        if not layout.in_one_type:
+            rows = R + (N if layout.routed else 0)
+            self.pack = Packing(kernels, layout, device, rows, pitch_K, pitch_R, True)
+        self.partial = None
+        if not plan.fused:
+            self.partial = plan.splits, layout.tokens, 8 * column_tiles(R, N if layout.routed else 0)
+        self.run = kernels.native.Forward(
+            **kernels.problem(layout),
+            ld_x=ld_x,
+            ld_base=ld_base,
+            ld_y=ld_y,
+            ld_A=pitch_K,
+            ld_B=pitch_R,
+            **asdict(plan),
+            device=device,
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        router_bias: Tensor | None,
+        gates: Tensor | None,
+        base: Tensor | None,
+        y: Tensor,
+        seed: Tensor | None,
+        stream: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes y; gives u and g. Parameters, the bias (float32) and gates are contiguous; x, base and y may have any leading
+        dimensions."""
+        empty, floats = self.kernels.empty, torch.float32
+        u = empty(self.tokens, self.R, like=x, dtype=floats)
+        g = empty(self.tokens, self.N, like=x, dtype=floats) if gates is None else gates
+        if self.tokens == 0:
+            return u, g
+        partial = None if self.partial is None else empty(*self.partial, like=x, dtype=floats)
+        router = address(router_weight)
+        if self.pack is not None:
+            A, B = self.pack(x, A, B, router_weight, stream)
+            router = A.data_ptr() + self.router_at if router else 0
+        self.run(
+            x.data_ptr(),
+            address(base),
+            y.data_ptr(),
+            A.data_ptr(),
+            router,
+            B.data_ptr(),
+            address(router_bias),
+            address(gates),
+            u.data_ptr(),
+            g.data_ptr() if gates is None else 0,
+            address(partial),
+            address(seed),
+            self.wide and tf32_allowed(),
+            stream,
+        )
+        return u, g
+
+
+class Backward:
+    """The backward pass by the kernels that a plan names.
+
+    Args:
+        ld_x, ld_dy: elements from row to row; of dy also from column to column.
+        needs: whether gradients of x, A, B, the router's weight and bias, and gates are wanted.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layout: Layout,
+        plan: BackwardPlan,
+        device: int,
+        ld_x: int,
+        ld_dy: tuple[int, int],
+        needs: tuple[bool, ...],
+    ):
+        plan.check(layout.dtype.itemsize)
+        M, K, O = layout.tokens, layout.in_features, layout.out_features
+        R, N = layout.mixture.total_rank, layout.mixture.num_experts
+        need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+        self.kernels, self.needs, self.tokens, self.N = kernels, needs, M, N
+        self.wide = layout.dtype == torch.float32
+        sums_x = need_A or need_router
+        self.need_v = need_x or sums_x or need_bias or need_gates
+        pitch_K, pitch_R = (K, R) if layout.in_one_type else (divide_up(K, 8) * 8, divide_up(R, 8) * 8)
+        self.router_at = R * pitch_K * layout.dtype.itemsize
+        self.pack = None
+        if not layout.in_one_type:
+            rows = R + (N if layout.routed else 0)
+            self.pack = Packing(kernels, layout, device, rows, pitch_K, pitch_R, True)
+        tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
+        ranges_y, ranges_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
+        # What comes between launches stands in one piece of memory: each part's first byte, all multiples of 256.
+        parts = {
+            "D": (self.need_v, M * 16 * groups * layout.dtype.itemsize),
+            "open": (self.need_v, divide_up(M, 16) * 4),
+            "t": (self.need_v, plan.slabs * divide_up(M, 16) * tiles * 128 * 4),
+            "of_B": (need_B, ranges_y * O * 8 * tiles * 4),
+            "of_A": (sums_x, ranges_x * 16 * groups * divide_up(K, 8) * 8 * 4),
+            "of_bias": (need_bias, divide_up(M, 16) * N * 4),
+        }
+        self.room, self.places = 0, {}
+        for name, (needed, size) in parts.items():
+            self.places[name] = self.room if needed else None
+            self.room += divide_up(size, 256) * 256 if needed else 0
+        self.run = kernels.native.Backward(
+            **kernels.problem(layout),
+            ld_x=ld_x,
+            ld_dy=ld_dy,
+            ld_A=pitch_K,
+            ld_B=pitch_R,
+            wide_parameters=layout.wide,
+            **asdict(plan),
+            device=device,
+        )
+
+    def __call__(
+        self,
+        dy: Tensor | None,
+        dgates: Tensor | None,
+        x: Tensor,
+        u: Tensor,
+        g: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        seed: Tensor | None,
+        stream: int,
+    ) -> list[Tensor | None]:
+        """Gradients of x, A, B, the router's weight and bias, and gates, in their parameter's type. Parameters and dgates (float32)
+        are contiguous; x and dy may have any leading dimensions."""
+        need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
+        M, N = self.tokens, self.N
+        empty = self.kernels.empty
+        dx = empty(*x.shape, like=x) if need_x else None
+        dA = empty(*A.shape, like=A) if need_A else None
+        dB = empty(*B.shape, like=B) if need_B else None
+        dW = empty(*router_weight.shape, like=router_weight) if need_router else None
+        dbias = empty(N, like=g) if need_bias else None
+        dh = empty(M, N, like=g) if self.need_v else None
+        router, shape_B = address(router_weight), B
+        if self.pack is not None:
+            A, B = self.pack(x, A, B, router_weight, stream)
+            router = A.data_ptr() + self.router_at if router else 0
+        room = empty(self.room, like=x, dtype=torch.uint8)
+        start, places = room.data_ptr(), self.places
+
+        def at(name: str, needed: bool = True) -> int:
+            place = places[name]
+            return start + place if needed and place is not None else 0
+
+        of_y = dy is not None
+        self.run(
+            address(dy),
+            x.data_ptr(),
+            A.data_ptr(),
+            router,
+            B.data_ptr(),
+            u.data_ptr(),
+            g.data_ptr(),
+            address(dgates),
+            address(seed),
+            address(dx),
+            address(dA),
+            address(dW),
+            address(dB) if of_y else 0,
+            address(dbias),
+            address(dh),
+            at("D"),
+            at("open"),
+            at("t", of_y),
+            at("of_B", of_y),
+            at("of_A"),
+            at("of_bias"),
+            self.wide and tf32_allowed(),
+            stream,
+        )
+        if need_B and not of_y:
+            dB = torch.zeros_like(shape_B)
+        return [dx, dA, dB, dW, dbias, dh if need_gates else None]

@@ -1,0 +1,196 @@
+"""Passes by products of PyTorch's library, with the kernels between them on the emulator: values, what is closed, what moves, and
+which calls go this way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixture_oracle import Problem, check, operation, random_problem
+from rode_kernels import backends, cost, cuda_emulated, rectified_mixture
+from rode_kernels.cost import Call
+from rode_kernels.cuda_emulated import machine
+from rode_kernels.plan import by_library
+
+if not backends()["cuda-emulated"].available:
+    if os.environ.get("RODE_EMULATE") == "1":
+        raise RuntimeError(backends()["cuda-emulated"].reason)
+    pytest.skip(backends()["cuda-emulated"].reason, allow_module_level=True)
+emulator = cuda_emulated.native
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ["x", "A", "B", "router_weight", "router_bias"]
+
+
+@pytest.fixture(autouse=True)
+def forced() -> Iterator[None]:
+    machine.library = True
+    yield
+    machine.library, machine.seed, machine.multiprocessors = None, 0, 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 3), st.integers(1, 9))),
+    K=st.integers(1, 40),
+    O=st.integers(1, 40),
+    ranks=st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    dtype=st.sampled_from(DTYPES),
+    wide=st.booleans(),
+    router=st.booleans(),
+    bias=st.booleans(),
+    inplace=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_values(tokens, K, O, ranks, dtype, wide, router, bias, inplace, seed):
+    parameters = torch.float32 if wide else dtype
+    rest = dict(parameter_dtype=parameters, router=router, bias=bias, seed=seed)
+    p = random_problem(tokens, K=K, O=O, ranks=tuple(ranks), dtype=dtype, **rest)
+    machine.seed = seed
+    check(p, backend="cuda-emulated", inplace=inplace)
+
+
+@pytest.mark.parametrize("ranks", [(1,) * 64, (16,) * 64, (500, 524)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_widest_mixtures(ranks, dtype):
+    check(random_problem((9,), K=24, O=40, ranks=ranks, dtype=dtype), backend="cuda-emulated")
+
+
+def gradients(p: Problem, wanted: list[str] = NAMES, dy: torch.Tensor | None = None, **options):
+    leaves = {n: getattr(p, n).detach().requires_grad_(n in wanted) for n in NAMES}
+    y = rectified_mixture(
+        *leaves.values(), ranks=p.ranks, scaling=p.scaling, backend="cuda-emulated", **options
+    )
+    found = torch.autograd.grad(y, [leaves[n] for n in wanted], p.dy if dy is None else dy)
+    return dict(zip(wanted, found, strict=True))
+
+
+def kernels() -> list[str]:
+    return [launch["kernel"] for launch in emulator.launches()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_whatever_the_order_of_warps_and_blocks(dtype):
+    p = random_problem((70,), K=40, O=48, ranks=(40, 40), dtype=dtype)
+    results = []
+    for machine.seed in range(4):
+        results.append(operation(p, backend="cuda-emulated"))
+    for other in results[1:]:
+        assert torch.equal(other.y, results[0].y)
+        assert all(torch.equal(grad, other.grads[n]) for n, grad in results[0].grads.items())
+
+
+@pytest.mark.parametrize("wanted", [[n] for n in NAMES] + [["x", "B"], ["A", "router_bias"]], ids="+".join)
+def test_gradients_that_are_asked_for_alone_are_the_same(wanted):
+    p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20))
+    everything, some = gradients(p), gradients(p, wanted)
+    for n in wanted:
+        torch.testing.assert_close(some[n], everything[n], rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_of_the_gates_alone():
+    p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20))
+    leaves = [getattr(p, n).detach().requires_grad_() for n in NAMES]
+    found = {}
+    for backend in ("cuda-emulated", "reference"):
+        _, gates = rectified_mixture(
+            *leaves, ranks=p.ranks, scaling=p.scaling, backend=backend, return_gates=True
+        )
+        found[backend] = torch.autograd.grad(gates, leaves, p.dgates, allow_unused=True)
+    for have, want in zip(found["cuda-emulated"], found["reference"], strict=True):
+        torch.testing.assert_close(torch.zeros(()) if have is None else have, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_in_a_closed_expert_reaches_nothing():
+    """By selection, not by a product with 0."""
+    p = random_problem((12,), K=16, O=24, ranks=(8, 80))
+    p.router_bias.copy_(torch.tensor([1e6, -1e6]))
+    p.A[8:] = float("inf")
+    y = rectified_mixture(
+        *(p.x, p.A, p.B, p.router_weight, p.router_bias),
+        **dict(ranks=p.ranks, scaling=p.scaling, backend="cuda-emulated"),
+    )
+    assert y.isfinite().all()
+    found = gradients(p)
+    assert all(found[n].isfinite().all() for n in ("A", "B", "router_weight", "router_bias"))
+    assert (found["A"][8:] == 0).all()
+
+
+def test_what_it_launches():
+    """A library's products are no launches of the emulator's. Without a router, and in widths that it likes, nothing is packed."""
+    p = random_problem((20,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
+    check(p, backend="cuda-emulated")
+    assert kernels() == ["pack_parameters", "backward_weigh"]
+    gated = random_problem((20,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16, router=False)
+    check(gated, backend="cuda-emulated")
+    assert kernels() == ["backward_weigh"]
+
+
+def test_dropout_and_strides_that_a_library_would_copy_go_by_the_kernels():
+    p = random_problem((20,), K=16, O=24, ranks=(40, 40))
+    gradients(p, dropout_p=0.5, seed=1)
+    assert "backward_y" in kernels()
+    for dy in (p.dy.t().contiguous().t(), p.dy[:1].expand(20, 24), p.dy[:, :1].expand(20, 24)):
+        found = gradients(p, dy=dy)
+        assert "backward_y" in kernels()
+        want = gradients(p, dy=dy.contiguous())
+        assert "backward_weigh" in kernels()
+        for n in NAMES:
+            torch.testing.assert_close(found[n], want[n], rtol=1e-4, atol=1e-4)
+    sliced = torch.cat([p.dy, p.dy], 1)[:, 3:27]
+    gradients(p, dy=sliced)
+    assert "backward_weigh" in kernels()
+
+
+@pytest.mark.parametrize("router", [True, False], ids=["routed", "gated"])
+@pytest.mark.parametrize("ranks", [(16,) * 7, (50, 33)], ids=str)
+def test_the_kernels_between_move_what_the_formulas_say(ranks, router):
+    M, K, O, R, N = 64, 128, 96, sum(ranks), len(ranks)
+    p = random_problem((M,), K=K, O=O, ranks=ranks, router=router, dtype=torch.bfloat16, open_share=1.0)
+    if router:
+        p.router_bias.fill_(1e6)
+        p.dgates = None
+    else:
+        p.gates.abs_().add_(0.1)
+    of = Call(M, K, O, R, N, 2, routed=router)
+    operation(p, backend="cuda-emulated")
+    want = [step for step in cost.library(of, backward=True).steps if step.operations == 0.0]
+    assert len(want) == len(emulator.launches())
+    counted = sum(d["bytes"] for d in emulator.all_traffic())
+    assert counted == pytest.approx(sum(step.l2 for step in want), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("call", "forward", "backward"),
+    [
+        (Call(8192, 4096, 4096, 30, 4), False, False),
+        (Call(8192, 4096, 4096, 64, 8), False, True),
+        (Call(512, 4096, 4096, 64, 8), False, False),
+        (Call(8192, 4096, 4096, 65, 8), True, True),
+        (Call(65, 4096, 4096, 256, 16), True, True),
+        (
+            Call(64, 4096, 4096, 256, 16),
+            False,
+            False,
+        ),  # a batch of decoding: the host is slower than the device
+        (Call(8192, 4096, 4096, 30, 4, 4), False, True),
+        (Call(512, 4096, 4096, 30, 4, 4), False, False),
+        (Call(2048, 1024, 1024, 30, 4, 4), False, False),
+        (Call(2048, 1024, 1024, 33, 4, 4), True, True),
+    ],
+)
+def test_which_calls_go_by_the_library(call, forward, backward):
+    assert (by_library(call), by_library(call, backward=True)) == (forward, backward)
+
+
+def test_the_choice_reaches_the_kernels():
+    machine.library = None
+    p = random_problem((65,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
+    check(p, backend="cuda-emulated")
+    assert "backward_weigh" in kernels()
+    check(random_problem((64,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16), backend="cuda-emulated")
+    assert "backward_y" in kernels()
