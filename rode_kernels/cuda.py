@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rode_kernels import library
 from rode_kernels.cost import Call
-from rode_kernels.cuda_kernels import Kernels, Layout
-from rode_kernels.gpu import beyond_kernels, with_neighbouring_columns
+from rode_kernels.cuda_kernels import Between, Kernels
+from rode_kernels.gpu import Layout, beyond_kernels, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import BackwardPlan, Plan, by_library, plan_backward, plan_forward
 
@@ -88,20 +88,12 @@ def _distance(t: Tensor | None) -> int:
     return t.stride(0) if t.shape[0] > 1 else -(-t.shape[1] // 8) * 8
 
 
-def call(layout: Layout) -> Call:
-    """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
-    mixture = layout.mixture
-    sizes = (layout.tokens, layout.in_features, layout.out_features, mixture.total_rank, mixture.num_experts)
-    return Call(*sizes, layout.dtype.itemsize, routed=layout.routed)
-
-
 class Passes:
     """Both passes of every layout on one kind of device: which kernels, or the library, made once."""
 
     def __init__(self, kernels: Kernels):
         self.kernels = kernels
-        self.library_forward = lru_cache(maxsize=4096)(library.Forward)
-        self.library_backward = lru_cache(maxsize=4096)(library.Backward)
+        self.between = lru_cache(maxsize=4096)(Between)
 
     def plan_forward(self, of: Call, device: int) -> Plan:
         return plan_forward(of, _multiprocessors(device))
@@ -111,23 +103,23 @@ class Passes:
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:
         """Dropout is for the kernels alone: a library would need a copy of x."""
-        return layout.dropout_p == 0.0 and by_library(call(layout), backward)
+        return layout.dropout_p == 0.0 and by_library(layout.call, backward)
 
     def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> Callable:
         """`cuda_kernels.Forward`, or the library's, for a layout and these distances of rows."""
-        plan = self.plan_forward(call(layout), device)  # prepares the device, too
+        plan = self.plan_forward(layout.call, device)  # prepares the device, too
         if self.by_library(layout):
-            return self.library_forward(self.kernels, layout, device)
+            return library.Forward(self.between(self.kernels, layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
 
     def backward_of(
         self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: tuple[bool, ...]
     ) -> Callable:
         """`cuda_kernels.Backward`, or the library's; no ld_dy: there is no dy."""
-        plan = self.plan_backward(call(layout), device)
+        plan = self.plan_backward(layout.call, device)
         plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.out_features)  # others it would copy
         if plain and self.by_library(layout, backward=True):
-            return self.library_backward(self.kernels, layout, device, needs)
+            return library.Backward(self.between(self.kernels, layout, device), layout, needs)
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(

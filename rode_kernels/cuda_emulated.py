@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rode_kernels.cost import Call
 from rode_kernels.cuda import Passes
-from rode_kernels.cuda_kernels import Kernels, Layout
-from rode_kernels.gpu import beyond_kernels
+from rode_kernels.cuda_kernels import Kernels
+from rode_kernels.gpu import Layout, beyond_kernels
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
 
 try:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import lru_cache
-from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rode_kernels.gpu import tf32_allowed
-from rode_kernels.mixture import Mixture
+from rode_kernels.gpu import Layout, divide_up, tf32_allowed
+from rode_kernels.library import widths
 from rode_kernels.plan import BackwardPlan, Plan, column_tiles
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -24,50 +23,6 @@ _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
-
-
-def divide_up(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-class Layout(NamedTuple):
-    """What a pass is decided for, but for the kernels that do it.
-
-    Attributes:
-        tokens, in_features, out_features: M, K, O.
-        wide: whether A, router weight and B are float32 beside a 16-bit x.
-        routed: there is a router; otherwise gates are given.
-        dense: u and the gates' gradients are wanted where gates are 0 too.
-    """
-
-    dtype: torch.dtype
-    tokens: int
-    in_features: int
-    out_features: int
-    mixture: Mixture
-    dropout_p: float
-    wide: tuple[bool, bool, bool]
-    routed: bool
-    dense: bool
-
-    @staticmethod
-    def of(
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        mixture: Mixture,
-        dropout_p: float,
-        dense: bool,
-    ) -> Layout:
-        wide = tuple(t is not None and t.dtype != x.dtype for t in (A, router_weight, B))
-        features, routed = x.shape[-1], router_weight is not None
-        tokens = prod(x.shape[:-1])
-        return Layout(x.dtype, tokens, features, B.shape[0], mixture, dropout_p, wide, routed, dense)
-
-    @property
-    def in_one_type(self) -> bool:
-        return not any(self.wide)
 
 
 class Kernels:
@@ -362,3 +317,41 @@ class Backward:
         if need_B and not of_y:
             dB = torch.zeros_like(shape_B)
         return [dx, dA, dB, dW, dbias, dh if need_gates else None]
+
+
+class Between:
+    """What stands between products of PyTorch's library: `rode_kernels.library.Between`, by these kernels."""
+
+    def __init__(self, kernels: Kernels, layout: Layout, device: int):
+        self.empty, self.pack = kernels.empty, None
+        columns, pitch = widths(layout)
+        with_B = layout.wide[2] or pitch != layout.mixture.total_rank
+        if with_B or layout.wide[0] or layout.routed or columns != layout.mixture.total_rank:
+            pitch_K = divide_up(layout.in_features, 8) * 8
+            self.pack = Packing(kernels, layout, device, columns, pitch_K, pitch, with_B)
+        self.in_features = layout.in_features
+        self.native = kernels.native.Weigh(
+            **kernels.problem(layout),
+            routed=layout.routed,
+            columns=columns,
+            pitch_R=pitch,
+            device=device,
+        )
+
+    def parameters(
+        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.pack is None:
+            return A, B
+        W, B = self.pack(x, A, B, router_weight, stream)
+        return W if W.shape[1] == self.in_features else W[:, : self.in_features], B
+
+    def forward(self, sums, bias, gates, u, g, v, stream) -> None:
+        given = gates is not None
+        self.native.forward(
+            *(address(sums), address(bias), address(gates), address(u), 0 if given else address(g)),
+            *(address(v), stream),
+        )
+
+    def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
+        self.native.backward(*map(address, (t, u, g, dgates, v, D, dh)), stream)

@@ -1,14 +1,69 @@
-"""What the GPU backends have in common: their limits, and how they take tensors."""
+"""What the GPU backends have in common: their limits, how they take tensors, and what a pass is decided for."""
 
 from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rode_kernels.cost import Call
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Layout(NamedTuple):
+    """What a pass is decided for, but for the kernels that do it.
+
+    Attributes:
+        tokens, in_features, out_features: M, K, O.
+        wide: whether A, router weight and B are float32 beside a 16-bit x.
+        routed: there is a router; otherwise gates are given.
+        dense: u and the gates' gradients are wanted where gates are 0 too.
+    """
+
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    out_features: int
+    mixture: Mixture
+    dropout_p: float
+    wide: tuple[bool, bool, bool]
+    routed: bool
+    dense: bool
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        mixture: Mixture,
+        dropout_p: float,
+        dense: bool,
+    ) -> Layout:
+        wide = tuple(t is not None and t.dtype != x.dtype for t in (A, router_weight, B))
+        features, routed = x.shape[-1], router_weight is not None
+        tokens = prod(x.shape[:-1])
+        return Layout(x.dtype, tokens, features, B.shape[0], mixture, dropout_p, wide, routed, dense)
+
+    @property
+    def in_one_type(self) -> bool:
+        return not any(self.wide)
+
+    @property
+    def call(self) -> Call:
+        """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
+        sizes = (self.tokens, self.in_features, self.out_features)
+        experts = (self.mixture.total_rank, self.mixture.num_experts)
+        return Call(*sizes, *experts, self.dtype.itemsize, routed=self.routed)
 
 
 def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:

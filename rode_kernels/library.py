@@ -6,10 +6,12 @@ multiplied with zeros instead of being skipped. Which calls go this way, `rode_k
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from rode_kernels.cuda_kernels import Kernels, Layout, Packing, address, divide_up
+from rode_kernels.gpu import Layout, divide_up
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,41 +38,56 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.view(-1, t.shape[-1])
 
 
-class _Shapes:
-    """What both passes have: W (columns, K), which is [A; router; zeros], and B (O, pitch), both of widths that a library likes."""
+def widths(layout: Layout) -> tuple[int, int]:
+    """Columns of W's products and of D, and those of v and t: such as a library likes."""
+    R, N = layout.mixture.total_rank, layout.mixture.num_experts if layout.routed else 0
+    return divide_up(R + N, 8) * 8, divide_up(R, 8) * 8
 
-    def __init__(self, kernels: Kernels, layout: Layout, device: int):
-        self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
-        self.kernels, self.layout, self.device = kernels, layout, device
-        K = layout.in_features
-        self.columns = divide_up(self.R + (self.N if layout.routed else 0), 8) * 8
-        self.pitch = divide_up(self.R, 8) * 8
-        as_it_is = not layout.wide[0] and not layout.routed and self.columns == self.R
-        with_B = layout.wide[2] or self.pitch != self.R
-        self.pack = None
-        if with_B or not as_it_is:
-            pitch_K = divide_up(K, 8) * 8
-            self.pack = Packing(kernels, layout, device, self.columns, pitch_K, self.pitch, with_B)
-        self.native = kernels.native.Weigh(
-            **kernels.problem(layout),
-            routed=layout.routed,
-            columns=self.columns,
-            pitch_R=self.pitch,
-            device=device,
-        )
+
+class Between(Protocol):
+    """What stands between the products, on one backend, for one layout; (columns, pitch) are `widths`."""
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 
     def parameters(
         self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
     ) -> tuple[Tensor, Tensor]:
-        if self.pack is None:
-            return A, B
-        W, B = self.pack(x, A, B, router_weight, stream)
-        K = self.layout.in_features
-        return W if W.shape[1] == K else W[:, :K], B
+        """In x's dtype: W (columns, K), which is A above the router's weights above zeros, and B (O, pitch), zeros at the end."""
+
+    def forward(
+        self,
+        sums: Tensor,
+        bias: Tensor | None,
+        gates: Tensor | None,
+        u: Tensor,
+        g: Tensor,
+        v: Tensor,
+        stream: int,
+    ) -> None:
+        """From sums = x W^T (M, columns), float32, or given gates: u (M, R), g (M, N) if none are given, and v (M, pitch)."""
+
+    def backward(
+        self,
+        t: Tensor | None,
+        u: Tensor,
+        g: Tensor,
+        dgates: Tensor | None,
+        v: Tensor | None,
+        D: Tensor | None,
+        dh: Tensor,
+        stream: int,
+    ) -> None:
+        """From t = dy B (M, pitch), float32, or nothing: v again, D (M, columns), which is du, then the logits' gradients, then
+        zeros, and dh (M, N), theirs in float32, or those of given gates. What is None is not wanted."""
 
 
-class Forward(_Shapes):
+class Forward:
     """As `cuda_kernels.Forward`."""
+
+    def __init__(self, between: Between, layout: Layout):
+        self.between, self.tokens = between, layout.tokens
+        self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
+        _, self.pitch = widths(layout)
 
     def __call__(
         self,
@@ -86,35 +103,28 @@ class Forward(_Shapes):
         stream: int,
     ) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g."""
-        M, floats = self.layout.tokens, torch.float32
-        empty = self.kernels.empty
+        M, floats = self.tokens, torch.float32
+        empty = self.between.empty
         u = empty(M, self.R, like=x, dtype=floats)
         g = empty(M, self.N, like=x, dtype=floats) if gates is None else gates
         if M == 0:
             return u, g
-        W, B = self.parameters(x, A, B, router_weight, stream)
+        W, B = self.between.parameters(x, A, B, router_weight, stream)
         sums = product(_rows(x), W.t())
         v = empty(M, self.pitch, like=x)
-        self.native.forward(
-            sums.data_ptr(),
-            address(router_bias),
-            address(gates),
-            u.data_ptr(),
-            g.data_ptr() if gates is None else 0,
-            v.data_ptr(),
-            stream,
-        )
+        self.between.forward(sums, router_bias, gates, u, g, v, stream)
         y = _rows(y)
         _into(y, None if base is None else _rows(base), v, B)
         return u, g
 
 
-class Backward(_Shapes):
+class Backward:
     """As `cuda_kernels.Backward`; columns of dy are neighbours."""
 
-    def __init__(self, kernels: Kernels, layout: Layout, device: int, needs: tuple[bool, ...]):
-        super().__init__(kernels, layout, device)
-        self.needs = needs
+    def __init__(self, between: Between, layout: Layout, needs: tuple[bool, ...]):
+        self.between, self.tokens, self.needs = between, layout.tokens, needs
+        self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
+        self.columns, self.pitch = widths(layout)
 
     def __call__(
         self,
@@ -131,26 +141,17 @@ class Backward(_Shapes):
     ) -> list[Tensor | None]:
         """Gradients of x, A, B, the router's weight and bias, and gates, in their parameter's type."""
         need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
-        M, R, N = self.layout.tokens, self.R, self.N
-        empty = self.kernels.empty
+        M, R, N = self.tokens, self.R, self.N
+        empty = self.between.empty
         sums_x = need_A or need_router
         need_v = need_x or sums_x or need_bias or need_gates
-        W, packed_B = self.parameters(x, A, B, router_weight, stream)
+        W, packed_B = self.between.parameters(x, A, B, router_weight, stream)
         rows, dy = _rows(x), None if dy is None else _rows(dy)
         t = product(dy, packed_B) if need_v and dy is not None else None
         v = empty(M, self.pitch, like=x) if need_B and dy is not None else None
         D = empty(M, self.columns, like=x) if need_x or sums_x else None
         dh = empty(M, N, like=g)
-        self.native.backward(
-            address(t),
-            u.data_ptr(),
-            g.data_ptr(),
-            address(dgates),
-            address(v),
-            address(D),
-            dh.data_ptr(),
-            stream,
-        )
+        self.between.backward(t, u, g, dgates, v, D, dh, stream)
         dB = None
         if need_B:
             dB = torch.zeros_like(B) if v is None else product(dy.t(), v)[:, :R].to(B.dtype)

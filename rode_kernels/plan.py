@@ -106,19 +106,22 @@ def plan_forward(call: Call, multiprocessors: int) -> Plan:
     )
 
 
-def by_library(call: Call, backward: bool = False) -> bool:
-    """Whether products of PyTorch's library (`rode_kernels.library`) are faster than these kernels.
+def by_library(call: Call, backward: bool = False, triton: bool = False) -> bool:
+    """Whether products of PyTorch's library (`rode_kernels.library`) are faster than the CUDA, or Triton, kernels.
 
     Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
-    what moves, and skipping what is closed does not make up for their rate. Backward, with much to read, in float32 and from R = 32
-    on as well. Not for a few tokens, where a call takes the host longest, and a library needs more launches. Measured on one H100:
-    docs/cuda.md.
+    what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
+    from R = 32 on; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
+    host longest, and a library needs more launches. Measured on one H100: docs/cuda.md.
     """
     if call.tokens <= 64:
         return False
-    wide = call.total_rank * call.element_size > ROW_BYTES
-    much = call.tokens * (call.in_features + call.out_features) >= 2**23
-    return wide or (backward and much and (call.element_size == 4 or call.total_rank > 32))
+    features, single = call.tokens * (call.in_features + call.out_features), call.element_size == 4
+    if call.total_rank * call.element_size > ROW_BYTES:
+        return True
+    if not backward:
+        return triton and single and features >= 2**22
+    return features >= 2**23 and (single or call.total_rank > 32 or (triton and features >= 2**25))
 
 
 @dataclass(frozen=True)

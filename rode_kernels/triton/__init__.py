@@ -12,8 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rode_kernels.cost import Call
 from rode_kernels.gpu import beyond_kernels
 from rode_kernels.mixture import Mixture
+from rode_kernels.plan import by_library
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 
@@ -65,17 +67,37 @@ def devices() -> tuple[str, ...]:
     return ("cpu",) if interpreted() else ("cuda",)
 
 
-def forward(x, *args):
+by_library_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
+
+
+def _by_library(
+    x: Tensor, B: Tensor, router_weight: Tensor | None, mixture: Mixture, dropout_p: float, backward: bool
+) -> bool:
+    """Dropout is for the kernels alone: a library would need a copy of x."""
+    if dropout_p > 0.0 or by_library_always is not None:
+        return bool(by_library_always) and dropout_p == 0.0
+    sizes = (*x.shape, B.shape[0], mixture.total_rank, mixture.num_experts, x.element_size())
+    return by_library(Call(*sizes, routed=router_weight is not None), backward, triton=True)
+
+
+def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`."""
-    from rode_kernels.triton import launch_forward
+    from rode_kernels.triton import launch_between, launch_forward
 
+    args = (x, A, B, router_weight, router_bias, gates, base)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        return launch_forward.forward(x, *args)
+        if _by_library(x, B, router_weight, mixture, dropout_p, False):
+            return launch_between.forward(*args, mixture, dense, inplace)
+        return launch_forward.forward(*args, seed, mixture, dropout_p, dense, inplace)
 
 
-def backward(dy, dgates, x, *args):
+def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
     """As `reference.backward`."""
-    from rode_kernels.triton import launch_backward
+    from rode_kernels.triton import launch_backward, launch_between
 
+    args = (dy, dgates, x, u, g, A, B, router_weight)
+    plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])  # others a library would copy
     with torch.cuda.device_of(x):
-        return launch_backward.backward(dy, dgates, x, *args)
+        if plain and any(needs) and _by_library(x, B, router_weight, mixture, dropout_p, True):
+            return launch_between.backward(*args, mixture, dense, needs)
+        return launch_backward.backward(*args, seed, mixture, dropout_p, dense, needs)

@@ -16,9 +16,11 @@ from rode_kernels import cost
 from rode_kernels.mixture import make_mixture
 from rode_kernels.triton import (
     backward_kernels,
+    between_kernels,
     device,
     forward_kernels,
     launch_backward,
+    launch_between,
     launch_forward,
     tune,
 )
@@ -75,14 +77,16 @@ def record(
     without_dy: bool = False,
     amd: bool = False,
     choice: int = 0,
+    library: bool = False,
     device_type: str = "meta",
     recorder: type[Recorder] = Recorder,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory (or where `device_type` says); `choice` among
-    configurations, 0 by rule."""
+    configurations, 0 by rule. `library`: with products of PyTorch's, and these between them."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
     kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "through_x", "add")]
+    kernels += [(between_kernels, n) for n in ("weigh", "weigh_back")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     others = device.multiprocessors, device.amd, tune.tuned
     for module, name, kernel in before:
@@ -102,11 +106,15 @@ def record(
         gates = tensor(tokens, N, dtype=torch.float32) if gated else None
         seed = tensor(1, dtype=torch.int64)
         static = (seed, mixture, dropout_p, gated)
-        y, u, g = launch_forward.forward(x, A, B, W, b, gates, base, *static, inplace)
         needs = needs or (True, True, True, not gated, not gated, gated)
-        launch_backward.backward(
-            None if without_dy else y, None if gated else g, x, u, g, A, B, W, *static, needs
-        )
+        if library:
+            y, u, g = launch_between.forward(x, A, B, W, b, gates, base, mixture, gated, inplace)
+            dy, dgates = None if without_dy else y, None if gated else g
+            launch_between.backward(dy, dgates, x, u, g, A, B, W, mixture, gated, needs)
+        else:
+            y, u, g = launch_forward.forward(x, A, B, W, b, gates, base, *static, inplace)
+            dy, dgates = None if without_dy else y, None if gated else g
+            launch_backward.backward(dy, dgates, x, u, g, A, B, W, *static, needs)
     finally:
         for module, name, kernel in before:
             setattr(module, name, kernel)

@@ -1,5 +1,5 @@
-"""Passes by products of PyTorch's library, with the kernels between them on the emulator: values, what is closed, what moves, and
-which calls go this way."""
+"""Passes by products of PyTorch's library, with the kernels between them on the emulator and on Triton's interpreter: values, what
+is closed, what moves, and which calls go this way."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixture_oracle import Problem, check, operation, random_problem
-from rode_kernels import backends, cost, cuda_emulated, rectified_mixture
+from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem
+from rode_kernels import backends, cost, cuda_emulated, rectified_mixture, triton
 from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine
 from rode_kernels.plan import by_library
@@ -28,12 +28,21 @@ NAMES = ["x", "A", "B", "router_weight", "router_bias"]
 
 @pytest.fixture(autouse=True)
 def forced() -> Iterator[None]:
-    machine.library = True
+    machine.library = triton.by_library_always = True
     yield
     machine.library, machine.seed, machine.multiprocessors = None, 0, 2
+    triton.by_library_always = None
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.fixture(params=ON_GPUS)
+def backend(request) -> str:
+    if request.param == "triton" and not (triton.status()[0] and triton.interpreted()):
+        pytest.skip("needs TRITON_INTERPRET=1 from the start")
+    return request.param
+
+
+# a function-scoped fixture that is the same for all examples
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 3), st.integers(1, 9))),
     K=st.integers(1, 40),
@@ -46,25 +55,29 @@ def forced() -> Iterator[None]:
     inplace=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_values(tokens, K, O, ranks, dtype, wide, router, bias, inplace, seed):
+def test_values(backend, tokens, K, O, ranks, dtype, wide, router, bias, inplace, seed):
     parameters = torch.float32 if wide else dtype
     rest = dict(parameter_dtype=parameters, router=router, bias=bias, seed=seed)
     p = random_problem(tokens, K=K, O=O, ranks=tuple(ranks), dtype=dtype, **rest)
     machine.seed = seed
-    check(p, backend="cuda-emulated", inplace=inplace)
+    check(p, backend=backend, inplace=inplace)
 
 
 @pytest.mark.parametrize("ranks", [(1,) * 64, (16,) * 64, (500, 524)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_widest_mixtures(ranks, dtype):
-    check(random_problem((9,), K=24, O=40, ranks=ranks, dtype=dtype), backend="cuda-emulated")
+def test_the_widest_mixtures(backend, ranks, dtype):
+    check(random_problem((9,), K=24, O=40, ranks=ranks, dtype=dtype), backend=backend)
 
 
-def gradients(p: Problem, wanted: list[str] = NAMES, dy: torch.Tensor | None = None, **options):
+def gradients(
+    p: Problem,
+    wanted: list[str] = NAMES,
+    dy: torch.Tensor | None = None,
+    backend: str = "cuda-emulated",
+    **options,
+) -> dict[str, torch.Tensor]:
     leaves = {n: getattr(p, n).detach().requires_grad_(n in wanted) for n in NAMES}
-    y = rectified_mixture(
-        *leaves.values(), ranks=p.ranks, scaling=p.scaling, backend="cuda-emulated", **options
-    )
+    y = rectified_mixture(*leaves.values(), ranks=p.ranks, scaling=p.scaling, backend=backend, **options)
     found = torch.autograd.grad(y, [leaves[n] for n in wanted], p.dy if dy is None else dy)
     return dict(zip(wanted, found, strict=True))
 
@@ -85,37 +98,37 @@ def test_the_same_bits_whatever_the_order_of_warps_and_blocks(dtype):
 
 
 @pytest.mark.parametrize("wanted", [[n] for n in NAMES] + [["x", "B"], ["A", "router_bias"]], ids="+".join)
-def test_gradients_that_are_asked_for_alone_are_the_same(wanted):
+def test_gradients_that_are_asked_for_alone_are_the_same(backend, wanted):
     p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20))
-    everything, some = gradients(p), gradients(p, wanted)
+    everything, some = gradients(p, backend=backend), gradients(p, wanted, backend=backend)
     for n in wanted:
         torch.testing.assert_close(some[n], everything[n], rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_of_the_gates_alone():
+def test_a_gradient_of_the_gates_alone(backend):
     p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20))
     leaves = [getattr(p, n).detach().requires_grad_() for n in NAMES]
     found = {}
-    for backend in ("cuda-emulated", "reference"):
+    for name in (backend, "reference"):
         _, gates = rectified_mixture(
-            *leaves, ranks=p.ranks, scaling=p.scaling, backend=backend, return_gates=True
+            *leaves, ranks=p.ranks, scaling=p.scaling, backend=name, return_gates=True
         )
-        found[backend] = torch.autograd.grad(gates, leaves, p.dgates, allow_unused=True)
-    for have, want in zip(found["cuda-emulated"], found["reference"], strict=True):
+        found[name] = torch.autograd.grad(gates, leaves, p.dgates, allow_unused=True)
+    for have, want in zip(found[backend], found["reference"], strict=True):
         torch.testing.assert_close(torch.zeros(()) if have is None else have, want, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_finite_in_a_closed_expert_reaches_nothing():
+def test_what_is_not_finite_in_a_closed_expert_reaches_nothing(backend):
     """By selection, not by a product with 0."""
     p = random_problem((12,), K=16, O=24, ranks=(8, 80))
     p.router_bias.copy_(torch.tensor([1e6, -1e6]))
     p.A[8:] = float("inf")
     y = rectified_mixture(
         *(p.x, p.A, p.B, p.router_weight, p.router_bias),
-        **dict(ranks=p.ranks, scaling=p.scaling, backend="cuda-emulated"),
+        **dict(ranks=p.ranks, scaling=p.scaling, backend=backend),
     )
     assert y.isfinite().all()
-    found = gradients(p)
+    found = gradients(p, backend=backend)
     assert all(found[n].isfinite().all() for n in ("A", "B", "router_weight", "router_bias"))
     assert (found["A"][8:] == 0).all()
 
@@ -164,6 +177,11 @@ def test_the_kernels_between_move_what_the_formulas_say(ranks, router):
     assert counted == pytest.approx(sum(step.l2 for step in want), rel=0.03)
 
 
+def test_gates_that_may_reopen_get_their_gradient_where_they_are_closed(backend):
+    p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20), router=False, gate_grad="all")
+    check(p, backend=backend)
+
+
 @pytest.mark.parametrize(
     ("call", "forward", "backward"),
     [
@@ -185,6 +203,42 @@ def test_the_kernels_between_move_what_the_formulas_say(ranks, router):
 )
 def test_which_calls_go_by_the_library(call, forward, backward):
     assert (by_library(call), by_library(call, backward=True)) == (forward, backward)
+
+
+@pytest.mark.parametrize(
+    ("call", "forward", "backward"),
+    [
+        (Call(8192, 4096, 4096, 30, 4), False, True),
+        (Call(2048, 4096, 4096, 30, 4), False, False),
+        (Call(2048, 4096, 4096, 33, 4), False, True),
+        (Call(65, 64, 64, 65, 4), True, True),
+        (Call(512, 4096, 4096, 30, 4, 4), True, False),
+        (Call(256, 4096, 4096, 30, 4, 4), False, False),
+        (Call(1024, 4096, 4096, 30, 4, 4), True, True),
+        (Call(64, 4096, 4096, 30, 4, 4), False, False),
+    ],
+)
+def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
+    assert (by_library(call, triton=True), by_library(call, backward=True, triton=True)) == (
+        forward,
+        backward,
+    )
+
+
+def test_the_choice_reaches_triton(backend, monkeypatch):
+    if backend != "triton":
+        pytest.skip("the other one is below")
+    from rode_kernels.triton import launch_between, launch_forward
+
+    seen = []
+    for module in (launch_between, launch_forward):
+        run, name = module.forward, module.__name__
+        monkeypatch.setattr(module, "forward", lambda *a, run=run, name=name: (seen.append(name), run(*a))[1])
+    triton.by_library_always = None
+    for tokens, dropout_p in ((65, 0.0), (64, 0.0), (65, 0.1)):
+        p = random_problem((tokens,), K=16, O=24, ranks=(40, 40), dtype=torch.half)
+        gradients(p, backend=backend, dropout_p=dropout_p, seed=1)
+    assert [name.split(".")[-1] for name in seen] == ["launch_between", "launch_forward", "launch_forward"]
 
 
 def test_the_choice_reaches_the_kernels():

@@ -58,6 +58,7 @@ def check_code(kind: str, targets: tuple[str, ...]) -> None:
         else:
             assert report["narrow_dots"] == 0, where
     everything = {"fused", "shrink", "expand", "through_y", "through_v", "through_x", "add"}
+    everything |= {"weigh", "weigh_back"}
     assert kernels == dict.fromkeys(targets, everything)
 
 

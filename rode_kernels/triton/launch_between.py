@@ -1,0 +1,114 @@
+"""Passes by products of PyTorch's library (`rode_kernels.library`), with Triton kernels between them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from rode_kernels import library
+from rode_kernels.gpu import Layout, divide_up
+from rode_kernels.mixture import Mixture
+from rode_kernels.triton import between_kernels, tune
+from rode_kernels.triton.blocks import columns
+
+BLOCK_M, BLOCK_R = 16, 64
+WARPS = dict(num_warps=4, num_stages=2)
+
+
+class Between:
+    """`rode_kernels.library.Between`, by Triton kernels."""
+
+    def __init__(self, layout: Layout, dense: bool):
+        self.layout, self.dense = layout, dense
+        self.columns, self.pitch = library.widths(layout)
+        self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
+        self.constants = dict(
+            **columns(layout.mixture, 0.0),
+            N=self.N,
+            R=self.R,
+            COLUMNS=self.columns,
+            PITCH=self.pitch,
+            ROUTED=layout.routed,
+            DENSE=dense,
+            BLOCK_M=BLOCK_M,
+            BLOCK_R=BLOCK_R,
+            BLOCK_N=max(16, triton.next_power_of_2(max(self.N, self.columns - self.R))),
+            **WARPS,
+            **tune.ALWAYS,
+        )
+
+    def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(shape, dtype=dtype or like.dtype)
+
+    def parameters(
+        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
+    ) -> tuple[Tensor, Tensor]:
+        weights = [A] if router_weight is None else [A, router_weight]
+        zeros = self.columns - sum(w.shape[0] for w in weights)
+        weights = [w.to(x.dtype) for w in weights]
+        if zeros:
+            weights.append(x.new_zeros(zeros, x.shape[-1]))
+        W = weights[0] if len(weights) == 1 else torch.cat(weights)
+        B = B.to(x.dtype)
+        return W, torch.nn.functional.pad(B, (0, self.pitch - self.R)) if self.pitch != self.R else B
+
+    def forward(self, sums, bias, gates, u, g, v, stream) -> None:
+        M = u.shape[0]
+        between_kernels.weigh[(divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R))](
+            *(sums, bias, g, u, v, M), HAS_BIAS=bias is not None, **self.constants
+        )
+
+    def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
+        M = u.shape[0]
+        between_kernels.weigh_back[(divide_up(M, BLOCK_M),)](
+            *(t, u, g, dgates, v, D, dh, M),
+            HAS_DY=t is not None,
+            HAS_DGATES=dgates is not None,
+            NEED_V=v is not None,
+            NEED_D=D is not None,
+            **self.constants,
+        )
+
+
+def forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    router_bias: Tensor | None,
+    gates: Tensor | None,
+    base: Tensor | None,
+    mixture: Mixture,
+    dense: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`, without dropout; closed experts are multiplied with zeros."""
+    layout = Layout.of(x, A, B, router_weight, mixture, 0.0, dense)
+    y = base if inplace else x.new_empty(x.shape[0], B.shape[0])
+    bias = None if router_bias is None else router_bias.float().contiguous()
+    gates = None if gates is None else gates.contiguous()
+    run = library.Forward(Between(layout, dense), layout)
+    u, g = run(x, A, B, router_weight, bias, gates, base, y, None, 0)
+    return y, u, g
+
+
+def backward(
+    dy: Tensor | None,
+    dgates: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor | None,
+    mixture: Mixture,
+    dense: bool,
+    needs: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """As `reference.backward`, without dropout."""
+    layout = Layout.of(x, A, B, router_weight, mixture, 0.0, dense)
+    dgates = None if dgates is None else dgates.contiguous()
+    return library.Backward(Between(layout, dense), layout, needs)(
+        dy, dgates, x, u, g, A, B, router_weight, None, 0
+    )
