@@ -48,6 +48,7 @@ if TensorGuards is not None:
     for _device in _PLAIN:
         for _key in (_device.upper(), "ADInplaceOrView", "BackendSelect"):
             _PLAIN[_device] |= DispatchKeySet(_dispatch_key_parse(_key))
+    _AUTOCAST = {d: DispatchKeySet(_dispatch_key_parse(f"Autocast{d.upper()}")) for d in _PLAIN}
 
 _BACKENDS = {"cpu": cpu, "cuda": cuda}
 
@@ -63,6 +64,7 @@ class Shortcut(NamedTuple):
         backward: the backend's `prepare_backward`'s.
         needs_grad: whether it needs autograd's Function where gradients are enabled.
         mixture: kept, for its address is part of the key.
+        autocast: the device on which it was on, if it was; its type is then x's.
     """
 
     guard: Callable[..., bool]
@@ -70,21 +72,25 @@ class Shortcut(NamedTuple):
     backward: Callable[..., list[Tensor | None]]
     needs_grad: bool
     mixture: Mixture
+    autocast: str
 
 
 _known: dict[tuple, list[Shortcut]] = {}
 
 
 def _key_and_tensors(
-    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float
+    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float, backend: str | None
 ) -> tuple[tuple, tuple[Tensor, ...]]:
+    """A call's key, the backend that is asked for first, and the tensors that a guard sees."""
+    name = backend or backend_of_environment()
     x, A, B, router_weight, router_bias, _, base = args
     tensors = (x, A, B, router_weight)
     if router_bias is not None:
         tensors += (router_bias,)
     if base is not None:
         tensors += (base,)
-    return (id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace, dropout_p), tensors
+    key = (name, id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace, dropout_p)
+    return key, tensors
 
 
 def _eligible(args: Arguments, backend: str | None) -> bool:
@@ -92,9 +98,9 @@ def _eligible(args: Arguments, backend: str | None) -> bool:
     return (
         type(args[0]) in _TYPES
         and type(args[2]) in _TYPES
+        and (backend is None or type(backend) is str)
         and not _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
         and not _profiler_enabled()
-        and (backend or backend_of_environment()) in ("", args[0].device.type)
     )
 
 
@@ -122,10 +128,11 @@ def find(
     """What `remember` made of a call like this one. The arguments may be anything."""
     if TensorGuards is None or not _eligible(args, backend):
         return None
-    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p)
+    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p, backend)
     for shortcut in _known.get(key, ()):
         if shortcut.guard(*tensors):
-            return shortcut
+            cast = shortcut.autocast
+            return shortcut if not cast or torch.get_autocast_dtype(cast) == args[0].dtype else None
     return None
 
 
@@ -149,11 +156,22 @@ def remember(
     native = _BACKENDS.get(device)
     if native is None or not native.status()[0]:
         return
-    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p)
+    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p, backend)
+    if key[0] not in ("", device):
+        return
+    autocast = device if torch.is_autocast_enabled(device) else ""
+    if autocast and torch.get_autocast_dtype(device) != x.dtype:
+        return
     if len(_known.get(key, ())) >= _GUARDS:
         return
     keys = _keys_of(tensors)
-    if not _plain(keys, device) or any(t.numel() == 0 for t in tensors):
+    # Autocast has nothing to do where x is in its type and the rest, too, or in float32; guards see whether it is on.
+    if not _plain(keys - _AUTOCAST[device], device) or any(t.numel() == 0 for t in tensors):
+        return
+    wide = accumulation_dtype(x.dtype)
+    if any(t.dtype not in (x.dtype, wide) for t in (A, B, router_weight)) or (
+        base is not None and base.dtype != x.dtype
+    ):
         return
     if any(type(t) not in _TYPES for t in tensors):
         return
@@ -162,9 +180,7 @@ def remember(
     needs_grad = any(t.requires_grad for t in tensors)
     if needs_grad and not (keys.has(_AUTOGRAD[device]) or torch.is_inference_mode_enabled()):
         return  # within another operator
-    if router_bias is not None and not (
-        router_bias.dtype == accumulation_dtype(x.dtype) and router_bias.is_contiguous()
-    ):
+    if router_bias is not None and not (router_bias.dtype == wide and router_bias.is_contiguous()):
         return
     try:
         rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
@@ -182,7 +198,7 @@ def remember(
         dynamic_dims_sizes=[list(t.shape) for t in tensors],
         dynamic_dims_strides=[list(t.stride()) for t in tensors],
     )
-    _known.setdefault(key, []).append(Shortcut(guard.check, run, backward, needs_grad, mixture))
+    _known.setdefault(key, []).append(Shortcut(guard.check, run, backward, needs_grad, mixture, autocast))
 
 
 def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:

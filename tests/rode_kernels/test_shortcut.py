@@ -233,6 +233,8 @@ def test_backend_and_environment_are_read_at_every_call(monkeypatch):
     for _ in range(2):
         call(leading, options)
     assert knows(leading, options)
+    assert not knows(leading, options, "cpu")  # another name, another call
+    call(leading, options, backend="cpu")
     assert knows(leading, options, "cpu")
     assert not knows(leading, options, "reference")
     monkeypatch.setenv("RODE_BACKEND", "tpu")
@@ -324,6 +326,42 @@ def test_autocast_is_not_skipped():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert call(leading, options).dtype == torch.bfloat16
     assert call(leading, options).dtype == torch.float32
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_where_autocast_has_nothing_to_cast_it_is_no_watcher(grad, inplace):
+    """x in its type and parameters in float32, as in training."""
+    leading, options = arguments((3,), dtype=torch.bfloat16, parameter_dtype=torch.float32)
+    wanted = [t.requires_grad_(grad) for t in (*leading, options["base"])]
+
+    def run():
+        y, g = call(leading, options, base=options["base"] * 1, inplace=inplace, return_gates=True)
+        return y, g, *(torch.autograd.grad(y.float().square().sum() + g.sum(), wanted) if grad else ())
+
+    without = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = run()
+        known = sum(map(len, shortcut._known.values()))
+        assert known == 2  # without autocast, and with
+        second = run()
+    assert sum(map(len, shortcut._known.values())) == known
+    for have in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(have, without, strict=True))
+
+
+def test_what_autocast_would_cast_takes_the_long_way():
+    leading, options = arguments((3,), dtype=torch.bfloat16, parameter_dtype=torch.float32)
+    other, others = arguments((3,), dtype=torch.bfloat16, parameter_dtype=torch.bfloat16)
+    options["base"] = others["base"] = None
+    for parameters in (leading, [leading[0], *(t.half() for t in other[1:4]), leading[4]]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            first = call(parameters, options)
+            assert torch.equal(call(parameters, options), first)
+            assert knows(parameters, options) == (parameters is leading)
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert not knows(parameters, options)
+            assert call(parameters, options).dtype == torch.float16
 
 
 def test_subclasses_and_unusual_tensors_take_the_long_way():
