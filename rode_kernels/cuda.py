@@ -12,7 +12,7 @@ from torch import Tensor
 from rode_kernels import library
 from rode_kernels.cost import Call
 from rode_kernels.cuda_kernels import Between, Kernels
-from rode_kernels.gpu import Layout, beyond_kernels, with_neighbouring_columns
+from rode_kernels.gpu import Layout, beyond_kernels, divide_up, with_neighbouring_columns
 from rode_kernels.mixture import Mixture
 from rode_kernels.plan import BackwardPlan, Plan, by_library, plan_backward, plan_forward
 
@@ -85,7 +85,7 @@ def _distance(t: Tensor | None) -> int:
     """Elements from row to row of a matrix; of one row, which has none, as many as allow wide copies."""
     if t is None:
         return 0
-    return t.stride(0) if t.shape[0] > 1 else -(-t.shape[1] // 8) * 8
+    return t.stride(0) if t.shape[0] > 1 else divide_up(t.shape[1], 8) * 8
 
 
 class Passes:
@@ -247,8 +247,9 @@ def prepare(
     if any(t is not None and with_neighbouring_columns(t) is not t for t in (x, base)):
         return None
     device, layout = x.device.index, Layout.of(x, A, B, router_weight, mixture, dropout_p, False)
-    y = base if inplace else x.new_empty(x.shape[0], B.shape[0])
-    run = _passes.forward_of(layout, device, *map(_distance, (x, base, y)))
+    M, O = x.shape[0], B.shape[0]
+    ld_y = _distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
+    run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
 
     def prepared(x, A, B, router_weight, router_bias, _gates, base, seed):
         y = base if inplace else x.new_empty(shape)

@@ -154,7 +154,7 @@ class Backward:
         self.between.backward(t, u, g, dgates, v, D, dh, stream)
         dB = None
         if need_B:
-            dB = torch.zeros_like(B) if v is None else product(dy.t(), v)[:, :R].to(B.dtype)
+            dB = torch.zeros_like(B) if v is None else product(dy.t(), v)[:, :R].to(B.dtype).contiguous()
         dA = dW = None
         if sums_x:
             first, last = 0 if need_A else R, R + N if need_router else R

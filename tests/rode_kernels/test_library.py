@@ -15,6 +15,7 @@ from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem
 from rode_kernels import backends, cost, cuda_emulated, rectified_mixture, triton
 from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine
+from rode_kernels.mixture import make_mixture
 from rode_kernels.plan import by_library
 
 if not backends()["cuda-emulated"].available:
@@ -61,6 +62,20 @@ def test_values(backend, tokens, K, O, ranks, dtype, wide, router, bias, inplace
     p = random_problem(tokens, K=K, O=O, ranks=tuple(ranks), dtype=dtype, **rest)
     machine.seed = seed
     check(p, backend=backend, inplace=inplace)
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.half, torch.float32], ids=str)
+def test_gradients_are_contiguous_in_their_parameters_type(backend, parameter_dtype):
+    """Also where the library's products are wider than they are."""
+    p = random_problem((9,), K=33, O=20, ranks=(3, 8), dtype=torch.half, parameter_dtype=parameter_dtype)
+    passes = triton if backend == "triton" else cuda_emulated
+    mixture, needs = make_mixture(p.ranks, p.scaling), (True, True, True, True, False, False)
+    args = (p.x, p.A, p.B, p.router_weight)
+    _, u, g = passes.forward(*args, None, None, None, None, mixture, 0.0, False, False)
+    found = passes.backward(p.dy, None, p.x, u, g, *args[1:], None, mixture, 0.0, False, needs)
+    for grad, of in zip(found, args, strict=False):
+        assert grad.is_contiguous()
+        assert (grad.shape, grad.dtype) == (of.shape, of.dtype)
 
 
 @pytest.mark.parametrize("ranks", [(1,) * 64, (16,) * 64, (500, 524)], ids=str)
