@@ -34,13 +34,13 @@ def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | 
     static, bias_dtype, of_gates, known = ctx.others
     needs = ctx.needs_input_grad[:6]
     tensors = (dy, dgates, x, u, g, A, B, router_weight, seed)
-    if not shortcut.unwatched(tensors):
+    if known is not None and shortcut.goes_back(known, tensors):
+        grads = known.backward(*tensors, needs)
+    elif shortcut.unwatched(tensors):
+        grads = all_gradients(*tensors, *static, needs)
+    else:
         grads = OP_BACKWARD(*tensors, *static, needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    elif known is not None and dy is not None and dy.is_contiguous():
-        grads = known.backward(*tensors, needs)
-    else:
-        grads = all_gradients(*tensors, *static, needs)
     dx, dA, dB, dWr, dbr, dg = grads
     if dbr is not None:
         dbr = dbr.to(bias_dtype)

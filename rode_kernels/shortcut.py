@@ -65,6 +65,8 @@ class Shortcut(NamedTuple):
         needs_grad: whether it needs autograd's Function where gradients are enabled.
         mixture: kept, for its address is part of the key.
         autocast: the device on which it was on, if it was; its type is then x's.
+        layouts: `_layout` of x, A, B and the router's weight, which `backward` is made for.
+        backward_guards: by `goes_back`, of tensors that a backward pass has met.
     """
 
     guard: Callable[..., bool]
@@ -73,6 +75,8 @@ class Shortcut(NamedTuple):
     needs_grad: bool
     mixture: Mixture
     autocast: str
+    layouts: tuple[tuple, ...]
+    backward_guards: dict[tuple[bool, bool], Callable[..., bool]]
 
 
 _known: dict[tuple, list[Shortcut]] = {}
@@ -115,6 +119,37 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
         and not _profiler_enabled()
         and _plain(_keys_of(there), there[0].device.type)
     )
+
+
+def goes_back(known: Shortcut, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether `known.backward` may be given these: dy, dgates, x, u, g, A, B, router_weight, seed. What autograd saved need not
+    come back as it was: hooks may have moved it away, and back into other strides."""
+    dy, dgates, x, u, g, A, B, router_weight, seed = tensors
+    if dy is None or torch.is_grad_enabled() or _len_torch_function_stack() or _profiler_enabled():
+        return False
+    there = [t for t in tensors if t is not None]
+    which = (dgates is None, seed is None)
+    guard = known.backward_guards.get(which)
+    if guard is not None:
+        return guard(*there)
+    if not unwatched(tensors) or tuple(map(_layout, (x, A, B, router_weight))) != known.layouts:
+        return False
+    if not all(t.is_contiguous() for t in (dy, u, g)):
+        return False
+    known.backward_guards[which] = _guard(there)
+    return True
+
+
+def _layout(t: Tensor) -> tuple:
+    return t.shape, t.stride(), t.dtype, t.device
+
+
+def _guard(tensors: Iterable[Tensor]) -> Callable[..., bool]:
+    return TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    ).check
 
 
 def _plain(keys: DispatchKeySet, device: str) -> bool:
@@ -193,12 +228,9 @@ def remember(
     backward = native.prepare_backward(rows_of_x, A, B, router_weight, mixture, dropout_p, tuple(x.shape))
     if len(_known) >= _KEYS:
         _known.clear()
-    guard = TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(t.shape) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
-    )
-    _known.setdefault(key, []).append(Shortcut(guard.check, run, backward, needs_grad, mixture, autocast))
+    layouts = tuple(map(_layout, (x, A, B, router_weight)))
+    shortcut = Shortcut(_guard(tensors), run, backward, needs_grad, mixture, autocast, layouts, {})
+    _known.setdefault(key, []).append(shortcut)
 
 
 def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:

@@ -364,6 +364,29 @@ def test_what_autocast_would_cast_takes_the_long_way():
             assert call(parameters, options).dtype == torch.float16
 
 
+@pytest.mark.parametrize("moved_first", [False, True])
+def test_what_hooks_bring_back_in_other_strides_is_read_by_them(moved_first):
+    """x and B are slices; a hook saves them contiguously, as one does that moves them to another memory."""
+    (x, A, B, *router), options = arguments((5,))
+    x, B = torch.cat([x, x, x], 1)[:, 3 : 3 + x.shape[1]], torch.stack([B, B], 2)[..., 0]
+    leading = [x, A, B, *router]
+    leaves = [t.requires_grad_() for t in leading]
+
+    def gradients(moved):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.contiguous().clone() if moved else t, lambda t: t
+        ):
+            y = call(leading, options)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    want = torch.autograd.grad(call(leading, options, backend="reference"), leaves, torch.ones(5, 20))
+    call(leading, options)
+    assert knows(leading, options)
+    for moved in (moved_first, not moved_first) * 2:
+        for have, of in zip(gradients(moved), want, strict=True):
+            torch.testing.assert_close(have, of)
+
+
 def test_subclasses_and_unusual_tensors_take_the_long_way():
     class Own(torch.Tensor):
         pass
