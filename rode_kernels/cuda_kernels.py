@@ -109,6 +109,32 @@ class Packing:
         return W, B if to_B is None else to_B
 
 
+class Parameters:
+    """A, the router's weights and B as the kernels take them: as they are, or packed where any is float32 beside a 16-bit x.
+
+    Attributes:
+        pitch_K, pitch_R: elements of a row of A and the router's, and of B.
+    """
+
+    def __init__(self, kernels: Kernels, layout: Layout, device: int):
+        K, R = layout.in_features, layout.mixture.total_rank
+        self.pitch_K, self.pitch_R, self.pack = K, R, None
+        if not layout.in_one_type:
+            self.pitch_K, self.pitch_R = divide_up(K, 8) * 8, divide_up(R, 8) * 8
+            rows = R + (layout.mixture.num_experts if layout.routed else 0)
+            self.pack = Packing(kernels, layout, device, rows, self.pitch_K, self.pitch_R, True)
+        self.router_at = R * self.pitch_K * layout.dtype.itemsize
+
+    def __call__(
+        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
+    ) -> tuple[Tensor, int, Tensor]:
+        """A, the address of the router's weights (0: none), and B, to be kept until the kernels are launched."""
+        if self.pack is None:
+            return A, address(router_weight), B
+        W, B = self.pack(x, A, B, router_weight, stream)
+        return W, 0 if router_weight is None else W.data_ptr() + self.router_at, B
+
+
 class Forward:
     """The forward pass by the kernels that a plan names.
 
@@ -127,16 +153,10 @@ class Forward:
         ld_y: int,
     ):
         R, N = layout.mixture.total_rank, layout.mixture.num_experts
-        K = layout.in_features
         plan.check(R, N if layout.routed else 0, layout.dtype.itemsize)
         self.kernels, self.tokens, self.R, self.N = kernels, layout.tokens, R, N
         self.wide = layout.dtype == torch.float32
-        pitch_K, pitch_R = (K, R) if layout.in_one_type else (divide_up(K, 8) * 8, divide_up(R, 8) * 8)
-        self.router_at = R * pitch_K * layout.dtype.itemsize
-        self.pack = None
-        if not layout.in_one_type:
-            rows = R + (N if layout.routed else 0)
-            self.pack = Packing(kernels, layout, device, rows, pitch_K, pitch_R, True)
+        self.parameters = Parameters(kernels, layout, device)
         self.partial = None
         if not plan.fused:
             self.partial = plan.splits, layout.tokens, 8 * column_tiles(R, N if layout.routed else 0)
@@ -145,8 +165,8 @@ class Forward:
             ld_x=ld_x,
             ld_base=ld_base,
             ld_y=ld_y,
-            ld_A=pitch_K,
-            ld_B=pitch_R,
+            ld_A=self.parameters.pitch_K,
+            ld_B=self.parameters.pitch_R,
             **asdict(plan),
             device=device,
         )
@@ -172,10 +192,7 @@ class Forward:
         if self.tokens == 0:
             return u, g
         partial = None if self.partial is None else empty(*self.partial, like=x, dtype=floats)
-        router = address(router_weight)
-        if self.pack is not None:
-            A, B = self.pack(x, A, B, router_weight, stream)
-            router = A.data_ptr() + self.router_at if router else 0
+        A, router, B = self.parameters(x, A, B, router_weight, stream)
         self.run(
             x.data_ptr(),
             address(base),
@@ -221,12 +238,7 @@ class Backward:
         self.wide = layout.dtype == torch.float32
         sums_x = need_A or need_router
         self.need_v = need_x or sums_x or need_bias or need_gates
-        pitch_K, pitch_R = (K, R) if layout.in_one_type else (divide_up(K, 8) * 8, divide_up(R, 8) * 8)
-        self.router_at = R * pitch_K * layout.dtype.itemsize
-        self.pack = None
-        if not layout.in_one_type:
-            rows = R + (N if layout.routed else 0)
-            self.pack = Packing(kernels, layout, device, rows, pitch_K, pitch_R, True)
+        self.parameters = Parameters(kernels, layout, device)
         tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
         ranges_y, ranges_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
         # What comes between launches stands in one piece of memory: each part's first byte, all multiples of 256.
@@ -246,8 +258,8 @@ class Backward:
             **kernels.problem(layout),
             ld_x=ld_x,
             ld_dy=ld_dy,
-            ld_A=pitch_K,
-            ld_B=pitch_R,
+            ld_A=self.parameters.pitch_K,
+            ld_B=self.parameters.pitch_R,
             wide_parameters=layout.wide,
             **asdict(plan),
             device=device,
@@ -277,10 +289,9 @@ class Backward:
         dW = empty(*router_weight.shape, like=router_weight) if need_router else None
         dbias = empty(N, like=g) if need_bias else None
         dh = empty(M, N, like=g) if self.need_v else None
-        router, shape_B = address(router_weight), B
-        if self.pack is not None:
-            A, B = self.pack(x, A, B, router_weight, stream)
-            router = A.data_ptr() + self.router_at if router else 0
+        if need_B and dy is None:
+            dB.zero_()
+        A, router, B = self.parameters(x, A, B, router_weight, stream)
         room = empty(self.room, like=x, dtype=torch.uint8)
         start, places = room.data_ptr(), self.places
 
@@ -314,8 +325,6 @@ class Backward:
             self.wide and tf32_allowed(),
             stream,
         )
-        if need_B and not of_y:
-            dB = torch.zeros_like(shape_B)
         return [dx, dA, dB, dW, dbias, dh if need_gates else None]
 
 
