@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem
-from rode_kernels import backends, cost, cuda_emulated, rectified_mixture, triton
+from rode_kernels import backends, cost, cuda, cuda_emulated, rectified_mixture, triton
 from rode_kernels.cost import Call
 from rode_kernels.cuda_emulated import machine
 from rode_kernels.mixture import make_mixture
@@ -263,3 +263,48 @@ def test_the_choice_reaches_the_kernels():
     assert "backward_weigh" in kernels()
     check(random_problem((64,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16), backend="cuda-emulated")
     assert "backward_y" in kernels()
+
+
+class OnTheEmulator:
+    """In the place of `cuda._passes`, for what that makes on a device."""
+
+    def forward_of(self, layout, device, *distances):
+        return cuda_emulated._passes.forward_of(layout, 0, *distances)
+
+    def backward_of(self, layout, device, *rest):
+        return cuda_emulated._passes.backward_of(layout, 0, *rest)
+
+
+@pytest.mark.parametrize("library", [False, True], ids=["kernels", "library"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("leading", [(1,), (2, 3)], ids=str)
+def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, library, inplace, leading):
+    """What the shortcut keeps of a call, for a device; x, base and dy are not flat."""
+    machine.library = library
+    monkeypatch.setattr(cuda, "_passes", OnTheEmulator())
+    monkeypatch.setattr(cuda, "_on_stream", lambda run, device, *args: run(*args, 0))
+    monkeypatch.setattr(cuda, "refuses", lambda *args: "")
+    p = random_problem(leading, K=40, O=20, ranks=(3, 8, 16), dtype=torch.half, parameter_dtype=torch.float32)
+    mixture, needs = make_mixture(p.ranks, p.scaling), (True, True, True, True, True, False)
+    x, base, dy, dgates = (t.view(-1, t.shape[-1]) for t in (p.x, p.base, p.dy, p.dgates))
+    weights = (p.A, p.B, p.router_weight)
+    run = cuda.prepare(x, *weights, base, mixture, 0.0, inplace, p.base.shape)
+    back = cuda.prepare_backward(x, *weights, mixture, 0.0, p.x.shape)
+    emulator.reset(0)
+    y, u, g = run(p.x, *weights, p.router_bias, None, p.base.clone(), None)
+    emulator.reset(0)
+    found = back(p.dy, p.dgates, p.x, u, g, *weights, None, needs)
+    want = cuda_emulated.forward(
+        x, *weights, p.router_bias, None, base.clone(), None, mixture, 0.0, False, inplace
+    )
+    assert (y.shape, u.shape) == (p.base.shape, want[1].shape)
+    for have, of in zip((y.view(want[0].shape), u, g), want, strict=True):
+        assert torch.equal(have, of)
+    wanted = cuda_emulated.backward(dy, dgates, x, u, g, *weights, None, mixture, 0.0, False, needs)
+    assert found[0].shape == p.x.shape
+    for have, of in zip(found[:5], wanted[:5], strict=True):
+        assert torch.equal(have.view(of.shape), of)
+    assert back(p.dy, None, p.x, u, g, *weights, None, (False,) * 6) == [None] * 6
+    assert (
+        cuda.prepare(x, p.A.t().contiguous().t(), *weights[1:], base, mixture, 0.0, inplace, y.shape) is None
+    )
