@@ -56,7 +56,8 @@ def requests_of(server: VisionServer) -> list[tuple[str, int]]:
 
 
 class Killer:
-    """A hook of the server that kills the process at given events, each an event's name and number."""
+    """A hook of the server that kills the process at given events, each an event's name and the number from which on it counts: of
+    what runs at the same time nobody knows which comes first."""
 
     def __init__(self, forks: Forks, at: list[tuple[str, int]]) -> None:
         self.forks = forks
@@ -66,7 +67,10 @@ class Killer:
 
     def __call__(self, event: str, number: int) -> None:
         with self.lock:
-            if self.process is not None and self.at and self.at[0] == (event, number):
+            if self.process is None or not self.at:
+                return
+            name, least = self.at[0]
+            if event == name and number >= least:
                 self.at.pop(0)
                 os.kill(self.process, signal.SIGKILL)
                 self.process = None
@@ -90,7 +94,8 @@ class Killer:
 def test_live(forks, tmp_path):
     folder = make_job(tmp_path, 10)
     end = undisturbed(folder)
-    killer = Killer(forks, [("chat", 2), ("chat", 9), ("answered", 11), ("chat", 18)])
+    # 13 requests, and one more at least for each kill by a request, which is not answered then: there is a fifteenth
+    killer = Killer(forks, [("chat", 2), ("chat", 9), ("answered", 11), ("chat", 15)])
     with VisionServer(faults={**FAULTS}, hook=killer, delay=0.005) as server:
         settings = {"base_url": server.url, "concurrency": 3}
         ledgers, marks = killer.run_to_the_end(folder, settings, server)
