@@ -145,7 +145,8 @@ class Backward:
         empty = self.between.empty
         sums_x = need_A or need_router
         need_v = need_x or sums_x or need_bias or need_gates
-        W, packed_B = self.between.parameters(x, A, B, router_weight, stream)
+        if need_v:  # dB alone needs no parameters
+            W, packed_B = self.between.parameters(x, A, B, router_weight, stream)
         rows, dy = _rows(x), None if dy is None else _rows(dy)
         t = product(dy, packed_B) if need_v and dy is not None else None
         v = empty(M, self.pitch, like=x) if need_B and dy is not None else None

@@ -111,7 +111,7 @@ def by_library(call: Call, backward: bool = False, triton: bool = False) -> bool
 
     Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
     what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
-    from R = 32 on; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
+    above R = 32; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
     host longest, and a library needs more launches. Measured on one H100: docs/cuda.md.
     """
     if call.tokens <= 64:

@@ -13,7 +13,7 @@ from rode_kernels.triton import between_kernels, tune
 from rode_kernels.triton.blocks import columns
 
 BLOCK_M, BLOCK_R = 16, 64
-WARPS = dict(num_warps=4, num_stages=2)
+OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
 
 
 class Between:
@@ -34,8 +34,6 @@ class Between:
             BLOCK_M=BLOCK_M,
             BLOCK_R=BLOCK_R,
             BLOCK_N=max(16, triton.next_power_of_2(max(self.N, self.columns - self.R))),
-            **WARPS,
-            **tune.ALWAYS,
         )
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,21 +52,31 @@ class Between:
         return W, torch.nn.functional.pad(B, (0, self.pitch - self.R)) if self.pitch != self.R else B
 
     def forward(self, sums, bias, gates, u, g, v, stream) -> None:
-        M = u.shape[0]
-        between_kernels.weigh[(divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R))](
-            *(sums, bias, g, u, v, M), HAS_BIAS=bias is not None, **self.constants
-        )
+        M, constants = u.shape[0], dict(**self.constants, HAS_BIAS=bias is not None)
+        grid = divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R)
+
+        def run(_: Tensor, **options) -> None:
+            between_kernels.weigh[grid](sums, bias, g, u, v, M, **constants, **options)
+
+        tune.tuned("weigh", constants, u.dtype, [OPTIONS], run, u)
 
     def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
-        M = u.shape[0]
-        between_kernels.weigh_back[(divide_up(M, BLOCK_M),)](
-            *(t, u, g, dgates, v, D, dh, M),
-            HAS_DY=t is not None,
-            HAS_DGATES=dgates is not None,
-            NEED_V=v is not None,
-            NEED_D=D is not None,
-            **self.constants,
+        M, constants = (
+            u.shape[0],
+            dict(
+                **self.constants,
+                HAS_DY=t is not None,
+                HAS_DGATES=dgates is not None,
+                NEED_V=v is not None,
+                NEED_D=D is not None,
+            ),
         )
+
+        def run(_: Tensor, **options) -> None:
+            grid = (divide_up(M, BLOCK_M),)
+            between_kernels.weigh_back[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
+
+        tune.tuned("weigh_back", constants, u.dtype, [OPTIONS], run, u)
 
 
 def forward(

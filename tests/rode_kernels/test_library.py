@@ -240,9 +240,22 @@ def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
     )
 
 
-def test_the_choice_reaches_triton(backend, monkeypatch):
-    if backend != "triton":
-        pytest.skip("the other one is below")
+@pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
+def test_a_capture_of_kernels_that_have_not_run_says_what_to_do(monkeypatch):
+    from rode_kernels.triton import between_kernels, device
+
+    class Refusing:
+        def __getitem__(self, grid):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(device, "capturing", lambda x: True)
+    monkeypatch.setattr(between_kernels, "weigh", Refusing())
+    with pytest.raises(RuntimeError, match=r"'weigh' could not be captured.*run the call once before"):
+        operation(random_problem((9,), ranks=(40, 40), dtype=torch.half), backend="triton")
+
+
+@pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
+def test_the_choice_reaches_triton(monkeypatch):
     from rode_kernels.triton import launch_between, launch_forward
 
     seen = []
@@ -252,7 +265,7 @@ def test_the_choice_reaches_triton(backend, monkeypatch):
     triton.by_library_always = None
     for tokens, dropout_p in ((65, 0.0), (64, 0.0), (65, 0.1)):
         p = random_problem((tokens,), K=16, O=24, ranks=(40, 40), dtype=torch.half)
-        gradients(p, backend=backend, dropout_p=dropout_p, seed=1)
+        gradients(p, backend="triton", dropout_p=dropout_p, seed=1)
     assert [name.split(".")[-1] for name in seen] == ["launch_between", "launch_forward", "launch_forward"]
 
 
