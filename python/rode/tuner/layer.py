@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rode.tuner.blocks import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.gating import Gated
+from rode.tuner.ownership import may_write_into
 from rode.tuner.routers import Routed, compute_gates, init_router_, init_table_, with_universal
 from rode.tuner.routing import Routing
 from rode_kernels import gated_mixture, rectified_mixture
@@ -259,7 +260,7 @@ class Linear(nn.Module, RodeLayer):
             "scaling": self.rode_scaling[adapter],
             "dropout_p": self.rode_config[adapter].dropout if self.training else 0.0,
             "base": result if same else None,
-            "inplace": same and self._owns(result),
+            "inplace": same and self.block_pass is None and may_write_into(result, self.base_layer),
         }
         A, B = (_parameter(p, inputs) for p in (self.packed_A(adapter), self.rode_B[adapter]))
         config = self.rode_config[adapter]
@@ -307,15 +308,6 @@ class Linear(nn.Module, RodeLayer):
         A, B = mixed_factors(A, B, gates.reshape(count, -1).to(A.dtype), rank)
         options |= {"ranks": (rank,) * count, "scaling": self.rode_scaling[adapter][:1] * count}
         return gated_mixture(x, A, B, own.reshape(count, *(1,) * (x.dim() - 2), count), **options)
-
-    def _owns(self, result: Tensor) -> bool:
-        """Whether nobody else can hold the base layer's output: nn.Linear keeps none, a hook or another class might."""
-        base = self.base_layer
-        if type(base) is not nn.Linear or base._forward_hooks or self.block_pass is not None:
-            return False
-        # With a bias and three dimensions F.linear returns a view, which autograd lets no such function write to; compiled code
-        # is functional anyway.
-        return not torch.compiler.is_compiling() and not result._is_view()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -1,0 +1,36 @@
+"""Whether the tuner may write into the base layer's output: only where nobody else can hold that tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+# What a plain linear layer runs. A library that replaces either may keep or cache the result.
+_LINEAR_FORWARD, _LINEAR_FUNCTION = nn.Linear.forward, nn.functional.linear
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WEIGHTS = (Tensor, nn.Parameter)
+
+
+def may_write_into(result: Tensor, base: nn.Module) -> bool:
+    """Whether `result`, which `base` has just returned, belongs to its caller alone.
+
+    A plain `nn.Linear` makes a new tensor at each call and keeps none. Another class may return a cached one, and so may a
+    `forward` patched on the instance. Forward hooks (the module's, global ones, accelerate's `_hf_hook`) may keep what they saw.
+    Dispatch and function modes may keep what was computed under them: selective activation checkpointing keeps the outputs of
+    chosen products for its recomputation.
+    """
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
+        return False
+    if any(getattr(base, hooks) for hooks in _HOOKS) or torch_module._has_any_global_hook():
+        return False
+    if nn.Linear.forward is not _LINEAR_FORWARD or nn.functional.linear is not _LINEAR_FUNCTION:
+        return False
+    if type(base.weight) not in _WEIGHTS or type(result) is not Tensor:
+        return False  # a tensor subclass (quantised, sharded) decides by itself what it returns
+    if torch.compiler.is_compiling():
+        return False  # compiled code is functional anyway
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    # With a bias and three dimensions F.linear returns a view, which autograd lets no function with several outputs write to.
+    return not result._is_view()
