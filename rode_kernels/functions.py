@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rode_kernels import shortcut
+from rode_kernels.mixture import check_no_tangents
 from rode_kernels.operators import OP, OP_BACKWARD, TENSORS, all_gradients, library
 
 
@@ -34,6 +35,7 @@ def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | 
     static, bias_dtype, of_gates, known = ctx.others
     needs = ctx.needs_input_grad[:6]
     tensors = (dy, dgates, x, u, g, A, B, router_weight, seed)
+    check_no_tangents(*tensors)
     if known is not None and shortcut.goes_back(known, tensors):
         grads = known.backward(*tensors, needs)
     elif shortcut.unwatched(tensors):
@@ -126,6 +128,7 @@ def needs_autograd(args: tuple) -> bool:
 
 
 def _autograd(*args):
+    check_no_tangents(*args[:TENSORS])
     if needs_autograd(args):
         tensors, static = args[:TENSORS], args[TENSORS:]
         return _Mixture.apply(*tensors, below_autograd(OP, static), static, None)

@@ -15,6 +15,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATE_GRADS = ("open", "all")
@@ -226,3 +227,14 @@ def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Te
     return torch.full(
         (1,), seed, dtype=torch.int64, device=x.device
     )  # a fill: no copy that the host would wait for
+
+
+def check_no_tangents(*tensors: Tensor | None) -> None:
+    """Refuses forward-mode differentiation, which the operation has no rule for: its tangents would be lost without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no `dual_level`, no `torch.func.jvp`
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "rode_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, torch.autograd.forward_ad) is not "
+            "supported; use backward, or write the formula in PyTorch"
+        )

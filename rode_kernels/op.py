@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rode_kernels import functions, shortcut
 from rode_kernels.functions import below_autograd, needs_autograd
@@ -14,6 +15,7 @@ from rode_kernels.mixture import (
     Mixture,
     check_inplace,
     check_inputs,
+    check_no_tangents,
     check_tensor,
     check_x,
     make_mixture,
@@ -57,6 +59,7 @@ def _run(
     if base is not None and not inplace and autocast_enabled(x.device.type):
         base = base.to(x.dtype)
     check_inputs(mixture, x, A, B, router_weight, router_bias, gates, base, dropout_p)
+    check_no_tangents(x, A, B, router_weight, router_bias, gates, base)
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
     seed = normalize_seed(seed, dropout_p, x)
@@ -133,6 +136,7 @@ def rectified_mixture(
         and type(dropout_p) is float
         and 0.0 <= dropout_p <= 1.0
         and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # a tangent is nothing that the shortcut's guards see
     )
     known = shortcut.find(mixture, args, inplace, dropout_p, backend) if ordinary else None
     if known is None or (inplace and base._is_view()):
