@@ -46,13 +46,14 @@ _COUNT_WORDS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "fiv
 
 _ALONE = ("a", "an", "one", "two", "half", "half a")  # number words that count without a unit
 
-_ONE = r"\d+\s+\d+/\d+|\d+/\d+|\d+(?:[.,]\d+)?"
+_THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?(?![\d,])"  # "1,000"; "0,125" and "1,5" have a decimal comma
+_ONE = rf"(?:\d+\s+\d+/\d+|\d+/\d+|{_THOUSANDS}|\d+(?:[.,]\d+)?)"
 _WORDS = "|".join(_COUNT_WORDS)
 _AMOUNT = rf"(?:(?P<low>{_ONE})(?:\s*(?:-|–|~|to|or)\s*(?P<high>{_ONE}))?|(?P<word>(?:{_WORDS})(?:\s+a)?\b(?!-)))(?!\d|\s*%)"
 _UNIT = r"(?P<unit>" + "|".join(sorted(_UNITS, key=len, reverse=True)) + r")(?![^\W\d_])\.?"
 _LEADING = re.compile(rf"\s*{_AMOUNT}\s*(?:(?:metric|heaped|level|large|small|medium)\s+)?(?:{_UNIT})?", re.I)
 _TRAILING = re.compile(rf"^(?P<name>\D*?[^\W\d_])[\s:=–-]+{_AMOUNT}\s*(?:{_UNIT})?(?P<rest>.*)$", re.I)
-_SIZE = re.compile(rf"\s*-?\s*(?:{_ONE})\s*-?\s*(?:g|ml|oz|ounces?)\b\.?", re.I)
+_SIZE = re.compile(rf"\s*-?\s*{_ONE}\s*-?\s*(?:g|ml|oz|ounces?)\b\.?", re.I)
 _BARE_UNIT = re.compile(rf"\s*(?P<unit>{_BARE})\b(?:\s+of\b)?", re.I)
 
 _APPROXIMATE = re.compile(r"^\s*(?:~|≈|about\b|approx(?:imately|\.)?|around\b|ca\.?\s)\s*", re.I)
@@ -137,7 +138,7 @@ def _take_amount(text: str) -> tuple[float | None, str | None, str]:
             if container:
                 unit, rest = container["unit"], rest[size.end() + container.end() :]
         # the same once more in other units: "1 cup / 240 ml flour"
-        rest = re.sub(rf"^\s*/\s*(?:{_ONE})\s*{_UNIT}", "", rest, flags=re.I)
+        rest = re.sub(rf"^\s*/\s*{_ONE}\s*{_UNIT}", "", rest, flags=re.I)
         return _number(match), _unit(unit), rest
     match = _BARE_UNIT.match(text)
     if match:
@@ -158,7 +159,8 @@ def _number(match: re.Match[str]) -> float:
 
 def _float(text: str) -> float:
     total = 0.0
-    for part in text.replace(",", ".").split():
+    text = text.replace(",", "" if re.fullmatch(_THOUSANDS, text) else ".")
+    for part in text.split():
         top, _, bottom = part.partition("/")
         # "1/0" is a slip of the pen; keep the upper number
         total += float(top) / (float(bottom) or 1.0) if bottom else float(top)

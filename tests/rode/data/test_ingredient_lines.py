@@ -61,6 +61,42 @@ def test_lines_that_are_no_ingredient(line: str) -> None:
     assert parse_ingredient_line(line) is None
 
 
+@pytest.mark.parametrize(
+    ("line", "name", "amount", "unit", "mass"),
+    [
+        ("1/4 cup (30 g) flour", "flour", 0.25, "cup", 30.0),
+        ("3/4 cup (150 g) sugar", "sugar", 0.75, "cup", 150.0),
+        ("1 1/2 cups (180 g) flour", "flour", 1.5, "cup", 180.0),
+        ("½ cup (2 oz) grated cheese", "cheese", 0.5, "cup", 2 * 28.349523125),
+        ("2 (400 g) cans tomatoes", "tomatoes", 2.0, "can", 800.0),
+        ("1 1/2 (14 oz) cans beans", "beans", 1.5, "can", 1.5 * 14 * 28.349523125),
+    ],
+)
+def test_only_a_number_before_the_bracket_multiplies_its_weight(line, name, amount, unit, mass) -> None:
+    found = parse_ingredient_line(line)
+    assert (found.name, found.amount, found.unit) == (name, amount, unit)
+    assert found.mass == pytest.approx(mass)
+
+
+@pytest.mark.parametrize(
+    ("line", "amount", "unit", "mass"),
+    [
+        ("1,000 g flour", 1000.0, "g", 1000.0),
+        ("1,250.5 g flour", 1250.5, "g", 1250.5),
+        ("1,000,000 mg salt", 1e6, "mg", 1000.0),
+        ("1,000 - 1,200 g flour", 1100.0, "g", 1100.0),
+        ("1,5 kg flour", 1.5, "kg", 1500.0),
+        ("0,125 kg flour", 0.125, "kg", 125.0),
+        ("flour 1,000 g", 1000.0, "g", 1000.0),
+        ("4 cups flour (1,000 g)", 4.0, "cup", 1000.0),
+    ],
+)
+def test_a_comma_before_three_digits_groups_thousands(line, amount, unit, mass) -> None:
+    found = parse_ingredient_line(line)
+    assert (found.amount, found.unit) == (amount, unit)
+    assert found.mass == pytest.approx(mass)
+
+
 PIECES = ["1", "2/0", "½", "g", "(", ")", "%", "a", "half", "or", "-", "of", "can", "salt", ":", "~", ","]
 
 
