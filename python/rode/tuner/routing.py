@@ -56,19 +56,21 @@ class Routing:
         self.closed: Tensor | None = None
         self.gates_seen: Tensor | None = None
         self.handles: list[Any] = []
-        self._signature: inspect.Signature | None = None
+        self.attached = False  # whether the hooks on the model are set
+        self._signature: inspect.Signature | None = None  # of the model's forward, read at the first pass
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to one pass: a copied or pickled model starts afresh."""
-        fresh = Routing().__dict__
-        kept = {"given", "l1_factor", "handles", "_signature"}
-        return {name: value if name in kept else fresh[name] for name, value in self.__dict__.items()}
+        """The state without what belongs to one pass or one process: a copied or pickled model starts afresh."""
+        return {name: self.__dict__[name] for name in ("given", "l1_factor", "handles", "attached")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(Routing().__dict__ | state)
 
     def attach(self, model: nn.Module) -> None:
         """Sets the hooks on `model`, once."""
-        if self._signature is not None:
+        if self.attached:
             return
-        self._signature = inspect.signature(model.forward)
+        self.attached = True
         self.handles += [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -77,7 +79,7 @@ class Routing:
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self._signature = [], None
+        self.handles, self.attached, self._signature = [], False, None
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -85,6 +87,8 @@ class Routing:
         kwargs = dict(kwargs)
         self.side = {**self.given, **{name: kwargs.pop(name) for name in SIDE_INPUTS if name in kwargs}}
         self.side = {name: ids for name, ids in self.side.items() if ids is not None}
+        if self._signature is None:
+            self._signature = inspect.signature(model.forward)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
         bound = {**bound, **bound.get("kwargs", {})}
         ids = bound.get("input_ids")
