@@ -14,13 +14,15 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _ExcludedModule,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from rode.tuner.blocks import BlockPass
 from rode.tuner.config import RodeConfig
@@ -239,6 +241,34 @@ class RodeModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, RodeLayer):
                     module.round_adapter(adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RodeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's; tensors that are missing or have no place are a ValueError, where PEFT's other methods warn."""
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        own = model.state_dict()
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        wanted = set(_filter_state_dict_by_key_prefixes(own, prefixes))
+        missing = sorted(wanted - set(remapped))
+        surplus = sorted(
+            k for k in remapped if k not in own and k.removeprefix("base_model.model.") not in own
+        )
+        if missing or surplus:
+            parts = [
+                f"{len(names)} {what}, such as {names[0]}"
+                for names, what in ((missing, "missing"), (surplus, "surplus"))
+                if names
+            ]
+            raise ValueError(
+                f"adapter {adapter_name!r}: the file's tensors are not those of its configuration on this model "
+                f"({'; '.join(parts)}): the file is damaged, adapter_config.json was edited, or the adapter belongs to another "
+                "model; none of them was loaded"
+            )
+        return remapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, for adapters with gate="none"; refuses the others before any layer is changed."""

@@ -156,6 +156,9 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default") -> An
 
     An adapter that was trained with the projector carries it and gets it back in float32. A folder of MoE-LLaVA turns the model
     itself into the mixture.
+
+    Raises:
+        FileNotFoundError: no adapter in the folder. ValueError: its tensors are not those that its configuration wants here.
     """
     from peft import PeftModel
 
@@ -173,7 +176,11 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default") -> An
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
     if json.loads(file.read_text()).get("modules_to_save"):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(directory), name)
-        return model.eval()
-    return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(directory), name)
+            return model.eval()
+        return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()
+    except (ValueError, KeyError) as error:  # KeyError: PEFT's, for a tensor of modules_to_save
+        what = str(error) if isinstance(error, ValueError) else f"the tensor {error} is missing"
+        raise ValueError(f"{directory}: {what}") from error

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from rode import RodeConfig
 from rode.vlm import load_adapter, load_projector, load_vlm, open_image, save_projector
@@ -89,3 +90,17 @@ def test_an_adapter_brings_its_projector_back_unrounded(tmp_path, llava_dir):
         loaded = load_adapter(base, tmp_path)
         assert torch.equal(loaded(**inputs).logits, expected)
     assert not torch.equal(plain, expected)
+
+
+@pytest.mark.parametrize("lost", ["rode_B", "multi_modal_projector"])
+def test_an_adapter_without_all_its_tensors_is_refused_by_name(tmp_path, llava_dir, lost):
+    model, _ = load_vlm(llava_dir, dtype="float32", device="cpu")
+    config = RodeConfig(ranks=(2,), modules_to_save=["multi_modal_projector"])
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if lost in n)
+    save_file({n: t for n, t in tensors.items() if n != name}, file)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: .*missing") as refused:
+        load_adapter(load_vlm(llava_dir, dtype="float32", device="cpu")[0], tmp_path)
+    assert lost in str(refused.value)
