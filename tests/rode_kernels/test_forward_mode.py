@@ -47,21 +47,18 @@ def test_dual_gates_are_refused(name):
             gated_mixture(**arguments, ranks=p.ranks, scaling=p.scaling)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "linearize"])
+TRANSFORMS = {
+    "jvp": lambda run, x: torch.func.jvp(run, (x,), (torch.ones_like(x),)),
+    "jacfwd": lambda run, x: torch.func.jacfwd(run)(x),
+    "linearize": lambda run, x: torch.func.linearize(run, x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_functional_transforms_are_refused(transform):
     p = random_problem((5,))
-    x = p.x.detach()
-
-    def run(x):
-        return rectified(p, x=x)
-
     with pytest.raises(NotImplementedError, match=REFUSED):
-        if transform == "jvp":
-            torch.func.jvp(run, (x,), (torch.ones_like(x),))
-        elif transform == "jacfwd":
-            torch.func.jacfwd(run)(x)
-        else:
-            torch.func.linearize(run, x)
+        transform(lambda x: rectified(p, x=x), p.x.detach())
 
 
 def test_tangents_of_an_incoming_gradient_are_refused():
