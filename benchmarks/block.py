@@ -23,7 +23,7 @@ from benchmarks import write_json
 from benchmarks.eager import packed, peft_loop
 from benchmarks.timing import dtype_name, headline, interleaved, machine, ratios
 from rode.tuner import RodeConfig, RodeLayer
-from rode_kernels import cpu
+from rode_kernels.backends import cpu
 
 RANKS = (2, 4, 8, 16)
 QV = ["q_proj", "v_proj"]

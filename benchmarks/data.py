@@ -21,10 +21,10 @@ from typing import Any
 
 from benchmarks import write_json
 from benchmarks.made_up_recipe1m import digest, expected_digest, write_recipe1m
-from rode.data.unifood import select
-from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.settings import SourceSettings, UnifoodSettings
-from rode.data.unifood.stage import Stage
+from rode_food.unifood import select
+from rode_food.unifood.engines import LocalEngine
+from rode_food.unifood.settings import SourceSettings, UnifoodSettings
+from rode_food.unifood.stage import Stage
 
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -103,8 +103,8 @@ MEASURES: dict[str, tuple[Callable[[Path, int], dict[str, Any]], Callable[[Path,
 
 
 def _read(folder: Path) -> Any:
-    from rode.data.readers import read_source
-    from rode.data.readers.log import ReadLog
+    from rode_food.readers import read_source
+    from rode_food.readers.log import ReadLog
 
     return read_source("recipe1m", folder, ReadLog(strict=True))
 

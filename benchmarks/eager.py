@@ -1,4 +1,7 @@
-"""The operation as users of plain PyTorch write it: what the kernels are measured against. Shapes as in rode_kernels.reference."""
+"""The operation as users of plain PyTorch write it, which the kernels are measured against.
+
+Shapes are those of `rode_kernels.backends.reference`.
+"""
 
 from __future__ import annotations
 

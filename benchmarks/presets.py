@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import write_json
 from benchmarks.block import saved_bytes
 from benchmarks.timing import headline, interleaved, machine, ratios
+from rode.baselines.moe_llava import convert_to_moe
 from rode.tuner import RodeConfig
-from rode.tuner.moe_llava import convert_to_moe
 from rode.tuner.presets import PRESETS, TASKS, preset
 
 BASELINE = "LoRA (PEFT)"

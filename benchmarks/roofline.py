@@ -1,7 +1,8 @@
 """Floors of the operation, and of a training step of LLaVA-7B with it, on devices that are not here: predicted.
 
-Bytes and launches, counted elsewhere (`python -m benchmarks traffic`, `rode_kernels.cost`), are divided by a device's bandwidths.
-Nothing is measured; a real pass is slower. `python -m benchmarks mixture --backend cuda` measures it, on such a device.
+Bytes and launches are counted elsewhere (`python -m benchmarks traffic`, `rode_kernels.backends.gpu.cost`) and divided by the
+bandwidths of a device here. Nothing is measured; a real pass is slower. On such a device
+`python -m benchmarks mixture --backend cuda` measures it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 from benchmarks import write_json
 from benchmarks.traffic import RANKS, eager
-from rode_kernels import cost
-from rode_kernels.plan import plan_backward, plan_forward
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 
 # Of LLaMA-7B, in each of 32 layers: (in_features, out_features) of its linear layers, each with experts.
 LAYERS = 32

@@ -27,12 +27,12 @@ from PIL import Image
 
 from benchmarks import write_json
 from benchmarks.timing import Spread, headline, interleaved, machine, ratios, spread
-from rode.data import FoodRecord, Ingredient, Nutrition, Source, load_examples, write_records
-from rode.data.images import open_picture
-from rode.data.mixture import Mixture
-from rode.data.shards.write import write_shards
-from rode.train import _usable
+from rode.training.train import _usable
 from rode.vlm import open_image
+from rode_food import FoodRecord, Ingredient, Nutrition, Source, load_examples, write_records
+from rode_food.data_mixture import Mixture
+from rode_food.images import open_picture
+from rode_food.shards.write import write_shards
 
 PICTURES = 32
 """Different ones; each copy has a number after its end, which readers of pictures do not mind."""

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from benchmarks import write_json
 from benchmarks.eager import BytesMoved, packed, peft_loop
-from rode_kernels import backends, cost, rectified_mixture
-from rode_kernels.cost import Call
-from rode_kernels.cuda_emulated import machine, native
-from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.backends.cuda.emulated import machine, native
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, plan_backward, plan_forward
 
 RANKS = (2, 4, 8, 16)
 SCALING = tuple(16.0 / r for r in RANKS)
@@ -275,7 +276,7 @@ def triton_rows(K: int, O: int) -> list[tuple[int, str, Count, bool]]:
     """The Triton kernels' counts, from the grids and blocks of the launches that calls make; whether it is backward."""
     if importlib.util.find_spec("triton") is None:
         return []
-    from rode_kernels.triton.launches import cost_of, record
+    from rode_kernels.backends.triton.record import cost_of, record
 
     def of(M: int, multiprocessors: int, backward: bool) -> Count:
         launches = record(torch.bfloat16, tokens=M, K=K, O=O, ranks=RANKS, multiprocessors=multiprocessors)

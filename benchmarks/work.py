@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import PASSES
-from rode_kernels.cost import Call, fewest
+from rode_kernels.backends.gpu.cost import Call, fewest
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rode_kernels.backends import BackendStatus, backends
+from rode_kernels.backends.registry import BackendStatus, backends
+from rode_kernels.functional import gated_mixture, rectified_mixture
 from rode_kernels.module import RectifiedMixture
-from rode_kernels.op import gated_mixture, rectified_mixture
 
 __all__ = ["BackendStatus", "RectifiedMixture", "backends", "gated_mixture", "rectified_mixture"]

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from rode_kernels import backends, cost
-from rode_kernels.plan import (
+from rode_kernels import backends
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.planner import (
     MAX_EXPERTS,
     MAX_FEATURES,
     MAX_RANK,
@@ -109,7 +110,7 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
 
 def _triton(call: cost.Call, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
     try:
-        from rode_kernels.triton.launches import cost_of, record
+        from rode_kernels.backends.triton.record import cost_of, record
     except ImportError:
         return []
     launches = record(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rode_kernels import shortcut
+from rode_kernels import fast_path as shortcut
 from rode_kernels.mixture import check_no_tangents
-from rode_kernels.operators import OP, OP_BACKWARD, TENSORS, all_gradients, library
+from rode_kernels.torch_ops import OP, OP_BACKWARD, TENSORS, all_gradients, library
 
 
 def below_autograd(op: Callable, static: tuple) -> Callable:

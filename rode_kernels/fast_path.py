@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rode_kernels import cpu, cuda
-from rode_kernels.backends import backend_of_environment
+from rode_kernels.backends import cpu
+from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.reference import accumulation_dtype
+from rode_kernels.backends.registry import backend_of_environment
 from rode_kernels.mixture import Mixture
-from rode_kernels.reference import accumulation_dtype
 
 try:  # none of it is public: where a torch lacks any, calls go the long way
     from torch._C import (

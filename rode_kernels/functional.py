@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rode_kernels import functions, shortcut
-from rode_kernels.functions import below_autograd, needs_autograd
+from rode_kernels import autograd as functions
+from rode_kernels import fast_path as shortcut
+from rode_kernels.autograd import below_autograd, needs_autograd
 from rode_kernels.mixture import (
     GATE_GRADS,
     Mixture,
@@ -21,7 +22,7 @@ from rode_kernels.mixture import (
     make_mixture,
     normalize_seed,
 )
-from rode_kernels.operators import OP, OP_INPLACE, autocast_enabled
+from rode_kernels.torch_ops import OP, OP_INPLACE, autocast_enabled
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rode_kernels.functional import rectified_mixture
 from rode_kernels.mixture import make_mixture
-from rode_kernels.op import rectified_mixture
 
 
 class RectifiedMixture(nn.Module):

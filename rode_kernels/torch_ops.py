@@ -13,9 +13,9 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from rode_kernels.backends import select_backend
+from rode_kernels.backends.reference import accumulation_dtype
+from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
-from rode_kernels.reference import accumulation_dtype
 
 _STATIC = "int[] ranks, float[] scaling, float dropout_p, bool dense, str backend"
 library = torch.library.Library("rode", "DEF")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -17,3 +18,26 @@ def rode_data() -> Path:
     path = Path(folder).resolve()
     assert path.is_dir(), f"RODE_DATA={folder} is not a folder"
     return path
+
+
+@pytest.fixture(scope="session")
+def food(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """records.jsonl with 12 training and 4 test records of two sources, and their pictures."""
+    from tiny_llava import DISHES, draw
+
+    folder = tmp_path_factory.mktemp("food")
+    with (folder / "records.jsonl").open("w") as out:
+        for i in range(16):
+            draw(folder / f"{i}.png", (15 * i, 255 - 15 * i, 100))
+            record = {
+                "id": f"dish{i}",
+                "image": f"{i}.png",
+                "source": "left" if i % 2 else "right",
+                "category": DISHES[i % 3],
+                "ingredients": [{"name": "rice"}, {"name": f"leaf {i % 2}"}],
+                "instructions": ["Boil it in plenty of salted water."],
+                "nutrition": {"mass": 100, "energy": 200, "fat": 3, "protein": 4, "carb": 5 + i},
+                "split": "train" if i < 12 else "test",
+            }
+            out.write(json.dumps(record) + "\n")
+    return folder

@@ -102,7 +102,7 @@ import sys, torch
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]  # this environment's own install
 import rode_kernels
 assert rode_kernels.__file__.startswith(sys.argv[1]), rode_kernels.__file__
-assert not rode_kernels.backends()["cpu"].available
+assert not rode_kernels.backends.registry()["cpu"].available
 x, A, B, W = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 2), torch.randn(1, 4)
 y = rode_kernels.rectified_mixture(x, A, B, W, ranks=(2,), scaling=(1.0,))
 assert torch.allclose(y, torch.relu(x @ W.T) * (x @ A.T @ B.T), atol=1e-5)

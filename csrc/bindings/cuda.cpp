@@ -8,13 +8,13 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/backward.h"
-#include "cuda/between.h"
-#include "cuda/types.cuh"
+#include "../cuda/backward.h"
+#include "../cuda/between.h"
+#include "../cuda/types.cuh"
 #include "owned_problem.h"
 
 #ifdef RODE_EMULATE
-#include "emulator/bindings.h"
+#include "emulator.h"
 #endif
 
 namespace py = pybind11;

@@ -5,8 +5,8 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/scratch.h"
+#include "../cpu/dispatch.h"
+#include "../cpu/scratch.h"
 #include "owned_problem.h"
 
 namespace py = pybind11;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "rode.h"
+#include "../problem.h"
 
 namespace rode {
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "../rode.h"
+#include "../problem.h"
 
 namespace rode {
 

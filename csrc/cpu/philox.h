@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) for dropout.
 #pragma once
 
-#include "../rode.h"
+#include "../problem.h"
 
 namespace {
 

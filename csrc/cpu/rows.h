@@ -5,7 +5,7 @@
 #include <omp.h>
 #endif
 
-#include "../rode.h"
+#include "../problem.h"
 #include "simd.h"
 // philox.h uses memcpy
 #include "philox.h"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../rode.h"
+#include "../problem.h"
 
 namespace rode::cuda {
 

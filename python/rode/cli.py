@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rode.commands import analyze, compose, data, evaluate, fit_clusters, generate, reproduce, train
+from rode.commands import analyze, compose, evaluate, fit_clusters, generate, reproduce, train
+from rode_food.commands import data
 
 # torch, transformers and peft are imported by the commands that need them.
 
@@ -20,9 +21,9 @@ Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA ex
 
   rode data inspect DIR                                    what a source holds, and what is broken in it
   rode data convert food-photos PHOTOS_DIR records.jsonl   records from a published data set
-  rode data build-unifood recipes/build/unifood.yaml OUT   a labelled data set from sources of your own
-  rode train recipes/own-records.yaml model.path=DIR       train an adapter
-  rode evaluate recipes/own-records.yaml                   answers and metrics on held-out records
+  rode data build-unifood configs/build/unifood.yaml OUT   a labelled data set from sources of your own
+  rode train configs/own-records.yaml model.path=DIR       train an adapter
+  rode evaluate configs/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
   rode analyze runs/own-records                            what its router does on held-out records
   rode reproduce table2                                    a table of the paper beside its numbers

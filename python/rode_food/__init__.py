@@ -1,8 +1,8 @@
 """Food records, the tasks made from them, and mixtures of sources. Nothing here imports torch."""
 
-from rode.data.images import ImageError, check_image
-from rode.data.mixture import Mixture, Source, hash_split, load_examples
-from rode.data.records import (
+from rode_food.data_mixture import Mixture, Source, hash_split, load_examples
+from rode_food.images import ImageError, check_image
+from rode_food.records import (
     NUTRITION_FIELDS,
     SPLITS,
     FoodRecord,
@@ -13,7 +13,7 @@ from rode.data.records import (
     read_records,
     write_records,
 )
-from rode.data.tasks import TASKS, Example, make_examples, parse_answer, question
+from rode_food.tasks import TASKS, Example, make_examples, parse_answer, question
 
 __all__ = [
     "NUTRITION_FIELDS",

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rode.data.images import ImageError, check_image
-from rode.data.mixture import hash_split
-from rode.data.readers import read_source
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, write_records
+from rode_food.data_mixture import hash_split
+from rode_food.images import ImageError, check_image
+from rode_food.readers import read_source
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, write_records
 
 DEFAULT_FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -52,13 +52,13 @@ def convert(
     the folder of `out`.
 
     Args:
-        kind: a key of `rode.data.readers.READERS`.
+        kind: a key of `rode_food.readers.READERS`.
         source: the data's folder; the file for kind `records`.
         out: the JSONL file to write; its folder is made, an older file replaced.
         fractions, seed: of `hash_split`, for records without a split of their own.
         on_bad_image: "error", or "skip" to leave such records out and count them.
         strict: stop at the first entry that is broken; else it is left out and counted.
-        options: of the reader: `rode.data.readers.OPTIONS`.
+        options: of the reader: `rode_food.readers.OPTIONS`.
 
     Raises:
         ValueError: for an unknown kind, a source that is not there, an option that the kind does not take, or

@@ -13,8 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from rode.data.records import SPLITS, FoodRecord, RecordError, read_records
-from rode.data.tasks import TASKS, Example, make_examples, stable_hash
+from rode_food.records import SPLITS, FoodRecord, RecordError, read_records
+from rode_food.tasks import TASKS, Example, make_examples, stable_hash
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Source:
         split_fractions: {"train": 0.8, "val": 0.1, "test": 0.1}, for records that state no split
             (`hash_split` with seed 0, so that it never moves with a training seed); None: such a record is
             an error.
-        shuffle_shards: so many shards are shuffled together, see `rode.data.shards.order`; a file is shuffled as a whole.
+        shuffle_shards: so many shards are shuffled together, see `rode_food.shards.order`; a file is shuffled as a whole.
     """
 
     path: str
@@ -161,7 +161,7 @@ class Mixture:
 
         Each source is an endless row of shuffled passes over its examples, and each epoch takes the next
         `weight * count` of them: no example comes up twice more often than another. Shards are shuffled a few at a time
-        (`rode.data.shards.order`); where a source has some, sources take turns at random and each keeps its own order.
+        (`rode_food.shards.order`); where a source has some, sources take turns at random and each keeps its own order.
         """
         drawn: list[list[int]] = []
         parts = self.examples.parts if isinstance(self.examples, Joined) else [None] * len(self.counts)
@@ -210,7 +210,7 @@ def load_examples(sources: Iterable[Source], split: str, *, wording: str = "firs
     Args:
         sources: see `Source`; one of weight 0 is not read.
         split: "train", "val" or "test".
-        wording: see `rode.data.tasks.make_examples`.
+        wording: see `rode_food.tasks.make_examples`.
         seed: of the wording and of the epochs' order.
 
     Raises:
@@ -245,8 +245,8 @@ def load_examples(sources: Iterable[Source], split: str, *, wording: str = "firs
 
 def _examples(source: Source, split: str, wording: str, seed: int) -> Sequence[Example]:
     if Path(source.path).is_dir():
-        from rode.data.shards.examples import ShardExamples
-        from rode.data.shards.index import open_shards
+        from rode_food.shards.examples import ShardExamples
+        from rode_food.shards.index import open_shards
 
         return ShardExamples(open_shards(source.path), source, split, wording=wording, seed=seed)
     examples = []

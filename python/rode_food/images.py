@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rode.data.records import FoodRecord
-from rode.data.shards.address import parse_address, read_part
+from rode_food.records import FoodRecord
+from rode_food.shards.address import parse_address, read_part
 
 MAX_PIXELS = 64_000_000
 """Pixels that a picture may have; more is taken for a decompression bomb: kilobytes on disk, gigabytes in memory."""
@@ -29,7 +29,7 @@ def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
     """A picture's bytes as an open file: of a path, or of a part of a shard (`train-000012.tar#1536+61234`).
 
     Raises:
-        FileNotFoundError, OSError: as `open` does; `rode.data.shards.address.ShardError` for a shard.
+        FileNotFoundError, OSError: as `open` does; `rode_food.shards.address.ShardError` for a shard.
     """
     part = parse_address(os.fspath(address))
     return open(address, "rb") if part is None else io.BytesIO(read_part(*part))

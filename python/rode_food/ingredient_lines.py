@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from rode.data.records import Ingredient
+from rode_food.records import Ingredient
 
 _GRAMS = {"mg": 0.001, "g": 1.0, "kg": 1000.0, "oz": 28.349523125, "lb": 453.59237}
 _UNIT_WORDS = {

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rode.data.images import ImageError, decode_picture, wrong_suffix
-from rode.data.readers import guess_kind, read_source
-from rode.data.readers.log import Problem, ReadLog
-from rode.data.records import FoodRecord, record_to_json
+from rode_food.images import ImageError, decode_picture, wrong_suffix
+from rode_food.readers import guess_kind, read_source
+from rode_food.readers.log import Problem, ReadLog
+from rode_food.records import FoodRecord, record_to_json
 
 LISTED = 20
 """Problems of one kind that are listed; all are counted."""
@@ -139,7 +139,7 @@ def inspect(
 
     Args:
         source: a folder in a publisher's layout, or a file of records.
-        kind: a key of `rode.data.readers.READERS`; None to go by the files that are there.
+        kind: a key of `rode_food.readers.READERS`; None to go by the files that are there.
         samples: records to show, drawn from all by `seed`.
         images: pictures to decode, drawn from all by `seed`; "all" for each of them.
         options: of the reader.
@@ -250,6 +250,6 @@ def _quantile(counts: Counter[int], q: float) -> int:
 
 
 def write_json(path: str | os.PathLike[str], found: Inspection) -> None:
-    from rode.files import write_text
+    from rode_food.atomic import write_text
 
     write_text(Path(path), json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n")

@@ -10,7 +10,7 @@ import unicodedata
 def normalise_name(name: str) -> str:
     """Lower case; digits and punctuation stripped (a hyphen parts words); one space between words.
 
-    Plurals and synonyms are not merged: "egg" and "eggs" differ; `rode.data.vocabulary` merges them.
+    Plurals and synonyms are not merged: "egg" and "eggs" differ; `rode_food.vocabulary` merges them.
     """
     name = unicodedata.normalize("NFKC", name).casefold()
     name = re.sub(r"['’`]", "", name)  # "baker's" is one word

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rode.data.records import NUTRITION_FIELDS
+from rode_food.records import NUTRITION_FIELDS
 
 _WRITTEN = {
     "mass": ("mass", "g"),

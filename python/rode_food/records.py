@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from rode.files import replacing
+from rode_food.atomic import replacing
 
 SPLITS = ("train", "val", "test")
 NUTRITION_FIELDS = ("mass", "energy", "fat", "protein", "carb")
@@ -80,7 +80,7 @@ class FoodRecord:
     """One food sample.
 
     `image` is absolute after `read_records`; in the file it may be relative to the file's folder.
-    `split` None means that the source has none: `rode.data.mixture.hash_split` makes one.
+    `split` None means that the source has none: `rode_food.data_mixture.hash_split` makes one.
     """
 
     id: str

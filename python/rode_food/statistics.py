@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rode.data.names import ingredient_key
-from rode.data.records import NUTRITION_FIELDS, SPLITS, FoodRecord
+from rode_food.names import ingredient_key
+from rode_food.records import NUTRITION_FIELDS, SPLITS, FoodRecord
 
 VERSION = 1
 LENGTHS = ("ingredients", "steps", "words", "tokens")

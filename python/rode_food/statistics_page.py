@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.data.statistics import CHARACTERS_PER_TOKEN, LENGTHS, SHOWN_SHARE
-from rode.files import replacing, write_text
-from rode.pages import new_figure, page, picture, png, table
+from rode_food.atomic import replacing, write_text
+from rode_food.html import new_figure, page, picture, png, table
+from rode_food.statistics import CHARACTERS_PER_TOKEN, LENGTHS, SHOWN_SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def write_statistics(
 
     Args:
         folder: made if need be; every file is written aside, then renamed.
-        statistics: of `rode.data.statistics.collect`.
+        statistics: of `rode_food.statistics.collect`.
         name: of the data set.
         top: categories in Figure 3; the rest are one bar.
 

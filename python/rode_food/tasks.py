@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rode.data.nutrition_text import format_nutrition, parse_nutrition
-from rode.data.records import NUTRITION_FIELDS, FoodRecord
+from rode_food.nutrition_text import format_nutrition, parse_nutrition
+from rode_food.records import NUTRITION_FIELDS, FoodRecord
 
 TASKS = ("ingredients", "recipe", "nutrition", "category")
 WORDINGS = ("first", "all", "random")

@@ -33,10 +33,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rode.data.names import ingredient_key
-from rode.data.records import FoodRecord, RecordError
-from rode.data.tasks import answer_name
-from rode.files import replacing
+from rode_food.atomic import replacing
+from rode_food.names import ingredient_key
+from rode_food.records import FoodRecord, RecordError
+from rode_food.tasks import answer_name
 
 VERSION = 1
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch  # before the native module: both then share torch's OpenMP runtime
 from torch import Tensor
 
+from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.mixture import Mixture
-from rode_kernels.reference import accumulation_dtype
 
 try:
     import rode_kernels._native as _native

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-Every backend is a module that states the two functions of `rode_kernels.reference`, `forward` and `backward`; `status`, which says
-whether it can run here; and, if it has no kernels for some problems, `refuses`, which says why.
+Every backend is a module that states the two functions of `rode_kernels.backends.reference`, `forward` and `backward`; `status`,
+which says whether it can run here; and, if it has no kernels for some problems, `refuses`, which says why.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from rode_kernels import cpu, cuda, cuda_emulated, reference, triton
+from rode_kernels.backends import cpu, reference
+from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.cuda import emulated as cuda_emulated
+from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import Mixture
 
 _BACKENDS: dict[

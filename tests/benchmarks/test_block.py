@@ -9,7 +9,8 @@ import torch
 
 from benchmarks import block
 from benchmarks.__main__ import main
-from rode_kernels import backends, cpu
+from rode_kernels import backends
+from rode_kernels.backends import cpu
 
 TINY = {36: {"intermediate_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}}
 

@@ -1,7 +1,7 @@
 // pybind11: runs the trial's kernels on the emulator, on memory that Python owns.
 #include <pybind11/pybind11.h>
 
-#include "../../csrc/emulator/bindings.h"
+#include "../../csrc/bindings/emulator.h"
 #include "kernels.cuh"
 
 namespace py = pybind11;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rode.data import Example
-from tiny_llava import draw, save_tiny_llava
-
-DISHES = ("rice and beans", "soup", "apple pie")
+from rode_food import Example
+from tiny_llava import DISHES, draw, save_tiny_llava
 
 
 @pytest.fixture(autouse=True)
@@ -29,27 +26,6 @@ def one_thread() -> Iterator[None]:
 def llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory: random CLIP tower and Llama, float32."""
     return save_tiny_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="session")
-def food(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """records.jsonl with 12 training and 4 test records of two sources, and their pictures."""
-    folder = tmp_path_factory.mktemp("food")
-    with (folder / "records.jsonl").open("w") as out:
-        for i in range(16):
-            draw(folder / f"{i}.png", (15 * i, 255 - 15 * i, 100))
-            record = {
-                "id": f"dish{i}",
-                "image": f"{i}.png",
-                "source": "left" if i % 2 else "right",
-                "category": DISHES[i % 3],
-                "ingredients": [{"name": "rice"}, {"name": f"leaf {i % 2}"}],
-                "instructions": ["Boil it in plenty of salted water."],
-                "nutrition": {"mass": 100, "energy": 200, "fat": 3, "protein": 4, "carb": 5 + i},
-                "split": "train" if i < 12 else "test",
-            }
-            out.write(json.dumps(record) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -73,7 +49,7 @@ def examples(food: Path) -> list[Example]:
 @pytest.fixture
 def make_recipe(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., Any]:
     """A function that makes a quick recipe; training=, model=, ... update its sections."""
-    from rode.recipe import recipe_from_dict
+    from rode.training.config import recipe_from_dict
 
     def make(**changes: Any) -> Any:
         values: dict[str, Any] = {
@@ -104,8 +80,8 @@ def make_recipe(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., An
 @pytest.fixture(scope="session")
 def taught(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(TrainResult, examples): an adapter and projector that tell three dishes apart by their colour."""
-    from rode.recipe import recipe_from_dict
-    from rode.train import train
+    from rode.training.config import recipe_from_dict
+    from rode.training.train import train
 
     folder = tmp_path_factory.mktemp("taught")
     colours = ((220, 30, 30), (30, 220, 30), (30, 30, 220))

@@ -15,8 +15,8 @@ import yaml
 
 from rode import cli
 from rode.cli import main
-from rode.data.vocabulary import Vocabulary
-from rode.trainer import latest_checkpoint
+from rode.training.trainer import latest_checkpoint
+from rode_food.vocabulary import Vocabulary
 
 RECIPE = """
 name: cli
@@ -292,6 +292,6 @@ def test_interrupted_before_training_is_130(capsys, monkeypatch, recipe):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rode.train.load_vlm", stop)
+    monkeypatch.setattr("rode.training.train.load_vlm", stop)
     assert main(["train", recipe]) == 130
     assert capsys.readouterr().err.strip().endswith("rode: interrupted")

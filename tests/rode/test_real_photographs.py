@@ -7,7 +7,7 @@ import json
 import pytest
 
 from rode.cli import main
-from rode.data import read_records
+from rode_food import read_records
 
 pytestmark = pytest.mark.data
 

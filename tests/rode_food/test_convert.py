@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rode.data.convert import convert
-from rode.data.images import ImageError, check_image
-from rode.data.records import FoodRecord, Ingredient, Nutrition, RecordError, read_records
-from rode.data.tasks import make_examples, parse_answer
+from rode_food.convert import convert
+from rode_food.images import ImageError, check_image
+from rode_food.records import FoodRecord, Ingredient, Nutrition, RecordError, read_records
+from rode_food.tasks import make_examples, parse_answer
 
 
 def picture(path: Path, size: int = 64) -> Path:

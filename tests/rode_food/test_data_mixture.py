@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rode.data.mixture import Mixture, Source, hash_split, load_examples, within_fraction
-from rode.data.records import FoodRecord, RecordError, write_records
+from rode_food.data_mixture import Mixture, Source, hash_split, load_examples, within_fraction
+from rode_food.records import FoodRecord, RecordError, write_records
 
 FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}
 

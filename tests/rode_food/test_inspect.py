@@ -19,12 +19,12 @@ from published_layouts import (
     write_recipes,
 )
 from rode.cli import main
-from rode.data.convert import convert
-from rode.data.images import MAX_PIXELS, ImageError, decode_picture, wrong_suffix
-from rode.data.inspect import inspect
-from rode.data.readers import guess_kind
-from rode.data.records import FoodRecord, Ingredient, Nutrition, read_records, write_records
 from rode.vlm import open_image
+from rode_food.convert import convert
+from rode_food.images import MAX_PIXELS, ImageError, decode_picture, wrong_suffix
+from rode_food.inspect import inspect
+from rode_food.readers import guess_kind
+from rode_food.records import FoodRecord, Ingredient, Nutrition, read_records, write_records
 
 NAMES = [f"{n}fa8309c13.jpg" for n in range(6)]
 
@@ -225,7 +225,7 @@ def test_suffixes(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_drawn_evenly() -> None:
-    from rode.data.inspect import _draw
+    from rode_food.inspect import _draw
 
     draw = random.Random(0)
     counts = [0] * 10

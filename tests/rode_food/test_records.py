@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.records import (
+from rode_food.records import (
     FoodRecord,
     Ingredient,
     Nutrition,
@@ -23,10 +23,10 @@ from rode.data.records import (
     record_to_json,
     write_records,
 )
-from rode.data.tasks import make_examples
+from rode_food.tasks import make_examples
 
 MINIMAL = {"id": "a", "image": "a.jpg", "source": "s"}
-DOCS = Path(__file__).parents[3] / "docs" / "records.md"
+DOCS = Path(__file__).parents[2] / "docs" / "records.md"
 
 
 def write_lines(path: Path, *objects: object) -> Path:

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib")
 from PIL import Image
 
-from rode.commands import data_statistics
-from rode.data import FoodRecord, Ingredient, Nutrition, Quantity, read_records, write_records
-from rode.data.convert import convert
-from rode.data.statistics import BINS, NO_SPLIT, collect
-from rode.data.statistics_page import (
+from rode_food import FoodRecord, Ingredient, Nutrition, Quantity, read_records, write_records
+from rode_food.commands import statistics as data_statistics
+from rode_food.convert import convert
+from rode_food.statistics import BINS, NO_SPLIT, collect
+from rode_food.statistics_page import (
     figures,
     number,
     percent,

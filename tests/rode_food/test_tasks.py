@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.nutrition_text import format_nutrition
-from rode.data.records import FoodRecord, Ingredient, Nutrition
-from rode.data.tasks import QUESTIONS, TASKS, make_examples, parse_answer, question
+from rode_food.nutrition_text import format_nutrition
+from rode_food.records import FoodRecord, Ingredient, Nutrition
+from rode_food.tasks import QUESTIONS, TASKS, make_examples, parse_answer, question
 
 RECORD = FoodRecord(
     id="dish",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mixture_oracle import ON_GPUS
-from rode_kernels import backends, cuda_emulated
+from rode_kernels import backends
+from rode_kernels.backends.cuda import emulated as cuda_emulated
 
 CONFORMING = ("reference", "cpu", "cuda-emulated", "triton")
 

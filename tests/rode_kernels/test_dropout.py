@@ -7,7 +7,7 @@ import torch
 
 from mixture_oracle import check, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
-from rode_kernels.reference import dropout_keep, philox
+from rode_kernels.backends.reference import dropout_keep, philox
 
 # kat_vectors of Random123, "philox4x32 10": counter, key, result. The operation uses counters (lo, hi, 0, 0); the full function is
 # checked by driving its rounds through zero counters and keys of both halves.

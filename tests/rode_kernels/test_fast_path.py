@@ -8,7 +8,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_oracle import random_problem
-from rode_kernels import backends, cpu, rectified_mixture, shortcut
+from rode_kernels import backends, rectified_mixture
+from rode_kernels import fast_path as shortcut
+from rode_kernels.backends import cpu
 from rode_kernels.mixture import make_mixture
 
 pytestmark = pytest.mark.skipif(not backends()["cpu"].available, reason="no native code")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
-from rode_kernels import backends, rectified_mixture, shortcut
-from rode_kernels.reference import dropout_keep
+from rode_kernels import backends, rectified_mixture
+from rode_kernels import fast_path as shortcut
+from rode_kernels.backends.reference import dropout_keep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -79,7 +80,7 @@ def test_configurations_of_triton_kernels_change_no_bit(monkeypatch, tokens):
     """All that tuning may choose for a call, each forced for every kernel."""
     if not backends()["triton"].available:
         pytest.skip(backends()["triton"].reason)
-    from rode_kernels.triton import tune
+    from rode_kernels.backends.triton import tune
 
     p = on_device(random_problem((tokens,), K=520, O=1000, dtype=torch.bfloat16))
     options = tune.of_forward(1 << (tokens - 1).bit_length(), 2, 32)

@@ -16,12 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from rode.data.records import FoodRecord, Ingredient, write_records
-from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.label.run import run
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.stage import Stage
-from rode.settings import build
+from rode_food.records import FoodRecord, Ingredient, write_records
+from rode_food.settings import build
+from rode_food.unifood.engines import LocalEngine
+from rode_food.unifood.label.run import run
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.stage import Stage
 
 FAST = {
     "api_key_env": None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from rode.data.records import FoodRecord, Ingredient, write_records
+from rode_food.records import FoodRecord, Ingredient, write_records
 
 TITLES = (
     "Tomato Soup",

@@ -28,8 +28,8 @@ SOURCES = {
     "forward": ("shrink.cuh", "expand.cuh", "forward.cuh"),
 }
 TESTS = {
-    "backward": ("tests/rode_kernels/test_cuda_backward.py",),
-    "forward": ("tests/rode_kernels/test_cuda.py",),
+    "backward": ("tests/rode_kernels/backends/cuda/test_backward.py",),
+    "forward": ("tests/rode_kernels/backends/cuda/test_forward.py",),
 }
 TYPES = {"bf16": "bfloat16", "float": "float32"}
 # Mistakes that change nothing, (line of code, what is dropped) -> why.

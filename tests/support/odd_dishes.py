@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rode.data.records import FoodRecord, Ingredient, Nutrition, Quantity
+from rode_food.records import FoodRecord, Ingredient, Nutrition, Quantity
 
 IDS = ("a/b", "../up", "x.tar", "-rf", "naïve 粥", "A B", "a%2Fb", "n" * 300)
 """Ids that a file could not be called."""

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 IMAGE_SIZE = 28
+DISHES = ("rice and beans", "soup", "apple pie")
 PATCH = 14  # 2 x 2 patches: four image tokens
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

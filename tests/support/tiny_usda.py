@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from rode.data.usda import Food, FoodTable, Portion
-from rode.data.usda.names import CommonFood, normalise
+from rode_food.usda import Food, FoodTable, Portion
+from rode_food.usda.names import CommonFood, normalise
 
 FOODS = (
     # id, description, group, energy, fat, protein, carb, portions (amount, measure, grams)

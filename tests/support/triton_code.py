@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rode_kernels.triton.launches import Launch, record
+from rode_kernels.backends.triton.record import Launch, record
 
 TARGETS = {
     **{f"sm_{cc}": ("cuda", cc, 32) for cc in (80, 89, 90, 100, 120)},

@@ -220,7 +220,7 @@ def few_shot_loss(
 
     Args:
         model: a LLaVA, with or without adapters. processor: its processor.
-        examples: see `rode.data.Example`; their batches are made once, and kept on the model's device.
+        examples: see `rode_food.Example`; their batches are made once, and kept on the model's device.
         prompt: as the adapters were trained. source: pictures; None reads them (`PixelSource`).
     """
     if not examples:

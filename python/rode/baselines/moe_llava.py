@@ -29,9 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rode.files import write_text
 from rode.tuner.aux_hook import AuxLoss
 from rode.tuner.routers import router_logits
+from rode_food.atomic import write_text
 
 MOE_CONFIG = "moe_config.json"
 MOE_WEIGHTS = "moe_model.safetensors"

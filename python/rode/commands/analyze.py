@@ -60,11 +60,11 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code."""
-    from rode.pages import require_matplotlib
+    from rode_food.html import require_matplotlib
 
     require_matplotlib()  # before the model, which takes longer
-    from rode.analyze.report import write_report
-    from rode.analyze.text import format_analysis
+    from rode.evaluation.analysis.report import write_report
+    from rode.evaluation.analysis.text import format_analysis
 
     recipe = saved_recipe(args.adapter)
     settings, examples, skipped = _examples(args, recipe)
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], list[str]]:
     """(evaluation settings, examples, one line for each record left out)."""
-    from rode.data.mixture import Source
-    from rode.evaluate import evaluation_examples
-    from rode.recipe import EvaluationConfig
+    from rode.evaluation.evaluate import evaluation_examples
+    from rode.training.config import EvaluationConfig
     from rode.vlm import drop_bad_images
+    from rode_food.data_mixture import Source
 
     if recipe is None and not args.data:
         raise ValueError(
@@ -112,8 +112,8 @@ def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], li
 def _analysed(
     args: argparse.Namespace, adapter: str, recipe: Any, settings: Any, examples: list[Any]
 ) -> dict[str, Any]:
-    from rode.analyze.measure import measure
-    from rode.analyze.numbers import summarise
+    from rode.evaluation.analysis.measure import measure
+    from rode.evaluation.analysis.numbers import summarise
 
     # A model of its own for each adapter: the other's may have another projector.
     chosen = copy.copy(args)

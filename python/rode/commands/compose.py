@@ -1,4 +1,4 @@
-"""`rode compose`: the command around `rode.compose`."""
+"""`rode compose`: the command around `rode.baselines.lorahub`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     _check_recipes(args, recipes)
     examples = _draw_examples(args, recipe)
 
-    from rode.compose import compose, few_shot_loss
+    from rode.baselines.lorahub import compose, few_shot_loss
     from rode.vlm import FeatureSource, load_adapter
 
     model, processor, prompt = load(args, recipe)
@@ -91,7 +91,7 @@ def _check_usage(args: argparse.Namespace, out: Path) -> None:
     """What can be told before a model is loaded."""
     from peft import PeftConfig
 
-    from rode.compose import check_composable
+    from rode.baselines.lorahub import check_composable
 
     if len(args.adapters) < 2:
         raise ValueError(f"expected two or more adapters to compose, got {args.adapters[0]} alone")
@@ -118,9 +118,9 @@ def _check_recipes(args: argparse.Namespace, recipes: dict[str, Any]) -> None:
 
 
 def _draw_examples(args: argparse.Namespace, recipe: Any) -> list[Any]:
-    from rode.data.mixture import Source
-    from rode.evaluate import evaluation_examples
+    from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
+    from rode_food.data_mixture import Source
 
     tasks = {"tasks": args.tasks} if args.tasks else {}
     if args.data:
@@ -150,9 +150,9 @@ def _write(
     import transformers
 
     import rode
-    from rode.compose import BOUND, PENALTY
-    from rode.files import write_text
-    from rode.recipe import dump_recipe
+    from rode.baselines.lorahub import BOUND, PENALTY
+    from rode.training.config import dump_recipe
+    from rode_food.atomic import write_text
 
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     model.save_pretrained(str(aside), selected_adapters=["default"])

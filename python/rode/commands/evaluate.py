@@ -16,8 +16,8 @@ Writes predictions.jsonl and metrics.json, prints the table. With --predictions 
 computed anew from the file.
 
 examples:
-  rode evaluate recipes/own-records.yaml
-  rode evaluate recipes/own-records.yaml --untrained --out runs/own-records/before
+  rode evaluate configs/own-records.yaml
+  rode evaluate configs/own-records.yaml --untrained --out runs/own-records/before
   rode evaluate --model DIR --adapter runs/own-records --data records.jsonl --split test --tasks nutrition
   rode evaluate --predictions runs/own-records/evaluation/predictions.jsonl
   rode evaluate --predictions predictions.jsonl --vocabulary vocabulary.json
@@ -50,8 +50,8 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.data.vocabulary import Vocabulary
-    from rode.evaluate import evaluate, format_scores, rescore
+    from rode.evaluation.evaluate import evaluate, format_scores, rescore
+    from rode_food.vocabulary import Vocabulary
 
     if args.predictions:
         if args.recipe or args.model or args.adapter or args.data:
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
         print(format_scores(rescore(args.predictions, vocabulary)))
         return 0
-    from rode.data.mixture import Source
-    from rode.recipe import EvaluationConfig, load_recipe
+    from rode.training.config import EvaluationConfig, load_recipe
+    from rode_food.data_mixture import Source
 
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
     if recipe is None and not args.data:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             Source(**{**vars(s), **({"tasks": args.tasks} if args.tasks else {})})
             for s in recipe.data.sources
         ]
-    from rode.evaluate import evaluation_examples
+    from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
 
     examples = evaluation_examples(sources, args.split or settings.split, args.limit or settings.limit)

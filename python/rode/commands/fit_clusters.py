@@ -13,7 +13,7 @@ A question's embedding is the mean of its tokens' input embeddings in the recipe
 of the last hidden states of a sentence encoder; k-means (scikit-learn) finds the centres. Name the file in model.clusters.
 
 example:
-  rode fit-clusters recipes/own-records.yaml --clusters 4 --out runs/clusters.safetensors
+  rode fit-clusters configs/own-records.yaml --clusters 4 --out runs/clusters.safetensors
 """
 
 
@@ -32,10 +32,10 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.clusters import FILE, Embedder, fit_clusters
-    from rode.data.mixture import Source, load_examples
-    from rode.recipe import load_recipe
+    from rode.training.clusters import FILE, Embedder, fit_clusters
+    from rode.training.config import load_recipe
     from rode.vlm import load_vlm
+    from rode_food.data_mixture import Source, load_examples
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.clusters < 2:

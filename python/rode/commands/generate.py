@@ -38,9 +38,9 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.data import parse_answer, question
-    from rode.generate import answer
+    from rode.evaluation.generate import answer
     from rode.vlm import open_image
+    from rode_food import parse_answer, question
 
     for image in args.image:  # before the model, which takes longer
         open_image(image)

@@ -43,7 +43,7 @@ def model_options(adapter: bool = True, answers: bool = True) -> argparse.Argume
 
 def saved_recipe(adapter: str | None) -> Any:
     """The recipe beside an adapter that `rode train` wrote (one folder up for a checkpoint), or None."""
-    from rode.recipe import load_recipe
+    from rode.training.config import load_recipe
 
     if adapter is None:
         return None
@@ -55,7 +55,7 @@ def saved_recipe(adapter: str | None) -> Any:
 
 def load(args: argparse.Namespace, recipe: Any = None) -> tuple[Any, Any, str]:
     """(model, processor, prompt style) that the options and the recipe name."""
-    from rode.recipe import ModelConfig
+    from rode.training.config import ModelConfig
     from rode.vlm import load_adapter, load_vlm
 
     recipe = recipe or saved_recipe(args.adapter)
@@ -76,8 +76,8 @@ def load(args: argparse.Namespace, recipe: Any = None) -> tuple[Any, Any, str]:
 
 def routes(args: argparse.Namespace, model: Any, processor: Any) -> Any:
     """What the adapter's router reads; clusters stand beside an adapter, or in its checkpoints' parent."""
-    from rode.clusters import FILE
-    from rode.routes import make_routes
+    from rode.training.clusters import FILE
+    from rode.training.side_inputs import make_routes
 
     folders = [] if args.adapter is None else [Path(args.adapter), Path(args.adapter).parent]
     clusters = next((folder for folder in folders if (folder / FILE).is_file()), None)

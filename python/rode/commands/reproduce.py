@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rode.reproduce.tables import Tables
+    from rode.paper.tables import Tables
 
 DESCRIPTION = """\
 Train and evaluate what a table or figure of the paper (arXiv 2407.12730) names, and show our numbers beside the paper's.
@@ -22,8 +22,8 @@ A row that was not run is empty. Results: RESULTS/BASE/VARIANT/seed-N.json, the 
 
 examples:
   rode reproduce table2 model.path=DIR --seeds 0 1 2
-  rode reproduce table5 --base recipes/own-records.yaml --only relu-8888 softmax-8888
-  rode reproduce table5 --base recipes/own-records.yaml --no-run
+  rode reproduce table5 --base configs/own-records.yaml --only relu-8888 softmax-8888
+  rode reproduce table5 --base configs/own-records.yaml --no-run
   rode reproduce fig7 --launcher "accelerate launch --num_processes 4"
 """
 
@@ -42,9 +42,9 @@ def add_parser(commands: Any, **options: Any) -> None:
     )
     sub.add_argument(
         "--recipes",
-        default="recipes/paper",
+        default="configs/paper",
         metavar="DIR",
-        help="variants and tables.yaml (default recipes/paper)",
+        help="variants and tables.yaml (default configs/paper)",
     )
     sub.add_argument("--base", metavar="RECIPE", help="another model and data below the variants")
     sub.add_argument(
@@ -77,7 +77,7 @@ def _seeds(words: Sequence[str]) -> list[int]:
 
 
 def _only(words: Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    from rode.settings import did_you_mean
+    from rode_food.settings import did_you_mean
 
     for word in words:
         if word not in known:
@@ -93,7 +93,7 @@ def _launcher(text: str | None) -> list[str]:
 
 
 def _base_name(base: Path) -> str:
-    from rode.recipe import RecipeError, recipe_values
+    from rode.training.config import RecipeError, recipe_values
 
     name = recipe_values(base).get("name")
     if not isinstance(name, str) or not name or Path(name).name != name:
@@ -103,7 +103,7 @@ def _base_name(base: Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 if a run failed."""
-    from rode.reproduce.tables import read_tables
+    from rode.paper.tables import read_tables
 
     seeds, only = _seeds(_split(args, "seeds")), _split(args, "only")
     tables = read_tables(Path(args.recipes))
@@ -129,7 +129,7 @@ def _run_all(
     base_name: str,
 ) -> list[str]:
     """A line for each run that failed."""
-    from rode.reproduce.runs import RunFailed, call, carry_out, plan
+    from rode.paper.runs import RunFailed, call, carry_out, plan
 
     launcher = _launcher(args.launcher)
     runs = plan(
@@ -159,8 +159,8 @@ def _run_all(
 
 def _show(args: argparse.Namespace, tables: Tables, seeds: Sequence[int] | None, base_name: str) -> None:
     """Print and write the report, and draw the figure if it is one."""
-    from rode.reproduce.report import format_report, make_report, write_report
-    from rode.reproduce.results import read_results
+    from rode.paper.report import format_report, make_report, write_report
+    from rode.paper.results import read_results
 
     item, folder = tables.item(args.what), Path(args.results) / base_name
     results = read_results(Path(args.results), base_name, item.variants, seeds)
@@ -169,7 +169,7 @@ def _show(args: argparse.Namespace, tables: Tables, seeds: Sequence[int] | None,
     print(f"\n{format_report(report)}\n")
     paths = write_report(report, results, folder)
     if item.kind != "table":
-        from rode.reproduce.figures import draw, save
+        from rode.paper.figures import draw, save
 
         figure = draw(report, results, tables)
         if figure is not None:

@@ -14,10 +14,10 @@ Writes to output_dir (runs/NAME): the adapter, recipe.yaml, history.json, tensor
 optimizer, scheduler and random state. Ctrl-C ends after the step under way and leaves a checkpoint to --resume from.
 
 examples:
-  rode train recipes/own-records.yaml
-  rode train recipes/own-records.yaml training.max_steps=50 data.sources.0.path=my.jsonl
-  rode train recipes/own-records.yaml --resume
-  torchrun --nproc-per-node 4 -m rode train recipes/unifood-rode-7b.yaml
+  rode train configs/own-records.yaml
+  rode train configs/own-records.yaml training.max_steps=50 data.sources.0.path=my.jsonl
+  rode train configs/own-records.yaml --resume
+  torchrun --nproc-per-node 4 -m rode train configs/unifood-rode-7b.yaml
 """
 
 
@@ -39,10 +39,10 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.recipe import load_recipe
+    from rode.training.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from rode.train import train
+    from rode.training.train import train
 
     result = train(recipe, resume=args.resume, progress=not args.quiet)
     if result.interrupted:

@@ -16,8 +16,8 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from rode.data import Example
 from rode.vlm.load import get_projector
+from rode_food import Example
 
 BATCH = 64
 LEARNING_RATE = 1e-3

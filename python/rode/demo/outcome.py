@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rode.data import Example, load_examples
-from rode.data.mixture import Source
+from rode_food import Example, load_examples
+from rode_food.data_mixture import Source
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Outcome:
     """What the demo found, for the table and the report.
 
     Attributes:
-        scores: column -> metric -> value (`rode.metrics.score`'s "all").
+        scores: column -> metric -> value (`rode_food.metrics.score`'s "all").
         mean_pmae: field or "pmae" -> percent, of always answering the training split's mean; {} without nutrition.
         predictions: column -> rows of predictions.jsonl.
         histories: run -> Trainer's log.
@@ -56,7 +56,7 @@ def examples_of(data: Path, split: str, most: int | None = None) -> list[Example
 
 def always_the_mean(train: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
     """pMAE of answering every nutrition question with the training split's mean; {} if there is none."""
-    from rode.metrics.nutrition import mean_baseline
+    from rode_food.metrics.nutrition import mean_baseline
 
     references = [[e.reference for e in side if e.task == "nutrition"] for side in (train, test)]
     if not all(references):

@@ -18,8 +18,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.data import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition, write_records
 from rode.demo.parts import PICTURE, package_folder
+from rode_food import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition, write_records
 
 if TYPE_CHECKING:
     from PIL.Image import Image

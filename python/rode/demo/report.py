@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rode.data import TASKS
-from rode.files import write_text
+from rode_food import TASKS
+from rode_food.atomic import write_text
 
 if TYPE_CHECKING:
     from rode.demo.run import Outcome

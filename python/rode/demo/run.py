@@ -1,7 +1,7 @@
 """`rode demo` (`make demo`): from two pretrained parts and drawn plates to a trained LLaVA-RoDE, its metrics and a report.
 
-Everything goes through `rode.train` and `rode.evaluate`, with recipes made here; only the plates, the joined model and
-the projector's start (`rode.demo.align`) are the demo's own. Numbers of steps are fixed, never a clock: one seed, one table.
+Everything goes through `rode.training.train` and `rode.evaluation.evaluate`, with recipes made here. The plates, the joined model
+and the projector's start (`rode.demo.align`) are the demo's own. Numbers of steps are fixed, never a clock: one seed, one table.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rode.data import TASKS, Example
 from rode.demo import parts, plates
 from rode.demo.outcome import Outcome, always_the_mean, examples_of
+from rode_food import TASKS, Example
 
 DESCRIPTION = """\
 Train a small LLaVA-RoDE on two CPU cores and see what it learned.
@@ -83,7 +83,7 @@ def recipe(
     drawn: bool,
 ) -> Any:
     """The recipe of one run: "projector" is LLaVA's stage 1, "lora" and "rode" are the adapters of `METHODS`."""
-    from rode.recipe import recipe_from_dict
+    from rode.training.config import recipe_from_dict
 
     stage_1 = run == "projector"
     training = {
@@ -184,8 +184,8 @@ class Demo:
 
     def run_prepare(self) -> Path:
         """Everything up to the adapters: plates, model, projector, and a recipe to train any adapter from there; its path."""
-        from rode.files import write_text
-        from rode.recipe import dump_recipe
+        from rode.training.config import dump_recipe
+        from rode_food.atomic import write_text
 
         parts.check_packages(drawings=self.drawn, models=self.small)
         shutil.rmtree(self.paths.runs, ignore_errors=True)
@@ -282,7 +282,7 @@ class Demo:
         )
 
     def train(self, run: str, base_steps: int, projector: Path | None) -> Any:
-        from rode.train import train
+        from rode.training.train import train
 
         settings = self.recipe(run, base_steps, projector)
         result = train(settings, progress=self.progress)
@@ -298,9 +298,9 @@ class Demo:
         return result
 
     def evaluate(self, column: str, model: Any, processor: Any) -> None:
-        from rode.evaluate import evaluate
-        from rode.metrics import read_predictions
+        from rode.evaluation.evaluate import evaluate
         from rode.tuner import GateStatistics
+        from rode_food.metrics import read_predictions
 
         statistics = GateStatistics() if column == "rode" else None
         folder = self.paths.runs / column / "evaluation"
@@ -327,7 +327,7 @@ class Demo:
     def finish(self) -> None:
         """Print the table, write the report, say what to run next."""
         from rode.demo.report import format_table, write_report
-        from rode.files import write_text
+        from rode_food.atomic import write_text
 
         outcome, paths = self.outcome, self.paths
         results = {"scores": outcome.scores, "always_the_mean": outcome.mean_pmae, "seconds": outcome.seconds}
@@ -350,7 +350,7 @@ class Demo:
             (f"tensorboard --logdir {runs}", "losses and gates, step by step"),
             ("make demo SCALE=4", "train four times as long"),
             ("make demo DATA=DIR MODEL=DIR", "your records.jsonl (docs/records.md), a LLaVA checkpoint"),
-            ("rode train recipes/own-records.yaml", "the same from a recipe file"),
+            ("rode train configs/own-records.yaml", "the same from a recipe file"),
         ]
 
 

@@ -13,11 +13,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rode.data import Example
-from rode.data.mixture import Source, load_examples
-from rode.data.vocabulary import Vocabulary
-from rode.files import write_text
-from rode.metrics import read_predictions, score
+from rode_food import Example
+from rode_food.atomic import write_text
+from rode_food.data_mixture import Source, load_examples
+from rode_food.metrics import read_predictions, score
+from rode_food.vocabulary import Vocabulary
 
 Scores = dict[str, dict[str, Any]]
 
@@ -44,15 +44,15 @@ def evaluate(
     gates opened (`rode.tuner.GateReport`).
 
     Args:
-        model, processor, prompt, batch_size, max_new_tokens, source, routes, progress: see `rode.generate.answer`.
+        model, processor, prompt, batch_size, max_new_tokens, source, routes, progress: see `rode.evaluation.generate.answer`.
         examples: at least one.
         gate_statistics: False does without gates.json, and without the counting.
         vocabulary: merges names of ingredients before they are compared; `predictions.jsonl` keeps them as they are.
 
     Returns:
-        {"all" or source: {metric: value}}, see `rode.metrics.score`.
+        {"all" or source: {metric: value}}, see `rode_food.metrics.score`.
     """
-    from rode.generate import answer
+    from rode.evaluation.generate import answer
     from rode.tuner import GateStatistics
 
     if not examples:

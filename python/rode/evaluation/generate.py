@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from rode.routes import Routes, make_routes
+from rode.training.side_inputs import Routes, make_routes
 from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
 
 
@@ -50,7 +50,7 @@ def answer(
         batch_size: questions at a time.
         source: where pictures come from; None reads them (`PixelSource`).
         tasks: the task of each question, for an adapter whose router reads it.
-        routes: what its router reads (`rode.routes.make_routes`); None for an adapter that reads nothing but tasks.
+        routes: what its router reads (`rode.training.side_inputs.make_routes`); None for an adapter that reads nothing but tasks.
         progress: show a bar.
 
     Returns:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.pages import SVG, new_figure
-from rode.reproduce.report import Report
-from rode.reproduce.results import Result
-from rode.reproduce.tables import Tables
+from rode.paper.report import Report
+from rode.paper.results import Result
+from rode.paper.tables import Tables
+from rode_food.html import SVG, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rode.files import write_text
-from rode.reproduce.results import Result, incomparable
-from rode.reproduce.tables import Tables
+from rode.paper.results import Result, incomparable
+from rode.paper.tables import Tables
+from rode_food.atomic import write_text
 
 
 @dataclass(frozen=True)

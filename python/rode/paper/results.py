@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rode.data.shards.index import open_shards
-from rode.files import write_text
-from rode.recipe import Recipe, RecipeError, adapter_config
-from rode.settings import build
+from rode.training.config import Recipe, RecipeError, adapter_config
+from rode_food.atomic import write_text
+from rode_food.settings import build
+from rode_food.shards.index import open_shards
 
 Result = dict[str, Any]
 PACKAGES = ("rode", "torch", "transformers", "peft")

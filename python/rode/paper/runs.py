@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rode.files import write_text
-from rode.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from rode.reproduce.results import (
+from rode.paper.results import (
     collect,
     differences,
     file_hash,
@@ -28,7 +26,9 @@ from rode.reproduce.results import (
     settings,
     write_result,
 )
-from rode.reproduce.tables import Tables
+from rode.paper.tables import Tables
+from rode.training.config import Recipe, RecipeError, dump_recipe, load_recipe
+from rode_food.atomic import write_text
 
 Call = Callable[[Sequence[str]], int]
 NOT_COMPARED = frozenset({"output_dir"})
@@ -61,7 +61,7 @@ class Run:
     @property
     def state(self) -> Literal["finished", "trained", "begun", "new"]:
         """How far it has come: "trained" lacks the evaluation, "begun" has a checkpoint to go on from."""
-        from rode.trainer import latest_checkpoint
+        from rode.training.trainer import latest_checkpoint
 
         folder = self.recipe.run_dir
         if self.result.is_file():

@@ -1,4 +1,4 @@
-"""What the paper printed and which runs each table and figure wants: `recipes/paper/tables.yaml`, checked."""
+"""What the paper printed and which runs each table and figure wants: `configs/paper/tables.yaml`, checked."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rode.recipe import RecipeError, recipe_values
-from rode.settings import build, did_you_mean
+from rode.training.config import RecipeError, recipe_values
+from rode_food.settings import build, did_you_mean
 
 FILE = "tables.yaml"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How one of `rode.metrics.score`'s metrics is shown."""
+    """How one of `rode_food.metrics.score`'s metrics is shown."""
 
     heading: str
     better: Literal["more", "less"]
@@ -115,7 +115,7 @@ def read_tables(folder: Path) -> Tables:
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; --recipes names the folder that holds it (recipes/paper of the repository)"
+            f"{path}: no such file; --recipes names the folder that holds it (configs/paper of the repository)"
         )
     try:
         tables = dataclasses.replace(build(Tables, recipe_values(path)), folder=folder)

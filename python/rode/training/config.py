@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from rode.data.mixture import Source
-from rode.settings import SettingsError, build, did_you_mean, override, read_mapping
+from rode_food.data_mixture import Source
+from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -77,7 +77,7 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """Reaches transformers' TrainingArguments through `rode.train.training_arguments`."""
+    """Reaches transformers' TrainingArguments through `rode.training.train.training_arguments`."""
 
     learning_rate: float = 3e-4
     projector_learning_rate: float | None = None
@@ -137,7 +137,7 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=dict)
     """Fields of `rode.tuner.RodeConfig`; with `preset: NAME` those that differ from a preset's (`rode.tuner.presets`); with
     `method: peft` and `peft_type: POLY` (LORA, XLORA, ...) the fields of PEFT's own configuration; with `method: moe-llava`
-    those of `rode.tuner.moe_llava.MoeConfig`."""
+    those of `rode.baselines.moe_llava.MoeConfig`."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output_dir: str | None = None
@@ -221,7 +221,7 @@ def adapter_config(recipe: Recipe) -> Any:
             except ValueError as error:
                 raise RecipeError(f"adapter.{error}") from error
     elif method == "moe-llava":
-        from rode.tuner.moe_llava import MoeConfig as cls
+        from rode.baselines.moe_llava import MoeConfig as cls
     else:
         raise RecipeError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
     known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rode.clusters import FILE, Clusters, Embedder
-from rode.data import TASKS
+from rode.training.clusters import FILE, Clusters, Embedder
+from rode_food import TASKS
 
 
 class Routes:

@@ -15,19 +15,19 @@ import torch
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
-from rode.clusters import FILE as CLUSTERS
-from rode.data import Example
-from rode.data.mixture import Mixture, Source, load_examples
-from rode.data.shards.examples import ShardExamples
-from rode.files import write_text
-from rode.recipe import Recipe, adapter_config, dump_recipe
-from rode.routes import make_routes
-from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
+from rode.baselines.moe_llava import MoeConfig, convert_to_moe
+from rode.training.clusters import FILE as CLUSTERS
+from rode.training.config import Recipe, adapter_config, dump_recipe
+from rode.training.side_inputs import make_routes
+from rode.training.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
-from rode.tuner.moe_llava import MoeConfig, convert_to_moe
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
 from rode.vlm.packing import pack_by_picture
+from rode_food import Example
+from rode_food.atomic import write_text
+from rode_food.data_mixture import Mixture, Source, load_examples
+from rode_food.shards.examples import ShardExamples
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class TrainResult:
 
 
 def data_sources(recipe: Recipe) -> list[Source]:
-    """The recipe's sources as `rode.data.mixture` wants them."""
+    """The recipe's sources as `rode_food.data_mixture` wants them."""
     return [Source(**vars(source)) for source in recipe.data.sources]
 
 
@@ -177,7 +177,7 @@ def train(
     """Train what the recipe says and write it to `recipe.run_dir`.
 
     Args:
-        recipe: see `rode.recipe`.
+        recipe: see `rode.training.config`.
         examples: in place of the recipe's data sources.
         model, processor: a LLaVA already loaded, in place of `recipe.model.path`; the model is changed.
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import peft.mapping
 
+from rode.tuner.callbacks import HoldSparsity
 from rode.tuner.config import RodeConfig
+from rode.tuner.context import routing_inputs
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
-from rode.tuner.routing import routing_inputs
-from rode.tuner.sparsity import HoldSparsity
 from rode.tuner.statistics import ExampleGates, GateReport, GateStatistics, LayerGates
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.routing import add_to_output
+from rode.tuner.context import add_to_output
 
 
 class AuxLoss:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from rode.tuner.routing import routing_of
+from rode.tuner.context import routing_of
 
 
 class HoldSparsity(TrainerCallback, ExportableState):

@@ -9,9 +9,9 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from rode.tuner import rules
+from rode.tuner import validation as rules
 from rode.tuner.peft_type import RODE
-from rode.tuner.rules import AUX_LOSSES, GATES, ROUTER_INITS, ROUTER_INPUTS, SCALINGS
+from rode.tuner.validation import AUX_LOSSES, GATES, ROUTER_INITS, ROUTER_INPUTS, SCALINGS
 
 _LOADING = """This is a RoDE adapter: `import rode` tells PEFT what that is, and must come first.
 
@@ -193,7 +193,7 @@ class RodeConfig(PeftConfig):
 
     @property
     def watches_passes(self) -> bool:
-        """Whether layers need to know of the forward pass that they are part of (`rode.tuner.routing`)."""
+        """Whether layers need to know of the forward pass that they are part of (`rode.tuner.context`)."""
         return (
             self.aux_loss != "none"
             or self.gate == "expert-choice"

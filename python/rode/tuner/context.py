@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.balance import GateRecord, auxiliary_loss, sparsity
+from rode.tuner.aux_losses import GateRecord, auxiliary_loss, sparsity
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.balance import check_ids
+from rode.tuner.aux_losses import check_ids
 from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
 
 if TYPE_CHECKING:
-    from rode.tuner.blocks import BlockPass
+    from rode.tuner.block_experts import BlockPass
     from rode.tuner.config import RodeConfig
-    from rode.tuner.routing import Routing
+    from rode.tuner.context import Routing
 
 
 class Gated:

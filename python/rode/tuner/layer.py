@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from rode.tuner.blocks import BlockPass
+from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
+from rode.tuner.context import Routing
 from rode.tuner.gating import Gated
 from rode.tuner.ownership import may_write_into
 from rode.tuner.routers import Routed, compute_gates, init_router_, init_table_, with_universal
-from rode.tuner.routing import Routing
 from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from rode.tuner.blocks import BlockPass
+from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
+from rode.tuner.context import SIDE_INPUTS, Routing, given_inputs, routing_of
 from rode.tuner.layer import Linear, RodeLayer
-from rode.tuner.routing import SIDE_INPUTS, Routing, given_inputs, routing_of
 from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")

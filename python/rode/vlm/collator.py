@@ -40,7 +40,7 @@ class TrainingCollator:
     Args:
         encoder: turns questions and answers into ids.
         source: `PixelSource` or `FeatureSource`.
-        routes: (tasks, questions) -> what an adapter's router reads (`rode.routes.Routes`), by row; None for nothing.
+        routes: (tasks, questions) -> what an adapter's router reads (`rode.training.side_inputs.Routes`), by row; None for nothing.
     """
 
     def __init__(self, encoder: PromptEncoder, source: Any, routes: Routes | None = None) -> None:

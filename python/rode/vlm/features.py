@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from rode.data.images import open_picture
 from rode.vlm.images import open_image
 from rode.vlm.load import get_llava
+from rode_food.images import open_picture
 
 logger = logging.getLogger(__name__)
 

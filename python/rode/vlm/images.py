@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from rode.data.images import open_image
+from rode_food.images import open_image
 
 
 class HasImage(Protocol):
-    """What is needed of an example here (`rode.data.Example` has it)."""
+    """What is needed of an example here (`rode_food.Example` has it)."""
 
     record_id: str
     image: str

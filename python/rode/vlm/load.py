@@ -163,7 +163,7 @@ def load_adapter(model: Any, directory: str | Path, name: str = "default") -> An
     from peft import PeftModel
 
     import rode.tuner  # noqa: F401  (registers the RODE method with PEFT)
-    from rode.tuner.moe_llava import MOE_CONFIG, load_moe
+    from rode.baselines.moe_llava import MOE_CONFIG, load_moe
 
     if (Path(directory) / MOE_CONFIG).is_file():
         if (Path(directory) / PROJECTOR_FILE).is_file():

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from rode.files import write_text
+from rode_food.atomic import write_text
 
 NUTRITION = """\
 Compare labelled nutrition with USDA's tables, by food group (docs/golden.md).
@@ -30,7 +30,7 @@ example:
 
 def add_parser(data: Any, **options: Any) -> None:
     """The three commands among those of `rode data`; options: formatter_class and parents."""
-    from rode.data.unifood.golden.settings import GoldenSettings
+    from rode_food.unifood.golden.settings import GoldenSettings
 
     defaults = GoldenSettings()
     sub = data.add_parser(
@@ -77,11 +77,11 @@ def add_parser(data: Any, **options: Any) -> None:
 
 
 def audit_nutrition(args: argparse.Namespace) -> int:
-    from rode.data.records import read_records
-    from rode.data.usda import Estimator, load_foods
-    from rode.data.usda.audit import Audit
-    from rode.data.usda.audit_report import audit_html, audit_text
-    from rode.data.usda.compare import Limits
+    from rode_food.records import read_records
+    from rode_food.usda import Estimator, load_foods
+    from rode_food.usda.audit import Audit
+    from rode_food.usda.audit_report import audit_html, audit_text
+    from rode_food.usda.compare import Limits
 
     limits = Limits(args.tolerance, args.energy_floor, args.macro_floor, args.coverage, None)
     audit = Audit(Estimator(load_foods(args.usda), args.state), limits, automatic=args.automatic)
@@ -100,8 +100,8 @@ def audit_nutrition(args: argparse.Namespace) -> int:
 
 
 def audit_matching(args: argparse.Namespace) -> int:
-    from rode.data.usda import Estimator, load_foods
-    from rode.data.usda.precision import measure, read_labels, report
+    from rode_food.usda import Estimator, load_foods
+    from rode_food.usda.precision import measure, read_labels, report
 
     result = measure(read_labels(args.recipes, args.labels), Estimator(load_foods(args.usda)))
     if args.json:
@@ -111,7 +111,7 @@ def audit_matching(args: argparse.Namespace) -> int:
 
 
 def review(args: argparse.Namespace) -> int:
-    from rode.data.unifood.golden.server import serve
+    from rode_food.unifood.golden.server import serve
 
     serve(args.folder, port=args.port, browser=not args.no_browser)
     return 0

@@ -12,9 +12,9 @@ sum it up, check the test split against the USDA's tables, write shards and stat
 way, goes on where it was; what is done and has not changed is not done again.
 
 examples:
-  rode data build-unifood recipes/build/unifood.yaml data/unifood --stage select --stage categorise
-  rode data build-unifood recipes/build/unifood.yaml data/unifood --dry-run      what labelling would cost
-  rode data build-unifood recipes/build/unifood.yaml data/unifood label.budget=50
+  rode data build-unifood configs/build/unifood.yaml data/unifood --stage select --stage categorise
+  rode data build-unifood configs/build/unifood.yaml data/unifood --dry-run      what labelling would cost
+  rode data build-unifood configs/build/unifood.yaml data/unifood label.budget=50
 
 It exits with 3 if not all is labelled yet: the budget is reached, or batches are under way.
 """
@@ -27,8 +27,8 @@ UNFINISHED = 3
 def add_parser(data: Any, **options: Any) -> None:
     """Adds the command to the sub-parsers of `rode data`."""
     from rode.commands.options import positive
-    from rode.data.unifood.build import STAGES
-    from rode.data.unifood.engines import ENGINES
+    from rode_food.unifood.build import STAGES
+    from rode_food.unifood.engines import ENGINES
 
     sub = data.add_parser(
         "build-unifood",
@@ -59,9 +59,9 @@ def add_parser(data: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.data.unifood.build import STAGES, build_unifood, load_settings
-    from rode.data.unifood.engines import make_engine
-    from rode.data.unifood.label.errors import LabelError, Unfinished
+    from rode_food.unifood.build import STAGES, build_unifood, load_settings
+    from rode_food.unifood.engines import make_engine
+    from rode_food.unifood.label.errors import LabelError, Unfinished
 
     try:
         build_unifood(

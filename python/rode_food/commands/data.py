@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rode.commands import data_audit, data_build, data_shard, data_statistics, data_vocabulary
+from rode_food.commands import audit as data_audit
+from rode_food.commands import build as data_build
+from rode_food.commands import shard as data_shard
+from rode_food.commands import statistics as data_statistics
+from rode_food.commands import vocabulary as data_vocabulary
 
 DESCRIPTION = """\
 Turn published data sets into records (docs/records.md), and look into them first (docs/sources.md).
@@ -33,14 +37,14 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def _kinds() -> str:
-    from rode.data.readers import READERS
+    from rode_food.readers import READERS
 
     return "kinds:\n" + "\n".join(f"  {kind:18} {reader.about}" for kind, reader in READERS.items())
 
 
 def _add_convert(data: Any, options: Any) -> None:
-    from rode.data.convert import DEFAULT_FRACTIONS
-    from rode.data.readers import READERS
+    from rode_food.convert import DEFAULT_FRACTIONS
+    from rode_food.readers import READERS
 
     sub = data.add_parser(
         "convert",
@@ -66,7 +70,7 @@ def _add_convert(data: Any, options: Any) -> None:
 
 
 def _add_inspect(data: Any, options: Any) -> None:
-    from rode.data.readers import READERS
+    from rode_food.readers import READERS
 
     sub = data.add_parser(
         "inspect",
@@ -98,7 +102,7 @@ def _images(text: str) -> int | str:
 
 
 def _add_reader_options(sub: Any) -> None:
-    from rode.data.readers import OPTIONS, READERS
+    from rode_food.readers import OPTIONS, READERS
 
     for name, option in OPTIONS.items():
         kinds = ", ".join(kind for kind, reader in READERS.items() if name in reader.options)
@@ -117,13 +121,13 @@ def _add_reader_options(sub: Any) -> None:
 
 
 def _reader_options(args: argparse.Namespace) -> dict[str, Any]:
-    from rode.data.readers import OPTIONS
+    from rode_food.readers import OPTIONS
 
     return {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from rode.data.convert import DEFAULT_FRACTIONS, convert
+    from rode_food.convert import DEFAULT_FRACTIONS, convert
 
     fractions = {split: getattr(args, split) for split in DEFAULT_FRACTIONS}
     done = convert(
@@ -141,7 +145,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from rode.data.inspect import inspect, write_json
+    from rode_food.inspect import inspect, write_json
 
     found = inspect(args.source, args.kind, samples=args.samples, images=args.images, **_reader_options(args))
     print(found)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-SPLITS = ("train", "val", "test")  # as in rode.data, which is imported when the command runs
+SPLITS = ("train", "val", "test")  # as in rode_food, which is imported when the command runs
 
 
 def add_parser(data: Any, **options: Any) -> None:
@@ -40,8 +40,8 @@ def add_parser(data: Any, **options: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from rode.data import read_records
-    from rode.data.shards.write import write_shards
+    from rode_food import read_records
+    from rode_food.shards.write import write_shards
 
     shares = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    from rode.data.shards.index import open_shards
+    from rode_food.shards.index import open_shards
 
     shards = open_shards(args.folder)
     shards.verify()

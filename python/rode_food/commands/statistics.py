@@ -29,10 +29,10 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.data.records import read_records
-    from rode.data.statistics import collect
-    from rode.data.statistics_page import table1, write_statistics
-    from rode.pages import require_matplotlib
+    from rode_food.html import require_matplotlib
+    from rode_food.records import read_records
+    from rode_food.statistics import collect
+    from rode_food.statistics_page import table1, write_statistics
 
     require_matplotlib()  # before the records, which may be many
     statistics = collect(read_records(args.records))

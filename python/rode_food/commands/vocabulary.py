@@ -33,8 +33,8 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.data.records import read_records
-    from rode.data.vocabulary import Limits, Vocabulary, count_names, coverage
+    from rode_food.records import read_records
+    from rode_food.vocabulary import Limits, Vocabulary, count_names, coverage
 
     limits = None if args.all_records else Limits()
     counts = count_names(read_records(args.records), limits)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rode.data.names import ingredient_key, normalise_name
-from rode.data.vocabulary import Vocabulary
+from rode_food.names import ingredient_key, normalise_name
+from rode_food.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

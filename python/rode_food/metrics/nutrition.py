@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rode.data.records import NUTRITION_FIELDS
+from rode_food.records import NUTRITION_FIELDS
 
 Values = Mapping[str, float | None]
 

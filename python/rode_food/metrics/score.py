@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rode.data.names import normalise_name
-from rode.data.tasks import TASKS, parse_answer
-from rode.data.vocabulary import Vocabulary
-from rode.metrics.ingredients import ingredient_iou
-from rode.metrics.nutrition import pmae
-from rode.metrics.text import rouge_l, sacrebleu
+from rode_food.metrics.ingredients import ingredient_iou
+from rode_food.metrics.nutrition import pmae
+from rode_food.metrics.text import rouge_l, sacrebleu
+from rode_food.names import normalise_name
+from rode_food.tasks import TASKS, parse_answer
+from rode_food.vocabulary import Vocabulary
 
 Row = Mapping[str, Any]
 ROW_KEYS = ("id", "source", "task", "answer", "truth", "reference")
@@ -56,7 +56,7 @@ def score(
 
     Args:
         rows: {"id", "source", "task", "question", "answer" (the model's text), "truth" (the target text),
-            "reference" (the structured truth of `rode.data.tasks.Example`)}; `question` is not read.
+            "reference" (the structured truth of `rode_food.tasks.Example`)}; `question` is not read.
         vocabulary: by which names of ingredients are merged on both sides; see `ingredient_iou`.
 
     Returns:
@@ -68,7 +68,7 @@ def score(
         nutrition: `pmae_mass`, `pmae_energy`, `pmae_fat`, `pmae_protein`, `pmae_carb`, `pmae` (their mean),
         `parse_rate`, `pmae_parsed` (over the parsed answers; None if there are none);
         category: `category_accuracy`;
-        and `n_<task>`, the number of answers. See `rode.metrics.nutrition.pmae` for unparsed answers.
+        and `n_<task>`, the number of answers. See `rode_food.metrics.nutrition.pmae` for unparsed answers.
 
     Raises:
         ValueError: for a row that lacks a key, has an unknown task or an answer that is no text, or whose source is named "all".

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rode.data.readers import (
+from rode_food.readers import (
     food2k,
     food101,
     food_photos,
@@ -23,8 +23,8 @@ from rode.data.readers import (
     records_file,
     vireo,
 )
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rode.data.ingredient_lines import parse_ingredient_line
-from rode.data.readers.json_array import Entry
-from rode.data.readers.log import ReadLog
-from rode.data.records import Ingredient, RecordError
+from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.readers.json_array import Entry
+from rode_food.readers.log import ReadLog
+from rode_food.records import Ingredient, RecordError
 
 # of one folder or file: no separator, no drive, not hidden, not ".."
 _NAME = re.compile(r"\w[\w.+ ()&',-]*")

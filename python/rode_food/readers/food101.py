@@ -15,10 +15,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rode.data.readers.common import Broken, first_existing, read_lines, shown
-from rode.data.readers.labelled import Listed, records
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, RecordError
+from rode_food.readers.common import Broken, first_existing, read_lines, shown
+from rode_food.readers.labelled import Listed, records
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, RecordError
 
 
 def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:

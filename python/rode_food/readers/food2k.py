@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from rode.data.readers.common import Broken, first_existing, read_lines
-from rode.data.readers.labelled import records
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, RecordError
+from rode_food.readers.common import Broken, first_existing, read_lines
+from rode_food.readers.labelled import records
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, RecordError
 
 NAMES = "food2k_label2name_en.txt"
 _IMAGES = ("Food2k_complete", "images", "")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode.data.readers.common import Broken, line_to_ingredient, safe_path, shown, unique
-from rode.data.readers.json_array import read_json_array
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient
+from rode_food.readers.common import Broken, line_to_ingredient, safe_path, shown, unique
+from rode_food.readers.json_array import read_json_array
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient
 
 _NEEDED = {"id": str, "title": str, "image": str, "ingredients": list, "instructions": list}
 # some recipes list their tools among the ingredients; the last word tells ("hot pot base" is food)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rode.data.readers.common import id_hash
-from rode.data.readers.json_array import read_json_array
-from rode.data.readers.log import ReadLog
+from rode_food.readers.common import id_hash
+from rode_food.readers.json_array import read_json_array
+from rode_food.readers.log import ReadLog
 
 
 class Found(NamedTuple):

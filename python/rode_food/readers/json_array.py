@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rode.data.readers.log import ReadLog
-from rode.data.records import RecordError
+from rode_food.readers.log import ReadLog
+from rode_food.records import RecordError
 
 BUFFER = 1 << 20
 MAX_ENTRY = 1 << 23

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from rode.data.readers.common import Broken, read_lines, safe_path
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient
+from rode_food.readers.common import Broken, read_lines, safe_path
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient
 
 Listed = tuple[int, str]
 """A line's number and its text."""

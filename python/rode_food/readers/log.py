@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rode.data.records import RecordError
+from rode_food.records import RecordError
 
 
 @dataclass(frozen=True)

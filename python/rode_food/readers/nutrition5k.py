@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode.data.readers.common import Broken, number_of, read_lines, safe_name, text_of
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient, Nutrition
+from rode_food.readers.common import Broken, number_of, read_lines, safe_name, text_of
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient, Nutrition
 
 _KEYS = {"mass": "mass_g", "energy": "kcal", "fat": "fat_g", "protein": "protein_g", "carb": "carb_g"}
 

@@ -22,9 +22,9 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from rode.data.readers.common import Broken, first_existing, number_of, read_lines, safe_name, shown
-from rode.data.readers.log import ReadLog
-from rode.data.records import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition, RecordError
+from rode_food.readers.common import Broken, first_existing, number_of, read_lines, safe_name, shown
+from rode_food.readers.log import ReadLog
+from rode_food.records import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition, RecordError
 
 TOLERANCE = 0.02
 """By which a dish's totals may miss the sums over its ingredients, relative, before that is noted."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode.data.readers.common import (
+from rode_food.readers.common import (
     Broken,
     first_existing,
     line_to_ingredient,
@@ -28,10 +28,10 @@ from rode.data.readers.common import (
     texts_of,
     unique,
 )
-from rode.data.readers.index import JsonIndex
-from rode.data.readers.json_array import read_json_array
-from rode.data.readers.log import ReadLog
-from rode.data.records import SPLITS, FoodRecord, Ingredient
+from rode_food.readers.index import JsonIndex
+from rode_food.readers.json_array import read_json_array
+from rode_food.readers.log import ReadLog
+from rode_food.records import SPLITS, FoodRecord, Ingredient
 
 FOLDERS = ("", "recipe1M", "recipe1M_layers")
 _PARTITIONS = {name: name for name in SPLITS}

@@ -8,7 +8,7 @@ Units, by the README of github.com/torralba-lab/im2recipe-Pytorch: weights, fat,
 grams, nrg and energy in kcal, sod in mg; salt = sodium * 2.5 / 1000. `ingredients` are not the recipe's words but the USDA
 foods that these were matched to. The values of an ingredient are of all of it: their sum over the recipe is
 nutr_values_per100g * sum(weight_per_ingr) / 100. There is no carbohydrate. Pictures come from layer2+.json or layer2.json,
-as in `rode.data.readers.recipe1m`.
+as in `rode_food.readers.recipe1m`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode.data.ingredient_lines import normalise_unit, parse_amount
-from rode.data.readers.common import (
+from rode_food.ingredient_lines import normalise_unit, parse_amount
+from rode_food.readers.common import (
     Broken,
     first_existing,
     number_of,
@@ -29,10 +29,10 @@ from rode.data.readers.common import (
     texts_of,
     unique,
 )
-from rode.data.readers.json_array import read_json_array
-from rode.data.readers.log import ReadLog
-from rode.data.readers.recipe1m import FOLDERS, Pictures
-from rode.data.records import SPLITS, FoodRecord, Ingredient, Nutrition, Quantity
+from rode_food.readers.json_array import read_json_array
+from rode_food.readers.log import ReadLog
+from rode_food.readers.recipe1m import FOLDERS, Pictures
+from rode_food.records import SPLITS, FoodRecord, Ingredient, Nutrition, Quantity
 
 FILE = "recipes_with_nutritional_info.json"
 TOLERANCE = 0.02

@@ -7,14 +7,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, RecordError, record_from_json
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, RecordError, record_from_json
 
 
 def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
     """The records of the JSONL file `source`, with images made absolute.
 
-    What stops `rode.data.records.read_records` is a broken line here: no JSON, an unknown field, an id that stands twice.
+    What stops `rode_food.records.read_records` is a broken line here: no JSON, an unknown field, an id that stands twice.
     """
     folder = source.resolve().parent
     seen: set[str] = set()

@@ -20,10 +20,10 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from rode.data.readers.common import Broken, first_existing, read_lines, shown
-from rode.data.readers.labelled import names_in, records
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient, RecordError
+from rode_food.readers.common import Broken, first_existing, read_lines, shown
+from rode_food.readers.labelled import names_in, records
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient, RecordError
 
 IMAGES_172 = ("ready_chinese_food", "VireoFood172/ready_chinese_food", "VireoFood172_ori")
 LABELS_172 = ("SplitAndIngreLabel", "VireoFood172/SplitAndIngreLabel")

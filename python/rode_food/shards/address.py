@@ -1,6 +1,6 @@
 """A part of a shard by its address: `/data/unifood-train-000012.tar#1536+61234`, a file, an offset and a size in bytes.
 
-Where a picture's path goes, such an address goes as well (`rode.data.images.open_picture`).
+Where a picture's path goes, such an address goes as well (`rode_food.images.open_picture`).
 """
 
 from __future__ import annotations

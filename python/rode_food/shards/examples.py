@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rode.data.shards.address import ShardError
-from rode.data.shards.index import Shards
-from rode.data.shards.order import shuffle_blocks
-from rode.data.tasks import QUESTIONS, TASKS, Example, make_examples
+from rode_food.shards.address import ShardError
+from rode_food.shards.index import Shards
+from rode_food.shards.order import shuffle_blocks
+from rode_food.tasks import QUESTIONS, TASKS, Example, make_examples
 
 if TYPE_CHECKING:
-    from rode.data.mixture import Source
+    from rode_food.data_mixture import Source
 
 
 class ShardExamples(Sequence[Any]):
@@ -27,7 +27,7 @@ class ShardExamples(Sequence[Any]):
         shards: see `open_shards`.
         source: of whose fields tasks, fraction, name and shuffle_shards are used.
         split: "train", "val" or "test"; a fraction is of "train" alone.
-        wording, seed: see `rode.data.tasks.make_examples`.
+        wording, seed: see `rode_food.tasks.make_examples`.
 
     Attributes:
         lengths: int32, characters of question and answer of each item; that of a question in wording "random" is a mean.

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from rode.data.records import NUTRITION_FIELDS
+from rode_food.records import NUTRITION_FIELDS
 
 Place = tuple[int, int, int, int]
 """Of a sample: offset and size of its record's JSON, offset and size of its picture."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from rode.data.records import SPLITS, FoodRecord, record_as_written
-from rode.data.shards.address import ShardError, forget_open_files, make_address, read_part
-from rode.data.tasks import TASKS
+from rode_food.records import SPLITS, FoodRecord, record_as_written
+from rode_food.shards.address import ShardError, forget_open_files, make_address, read_part
+from rode_food.tasks import TASKS
 
 INDEX, SAMPLES = "index.json", "samples.npy"
 VERSION = 1

@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from rode.data.images import ImageError, check_image, open_picture
-from rode.data.mixture import hash_split
-from rode.data.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
-from rode.data.shards.address import ShardError
-from rode.data.shards.formats import ParquetShard, TarShard, import_parquet
-from rode.data.shards.index import FORMATS, INDEX, SAMPLE, SAMPLES, VERSION, file_digest, open_shards
-from rode.data.tasks import TASKS, make_examples, stable_hash
-from rode.files import replacing, write_text
+from rode_food.atomic import replacing, write_text
+from rode_food.data_mixture import hash_split
+from rode_food.images import ImageError, check_image, open_picture
+from rode_food.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
+from rode_food.shards.address import ShardError
+from rode_food.shards.formats import ParquetShard, TarShard, import_parquet
+from rode_food.shards.index import FORMATS, INDEX, SAMPLE, SAMPLES, VERSION, file_digest, open_shards
+from rode_food.tasks import TASKS, make_examples, stable_hash
 
 Map = Callable[
     [Callable[[list[str]], list[str]], Iterable[tuple[Any, list[str]]]], Iterable[tuple[Any, list[str]]]
 ]
-"""How shards are spread over processes: `rode.data.unifood.stage.Engine.map`."""
+"""How shards are spread over processes: `rode_food.unifood.stage.Engine.map`."""
 
 BUILDING = "building"
 """Folder in which an unfinished writer keeps what it knows."""
@@ -89,7 +89,7 @@ def write_shards(
         format: "webdataset" or "parquet".
         size: records of a shard.
         on_bad_image: "error" stops at a picture that is missing or damaged, "skip" leaves its record out and says so.
-        split_fractions: see `rode.data.mixture.Source`, for records without a split.
+        split_fractions: see `rode_food.data_mixture.Source`, for records without a split.
         overwrite: replace shards of other records or settings.
         map: how shards are spread over processes; None writes one after the other.
 
@@ -150,7 +150,7 @@ def _write_lines(
             if record.split is None:
                 problem = "split: missing; write one, or give fractions by which to make one"
             elif not os.path.isabs(record.image):
-                problem = f"image: {record.image!r} is relative; rode.data.read_records makes it absolute"
+                problem = f"image: {record.image!r} is relative; rode_food.read_records makes it absolute"
             if problem is not None:
                 raise RecordError(f"record {record.id!r}: {problem}")
             line = record_line(record, seen).encode() + b"\n"

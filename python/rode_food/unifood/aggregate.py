@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from rode.data.records import (
+from rode_food.atomic import replacing
+from rode_food.records import (
     NUTRITION_FIELDS,
     FoodRecord,
     Ingredient,
@@ -20,9 +21,8 @@ from rode.data.records import (
     record_to_json,
     write_records,
 )
-from rode.data.unifood.settings import AggregateSettings
-from rode.data.unifood.stage import Stage
-from rode.files import replacing
+from rode_food.unifood.settings import AggregateSettings
+from rode_food.unifood.stage import Stage
 
 _GRAMS = {"g": 1.0, "mg": 1e-3, "ug": 1e-6, "µg": 1e-6, "μg": 1e-6, "mcg": 1e-6}
 

@@ -19,10 +19,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rode.data.records import read_records, write_records
-from rode.data.unifood.settings import UnifoodSettings
-from rode.data.unifood.stage import Engine, Stage, write_json
-from rode.settings import SettingsError, build, override, read_mapping
+from rode_food.records import read_records, write_records
+from rode_food.settings import SettingsError, build, override, read_mapping
+from rode_food.unifood.settings import UnifoodSettings
+from rode_food.unifood.stage import Engine, Stage, write_json
 
 _SETTINGS = {
     "select": ("sources", "name", "select", "categorise"),
@@ -158,7 +158,7 @@ def _run(
             _forget(folder, name)
     parts_key = hashlib.sha256(json.dumps([key, outside]).encode()).hexdigest()
     stage = Stage(name, folder, source, settings, engine, progress, dry_run, parts_key)
-    report = import_module(f"rode.data.unifood.{_MODULES.get(name, name)}").run(stage)
+    report = import_module(f"rode_food.unifood.{_MODULES.get(name, name)}").run(stage)
     if not dry_run:
         if name == "golden":  # what later stages write is the same in another form
             write_records(out / "records.jsonl", read_records(stage.output))

@@ -7,9 +7,9 @@ import json
 from functools import partial
 from typing import Any
 
-from rode.data.records import record_from_json, record_to_json, write_records
-from rode.data.unifood.categories import Categories
-from rode.data.unifood.stage import Stage
+from rode_food.records import record_from_json, record_to_json, write_records
+from rode_food.unifood.categories import Categories
+from rode_food.unifood.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rode.data.unifood.stage"])
+    context.set_forkserver_preload(["rode_food.unifood.stage"])
     return context
 
 

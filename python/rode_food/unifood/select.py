@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rode.data.images import ImageError
-from rode.data.mixture import hash_split
-from rode.data.readers import read_source
-from rode.data.readers.log import ReadLog
-from rode.data.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
-from rode.data.tasks import stable_hash
-from rode.data.unifood.categories import Categories
-from rode.data.unifood.near import near_any
-from rode.data.unifood.stage import Stage, write_json
-from rode.files import replacing
+from rode_food.atomic import replacing
+from rode_food.data_mixture import hash_split
+from rode_food.images import ImageError
+from rode_food.readers import read_source
+from rode_food.readers.log import ReadLog
+from rode_food.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
+from rode_food.tasks import stable_hash
+from rode_food.unifood.categories import Categories
+from rode_food.unifood.near import near_any
+from rode_food.unifood.stage import Stage, write_json
 
 _FILES = ("candidates.jsonl", "candidates.npz", "categories.json", "candidates.json")
 
@@ -218,7 +218,7 @@ def hash_pictures(lines: list[str]) -> list[str]:
         raise ImportError(
             "near-duplicate pictures are found by ImageHash, which is not installed: pip install 'rode[data]'"
         ) from error
-    from rode.data.images import decode_picture
+    from rode_food.images import decode_picture
 
     rows = []
     for line in lines:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rode.data.mixture import hash_split
-from rode.data.readers import READERS
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.near import MOST_BITS
-from rode.settings import SettingsError, did_you_mean
+from rode_food.data_mixture import hash_split
+from rode_food.readers import READERS
+from rode_food.settings import SettingsError, did_you_mean
+from rode_food.unifood.golden.settings import GoldenSettings
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.near import MOST_BITS
 
 
 @dataclass
@@ -18,7 +18,7 @@ class SourceSettings:
     """One source in its publisher's layout."""
 
     kind: str
-    """A key of `rode.data.readers.READERS`."""
+    """A key of `rode_food.readers.READERS`."""
     path: str
     """Its folder (a file for kind `records`)."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class VocabularySettings:
 
 @dataclass
 class UnifoodSettings:
-    """The whole build; `recipes/build/unifood.yaml` is an example."""
+    """The whole build; `configs/build/unifood.yaml` is an example."""
 
     sources: list[SourceSettings]
     name: str = "unifood"

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rode.data.records import SPLITS, write_records
-from rode.data.shards.write import write_shards
-from rode.data.unifood.stage import Stage
+from rode_food.records import SPLITS, write_records
+from rode_food.shards.write import write_shards
+from rode_food.unifood.stage import Stage
 
 FOLDER = "shards"
 

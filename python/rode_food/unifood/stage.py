@@ -13,15 +13,15 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from rode.data.records import FoodRecord, read_records
-from rode.files import replacing
+from rode_food.atomic import replacing
+from rode_food.records import FoodRecord, read_records
 
 PART = 200
 """Lines of one part: what a killed stage does again at most, for each worker."""
 
 
 class Engine(Protocol):
-    """Where work on single records runs; see `rode.data.unifood.engines`."""
+    """Where work on single records runs; see `rode_food.unifood.engines`."""
 
     def map(
         self, function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Any, list[str]]]

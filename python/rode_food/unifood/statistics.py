@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rode.data.records import FoodRecord, write_records
-from rode.data.statistics import Collector
-from rode.data.statistics_page import write_statistics
-from rode.data.unifood.stage import Stage
-from rode.data.vocabulary import Vocabulary, VocabularyError
-from rode.pages import require_matplotlib
+from rode_food.html import require_matplotlib
+from rode_food.records import FoodRecord, write_records
+from rode_food.statistics import Collector
+from rode_food.statistics_page import write_statistics
+from rode_food.unifood.stage import Stage
+from rode_food.vocabulary import Vocabulary, VocabularyError
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(stage: Stage) -> dict[str, Any]:
 
     Raises:
         ImportError: without matplotlib, before anything is read.
-        RecordError: see `read_records`. OSError: see `rode.files.replacing`.
+        RecordError: see `read_records`. OSError: see `rode_food.atomic.replacing`.
     """
     require_matplotlib()
     if stage.dry_run:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rode.data.records import FoodRecord
-from rode.data.usda.compare import Comparison, Limits, compare, disagreements
-from rode.data.usda.estimate import Estimator
-from rode.data.usda.tables import NUTRIENTS
+from rode_food.records import FoodRecord
+from rode_food.usda.compare import Comparison, Limits, compare, disagreements
+from rode_food.usda.estimate import Estimator
+from rode_food.usda.tables import NUTRIENTS
 
 _NOT_TOLD = "(no trusted food)"
 

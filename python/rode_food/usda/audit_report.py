@@ -6,8 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rode.data.usda.tables import NUTRIENTS
-from rode.pages import page, table
+from rode_food.html import page, table
+from rode_food.usda.tables import NUTRIENTS
 
 _HEAD = ("food group", "n", "mass %", "energy %", *(f"{n} {k}" for n in NUTRIENTS for k in ("pMAE", "bias")))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rode.data.records import FoodRecord, Ingredient
-from rode.data.usda.estimate import Estimate, Estimator, nutrition_of
-from rode.data.usda.tables import NUTRIENTS
+from rode_food.records import FoodRecord, Ingredient
+from rode_food.usda.estimate import Estimate, Estimator, nutrition_of
+from rode_food.usda.tables import NUTRIENTS
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rode.data.records import Ingredient
-from rode.data.usda.lines import Line, line_of
-from rode.data.usda.matching import Match, Matcher, State
-from rode.data.usda.measures import Grams, to_grams
-from rode.data.usda.names import CommonFood
-from rode.data.usda.tables import NUTRIENTS, Food, FoodTable, load_foods
+from rode_food.records import Ingredient
+from rode_food.usda.lines import Line, line_of
+from rode_food.usda.matching import Match, Matcher, State
+from rode_food.usda.measures import Grams, to_grams
+from rode_food.usda.names import CommonFood
+from rode_food.usda.tables import NUTRIENTS, Food, FoodTable, load_foods
 
 _REMEMBERED = 200_000
 """Lines kept; memory does not grow with the set."""

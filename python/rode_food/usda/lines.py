@@ -2,7 +2,7 @@
 
 Read by `ingredient_parser` (https://ingredient-parser.readthedocs.io): a sequence model trained on 80,000 lines, which
 keeps every amount of a line apart ("2 cups (250 g)", "2 (6 oz) cans") and the names of alternatives.
-`rode.data.ingredient_lines`, which readers use, adds its reading of the name: on "Salt Amount = 10 g" and the like
+`rode_food.ingredient_lines`, which readers use, adds its reading of the name: on "Salt Amount = 10 g" and the like
 it is the better one (docs/golden.md has both measured).
 """
 
@@ -13,10 +13,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from rode.data.ingredient_lines import parse_ingredient_line
-from rode.data.records import Ingredient
-from rode.data.usda.names import singular
-from rode.data.usda.units import GRAMS, MILLILITRES, unit_name
+from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.records import Ingredient
+from rode_food.usda.names import singular
+from rode_food.usda.units import GRAMS, MILLILITRES, unit_name
 
 _COUNTED_WORDS = "clove stalk stick slice sprig leaf root bulb head rib fillet ear wedge floret cube"
 _COUNTED = frozenset(_COUNTED_WORDS.split())

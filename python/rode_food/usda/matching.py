@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rode.data.usda.names import CommonFood, common_foods, normalise, simpler, singular
-from rode.data.usda.tables import Food, FoodTable, UsdaError
+from rode_food.usda.names import CommonFood, common_foods, normalise, simpler, singular
+from rode_food.usda.tables import Food, FoodTable, UsdaError
 
 State = Literal["recipe", "served"]
 """What names mean: `recipe`, food as it goes into the pot; `served`, as it lies on the plate."""

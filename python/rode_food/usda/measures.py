@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rode.data.usda.lines import Amount, Line
-from rode.data.usda.names import singular
-from rode.data.usda.tables import Food, Portion
-from rode.data.usda.units import GRAMS, MILLILITRES
+from rode_food.usda.lines import Amount, Line
+from rode_food.usda.names import singular
+from rode_food.usda.tables import Food, Portion
+from rode_food.usda.units import GRAMS, MILLILITRES
 
 _VOLUME_WORDS = {"tablespoon": "tbsp", "teaspoon": "tsp", "liter": "l", "fluid ounce": "fl oz"}
 _VOLUME = re.compile(

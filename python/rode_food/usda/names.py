@@ -101,7 +101,7 @@ class CommonFood:
 @functools.cache
 def common_foods() -> dict[str, CommonFood]:
     """Normal form of a name -> food, chosen by hand for the commonest names of recipes and weighed plates."""
-    path = resources.files("rode.data.usda") / "common_foods.csv"
+    path = resources.files("rode_food.usda") / "common_foods.csv"
     with path.open(encoding="utf-8", newline="") as lines:
         rows = [
             CommonFood(r["name"], r["ndb_no"], r["served_ndb_no"] or r["ndb_no"], r["expect"], r["note"])

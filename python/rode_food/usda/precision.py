@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from rode.data.usda.estimate import Estimate, Estimator
-from rode.data.usda.lines import read_line
+from rode_food.usda.estimate import Estimate, Estimator
+from rode_food.usda.lines import read_line
 
 _COLUMNS = ("file", "recipe", "field", "line", "sha256", "accepted", "grams_min", "grams_max")
 CLOSE = 0.2
@@ -52,7 +52,7 @@ def read_labels(recipes: str | os.PathLike[str], labels: str | os.PathLike[str] 
         OSError: for a file that is missing.
     """
     path = (
-        Path(str(resources.files("rode.data.usda") / "labelled_lines.csv"))
+        Path(str(resources.files("rode_food.usda") / "labelled_lines.csv"))
         if labels is None
         else Path(labels)
     )

@@ -9,12 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rode_kernels import library
-from rode_kernels.cost import Call
-from rode_kernels.cuda_kernels import Between, Kernels
-from rode_kernels.gpu import Layout, beyond_kernels, divide_up, with_neighbouring_columns
+from rode_kernels.backends.cuda.prepared import Between, Kernels
+from rode_kernels.backends.gpu import gemm_path as library
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, divide_up, with_neighbouring_columns
+from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, by_library, plan_backward, plan_forward
 from rode_kernels.mixture import Mixture
-from rode_kernels.plan import BackwardPlan, Plan, by_library, plan_backward, plan_forward
 
 try:
     import rode_kernels._cuda as _native

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rode_kernels.cost import Call
-from rode_kernels.cuda import Passes
-from rode_kernels.cuda_kernels import Kernels
-from rode_kernels.gpu import Layout, beyond_kernels
-from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels.backends.cuda.backend import Passes
+from rode_kernels.backends.cuda.prepared import Kernels
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
+from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, plan_backward, plan_forward
 
 try:
     import rode_kernels._cuda_emulated as native

@@ -1,7 +1,8 @@
 """How the CUDA kernels are called: addresses of torch tensors, on a stream. What a device and its emulation have in common.
 
 `Forward` and `Backward` are passes decided for sizes, strides and dtypes, made once and called many times: with few tokens the
-host takes longer to ask than the device to answer. `rode_kernels.library` has the same two, by products of PyTorch's library.
+host takes longer to ask than the device to answer. `rode_kernels.backends.gpu.gemm_path` has the same two, by products of PyTorch's
+library.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rode_kernels.gpu import Layout, divide_up, tf32_allowed
-from rode_kernels.library import widths
-from rode_kernels.plan import BackwardPlan, Plan, column_tiles
+from rode_kernels.backends.gpu.gemm_path import widths
+from rode_kernels.backends.gpu.layout import Layout, divide_up, tf32_allowed
+from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, column_tiles
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -329,7 +330,7 @@ class Backward:
 
 
 class Between:
-    """What stands between products of PyTorch's library: `rode_kernels.library.Between`, by these kernels."""
+    """What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path.Between`, by these kernels."""
 
     def __init__(self, kernels: Kernels, layout: Layout, device: int):
         self.empty, self.pack = kernels.empty, None

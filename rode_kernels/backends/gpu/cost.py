@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rode_kernels.plan import BackwardPlan, Plan
+    from rode_kernels.backends.gpu.planner import BackwardPlan, Plan
 
 TILE = 64  # tokens
 # Seconds that a block takes for a stage in 16 bits, which is little more than a way to memory, and in float32, by three products of
@@ -258,8 +258,10 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
 
 
 def library(c: Call, backward: bool = False) -> Cost:
-    """By `rode_kernels.library`. Its products are taken to read and write once, with blocks enough for any device; they multiply
-    what is closed, too."""
+    """The cost of `rode_kernels.backends.gpu.gemm_path`.
+
+    Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too.
+    """
     M, K, O, R, e = c.tokens, c.in_features, c.out_features, c.total_rank, c.element_size
     columns, pitch = _divide_up(R + c.routed_experts, 8) * 8, _divide_up(R, 8) * 8
     rate = 24 if e == 4 else 1  # float32 by ordinary multiply-adds

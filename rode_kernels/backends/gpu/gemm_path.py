@@ -1,7 +1,7 @@
 """Passes of mixtures so wide that products decide: PyTorch's library multiplies, and one kernel stands between its products.
 
-The formulas are those of `rode_kernels.reference`, gates are selected and numbers rounded as in the kernels; closed experts are
-multiplied with zeros instead of being skipped. Which calls go this way, `rode_kernels.plan.by_library` says, and why.
+The formulas are those of `rode_kernels.backends.reference`. Gates are selected and numbers rounded as in the kernels. Closed
+experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.by_library` says which calls go this way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rode_kernels.gpu import Layout, divide_up
+from rode_kernels.backends.gpu.layout import Layout, divide_up
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rode_kernels.cost import Call
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.planner import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS
 from rode_kernels.mixture import Mixture
-from rode_kernels.plan import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,7 +1,7 @@
 """Which kernels a call runs on, from its shapes alone: gate values act on the device, as early exits.
 
-Variants are compared by what they move and by how many blocks move it (`rode_kernels.cost`); `python -m rode_kernels plan` explains
-a choice.
+Variants are compared by what they move and by how many blocks move it (`rode_kernels.backends.gpu.cost`).
+`python -m rode_kernels plan` explains a choice.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from rode_kernels import cost
-from rode_kernels.cost import Call
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.cost import Call
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
@@ -97,9 +97,11 @@ def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
 
 @lru_cache(maxsize=4096)
 def plan_forward(call: Call, multiprocessors: int) -> Plan:
-    """The forward pass for M tokens on a device with so many multiprocessors: of its variants the one with the lowest floor
-    (`rode_kernels.cost`). One launch reads x and base and writes y once, if there are tiles of tokens enough for the device;
-    with fewer K is shared out, so that the whole device reads x and the weights."""
+    """The variant of the forward pass with the lowest floor (`rode_kernels.backends.gpu.cost`) on so many multiprocessors.
+
+    One launch reads x and base and writes y once if there are enough tiles of tokens for the device. With fewer, K is split, so
+    that the whole device reads x and the weights.
+    """
     device = typical_device(multiprocessors)
     return min(
         variants_forward(call, multiprocessors), key=lambda plan: cost.forward(call, plan).floor(device)
@@ -107,7 +109,7 @@ def plan_forward(call: Call, multiprocessors: int) -> Plan:
 
 
 def by_library(call: Call, backward: bool = False, triton: bool = False) -> bool:
-    """Whether products of PyTorch's library (`rode_kernels.library`) are faster than the CUDA, or Triton, kernels.
+    """Whether products of PyTorch's library (`rode_kernels.backends.gpu.gemm_path`) are faster than the CUDA, or Triton, kernels.
 
     Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
     what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
@@ -190,7 +192,7 @@ def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
 
 @lru_cache(maxsize=4096)
 def plan_backward(call: Call, multiprocessors: int) -> BackwardPlan:
-    """The backward pass for M tokens: of its variants the one with the lowest floor (`rode_kernels.cost`)."""
+    """The backward pass for M tokens: of its variants the one with the lowest floor (`rode_kernels.backends.gpu.cost`)."""
     device = typical_device(multiprocessors)
     plans = variants_backward(call, multiprocessors)
     return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))

@@ -12,10 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rode_kernels.cost import Call
-from rode_kernels.gpu import beyond_kernels
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.layout import beyond_kernels
+from rode_kernels.backends.gpu.planner import by_library
 from rode_kernels.mixture import Mixture
-from rode_kernels.plan import by_library
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 
@@ -82,7 +82,8 @@ def _by_library(
 
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
     """As `reference.forward`."""
-    from rode_kernels.triton import launch_between, launch_forward
+    from rode_kernels.backends.triton import launch_forward
+    from rode_kernels.backends.triton import launch_gates as launch_between
 
     args = (x, A, B, router_weight, router_bias, gates, base)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -93,7 +94,8 @@ def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dro
 
 def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
     """As `reference.backward`."""
-    from rode_kernels.triton import launch_backward, launch_between
+    from rode_kernels.backends.triton import launch_backward
+    from rode_kernels.backends.triton import launch_gates as launch_between
 
     args = (dy, dgates, x, u, g, A, B, router_weight)
     plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])  # others a library would copy

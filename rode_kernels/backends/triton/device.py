@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rode_kernels.gpu import tf32_allowed
+from rode_kernels.backends.gpu.layout import tf32_allowed
 
 INTERPRETED_MULTIPROCESSORS = 2  # as few as let small problems fill the device
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rode_kernels.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
+from rode_kernels.backends.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
 
 # Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
 _SIZES = ["threshold", "M", "parts"]

@@ -1,4 +1,4 @@
-"""What stands between products of PyTorch's library: `rode_kernels.library` says which.
+"""What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path` says which.
 
 forward:  sums = x [A; Wr]^T -> g, u, v        backward:  t = dy B -> v, D = [du dh 0], dh
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rode_kernels.triton.common import experts_of, gates_of, load_tile, store_tile
+from rode_kernels.backends.triton.common import experts_of, gates_of, load_tile, store_tile
 
 _SIZES = ["M"]
 

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.gpu import with_neighbouring_columns
+from rode_kernels.backends.gpu.layout import with_neighbouring_columns
+from rode_kernels.backends.triton import backward_kernels, device, tune
+from rode_kernels.backends.triton.tiles import blocks, columns, divide_up, dropout, like, share_out, static
 from rode_kernels.mixture import Mixture
-from rode_kernels.triton import backward_kernels, device, tune
-from rode_kernels.triton.blocks import blocks, columns, divide_up, dropout, like, share_out, static
 
 ADD_BLOCK = 1024
 MANY_TOKENS = 32768

@@ -6,12 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.cost import Call
-from rode_kernels.gpu import with_neighbouring_columns
-from rode_kernels.mixture import Mixture
-from rode_kernels.plan import plan_forward
-from rode_kernels.triton import device, forward_kernels, tune
-from rode_kernels.triton.blocks import (
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.layout import with_neighbouring_columns
+from rode_kernels.backends.gpu.planner import plan_forward
+from rode_kernels.backends.triton import device, forward_kernels, tune
+from rode_kernels.backends.triton.tiles import (
     blocks,
     columns,
     columns_of_expand,
@@ -21,6 +20,7 @@ from rode_kernels.triton.blocks import (
     share_out,
     static,
 )
+from rode_kernels.mixture import Mixture
 
 
 def forward(

@@ -1,4 +1,4 @@
-"""Passes by products of PyTorch's library (`rode_kernels.library`), with Triton kernels between them."""
+"""Passes by products of PyTorch's library (`rode_kernels.backends.gpu.gemm_path`), with Triton kernels between them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels import library
-from rode_kernels.gpu import Layout, divide_up
+from rode_kernels.backends.gpu import gemm_path as library
+from rode_kernels.backends.gpu.layout import Layout, divide_up
+from rode_kernels.backends.triton import gate_kernels as between_kernels
+from rode_kernels.backends.triton import tune
+from rode_kernels.backends.triton.tiles import columns
 from rode_kernels.mixture import Mixture
-from rode_kernels.triton import between_kernels, tune
-from rode_kernels.triton.blocks import columns
 
 BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
 
 
 class Between:
-    """`rode_kernels.library.Between`, by Triton kernels."""
+    """`rode_kernels.backends.gpu.gemm_path.Between`, by Triton kernels."""
 
     def __init__(self, layout: Layout, dense: bool):
         self.layout, self.dense = layout, dense

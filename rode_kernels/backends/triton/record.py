@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 
-from rode_kernels import cost
-from rode_kernels.mixture import make_mixture
-from rode_kernels.triton import (
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.triton import (
     backward_kernels,
-    between_kernels,
     device,
     forward_kernels,
     launch_backward,
-    launch_between,
     launch_forward,
     tune,
 )
+from rode_kernels.backends.triton import gate_kernels as between_kernels
+from rode_kernels.backends.triton import launch_gates as launch_between
+from rode_kernels.mixture import make_mixture
 
 
 @dataclass

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import triton
 from torch import Tensor
 
+from rode_kernels.backends.triton import device
+from rode_kernels.backends.triton.backend import interpreted
 from rode_kernels.mixture import Mixture
-from rode_kernels.triton import device, interpreted
 
 
 @dataclass(frozen=True)

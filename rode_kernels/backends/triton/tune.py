@@ -15,7 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.triton import device, interpreted
+from rode_kernels.backends.triton import device
+from rode_kernels.backends.triton.backend import interpreted
 
 # BLOCK_M, BLOCK_O, num_warps, num_stages
 CONFIGS = (

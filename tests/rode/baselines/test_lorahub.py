@@ -13,13 +13,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rode import RodeConfig, cli
+from rode.baselines.lorahub import compose_adapters, find_coefficients
 from rode.cli import main
 from rode.commands import compose as compose_command
-from rode.compose import compose_adapters, find_coefficients
-from rode.data import Example
-from rode.recipe import recipe_from_dict
-from rode.train import train
+from rode.training.config import recipe_from_dict
+from rode.training.train import train
 from rode.vlm import load_adapter, load_vlm
+from rode_food import Example
 from tiny_llava import draw
 
 

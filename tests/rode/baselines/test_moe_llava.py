@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rode.tuner.aux_hook import AuxLoss
-from rode.tuner.moe_llava import (
+from rode.baselines.moe_llava import (
     MoeConfig,
     MoeFeedForward,
     convert_to_moe,
@@ -20,6 +19,7 @@ from rode.tuner.moe_llava import (
     moe_layers,
     save_moe,
 )
+from rode.tuner.aux_hook import AuxLoss
 
 
 class Ffn(nn.Module):

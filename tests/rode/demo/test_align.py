@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rode.data import Example
 from rode.demo.align import align_words, ingredient_words, word_vectors
 from rode.vlm import load_vlm
 from rode.vlm.load import get_projector
+from rode_food import Example
 
 WORDS = ("rice", "soup", "beans")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from rode.data import make_examples, parse_answer, read_records
 from rode.demo import plates
 from rode.demo.parts import MissingPackage, package_folder
+from rode_food import make_examples, parse_answer, read_records
 
 
 def has(*packages):

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from rode.data import make_examples
 from rode.demo import plates, run
 from rode.demo.parts import MissingPackage, check_packages
 from rode.demo.report import format_table, heat_map, line_chart
+from rode_food import make_examples
 
 TINY = run.Sizes(
     train_plates=40,

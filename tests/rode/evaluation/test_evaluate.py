@@ -8,9 +8,9 @@ import pytest
 from peft import get_peft_model
 
 from rode import RodeConfig
-from rode.data.mixture import Source
-from rode.data.vocabulary import Vocabulary
-from rode.evaluate import evaluate, evaluation_examples, format_scores, rescore
+from rode.evaluation.evaluate import evaluate, evaluation_examples, format_scores, rescore
+from rode_food.data_mixture import Source
+from rode_food.vocabulary import Vocabulary
 from tiny_llava import tiny_model, tiny_processor
 
 
@@ -30,7 +30,7 @@ def test_examples_are_each_source_once(food, held_out):
 
 def test_a_model_that_is_always_right(held_out, tmp_path, monkeypatch):
     truths = {(e.image, e.question): e.answer for e in held_out}
-    monkeypatch.setattr("rode.generate.answer", lambda model, processor, images, questions, **_: [
+    monkeypatch.setattr("rode.evaluation.generate.answer", lambda model, processor, images, questions, **_: [
         truths[pair] for pair in zip(images, questions, strict=True)
     ])  # fmt: skip
     scores = evaluate(None, None, held_out, tmp_path)
@@ -87,7 +87,7 @@ def test_without_a_router_no_gates(held_out, tmp_path):
 
 
 def test_a_vocabulary_merges_names(held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr("rode.generate.answer", lambda *_, **__: ["fried rices"] * len(held_out))
+    monkeypatch.setattr("rode.evaluation.generate.answer", lambda *_, **__: ["fried rices"] * len(held_out))
     vocabulary = Vocabulary({"rice": {"rice": 2, "fried_rices": 1}, "leaf": {"leaf": 2}})
     scores = evaluate(None, None, held_out, tmp_path, vocabulary=vocabulary)
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rode.generate import answer
+from rode.evaluation.generate import answer
 from rode.vlm import FeatureSource, load_adapter, load_vlm
 
 QUESTIONS = ["What is it?", "What is this dish made of, and how?", "Is it hot?"]

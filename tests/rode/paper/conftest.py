@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from rode.cli import main
-from rode.recipe import load_recipe
+from rode.training.config import load_recipe
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "paper"
+RECIPES = Path(__file__).parents[3] / "configs" / "paper"
 SACREBLEU = {"relu-8888": (9.0, 10.0, 12.0), "softmax-8888": (8.0, 8.0, 8.5)}
 """What the stand-in measures with seeds 0, 1 and 2; other variants get their seed."""
 
@@ -94,7 +94,7 @@ def write(path: Path, values: Any) -> None:
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
     stand_in = Processes()
-    monkeypatch.setattr("rode.reproduce.runs.call", stand_in)
+    monkeypatch.setattr("rode.paper.runs.call", stand_in)
     return stand_in
 
 

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from rode.cli import main
-from rode.files import write_text
-from rode.recipe import dump_recipe, load_recipe
-from rode.train import train
+from rode.training.config import dump_recipe, load_recipe
+from rode.training.train import train
+from rode_food.atomic import write_text
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,12 +39,12 @@ def test_a_table_from_a_tiny_model(capsys, monkeypatch, tmp_path, llava_dir, foo
     }
     base.write_text(yaml.safe_dump(values))
     folders = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
-    argv = ["reproduce", "fig6", "--recipes", ROOT / "recipes" / "paper", "--base", base, *folders, "--quiet"]
+    argv = ["reproduce", "fig6", "--recipes", ROOT / "configs" / "paper", "--base", base, *folders, "--quiet"]
     argv = list(map(str, argv))
 
     # the relu run is there as far as its first checkpoint, as a stop would leave it
     folder = tmp_path / "runs" / "tiny" / "relu-8888-seed0"
-    recipe = load_recipe(ROOT / "recipes" / "paper" / "relu-8888.yaml", [f"output_dir={folder}"], base=base)
+    recipe = load_recipe(ROOT / "configs" / "paper" / "relu-8888.yaml", [f"output_dir={folder}"], base=base)
     recipe.training.max_steps = 2
     train(recipe, progress=False)
     (folder / "training.json").unlink()

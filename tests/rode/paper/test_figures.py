@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")
-from rode.reproduce.figures import draw, mean_heat_map, save
-from rode.reproduce.report import make_report
-from rode.reproduce.results import read_results
-from rode.reproduce.tables import read_tables
+from rode.paper.figures import draw, mean_heat_map, save
+from rode.paper.report import make_report
+from rode.paper.results import read_results
+from rode.paper.tables import read_tables
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "paper"
+RECIPES = Path(__file__).parents[3] / "configs" / "paper"
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rode.recipe import ALL_TASKS, load_recipe, recipe_from_dict
+from rode.training.config import ALL_TASKS, load_recipe, recipe_from_dict
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "configs"
 FILES = {file.stem: file for file in sorted((RECIPES / "questions").glob("*.yaml"))}
 RANKS = ([2, 4, 8, 16], [7, 7, 8, 8], [1, 1, 4, 24], [15, 15], [30])
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rode.reproduce.report import make_cell
+from rode.paper.report import make_cell
 
 
 def cells(line):

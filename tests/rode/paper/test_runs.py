@@ -12,12 +12,12 @@ import threading
 import pytest
 
 from made_up_dishes import dishes
-from rode.data import read_records
-from rode.data.shards.address import ShardError
-from rode.data.shards.write import write_shards
-from rode.recipe import load_recipe
-from rode.reproduce.results import _losses, differences, file_hash
-from rode.reproduce.runs import call
+from rode.paper.results import _losses, differences, file_hash
+from rode.paper.runs import call
+from rode.training.config import load_recipe
+from rode_food import read_records
+from rode_food.shards.address import ShardError
+from rode_food.shards.write import write_shards
 
 
 def result(tmp_path, variant, seed=0):

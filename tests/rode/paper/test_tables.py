@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rode.recipe import RecipeError, load_recipe, recipe_values
-from rode.reproduce.tables import read_tables
+from rode.paper.tables import read_tables
+from rode.training.config import RecipeError, load_recipe, recipe_values
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "paper"
+RECIPES = Path(__file__).parents[3] / "configs" / "paper"
 ITEMS = ("table2", "table3", "table4", "table5", "table6", "fig6", "fig7", "fig8")
 
 # Columns as the paper has them.

@@ -16,7 +16,7 @@ from transformers import (
     get_scheduler,
 )
 
-from rode.recipe import (
+from rode.training.config import (
     RecipeError,
     adapter_config,
     dump_recipe,
@@ -24,10 +24,10 @@ from rode.recipe import (
     recipe_from_dict,
     recipe_values,
 )
-from rode.trainer import parameter_groups, training_arguments
+from rode.training.trainer import parameter_groups, training_arguments
 from rode.tuner import RodeLayer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "configs"
 MINIMAL = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "r.jsonl"}]}}
 
 

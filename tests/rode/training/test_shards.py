@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rode.data import Source, load_examples, read_records
-from rode.data.shards.examples import ShardExamples
-from rode.data.shards.index import Shards, open_shards
-from rode.data.shards.write import write_shards
-from rode.evaluate import evaluate, evaluation_examples
-from rode.train import train
+from rode.evaluation.evaluate import evaluate, evaluation_examples
+from rode.training.train import train
 from rode.vlm import FeatureSource, TrainingCollator, drop_bad_images, load_vlm
+from rode_food import Source, load_examples, read_records
+from rode_food.shards.examples import ShardExamples
+from rode_food.shards.index import Shards, open_shards
+from rode_food.shards.write import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_the_sampler_is_told_its_epoch_through_any_wrapper(recipe_of, monkeypatc
     from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
     from torch.utils.data import BatchSampler
 
-    from rode.trainer import AnswerTrainer
+    from rode.training.trainer import AnswerTrainer
 
     recipe = recipe_of(training={"max_steps": 1})
     kept = []
@@ -214,8 +214,8 @@ def test_the_sampler_is_told_its_epoch_through_any_wrapper(recipe_of, monkeypatc
 
 RANKS = """
 import json, os, sys
-from rode.recipe import load_recipe
-from rode.train import train
+from rode.training.config import load_recipe
+from rode.training.train import train
 from rode.vlm import TrainingCollator
 
 collate, log = TrainingCollator.__call__, open(f"{sys.argv[2]}/rank{os.environ['RANK']}", "w")
@@ -232,7 +232,7 @@ train(load_recipe(sys.argv[1]), resume=sys.argv[3] if len(sys.argv) > 3 else Fal
 
 @pytest.mark.slow
 def test_two_ranks_share_the_order_and_resume_within_the_second_epoch(recipe_of, tmp_path):
-    from rode.recipe import dump_recipe
+    from rode.training.config import dump_recipe
 
     def run(name, *resume):
         training = {"max_steps": 10, "save_steps": 8, "batch_size": 4, "devices": 2, "save_total_limit": 9}

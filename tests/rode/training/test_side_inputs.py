@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from rode.cli import main
-from rode.clusters import FILE, Clusters, Embedder, fit_clusters
-from rode.data import TASKS, load_examples
-from rode.data.mixture import Source
-from rode.recipe import RecipeError
-from rode.routes import Routes
-from rode.train import make_trainable, train
+from rode.training.clusters import FILE, Clusters, Embedder, fit_clusters
+from rode.training.config import RecipeError
+from rode.training.side_inputs import Routes
+from rode.training.train import make_trainable, train
 from rode.tuner import RodeConfig
 from rode.tuner.presets import PRESETS, preset
 from rode.vlm import load_adapter, load_vlm
+from rode_food import TASKS, load_examples
+from rode_food.data_mixture import Source
 
 BY_TASK = {"ranks": [2, 4], "gate": "softmax", "router_input": "task", "num_ids": 4}
 
@@ -146,7 +146,7 @@ def make_recipe_with(make_recipe, changes):
     """make_recipe merges sections; an adapter is replaced whole."""
     from dataclasses import asdict
 
-    from rode.recipe import recipe_from_dict
+    from rode.training.config import recipe_from_dict
 
     adapter = changes.pop("adapter")
     values = asdict(make_recipe(**changes)) if "training" not in changes else asdict(make_recipe())
@@ -157,7 +157,7 @@ def make_recipe_with(make_recipe, changes):
 
 
 def test_a_preset_is_its_fields(make_recipe):
-    from rode.recipe import adapter_config
+    from rode.training.config import adapter_config
 
     recipe = make_recipe_with(make_recipe, {"adapter": {"preset": "hydralora", "alpha": 8.0}})
     config = adapter_config(recipe)
@@ -206,7 +206,7 @@ def test_a_task_router_from_training_to_answers(make_recipe, food, tmp_path, cap
 
 
 def test_clusters_from_fitting_to_answers(make_recipe, food, tmp_path, monkeypatch, capsys):
-    from rode.recipe import dump_recipe
+    from rode.training.config import dump_recipe
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
@@ -312,7 +312,7 @@ def test_other_methods_learn_from_plates(name, make_recipe, plates_folder, tmp_p
 @pytest.mark.slow
 def test_x_lora_mixes_trained_adapters(make_recipe, plates_folder, tmp_path):
     """PEFT's X-LoRA over two LoRA adapters that PEFT trained; its classifier learns, they stay."""
-    from rode.recipe import adapter_config
+    from rode.training.config import adapter_config
 
     records, adapters = plates_folder / "records.jsonl", {}
     for number in "ab":

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rode.data.mixture import Mixture
-from rode.recipe import dump_recipe, load_recipe
-from rode.train import train
-from rode.trainer import EpochSampler, latest_checkpoint
+from rode.training.config import dump_recipe, load_recipe
+from rode.training.train import train
+from rode.training.trainer import EpochSampler, latest_checkpoint
 from rode.vlm import FeatureSource, load_vlm
+from rode_food.data_mixture import Mixture
 
 
 def weights(directory):
@@ -233,7 +233,7 @@ def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_recipe,
     recipe = make_recipe(training={"max_steps": 1})
     mark = train(recipe, examples=examples, progress=False).output_dir / "training.json"
     assert mark.exists()
-    monkeypatch.setattr("rode.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("rode.training.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(recipe, examples=examples, resume=True, progress=False)
     assert not mark.exists()

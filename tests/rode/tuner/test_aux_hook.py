@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rode.tuner.moe_llava import convert_to_moe, moe_layers
+from rode.baselines.moe_llava import convert_to_moe, moe_layers
 
 
 def labelled(batch):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from rode.commands import data_audit
-from rode.data.records import FoodRecord, Ingredient, Nutrition, write_records
+from rode_food.commands import audit as data_audit
+from rode_food.records import FoodRecord, Ingredient, Nutrition, write_records
 from tagger import need_tagger
 from tiny_usda import REAL_NUMBERS, write_sr28_csv
 

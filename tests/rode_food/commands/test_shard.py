@@ -7,10 +7,10 @@ import argparse
 import pytest
 
 from odd_dishes import dishes
-from rode.commands import data_shard
-from rode.data.records import write_records
-from rode.data.shards.address import ShardError
-from rode.data.shards.index import open_shards
+from rode_food.commands import shard as data_shard
+from rode_food.records import write_records
+from rode_food.shards.address import ShardError
+from rode_food.shards.index import open_shards
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.metrics import (
+from rode_food.metrics import (
     category_accuracy,
     ingredient_iou,
     mean_baseline,
@@ -138,7 +138,7 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     def no_package(name: str, *args: object) -> object:
         raise ImportError(name)
 
-    monkeypatch.setattr("rode.metrics.text.importlib.import_module", no_package)
+    monkeypatch.setattr("rode_food.metrics.text.importlib.import_module", no_package)
     with pytest.raises(
         ImportError, match=r"SacreBLEU needs the package sacrebleu: pip install 'rode\[metrics\]'"
     ):

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.vocabulary import Vocabulary
-from rode.evaluate import format_scores
-from rode.metrics import IngredientIoU, ingredient_iou, score
+from rode.evaluation.evaluate import format_scores
+from rode_food.metrics import IngredientIoU, ingredient_iou, score
+from rode_food.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
     {

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.readers import json_array
-from rode.data.readers.index import JsonIndex
-from rode.data.readers.json_array import read_json_array
-from rode.data.readers.log import ReadLog
-from rode.data.records import RecordError
+from rode_food.readers import json_array
+from rode_food.readers.index import JsonIndex
+from rode_food.readers.json_array import read_json_array
+from rode_food.readers.log import ReadLog
+from rode_food.records import RecordError
 
 SPACE = st.text(" \t\r\n", max_size=4)
 VALUES = st.recursive(
@@ -226,7 +226,7 @@ def test_index(tmp_path: Path) -> None:
 
 
 def test_ids_of_one_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rode.data.readers.index.id_hash", lambda identifier: len(identifier))
+    monkeypatch.setattr("rode_food.readers.index.id_hash", lambda identifier: len(identifier))
     path = tmp_path / "layer2.json"
     path.write_bytes(b"[" + b",".join(entry(n) for n in range(5)) + b"]")
     log = ReadLog(strict=True)

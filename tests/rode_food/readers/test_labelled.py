@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from published_layouts import write_food2k, write_food101, write_lines, write_picture, write_vireo
-from rode.data.readers import READERS, guess_kind, read_source
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient, RecordError
+from rode_food.readers import READERS, guess_kind, read_source
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient, RecordError
 
 
 def read(kind: str, folder: Path) -> tuple[list[FoodRecord], ReadLog]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from published_layouts import write_lines, write_nutrition5k, write_picture
-from rode.data.readers import guess_kind, read_source
-from rode.data.readers.log import ReadLog
-from rode.data.readers.nutrition5k_csv import misses
-from rode.data.records import FoodRecord, Ingredient, Nutrition, RecordError
+from rode_food.readers import guess_kind, read_source
+from rode_food.readers.log import ReadLog
+from rode_food.readers.nutrition5k_csv import misses
+from rode_food.records import FoodRecord, Ingredient, Nutrition, RecordError
 
 # id, name, grams, kcal, fat, carb, protein
 BEEF = ("ingr_0000000008", "beef", 50.0, 125.0, 7.5, 0.0, 12.5)

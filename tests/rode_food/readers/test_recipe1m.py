@@ -14,10 +14,10 @@ from published_layouts import (
     write_array,
     write_recipes,
 )
-from rode.data.convert import convert
-from rode.data.readers import guess_kind, read_source
-from rode.data.readers.log import ReadLog
-from rode.data.records import FoodRecord, Ingredient, Nutrition, Quantity, RecordError, read_records
+from rode_food.convert import convert
+from rode_food.readers import guess_kind, read_source
+from rode_food.readers.log import ReadLog
+from rode_food.records import FoodRecord, Ingredient, Nutrition, Quantity, RecordError, read_records
 
 A, B, C = "00aa000001", "00aa000002", "00aa000003"
 PICTURE, OTHER, THIRD = "0fa8309c13.jpg", "1fa8309c13.jpg", "2fa8309c13.jpg"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forked import forked
-from rode.data.images import open_picture
-from rode.data.shards import address
-from rode.data.shards.address import make_address, parse_address, read_part
+from rode_food.images import open_picture
+from rode_food.shards import address
+from rode_food.shards.address import make_address, parse_address, read_part
 
 
 @given(

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
 from odd_dishes import dishes
-from rode.data import Source, load_examples, write_records
-from rode.data.mixture import Joined
-from rode.data.shards.address import ShardError
-from rode.data.shards.examples import ShardExamples
-from rode.data.shards.index import open_shards
-from rode.data.shards.order import shuffle_blocks
-from rode.data.shards.write import write_shards
-from rode.evaluate import evaluation_examples
-from rode.trainer import EpochSampler
+from rode.evaluation.evaluate import evaluation_examples
+from rode.training.trainer import EpochSampler
 from rode.vlm.packing import pack_by_picture
+from rode_food import Source, load_examples, write_records
+from rode_food.data_mixture import Joined
+from rode_food.shards.address import ShardError
+from rode_food.shards.examples import ShardExamples
+from rode_food.shards.index import open_shards
+from rode_food.shards.order import shuffle_blocks
+from rode_food.shards.write import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_a_folder_without_a_split_and_without_shards(food, tmp_path):
 
 def test_shards_of_a_program_that_asked_otherwise(food, monkeypatch):
     (shards,) = load_examples([Source(str(food / "tar"))], "train").parts()
-    monkeypatch.setattr("rode.data.shards.examples.make_examples", lambda *_, **__: [])
+    monkeypatch.setattr("rode_food.shards.examples.make_examples", lambda *_, **__: [])
     with pytest.raises(ShardError, match="written by a version that asked other questions"):
         shards[0]
 

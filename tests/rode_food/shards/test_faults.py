@@ -12,11 +12,11 @@ import pytest
 
 from forked import forked
 from odd_dishes import dishes
-from rode.data.images import ImageError, check_image, open_picture
-from rode.data.shards.address import ShardError, forget_open_files
-from rode.data.shards.index import open_shards
-from rode.data.shards.write import write_shards
 from rode.vlm import open_image
+from rode_food.images import ImageError, check_image, open_picture
+from rode_food.shards.address import ShardError, forget_open_files
+from rode_food.shards.index import open_shards
+from rode_food.shards.write import write_shards
 
 FORMATS = ("webdataset", "parquet")
 SUFFIX = {"webdataset": "tar", "parquet": "parquet"}
@@ -77,7 +77,7 @@ def test_killed_at_any_rename_it_goes_on(records, tmp_path, format, after):
 
 
 def test_killed_within_a_shard_nothing_has_its_name(records, tmp_path, monkeypatch):
-    from rode.data.shards import formats
+    from rode_food.shards import formats
 
     def dying():
         add, calls = formats.TarShard.add, []

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from odd_dishes import IDS, dishes
-from rode.data.images import open_picture
-from rode.data.records import RecordError, record_from_json, record_to_json
-from rode.data.shards.index import open_shards
-from rode.data.shards.write import safe_key, write_shards
+from rode_food.images import open_picture
+from rode_food.records import RecordError, record_from_json, record_to_json
+from rode_food.shards.index import open_shards
+from rode_food.shards.write import safe_key, write_shards
 
 FORMATS = ("webdataset", "parquet")
 
@@ -280,7 +280,7 @@ def test_records_that_cannot_be_used(records, tmp_path):
 
 
 def test_fractions_make_splits(records, tmp_path):
-    from rode.data.mixture import hash_split
+    from rode_food.data_mixture import hash_split
 
     fractions = {"train": 0.5, "test": 0.5}
     whole = [dataclasses.replace(record, split=None) for record in records]
@@ -320,7 +320,7 @@ def test_json_of_a_record_without_its_picture_s_path(records, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_lines_of_the_docs(records, tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[4] / "docs/shards.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/shards.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 2
     write_shards(records, tmp_path / "food", name="food", size=7)
@@ -343,9 +343,9 @@ def test_the_lines_of_the_docs(records, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("format", FORMATS)
 def test_real_photographs(rode_data, tmp_path, format):
     """All of them: records, bytes and pixels are those of the loose files."""
-    from rode.data import read_records
-    from rode.data.convert import convert
     from rode.vlm import open_image
+    from rode_food import read_records
+    from rode_food.convert import convert
 
     convert("food-photos", rode_data / "food_photos", tmp_path / "records.jsonl", on_bad_image="skip")
     loose = {record.id: record for record in read_records(tmp_path / "records.jsonl")}

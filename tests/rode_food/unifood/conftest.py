@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.settings import SourceSettings, UnifoodSettings
-from rode.data.unifood.stage import Stage
+from rode_food.unifood.engines import LocalEngine
+from rode_food.unifood.settings import SourceSettings, UnifoodSettings
+from rode_food.unifood.stage import Stage
 
 
 def small_settings(*paths: Path, kind: str = "records", **select: Any) -> UnifoodSettings:

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode.data.records import (
+from rode_food.records import (
     NUTRITION_FIELDS,
     FoodRecord,
     Ingredient,
@@ -17,9 +17,9 @@ from rode.data.records import (
     read_records,
     write_records,
 )
-from rode.data.unifood import aggregate
-from rode.data.unifood.aggregate import total
-from rode.data.unifood.stage import Stage
+from rode_food.unifood import aggregate
+from rode_food.unifood.aggregate import total
+from rode_food.unifood.stage import Stage
 
 from .conftest import small_settings
 

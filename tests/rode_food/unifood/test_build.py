@@ -12,12 +12,12 @@ from forked import forked
 from killed import kill_everywhere
 from made_up_dishes import dishes
 from rode.cli import main
-from rode.data.records import read_records, write_records
-from rode.data.unifood import stage as stage_module
-from rode.data.unifood.build import build_unifood, load_settings
-from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.settings import SourceSettings
-from rode.settings import SettingsError
+from rode_food.records import read_records, write_records
+from rode_food.settings import SettingsError
+from rode_food.unifood import stage as stage_module
+from rode_food.unifood.build import build_unifood, load_settings
+from rode_food.unifood.engines import LocalEngine
+from rode_food.unifood.settings import SourceSettings
 
 from .conftest import small_settings
 
@@ -185,7 +185,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[4] / "recipes" / "build").glob("*.yaml")), ids=lambda p: p.stem
+    "file", sorted((Path(__file__).parents[3] / "configs" / "build").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_settings_that_come_with_it(file: Path) -> None:
     settings = load_settings(file, ["select.size=7"])

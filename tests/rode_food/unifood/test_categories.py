@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode.data.unifood.categories import Categories, head
+from rode_food.unifood.categories import Categories, head
 
 TITLES = [
     "Chocolate Chip Cookies", "Oatmeal cookies (easy!)", "Sugar Cookie", "Ginger cookies with icing", "Best Cookies",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from rode.data.unifood.engines import LocalEngine, RayEngine, make_engine
-from rode.data.unifood.stage import Stage
+from rode_food.unifood.engines import LocalEngine, RayEngine, make_engine
+from rode_food.unifood.stage import Stage
 
 from .conftest import small_settings
 
@@ -98,7 +98,7 @@ def test_parts_that_are_done_are_not_done_again(tmp_path: Path, stage: Callable[
 def test_workers_go_when_their_parent_is_killed(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time
-from rode.data.unifood.engines import LocalEngine
+from rode_food.unifood.engines import LocalEngine
 sys.path.insert(0, {str(tmp_path)!r})
 from work import work
 if __name__ == "__main__":

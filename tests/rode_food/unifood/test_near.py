@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.unifood import near
-from rode.data.unifood.near import near_any
+from rode_food.unifood import near
+from rode_food.unifood.near import near_any
 
 # few bits set, so that near ones are common
 words = st.lists(

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from made_up_dishes import dishes, paint
-from rode.data.images import ImageError
-from rode.data.records import FoodRecord, Ingredient, read_records, write_records
-from rode.data.unifood import select
-from rode.data.unifood.select import _Candidates, _order, hash_pictures
-from rode.data.unifood.stage import Stage
+from rode_food.images import ImageError
+from rode_food.records import FoodRecord, Ingredient, read_records, write_records
+from rode_food.unifood import select
+from rode_food.unifood.select import _Candidates, _order, hash_pictures
+from rode_food.unifood.stage import Stage
 
 from .conftest import small_settings
 

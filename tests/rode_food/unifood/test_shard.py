@@ -12,13 +12,13 @@ import pytest
 
 from forked import forked
 from odd_dishes import dishes
-from rode.data.images import ImageError
-from rode.data.records import read_records, write_records
-from rode.data.shards.index import open_shards
-from rode.data.unifood import shard
-from rode.data.unifood.engines import LocalEngine
-from rode.data.unifood.settings import ShardSettings
-from rode.data.unifood.stage import Stage
+from rode_food.images import ImageError
+from rode_food.records import read_records, write_records
+from rode_food.shards.index import open_shards
+from rode_food.unifood import shard
+from rode_food.unifood.engines import LocalEngine
+from rode_food.unifood.settings import ShardSettings
+from rode_food.unifood.stage import Stage
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("matplotlib")
 from killed import kill_everywhere
-from rode.data import FoodRecord, Ingredient, RecordError, read_records, write_records
-from rode.data.statistics import collect
-from rode.data.unifood.stage import Stage
-from rode.data.unifood.statistics import run
-from rode.data.vocabulary import Vocabulary
+from rode_food import FoodRecord, Ingredient, RecordError, read_records, write_records
+from rode_food.statistics import collect
+from rode_food.unifood.stage import Stage
+from rode_food.unifood.statistics import run
+from rode_food.vocabulary import Vocabulary
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import pytest
 from killed import kill_everywhere
 from made_up_dishes import FOODS, dishes
 from rode.cli import main
-from rode.data.records import NUTRITION_FIELDS, read_records
-from rode.data.unifood import stage as stage_module
-from rode.data.unifood.build import STAGES, build_unifood
-from rode.data.unifood.engines import LocalEngine, RayEngine
-from rode.data.unifood.settings import UnifoodSettings
+from rode_food.records import NUTRITION_FIELDS, read_records
+from rode_food.unifood import stage as stage_module
+from rode_food.unifood.build import STAGES, build_unifood
+from rode_food.unifood.engines import LocalEngine, RayEngine
+from rode_food.unifood.settings import UnifoodSettings
 from tagger import need_tagger
 from vision_answers import foods_of
 from vision_server import VisionServer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rode.data.usda import Estimator
+from rode_food.usda import Estimator
 from tagger import need_tagger
 from tiny_usda import tiny_common, tiny_table
 

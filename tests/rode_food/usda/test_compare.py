@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from rode.data.records import FoodRecord, Ingredient, Nutrition
-from rode.data.usda import Estimator, Food, FoodTable, load_foods
-from rode.data.usda.audit import Audit
-from rode.data.usda.audit_report import audit_html, audit_text
-from rode.data.usda.compare import Limits, compare, disagreements
-from rode.data.usda.names import CommonFood
+from rode_food.records import FoodRecord, Ingredient, Nutrition
+from rode_food.usda import Estimator, Food, FoodTable, load_foods
+from rode_food.usda.audit import Audit
+from rode_food.usda.audit_report import audit_html, audit_text
+from rode_food.usda.compare import Limits, compare, disagreements
+from rode_food.usda.names import CommonFood
 from tiny_usda import tiny_common, tiny_table
 
 LIMITS = Limits(tolerance=0.3, energy_floor=10, macro_floor=1, coverage=0.8, mass_tolerance=0.5)

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from rode.data.records import Ingredient
-from rode.data.usda import lines
-from rode.data.usda.lines import Amount, line_of, read_line
+from rode_food.records import Ingredient
+from rode_food.usda import lines
+from rode_food.usda.lines import Amount, line_of, read_line
 
 pytestmark = pytest.mark.usefixtures("parser")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode.data.usda import Estimator, load_foods
-from rode.data.usda.precision import Label, measure, read_labels, report, wilson
+from rode_food.usda import Estimator, load_foods
+from rode_food.usda.precision import Label, measure, read_labels, report, wilson
 
 HEAD = "file,recipe,field,line,sha256,accepted,grams_min,grams_max"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rode.data.usda import Food, Portion, UsdaError, load_foods
-from rode.data.usda.names import common_foods
+from rode_food.usda import Food, Portion, UsdaError, load_foods
+from rode_food.usda.names import common_foods
 from tiny_usda import tiny_table, write_sr28_csv
 
 BUTTER = Food(
@@ -185,10 +185,10 @@ def test_every_common_food_is_what_its_row_expects(rode_data):
 def test_the_map_says_one_thing_of_a_name():
     from importlib import resources
 
-    from rode.data.usda.names import normalise
+    from rode_food.usda.names import normalise
 
     seen: dict[str, tuple[str, str]] = {}
-    with (resources.files("rode.data.usda") / "common_foods.csv").open(encoding="utf-8") as lines:
+    with (resources.files("rode_food.usda") / "common_foods.csv").open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             name, foods = normalise(row["name"]), (row["ndb_no"], row["served_ndb_no"])
             assert seen.setdefault(name, foods) == foods, row["name"]

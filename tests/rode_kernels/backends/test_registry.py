@@ -8,7 +8,7 @@ import sys
 import torch
 
 from rode_kernels import backends, rectified_mixture
-from rode_kernels.backends import select_backend
+from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
 
 
@@ -30,7 +30,7 @@ def test_every_status_has_a_reason():
 
 
 def test_cpu_tensors_get_native_code_where_it_is():
-    want = "rode_kernels.cpu" if backends()["cpu"].available else "rode_kernels.reference"
+    want = "rode_kernels.backends.cpu" if backends()["cpu"].available else "rode_kernels.backends.reference"
     assert select_backend("", torch.zeros(2, 4), 5, make_mixture((2,), (1.0,))).__name__ == want
 
 
@@ -43,7 +43,7 @@ for _ in range(2):
     y = rode_kernels.rectified_mixture(x, A, B, W, ranks=(2,), scaling=(1.0,))
 want = torch.relu(x @ W.T) * (x @ A.T @ B.T)
 assert torch.allclose(y, want, atol=1e-5)
-print(rode_kernels.backends()["cpu"].available)
+print(rode_kernels.backends.registry()["cpu"].available)
 """
 
 
@@ -55,7 +55,7 @@ def test_without_native_code_it_works_and_says_so_once():
 
 
 def test_an_instruction_set_that_does_not_exist_is_named():
-    code = "import rode_kernels; print(rode_kernels.backends()['cpu'].reason)"
+    code = "import rode_kernels; print(rode_kernels.backends.registry()['cpu'].reason)"
     if backends()["cpu"].available:
         assert "expected one of" in run(code, RODE_CPU_ISA="sse9").stdout
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rode.analyze.text import adapters, best_measure
-from rode.pages import new_figure
+from rode.evaluation.analysis.text import adapters, best_measure
+from rode_food.html import new_figure
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#64748b")
 

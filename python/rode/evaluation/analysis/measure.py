@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from rode.data import TASKS, Example
 from rode.tuner import GateStatistics
 from rode.tuner.statistics import IGNORE, ExampleGates
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator
+from rode_food import TASKS, Example
 
 ANSWERS = ("truth", "generated")
 
@@ -53,13 +53,13 @@ def measure(
 
     Args:
         model: a LLaVA with an adapter that has a router.
-        processor, prompt, batch_size, source, routes, progress: see `rode.generate.answer`.
+        processor, prompt, batch_size, source, routes, progress: see `rode.evaluation.generate.answer`.
         examples: at least one; the tasks among them are measured apart.
         answers: "truth" runs over the true answers, "generated" over the model's own, which cost a generation each.
         max_new_tokens: the longest generated answer.
 
     Returns:
-        task -> gates, tasks in the order of `rode.data.TASKS`.
+        task -> gates, tasks in the order of `rode_food.TASKS`.
 
     Raises:
         ValueError: no example, no router, or an unknown choice of answers.
@@ -117,7 +117,7 @@ def _with_own_answers(
     routes: Any,
     progress: bool,
 ) -> list[Example]:
-    from rode.generate import answer
+    from rode.evaluation.generate import answer
 
     examples = sorted(examples, key=lambda e: (e.task, len(e.question)))
     own = answer(

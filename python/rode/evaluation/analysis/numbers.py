@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rode.analyze.measure import TaskGates
-from rode.analyze.sharing import Usage, halves, share
+from rode.evaluation.analysis.measure import TaskGates
+from rode.evaluation.analysis.sharing import Usage, halves, share
 
 NEARLY_DEAD = 0.01
 """Open on fewer tokens than this of every kind in every task."""
@@ -59,13 +59,13 @@ def summarise(measured: Mapping[str, TaskGates], seed: int = 0) -> Analysis:
     """All numbers about one adapter.
 
     Args:
-        measured: of `rode.analyze.measure`. seed: of the reference levels of sharing.
+        measured: of `rode.evaluation.analysis.measure`. seed: of the reference levels of sharing.
 
     Returns:
         tasks, kinds; examples and loss by task; units: layer, block, expert and rank of each expert; open_rate and mean_gate: by
         task and kind a number for each unit; open_by_task: their mean over units; heat_maps: by stack of blocks; dead,
-        nearly_dead, always_open: units; sharing: for each pair of tasks, kind and measure, see `rode.analyze.sharing.share`;
-        sparsity: by kind, over all tasks, and by task. None stands where no token was seen.
+        nearly_dead, always_open: units; sharing: for each pair of tasks, kind and measure
+        (`rode.evaluation.analysis.sharing.share`); sparsity: by kind, over all tasks, and by task. None stands where no token was seen.
     """
     sums = {task: _Sums(gates) for task, gates in measured.items()}
     first = next(iter(measured.values()))

@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rode.analyze import figures, text
-from rode.files import write_text
-from rode.pages import page, picture, svg, table
+from rode.evaluation.analysis import figures, text
+from rode_food.atomic import write_text
+from rode_food.html import page, picture, svg, table
 
 SHOWN = 40
 """Experts named in one list; analysis.json has them all."""

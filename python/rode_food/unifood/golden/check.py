@@ -7,12 +7,12 @@ import io
 import json
 from typing import Any
 
-from rode.data.images import ImageError, decode_picture
-from rode.data.records import NUTRITION_FIELDS, FoodRecord, record_from_json
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.usda.compare import Comparison, compare, disagreements
-from rode.data.usda.estimate import shared_estimator
-from rode.data.usda.tables import NUTRIENTS
+from rode_food.images import ImageError, decode_picture
+from rode_food.records import NUTRITION_FIELDS, FoodRecord, record_from_json
+from rode_food.unifood.golden.settings import GoldenSettings
+from rode_food.usda.compare import Comparison, compare, disagreements
+from rode_food.usda.estimate import shared_estimator
+from rode_food.usda.tables import NUTRIENTS
 
 THUMBNAIL = 256
 """Pixels of the longer side of a picture on the review page."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rode.files import replacing
+from rode_food.atomic import replacing
 
 FILE = "decisions.json"
 WORDS = ("accept", "reject")

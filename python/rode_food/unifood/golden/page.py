@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from importlib import resources
 
-from rode.files import replacing
+from rode_food.atomic import replacing
 
 _ENTRIES = "/*ENTRIES*/"
 _DECISIONS = "/*DECISIONS*/"
@@ -26,7 +26,7 @@ def write_page(path: str | os.PathLike[str], entries: Iterable[str], decisions: 
         entries: JSON objects as `golden.check.page_lines` makes them.
         decisions: what was decided already.
     """
-    template = (resources.files("rode.data.unifood.golden") / "review.html").read_text(encoding="utf-8")
+    template = (resources.files("rode_food.unifood.golden") / "review.html").read_text(encoding="utf-8")
     before, after = template.split(_ENTRIES)
     with replacing(path) as out:
         out.write(before)

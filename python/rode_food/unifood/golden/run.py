@@ -11,16 +11,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from rode.data.records import SPLITS, FoodRecord, record_to_json, write_records
-from rode.data.tasks import stable_hash
-from rode.data.unifood.golden.check import OUTSIDE, check_lines, page_lines
-from rode.data.unifood.golden.decisions import read_decisions
-from rode.data.unifood.golden.page import write_page
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.unifood.stage import Stage
-from rode.data.usda.estimate import shared_estimator
-from rode.files import replacing
-from rode.settings import SettingsError, did_you_mean
+from rode_food.atomic import replacing
+from rode_food.records import SPLITS, FoodRecord, record_to_json, write_records
+from rode_food.settings import SettingsError, did_you_mean
+from rode_food.tasks import stable_hash
+from rode_food.unifood.golden.check import OUTSIDE, check_lines, page_lines
+from rode_food.unifood.golden.decisions import read_decisions
+from rode_food.unifood.golden.page import write_page
+from rode_food.unifood.golden.settings import GoldenSettings
+from rode_food.unifood.stage import Stage
+from rode_food.usda.estimate import shared_estimator
 
 THINNED = "category is full"
 REJECTED = "rejected by a person"

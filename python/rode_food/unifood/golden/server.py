@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from rode.data.unifood.golden.decisions import WORDS, read_decisions, write_decisions
+from rode_food.unifood.golden.decisions import WORDS, read_decisions, write_decisions
 
 _LONGEST = 64 * 1024  # bytes of one decision
 

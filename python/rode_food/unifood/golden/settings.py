@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rode.data.usda.compare import Limits
+from rode_food.usda.compare import Limits
 
 
 @dataclass
 class GoldenSettings:
     usda: str | None = None
-    """Folder of USDA's tables (`rode.data.usda.load_foods` says which); the stage cannot run without it."""
+    """Folder of USDA's tables (`rode_food.usda.load_foods` says which); the stage cannot run without it."""
     splits: list[str] = field(default_factory=lambda: ["test"])
     """Splits to check; others pass through as they are."""
     state: Literal["recipe", "served"] = "recipe"

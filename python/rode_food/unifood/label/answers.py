@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rode.data.unifood.label.client import Fault
-from rode.data.unifood.label.errors import LabelError
-from rode.data.unifood.label.ledger import Change, Ledger, Reply
-from rode.data.unifood.label.price import Estimate, price, usage_of
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.work import Item, judge
+from rode_food.unifood.label.client import Fault
+from rode_food.unifood.label.errors import LabelError
+from rode_food.unifood.label.ledger import Change, Ledger, Reply
+from rode_food.unifood.label.price import Estimate, price, usage_of
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.work import Item, judge
 
 
 class Misses:

@@ -18,15 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rode.data.unifood.label.answers import Misses, change_by_fault, change_by_reply, make_reply
-from rode.data.unifood.label.client import Endpoint, Fault, RequestFailed, check_completion, fault_of_status
-from rode.data.unifood.label.errors import LabelError
-from rode.data.unifood.label.ledger import BatchRow, Change, Ledger
-from rode.data.unifood.label.price import Budget
-from rode.data.unifood.label.prompt import encode_picture, request_body
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.work import Item, Verdict, Work, judge
-from rode.files import replacing
+from rode_food.atomic import replacing
+from rode_food.unifood.label.answers import Misses, change_by_fault, change_by_reply, make_reply
+from rode_food.unifood.label.client import Endpoint, Fault, RequestFailed, check_completion, fault_of_status
+from rode_food.unifood.label.errors import LabelError
+from rode_food.unifood.label.ledger import BatchRow, Change, Ledger
+from rode_food.unifood.label.price import Budget
+from rode_food.unifood.label.prompt import encode_picture, request_body
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.work import Item, Verdict, Work, judge
 
 _TOKEN = "rode_label"
 """Key of the metadata that holds our token."""

@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from rode.data.unifood.label.errors import LabelError
-from rode.data.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.errors import LabelError
+from rode_food.unifood.label.settings import LabelSettings
 
 T = TypeVar("T")
 

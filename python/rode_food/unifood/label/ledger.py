@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rode.data.unifood.label.errors import LabelError
+from rode_food.unifood.label.errors import LabelError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS contents (

@@ -8,14 +8,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from rode.data.unifood.label.answers import Misses, change_by_fault, change_by_reply, make_reply
-from rode.data.unifood.label.client import Endpoint, Fault, RequestFailed, Stopped
-from rode.data.unifood.label.errors import LabelError
-from rode.data.unifood.label.ledger import Change, Ledger
-from rode.data.unifood.label.price import Budget, price_at_most
-from rode.data.unifood.label.prompt import encode_picture, request_body
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.work import Item, Verdict, judge
+from rode_food.unifood.label.answers import Misses, change_by_fault, change_by_reply, make_reply
+from rode_food.unifood.label.client import Endpoint, Fault, RequestFailed, Stopped
+from rode_food.unifood.label.errors import LabelError
+from rode_food.unifood.label.ledger import Change, Ledger
+from rode_food.unifood.label.price import Budget, price_at_most
+from rode_food.unifood.label.prompt import encode_picture, request_body
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.work import Item, Verdict, judge
 
 
 @dataclass(frozen=True)

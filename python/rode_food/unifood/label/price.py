@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rode.data.unifood.label.prompt import resized, text_of
-from rode.data.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.prompt import resized, text_of
+from rode_food.unifood.label.settings import LabelSettings
 
 _BYTES_PER_TOKEN = 4
 """Of English text and JSON, roughly."""

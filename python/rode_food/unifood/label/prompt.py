@@ -8,9 +8,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rode.data.images import open_image
-from rode.data.records import Ingredient
-from rode.data.unifood.label.settings import LabelSettings
+from rode_food.images import open_image
+from rode_food.records import Ingredient
+from rode_food.unifood.label.settings import LabelSettings
 
 PROMPT_VERSION = "1"
 """Part of the ledger's key: raise it with every change of wording or schema, and all is asked anew."""

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rode.data.records import FoodRecord, write_records
-from rode.data.unifood.label.batch import Batches
-from rode.data.unifood.label.client import Endpoint
-from rode.data.unifood.label.errors import LabelError, Unfinished
-from rode.data.unifood.label.ledger import Ledger
-from rode.data.unifood.label.live import ask_live
-from rode.data.unifood.label.price import Budget, price, price_at_most
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.work import Item, Work, judge
-from rode.data.unifood.stage import Stage
-from rode.files import replacing
+from rode_food.atomic import replacing
+from rode_food.records import FoodRecord, write_records
+from rode_food.unifood.label.batch import Batches
+from rode_food.unifood.label.client import Endpoint
+from rode_food.unifood.label.errors import LabelError, Unfinished
+from rode_food.unifood.label.ledger import Ledger
+from rode_food.unifood.label.live import ask_live
+from rode_food.unifood.label.price import Budget, price, price_at_most
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.work import Item, Work, judge
+from rode_food.unifood.stage import Stage
 
 
 def run(stage: Stage) -> dict[str, Any]:

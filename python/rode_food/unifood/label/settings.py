@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rode.settings import SettingsError
+from rode_food.settings import SettingsError
 
 
 @dataclass

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rode.data.ingredient_lines import parse_ingredient_line
-from rode.data.records import Ingredient, Nutrition, Quantity
-from rode.data.unifood.label.prompt import NUMBERS, ingredient_line
-from rode.data.unifood.label.settings import LabelSettings
+from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.records import Ingredient, Nutrition, Quantity
+from rode_food.unifood.label.prompt import NUMBERS, ingredient_line
+from rode_food.unifood.label.settings import LabelSettings
 
 KILOJOULES = 4.184
 

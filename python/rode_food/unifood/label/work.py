@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from rode.data.records import FoodRecord, Ingredient, Nutrition
-from rode.data.unifood.label.ledger import Content, Ledger
-from rode.data.unifood.label.price import Estimate, estimate, price_at_most
-from rode.data.unifood.label.prompt import PROMPT_VERSION, ingredient_line
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.validate import check_answer
-from rode.data.unifood.stage import Stage
+from rode_food.records import FoodRecord, Ingredient, Nutrition
+from rode_food.unifood.label.ledger import Content, Ledger
+from rode_food.unifood.label.price import Estimate, estimate, price_at_most
+from rode_food.unifood.label.prompt import PROMPT_VERSION, ingredient_line
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.validate import check_answer
+from rode_food.unifood.stage import Stage
 
 
 @dataclass(frozen=True)

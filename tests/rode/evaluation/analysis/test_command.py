@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from rode.cli import main
-from rode.recipe import dump_recipe
-from rode.train import train
+from rode.training.config import dump_recipe
+from rode.training.train import train
 
 pytest.importorskip("matplotlib")
 

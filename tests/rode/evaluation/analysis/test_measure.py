@@ -10,12 +10,12 @@ import torch
 from peft import get_peft_model
 
 from rode import RodeConfig
-from rode.analyze.measure import measure
-from rode.analyze.numbers import summarise
-from rode.analyze.text import best_measure, format_analysis, sharing_rows
-from rode.data import Example
+from rode.evaluation.analysis.measure import measure
+from rode.evaluation.analysis.numbers import summarise
+from rode.evaluation.analysis.text import best_measure, format_analysis, sharing_rows
 from rode.tuner import RodeLayer
 from rode.vlm import PixelSource, PromptEncoder
+from rode_food import Example
 from tiny_llava import tiny_model, tiny_processor
 
 FIRST_Q = r".*language_model\.layers\.0\.self_attn\.q_proj"  # sees embeddings alone, normalised
@@ -225,7 +225,7 @@ def test_the_models_own_answers(two_tasks, monkeypatch):
         asked.extend(zip(images, questions, strict=True))
         return ["ab"] * len(images)
 
-    monkeypatch.setattr("rode.generate.answer", answer)
+    monkeypatch.setattr("rode.evaluation.generate.answer", answer)
     _, found = run(told_apart(), two_tasks, answers="generated")
     assert sorted(asked) == sorted((e.image, e.question) for e in two_tasks)
     assert found["open_rate"]["category"]["answer"] == [0.25, 0.25, 0]  # a space, a, b, the end

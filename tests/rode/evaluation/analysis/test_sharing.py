@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from rode.analyze.sharing import ROUNDS, Usage, halves, jaccard, share
+from rode.evaluation.analysis.sharing import ROUNDS, Usage, halves, jaccard, share
 
 LAYERS = torch.tensor([0, 0, 0, 1, 1, 1])
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from golden_engine import Serial
-from rode.data.records import FoodRecord, Ingredient, Nutrition, write_records
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.unifood.stage import Stage
-from rode.data.usda.estimate import shared_estimator
+from rode_food.records import FoodRecord, Ingredient, Nutrition, write_records
+from rode_food.unifood.golden.settings import GoldenSettings
+from rode_food.unifood.stage import Stage
+from rode_food.usda.estimate import shared_estimator
 from tagger import need_tagger
 from tiny_usda import REAL_NUMBERS, write_sr28_csv
 

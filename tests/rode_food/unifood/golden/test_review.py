@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from rode.data.unifood.golden.page import write_page
-from rode.data.unifood.golden.run import run
-from rode.data.unifood.golden.server import make_server
+from rode_food.unifood.golden.page import write_page
+from rode_food.unifood.golden.run import run
+from rode_food.unifood.golden.server import make_server
 
 
 def inside(page: str, id: str):
@@ -157,7 +157,7 @@ def test_a_full_disk_is_said(server, monkeypatch):
     def full(folder, decisions):
         raise OSError(28, "No space left on device", str(folder / "decisions.json"))
 
-    monkeypatch.setattr("rode.data.unifood.golden.server.write_decisions", full)
+    monkeypatch.setattr("rode_food.unifood.golden.server.write_decisions", full)
     status, text = decide(server, "x", "accept")
     assert status == 500
     assert "No space left" in text

@@ -9,12 +9,12 @@ import pytest
 
 from golden_engine import Serial
 from killed import kill_everywhere
-from rode.data.records import read_records
-from rode.data.unifood.golden.run import run
-from rode.data.unifood.golden.settings import GoldenSettings
-from rode.data.unifood.settings import UnifoodSettings
-from rode.data.usda import UsdaError
-from rode.settings import SettingsError, build
+from rode_food.records import read_records
+from rode_food.settings import SettingsError, build
+from rode_food.unifood.golden.run import run
+from rode_food.unifood.golden.settings import GoldenSettings
+from rode_food.unifood.settings import UnifoodSettings
+from rode_food.usda import UsdaError
 
 MORE = [f"more{i}" for i in range(4)]
 OTHERS = [f"others{i}" for i in range(4)]

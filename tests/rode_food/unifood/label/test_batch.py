@@ -9,8 +9,8 @@ from contextlib import closing
 import pytest
 
 from label_job import dish, make_job, stage_of
-from rode.data.unifood.label import LabelError, Unfinished
-from rode.data.unifood.label.run import run
+from rode_food.unifood.label import LabelError, Unfinished
+from rode_food.unifood.label.run import run
 from vision_server import VisionServer
 
 

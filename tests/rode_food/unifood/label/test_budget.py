@@ -7,13 +7,13 @@ import math
 import pytest
 
 from label_job import dish, make_job, stage_of
-from rode.data.records import read_records
-from rode.data.unifood.label import Unfinished
-from rode.data.unifood.label.price import Budget, image_tokens, usage_of
-from rode.data.unifood.label.prompt import text_of
-from rode.data.unifood.label.run import run
-from rode.data.unifood.label.settings import LabelSettings
-from rode.settings import SettingsError
+from rode_food.records import read_records
+from rode_food.settings import SettingsError
+from rode_food.unifood.label import Unfinished
+from rode_food.unifood.label.price import Budget, image_tokens, usage_of
+from rode_food.unifood.label.prompt import text_of
+from rode_food.unifood.label.run import run
+from rode_food.unifood.label.settings import LabelSettings
 from vision_server import ANSWER_TOKENS, VisionServer
 
 # every answer of the server costs 1, which is also the most if max_tokens is what it takes
@@ -137,7 +137,7 @@ def test_without_usage_tokens_are_estimated(tmp_path):
     "usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"prompt_tokens": "7"}]
 )
 def test_usage_that_says_nothing(usage):
-    from rode.data.unifood.label.price import Estimate
+    from rode_food.unifood.label.price import Estimate
 
     raw = {"usage": usage}
     assert usage_of(raw, "x" * 41, Estimate(50, 90, 30), LabelSettings()) == (50, 11, True)

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from rode.data.unifood.label.client import (
+from rode_food.unifood.label.client import (
     RequestFailed,
     check_completion,
     fault_of_status,
     make_client,
     retry_after,
 )
-from rode.data.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.settings import LabelSettings
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from label_job import Forks, make_job, stage_of
-from rode.data.unifood.label.run import run
+from rode_food.unifood.label.run import run
 from vision_server import VisionServer
 
 FAULTS = {"food01": "kilojoules at first", "food03": "prose", "food05": ["ok", "500"]}

@@ -8,9 +8,9 @@ from contextlib import closing
 import pytest
 
 from label_job import make_job, stage_of
-from rode.data.unifood.label import LabelError
-from rode.data.unifood.label.ledger import Change, Ledger, Reply
-from rode.data.unifood.label.run import run
+from rode_food.unifood.label import LabelError
+from rode_food.unifood.label.ledger import Change, Ledger, Reply
+from rode_food.unifood.label.run import run
 from vision_server import VisionServer
 
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from label_job import dish, make_job, stage_of
-from rode.data.records import Ingredient, read_records
-from rode.data.unifood.label import LabelError
-from rode.data.unifood.label.run import run
+from rode_food.records import Ingredient, read_records
+from rode_food.unifood.label import LabelError
+from rode_food.unifood.label.run import run
 from vision_server import VisionServer
 
 

@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from label_job import dish, make_job, stage_of
-from rode.data.convert import convert
-from rode.data.records import read_records
-from rode.data.unifood.label.run import run
-from rode.data.unifood.label.settings import LabelSettings
-from rode.settings import build
+from rode_food.convert import convert
+from rode_food.records import read_records
+from rode_food.settings import build
+from rode_food.unifood.label.run import run
+from rode_food.unifood.label.settings import LabelSettings
 from vision_answers import foods_of
 from vision_server import VisionServer
 
-PAGE = (Path(__file__).parents[5] / "docs" / "labelling.md").read_text()
+PAGE = (Path(__file__).parents[4] / "docs" / "labelling.md").read_text()
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))

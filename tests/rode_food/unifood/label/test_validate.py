@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode.data.records import Ingredient, Nutrition, Quantity
-from rode.data.unifood.label.prompt import NUMBERS, ingredient_line
-from rode.data.unifood.label.settings import LabelSettings
-from rode.data.unifood.label.validate import check_answer, energy_bounds, stated_grams
+from rode_food.records import Ingredient, Nutrition, Quantity
+from rode_food.unifood.label.prompt import NUMBERS, ingredient_line
+from rode_food.unifood.label.settings import LabelSettings
+from rode_food.unifood.label.validate import check_answer, energy_bounds, stated_grams
 
 SETTINGS = LabelSettings()
 RICE = {"number": 1, "mass_g": 100, "energy_kcal": 130, "fat_g": 0.3, "protein_g": 2.7, "carbohydrate_g": 28}

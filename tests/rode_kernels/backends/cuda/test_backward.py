@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
-from rode_kernels import backends, cuda_emulated, gated_mixture, rectified_mixture
-from rode_kernels.cost import Call
-from rode_kernels.cuda_emulated import machine
-from rode_kernels.plan import BackwardPlan, plan_backward
-from rode_kernels.reference import dropout_keep
+from rode_kernels import backends, gated_mixture, rectified_mixture
+from rode_kernels.backends.cuda import emulated as cuda_emulated
+from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.planner import BackwardPlan, plan_backward
+from rode_kernels.backends.reference import dropout_keep
 
 if not backends()["cuda-emulated"].available:
     if os.environ.get("RODE_EMULATE") == "1":

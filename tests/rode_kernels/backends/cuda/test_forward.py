@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from mixture_oracle import Problem, check, oracle, random_problem, with_dropout
-from rode_kernels import backends, cuda, cuda_emulated, rectified_mixture
-from rode_kernels.cuda_emulated import machine
-from rode_kernels.gpu import beyond_kernels
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.cuda import emulated as cuda_emulated
+from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu.layout import beyond_kernels
+from rode_kernels.backends.gpu.planner import Plan
+from rode_kernels.backends.reference import dropout_keep
 from rode_kernels.mixture import make_mixture
-from rode_kernels.plan import Plan
-from rode_kernels.reference import dropout_keep
 
 if not backends()["cuda-emulated"].available:
     if os.environ.get("RODE_EMULATE") == "1":

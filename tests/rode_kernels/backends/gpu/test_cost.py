@@ -7,10 +7,11 @@ import torch
 
 from benchmarks import traffic
 from mixture_oracle import random_problem
-from rode_kernels import backends, cost, gated_mixture, rectified_mixture
+from rode_kernels import backends, gated_mixture, rectified_mixture
 from rode_kernels.__main__ import main
-from rode_kernels.cuda_emulated import machine, native
-from rode_kernels.plan import (
+from rode_kernels.backends.cuda.emulated import machine, native
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.planner import (
     plan_backward,
     plan_forward,
     typical_device,

@@ -12,11 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem
-from rode_kernels import backends, cost, cuda, cuda_emulated, rectified_mixture, triton
-from rode_kernels.cost import Call
-from rode_kernels.cuda_emulated import machine
+from rode_kernels import backends, rectified_mixture
+from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.cuda import emulated as cuda_emulated
+from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.planner import by_library
+from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
-from rode_kernels.plan import by_library
 
 if not backends()["cuda-emulated"].available:
     if os.environ.get("RODE_EMULATE") == "1":
@@ -242,7 +246,8 @@ def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
 
 @pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
 def test_a_capture_of_kernels_that_have_not_run_says_what_to_do(monkeypatch):
-    from rode_kernels.triton import between_kernels, device
+    from rode_kernels.backends.triton import device
+    from rode_kernels.backends.triton import gate_kernels as between_kernels
 
     class Refusing:
         def __getitem__(self, grid):
@@ -256,7 +261,8 @@ def test_a_capture_of_kernels_that_have_not_run_says_what_to_do(monkeypatch):
 
 @pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
 def test_the_choice_reaches_triton(monkeypatch):
-    from rode_kernels.triton import launch_between, launch_forward
+    from rode_kernels.backends.triton import launch_forward
+    from rode_kernels.backends.triton import launch_gates as launch_between
 
     seen = []
     for module in (launch_between, launch_forward):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode_kernels.cost import Call
-from rode_kernels.plan import Plan, can_fuse, plan_backward, plan_forward
+from rode_kernels.backends.gpu.cost import Call
+from rode_kernels.backends.gpu.planner import Plan, can_fuse, plan_backward, plan_forward
 
 
 def llava(tokens: int) -> Call:

@@ -10,7 +10,8 @@ from rode_kernels import rectified_mixture
 
 pytest.importorskip("triton")
 
-from rode_kernels.triton import interpreted, tune
+from rode_kernels.backends.triton import tune
+from rode_kernels.backends.triton.backend import interpreted
 
 interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
 

@@ -13,14 +13,15 @@ import torch
 
 from mixture_oracle import check, operation, random_problem
 from rode_kernels import backends, rectified_mixture
-from rode_kernels import triton as triton_backend
+from rode_kernels.backends.triton import backend as triton_backend
 from rode_kernels.mixture import make_mixture
 from sass import ROOT
 
 pytest.importorskip("triton")
 
-from rode_kernels.triton import interpreted, launch_backward, tune
-from rode_kernels.triton import launches as triton_launches
+from rode_kernels.backends.triton import launch_backward, tune
+from rode_kernels.backends.triton import record as triton_launches
+from rode_kernels.backends.triton.backend import interpreted
 
 interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
 
@@ -115,7 +116,7 @@ def test_with_many_tokens_a_program_takes_several_blocks_of_y(monkeypatch, route
 @pytest.mark.usefixtures("sums_in_order")
 def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
     """INTERPRETED is read in one place, and where the interpreter multiplies rightly (float16) it changes no bit."""
-    from rode_kernels.triton import blocks
+    from rode_kernels.backends.triton import tiles as blocks
 
     sources = "\n".join(path.read_text() for path in sorted((ROOT / "rode_kernels/triton").glob("*.py")))
     assert re.findall(r"^.*if .*INTERPRETED.*$", sources, re.MULTILINE) == ["    if INTERPRETED:"]
