@@ -25,7 +25,7 @@ from rode_food.unifood.stage import Stage
 
 FAST = {
     "api_key_env": None,
-    "timeout": 0.5,
+    "timeout": 5.0,
     "backoff": 0.01,
     "retries": 3,
     "concurrency": 4,
