@@ -30,7 +30,7 @@ from benchmarks.timing import Spread, headline, interleaved, machine, ratios, sp
 from rode.training.train import _usable
 from rode.vlm import open_image
 from rode_food import FoodRecord, Ingredient, Nutrition, Source, load_examples, write_records
-from rode_food.data_mixture import Mixture
+from rode_food.data_mixture import DataMixture
 from rode_food.images import open_picture
 from rode_food.shards.write import write_shards
 
@@ -95,7 +95,7 @@ def make_records(folder: Path, count: int) -> list[FoodRecord]:
     return records
 
 
-def read(mixture: Mixture, order: Sequence[int], decode: bool) -> None:
+def read(mixture: DataMixture, order: Sequence[int], decode: bool) -> None:
     for index in order:
         example = mixture.examples[index]
         if decode:
@@ -105,7 +105,7 @@ def read(mixture: Mixture, order: Sequence[int], decode: bool) -> None:
                 file.read()
 
 
-def digest(mixture: Mixture) -> str:
+def digest(mixture: DataMixture) -> str:
     """Of all samples, whatever their order and place."""
     found = []
     for example in mixture.examples:
@@ -183,7 +183,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
 
 
 def _rows(
-    forms: dict[str, Mixture],
+    forms: dict[str, DataMixture],
     files: dict[str, list[Path]],
     order: str,
     cache: str,
@@ -217,13 +217,13 @@ def _rows(
     return out
 
 
-def _taken(mixture: Mixture, decode: bool) -> int:
+def _taken(mixture: DataMixture, decode: bool) -> int:
     """Samples of a round: decoding takes so much longer that fewer will do."""
     return max(1, len(mixture) // 8) if decode else len(mixture)
 
 
 def _starts(sources: dict[str, Source], rounds: int) -> list[dict[str, Any]]:
-    def start(source: Source) -> Mixture:
+    def start(source: Source) -> DataMixture:
         return _usable(load_examples([source], "train"), "error")[0]
 
     times = interleaved(

@@ -1,6 +1,6 @@
 """Food records, the tasks made from them, and mixtures of sources. Nothing here imports torch."""
 
-from rode_food.data_mixture import Mixture, Source, hash_split, load_examples
+from rode_food.data_mixture import DataMixture, load_examples
 from rode_food.images import ImageError, check_image
 from rode_food.records import (
     NUTRITION_FIELDS,
@@ -13,17 +13,18 @@ from rode_food.records import (
     read_records,
     write_records,
 )
+from rode_food.source import Source, hash_split
 from rode_food.tasks import TASKS, Example, make_examples, parse_answer, question
 
 __all__ = [
     "NUTRITION_FIELDS",
     "SPLITS",
     "TASKS",
+    "DataMixture",
     "Example",
     "FoodRecord",
     "ImageError",
     "Ingredient",
-    "Mixture",
     "Nutrition",
     "Quantity",
     "RecordError",

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rode_food.data_mixture import hash_split
 from rode_food.images import ImageError, check_image
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, write_records
+from rode_food.source import hash_split
 
 DEFAULT_FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 

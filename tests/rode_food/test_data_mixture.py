@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rode_food.data_mixture import Mixture, Source, hash_split, load_examples, within_fraction
+from rode_food.data_mixture import DataMixture, load_examples
 from rode_food.records import FoodRecord, RecordError, write_records
+from rode_food.source import Source, hash_split, within_fraction
 
 FRACTIONS = {"train": 0.5, "val": 0.2, "test": 0.3}
 
@@ -50,7 +51,7 @@ def test_bad_fractions(fractions: dict[str, float], message: str) -> None:
     ("weights", "epochs"), [((1.0, 1.0), 2), ((0.25, 2.0), 4), ((0.3, 1.7), 10), ((3.0, 0.1), 10)]
 )
 def test_over_epochs_every_example_comes_up_as_often_as_its_weight_says(weights: tuple, epochs: int) -> None:
-    mixture = Mixture([None] * 30, [20, 10], list(weights), seed=3)  # type: ignore[list-item]
+    mixture = DataMixture([None] * 30, [20, 10], list(weights), seed=3)  # type: ignore[list-item]
     plans = [mixture.plan(epoch) for epoch in range(epochs)]
     for plan in plans:
         assert len(plan) == len(mixture) == round(weights[0] * 20) + round(weights[1] * 10)
@@ -60,7 +61,7 @@ def test_over_epochs_every_example_comes_up_as_often_as_its_weight_says(weights:
 
 
 def test_within_an_epoch_no_example_comes_up_twice_more_than_another() -> None:
-    mixture = Mixture([None] * 7, [7], [1.5], seed=0)  # type: ignore[list-item]
+    mixture = DataMixture([None] * 7, [7], [1.5], seed=0)  # type: ignore[list-item]
     for epoch in range(6):
         # 10 or 11 draws cross one or two passes: each example is drawn at most once in each
         counts = Counter(mixture.plan(epoch))
@@ -70,8 +71,8 @@ def test_within_an_epoch_no_example_comes_up_twice_more_than_another() -> None:
 
 
 def test_the_plan_is_a_function_of_seed_and_epoch() -> None:
-    def mixture(seed: int) -> Mixture:
-        return Mixture([None] * 50, [30, 20], [1.0, 0.5], seed)  # type: ignore[list-item]
+    def mixture(seed: int) -> DataMixture:
+        return DataMixture([None] * 50, [30, 20], [1.0, 0.5], seed)  # type: ignore[list-item]
 
     assert mixture(0).plan(5) == mixture(0).plan(5)
     assert mixture(0).plan(0) != mixture(0).plan(1)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from rode_food import FoodRecord, Ingredient, RecordError, write_records
 from rode_food.commands import vocabulary as data_vocabulary
-from rode_food.data_mixture import hash_split
 from rode_food.names import ingredient_key
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
+from rode_food.source import hash_split
 from rode_food.vocabulary import Limits, Vocabulary, VocabularyError, count_names, coverage, merge_names
 
 STEPS = ("Boil it in water.", "Serve it hot.")

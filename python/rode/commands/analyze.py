@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rode.commands.options import TASK_NAMES, load, model_options, positive, routes, saved_recipe
+from rode.commands.options import TASK_NAMES, load, model_options, routes, saved_recipe
+from rode_food.commands.options import positive
 
 DESCRIPTION = """\
 Run an adapter over held-out records and report what its router does: how far each expert opens, by block, task and kind of
@@ -87,7 +88,7 @@ def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], li
     from rode.evaluation.evaluate import evaluation_examples
     from rode.training.config import EvaluationConfig
     from rode.vlm import drop_bad_images
-    from rode_food.data_mixture import Source
+    from rode_food.source import Source
 
     if recipe is None and not args.data:
         raise ValueError(

@@ -10,7 +10,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rode.commands.options import TASK_NAMES, load, model_options, positive, saved_recipe
+from rode.commands.options import TASK_NAMES, load, model_options, saved_recipe
+from rode_food.commands.options import positive
 
 DESCRIPTION = """\
 Make one plain-LoRA adapter of several (LoRAHub): their matrices are added up with coefficients that a search without
@@ -120,7 +121,7 @@ def _check_recipes(args: argparse.Namespace, recipes: dict[str, Any]) -> None:
 def _draw_examples(args: argparse.Namespace, recipe: Any) -> list[Any]:
     from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
-    from rode_food.data_mixture import Source
+    from rode_food.source import Source
 
     tasks = {"tasks": args.tasks} if args.tasks else {}
     if args.data:

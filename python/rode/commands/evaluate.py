@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rode.commands.options import TASK_NAMES, load, model_options, positive, routes
+from rode.commands.options import TASK_NAMES, load, model_options, routes
+from rode_food.commands.options import positive
 
 DESCRIPTION = """\
 Answer the questions of held-out records and score the answers.
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(format_scores(rescore(args.predictions, vocabulary)))
         return 0
     from rode.training.config import EvaluationConfig, load_recipe
-    from rode_food.data_mixture import Source
+    from rode_food.source import Source
 
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
     if recipe is None and not args.data:

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from rode.training.clusters import FILE, Embedder, fit_clusters
     from rode.training.config import load_recipe
     from rode.vlm import load_vlm
-    from rode_food.data_mixture import Source, load_examples
+    from rode_food.data_mixture import load_examples
+    from rode_food.source import Source
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.clusters < 2:

@@ -6,17 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rode_food.commands.options import positive
+
 TASK_NAMES = ("ingredients", "recipe", "nutrition", "category")
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-positive.__name__ = "number of at least 1"  # what argparse calls it in its message
 
 
 def model_options(adapter: bool = True, answers: bool = True) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rode_food import Example, load_examples
-from rode_food.data_mixture import Source
+from rode_food.source import Source
 
 
 @dataclass

@@ -8,13 +8,10 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rode.demo.outcome import Outcome
 from rode_food import TASKS
 from rode_food.atomic import write_text
-
-if TYPE_CHECKING:
-    from rode.demo.run import Outcome
 
 COLUMNS = {"untrained": "untrained", "lora": "LoRA r=8 (FoodLMM)", "rode": "RoDE"}
 MEAN_COLUMN = "always the mean"

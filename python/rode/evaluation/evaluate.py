@@ -15,8 +15,9 @@ from typing import Any
 
 from rode_food import Example
 from rode_food.atomic import write_text
-from rode_food.data_mixture import Source, load_examples
+from rode_food.data_mixture import load_examples
 from rode_food.metrics import read_predictions, score
+from rode_food.source import Source
 from rode_food.vocabulary import Vocabulary
 
 Scores = dict[str, dict[str, Any]]

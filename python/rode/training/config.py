@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from rode_food.data_mixture import Source
 from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
+from rode_food.source import Source
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)

@@ -26,8 +26,9 @@ from rode.vlm.load import get_projector, match_projector_input
 from rode.vlm.packing import pack_by_picture
 from rode_food import Example
 from rode_food.atomic import write_text
-from rode_food.data_mixture import Mixture, Source, load_examples
+from rode_food.data_mixture import DataMixture, load_examples
 from rode_food.shards.examples import ShardExamples
+from rode_food.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def data_sources(recipe: Recipe) -> list[Source]:
     return [Source(**vars(source)) for source in recipe.data.sources]
 
 
-def _usable(mixture: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
+def _usable(mixture: DataMixture, on_bad_image: str) -> tuple[DataMixture, list[str]]:
     """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Those in shards were read when
     the shards were written."""
     parts, skipped = [], []
@@ -80,7 +81,7 @@ def _usable(mixture: Mixture, on_bad_image: str) -> tuple[Mixture, list[str]]:
     return mixture.with_parts(parts), skipped
 
 
-def _packed(mixture: Mixture, most: int) -> Mixture:
+def _packed(mixture: DataMixture, most: int) -> DataMixture:
     """The mixture with the questions about one picture in packs, source by source; weights count packs then."""
     return mixture.with_parts(
         [
@@ -132,7 +133,7 @@ def _length(item: Any) -> int:
     return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
 
 
-def _lengths(mixture: Mixture) -> list[int]:
+def _lengths(mixture: DataMixture) -> list[int]:
     """Of all items; the index of shards knows those of its own."""
     lengths: list[int] = []
     for part in mixture.parts():
@@ -202,7 +203,7 @@ def train(
     if examples is None:
         mixture = load_examples(data_sources(recipe), "train", wording=recipe.data.wording, seed=seed)
     else:
-        mixture = Mixture(list(examples), [len(examples)], [1.0], seed)
+        mixture = DataMixture(list(examples), [len(examples)], [1.0], seed)
     mixture, skipped = _usable(mixture, recipe.data.on_bad_image)
     examples = mixture.examples
     if not len(mixture):

@@ -31,7 +31,7 @@ class EpochSampler(Sampler[int]):
     """The order of items as a function of the epoch alone, so that a resumed run finds its place in any epoch.
 
     Args:
-        plan: epoch -> indices (`rode_food.data_mixture.Mixture.plan`); as many in every epoch.
+        plan: epoch -> indices (`rode_food.data_mixture.DataMixture.plan`); as many in every epoch.
         lengths: of the items, to batch like with like: stretches of 50 batches are sorted and cut into batches, and
             the batches of each stretch shuffled: the plan's stretches stay where they were. None keeps the plan's order.
         batch_size: items of one batch of one device.

@@ -6,15 +6,12 @@ under the gates: `y = sum_s g_s(x) FFN_{e_s(x)}(x)`, where FFN_e has W + scaling
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rode.tuner.routers import Routed, top_experts
-
-if TYPE_CHECKING:
-    from rode.tuner.layer import RodeLayer
 
 
 class BlockPass:
@@ -27,9 +24,8 @@ class BlockPass:
         self._chosen: Tensor | None = None  # (..., N, k) bool: which expert each pass is for
         self._weights: Tensor | None = None  # (..., k)
         self.whole: Tensor | None = None  # (..., N): the gates of all passes
-        self._base: dict[
-            str, tuple[Tensor, Tensor]
-        ] = {}  # of a layer: its input and what the frozen weight made of it
+        # By name of a layer: its input, and what the frozen weight made of it.
+        self._base: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attach(self, block: nn.Module) -> list[Any]:
         """Sets the hooks on the block; their handles."""
@@ -38,11 +34,13 @@ class BlockPass:
             block.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
-    def base(self, layer: RodeLayer, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The frozen layer's output; passes of one input share it."""
-        kept = self._base.get(layer.place)
+    def base(
+        self, name: str, base_layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The output of the frozen layer of this name; passes of one input share it."""
+        kept = self._base.get(name)
         if kept is None or kept[0] is not x:
-            kept = self._base[layer.place] = (x, layer.base_layer(x, *args, **kwargs))
+            kept = self._base[name] = (x, base_layer(x, *args, **kwargs))
         return kept[1]
 
     def begin(self, adapter: str, routed: Routed, k: int) -> Tensor:

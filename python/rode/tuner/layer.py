@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,9 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.context import Routing
 from rode.tuner.gating import Gated
 from rode.tuner.ownership import may_write_into
+from rode.tuner.recorder import GateRecorder
 from rode.tuner.routers import Routed, compute_gates, init_router_, init_table_, with_universal
 from rode_kernels import gated_mixture, rectified_mixture
-
-if TYPE_CHECKING:
-    from rode.tuner.statistics import GateRecorder
 
 
 class RodeLayer(Gated, BaseTunerLayer):
@@ -242,7 +240,11 @@ class Linear(nn.Module, RodeLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         block = self.block_pass
-        result = self.base_layer(x, *args, **kwargs) if block is None else block.base(self, x, args, kwargs)
+        result = (
+            self.base_layer(x, *args, **kwargs)
+            if block is None
+            else block.base(self.place, self.base_layer, x, args, kwargs)
+        )
         if self.disable_adapters or self.merged:
             return result
         if self.quantization_backend is not None:

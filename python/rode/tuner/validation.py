@@ -6,33 +6,23 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rode.tuner.config import RodeConfig
-
-GATES = (
-    "relu",
-    "softmax",
-    "topk",
-    "sigmoid",
-    "gumbel-sigmoid",
-    "threshold",
-    "expert-choice",
-    "none",
+from rode.tuner.fields import (
+    AUX_LOSSES,
+    COMBINES,
+    GATES,
+    ROUTER_INITS,
+    ROUTER_INPUTS,
+    SCALINGS,
+    SCOPES,
+    RodeFields,
 )
-ROUTER_INPUTS = ("token", "sequence", "task", "cluster", "constant")
-ROUTER_INITS = ("kaiming", "normal", "open")
-SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/sum r", "1/r")
-AUX_LOSSES = ("none", "load-balance", "importance", "l1")
-SCOPES = ("projection", "block")
-COMBINES = ("outputs", "factors")
 
 _SOFT = ("softmax", "topk", "threshold", "expert-choice")  # gates made of a softmax
 _AUX_WEIGHTS = {"load-balance": 0.01, "importance": 0.01, "l1": 1e-8}
 
 
-def check(config: RodeConfig) -> None:
+def check(config: RodeFields) -> None:
     """Puts a configuration's values into their types and fills in what follows from them.
 
     Raises:
@@ -48,7 +38,7 @@ def check(config: RodeConfig) -> None:
     _check_modules(config)
 
 
-def _check_experts(config: RodeConfig) -> None:
+def _check_experts(config: RodeFields) -> None:
     config.ranks = _ranks("ranks", config.ranks)
     config.alpha = _positive("alpha", config.alpha)
     if not _is_real(config.dropout) or not 0.0 <= config.dropout < 1.0:
@@ -59,7 +49,7 @@ def _check_experts(config: RodeConfig) -> None:
     config.alpha_pattern = {k: _positive(f"alpha_pattern[{k!r}]", v) for k, v in config.alpha_pattern.items()}
 
 
-def _check_router_values(config: RodeConfig) -> None:
+def _check_router_values(config: RodeFields) -> None:
     for name, allowed in (
         ("gate", GATES),
         ("router_input", ROUTER_INPUTS),
@@ -93,7 +83,7 @@ def _check_router_values(config: RodeConfig) -> None:
             setattr(config, name, _positive(name, getattr(config, name)))
 
 
-def _check_router(config: RodeConfig) -> None:
+def _check_router(config: RodeFields) -> None:
     """Where logits come from."""
     if not config.routed:
         _need_defaults(
@@ -141,7 +131,7 @@ def _check_router(config: RodeConfig) -> None:
         )
 
 
-def _check_gate(config: RodeConfig) -> None:
+def _check_gate(config: RodeFields) -> None:
     """What becomes of the logits."""
     gate = config.gate
     if gate == "topk":
@@ -191,7 +181,7 @@ def _check_gate(config: RodeConfig) -> None:
                 )
 
 
-def _check_combination(config: RodeConfig) -> None:
+def _check_combination(config: RodeFields) -> None:
     """How experts make one output."""
     alike = [(name, ranks) for name, ranks in _all_ranks(config) if len(set(ranks)) > 1]
     if config.shared_A and alike:
@@ -233,7 +223,7 @@ def _check_combination(config: RodeConfig) -> None:
         )
 
 
-def _check_aux(config: RodeConfig) -> None:
+def _check_aux(config: RodeFields) -> None:
     kind = config.aux_loss
     if kind == "none":
         _need_defaults(config, "aux_loss='none'", "aux_weight")
@@ -286,7 +276,7 @@ def _check_aux(config: RodeConfig) -> None:
             )
 
 
-def _check_scaling(config: RodeConfig) -> None:
+def _check_scaling(config: RodeFields) -> None:
     config.scaling = _scaling(config.scaling)
     if isinstance(config.scaling, str):
         return
@@ -297,7 +287,7 @@ def _check_scaling(config: RodeConfig) -> None:
             )
 
 
-def _check_modules(config: RodeConfig) -> None:
+def _check_modules(config: RodeFields) -> None:
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
         if isinstance(value, str):
@@ -315,11 +305,11 @@ def _check_modules(config: RodeConfig) -> None:
         raise ValueError("layers_pattern says where layers_to_transform counts: set both or neither")
 
 
-def _all_ranks(config: RodeConfig) -> list[tuple[str, tuple[int, ...]]]:
+def _all_ranks(config: RodeFields) -> list[tuple[str, tuple[int, ...]]]:
     return [("ranks", config.ranks), *((f"rank_pattern[{k!r}]", v) for k, v in config.rank_pattern.items())]
 
 
-def _need_defaults(config: RodeConfig, why: str, *names: str) -> None:
+def _need_defaults(config: RodeFields, why: str, *names: str) -> None:
     fields = type(config).__dataclass_fields__
     for name in names:
         default, value = fields[name].default, getattr(config, name)

@@ -26,7 +26,7 @@ UNFINISHED = 3
 
 def add_parser(data: Any, **options: Any) -> None:
     """Adds the command to the sub-parsers of `rode data`."""
-    from rode.commands.options import positive
+    from rode_food.commands.options import positive
     from rode_food.unifood.build import STAGES
     from rode_food.unifood.engines import ENGINES
 

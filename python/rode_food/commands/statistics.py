@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rode.commands.options import positive
+from rode_food.commands.options import positive
 
 DESCRIPTION = """\
 What a file of records holds: our row of the paper's Table 1, Figure 3 (categories), lengths, nutrition, ingredients.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rode.commands.options import positive
+from rode_food.commands.options import positive
 
 DESCRIPTION = """\
 Which names of ingredients mean the same, and which are common enough to count: InverseCooking's protocol, on the training

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rode_food.shards.address import ShardError
 from rode_food.shards.index import Shards
 from rode_food.shards.order import shuffle_blocks
+from rode_food.source import Source
 from rode_food.tasks import QUESTIONS, TASKS, Example, make_examples
-
-if TYPE_CHECKING:
-    from rode_food.data_mixture import Source
 
 
 class ShardExamples(Sequence[Any]):

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from rode_food.atomic import replacing, write_text
-from rode_food.data_mixture import hash_split
 from rode_food.images import ImageError, check_image, open_picture
 from rode_food.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
 from rode_food.shards.address import ShardError
 from rode_food.shards.formats import ParquetShard, TarShard, import_parquet
 from rode_food.shards.index import FORMATS, INDEX, SAMPLE, SAMPLES, VERSION, file_digest, open_shards
+from rode_food.source import hash_split
 from rode_food.tasks import TASKS, make_examples, stable_hash
 
 Map = Callable[

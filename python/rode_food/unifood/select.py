@@ -19,11 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from rode_food.atomic import replacing
-from rode_food.data_mixture import hash_split
 from rode_food.images import ImageError
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
 from rode_food.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
+from rode_food.source import hash_split
 from rode_food.tasks import stable_hash
 from rode_food.unifood.categories import Categories
 from rode_food.unifood.near import near_any

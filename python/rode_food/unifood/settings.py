@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rode_food.data_mixture import hash_split
 from rode_food.readers import READERS
 from rode_food.settings import SettingsError, did_you_mean
+from rode_food.source import hash_split
 from rode_food.unifood.golden.settings import GoldenSettings
 from rode_food.unifood.label.settings import LabelSettings
 from rode_food.unifood.near import MOST_BITS

@@ -1,7 +1,8 @@
 """Passes of mixtures so wide that products decide: PyTorch's library multiplies, and one kernel stands between its products.
 
 The formulas are those of `rode_kernels.backends.reference`. Gates are selected and numbers rounded as in the kernels. Closed
-experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.by_library` says which calls go this way.
+experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.by_library` says which calls go this
+way.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from rode import RodeConfig
 from rode.evaluation.evaluate import evaluate, evaluation_examples, format_scores, rescore
-from rode_food.data_mixture import Source
+from rode_food.source import Source
 from rode_food.vocabulary import Vocabulary
 from tiny_llava import tiny_model, tiny_processor
 

@@ -17,7 +17,7 @@ from rode.tuner import RodeConfig
 from rode.tuner.presets import PRESETS, preset
 from rode.vlm import load_adapter, load_vlm
 from rode_food import TASKS, load_examples
-from rode_food.data_mixture import Source
+from rode_food.source import Source
 
 BY_TASK = {"ranks": [2, 4], "gate": "softmax", "router_input": "task", "num_ids": 4}
 

@@ -19,7 +19,7 @@ from rode.training.config import dump_recipe, load_recipe
 from rode.training.train import train
 from rode.training.trainer import EpochSampler, latest_checkpoint
 from rode.vlm import FeatureSource, load_vlm
-from rode_food.data_mixture import Mixture
+from rode_food.data_mixture import DataMixture
 
 
 def weights(directory):
@@ -306,7 +306,7 @@ def test_questions_packed_behind_their_picture(make_recipe, tmp_path):
 
 
 def test_the_order_is_the_plans_and_like_stands_by_like():
-    mixture = Mixture([None] * 100, [100], [1.0], seed=3)
+    mixture = DataMixture([None] * 100, [100], [1.0], seed=3)
     sampler = EpochSampler(mixture.plan)
     assert list(sampler) == mixture.plan(0)
     sampler.set_epoch(4)

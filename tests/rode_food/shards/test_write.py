@@ -280,7 +280,7 @@ def test_records_that_cannot_be_used(records, tmp_path):
 
 
 def test_fractions_make_splits(records, tmp_path):
-    from rode_food.data_mixture import hash_split
+    from rode_food.source import hash_split
 
     fractions = {"train": 0.5, "test": 0.5}
     whole = [dataclasses.replace(record, split=None) for record in records]

@@ -65,7 +65,8 @@ def summarise(measured: Mapping[str, TaskGates], seed: int = 0) -> Analysis:
         tasks, kinds; examples and loss by task; units: layer, block, expert and rank of each expert; open_rate and mean_gate: by
         task and kind a number for each unit; open_by_task: their mean over units; heat_maps: by stack of blocks; dead,
         nearly_dead, always_open: units; sharing: for each pair of tasks, kind and measure
-        (`rode.evaluation.analysis.sharing.share`); sparsity: by kind, over all tasks, and by task. None stands where no token was seen.
+        (`rode.evaluation.analysis.sharing.share`); sparsity: by kind, over all tasks, and by task. None stands where no
+        token was seen.
     """
     sums = {task: _Sums(gates) for task, gates in measured.items()}
     first = next(iter(measured.values()))
