@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rode.tuner import GateStatistics, RodeConfig, RodeLayer
-from rode.tuner.statistics import GateRecorder, _TokenKinds
+from rode.tuner.recorder import GateRecorder, TokenKinds
 
 RANKS = (2, 4, 1)
 
@@ -291,7 +291,7 @@ def test_examples_and_answers_are_told_apart(tiny_llava, llava_batch):
     ],
 )
 def test_how_gates_mix(gates, want):
-    kinds = _TokenKinds()
+    kinds = TokenKinds()
     kinds.rows = torch.tensor([[[False]], [[True]]])
     recorder = GateRecorder("a.0.b", kinds, in_tower=False, by_example=True)
     recorder.record("default", (1,) * len(gates), torch.tensor([[gates]]))
@@ -302,7 +302,7 @@ def test_how_gates_mix(gates, want):
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 1), (1, 3)])
 def test_gates_that_do_not_depend_on_the_token_count_for_each(shape):
-    kinds = _TokenKinds()
+    kinds = TokenKinds()
     kinds.rows = torch.tensor([[[1, 0, 0], [1, 0, 0]], [[0, 1, 1], [0, 1, 0]]]).bool()
     gates = torch.rand(*shape, 4) - 0.5
     sums = []
