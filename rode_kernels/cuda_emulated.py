@@ -33,12 +33,14 @@ class Machine:
 
     Attributes:
         seed: decides the order of blocks, warps and lanes.
+        architecture: compute capability, 80 for 8.0: how much shared memory a block may ask for. This one gives the least there is.
         multiprocessors: as few as let small problems fill the device.
         plan, backward_plan: force the kernels, instead of `plan_forward` and `plan_backward`.
         library: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
     """
 
     seed: int = 0
+    architecture: int = 86
     multiprocessors: int = 2
     plan: Plan | None = None
     backward_plan: BackwardPlan | None = None
@@ -75,13 +77,13 @@ _passes = _EmulatedPasses(_EmulatedKernels(native))
 
 def forward(*args):
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
-    native.reset(machine.seed)
+    native.reset(machine.seed, machine.architecture)
     return _passes.forward(0, *args, 0)
 
 
 def backward(*args):
     """As `reference.backward`; as `forward` above."""
-    native.reset(machine.seed)
+    native.reset(machine.seed, machine.architecture)
     return _passes.backward(0, *args, 0)
 
 
