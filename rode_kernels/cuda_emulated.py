@@ -12,6 +12,7 @@ from rode_kernels.cuda import Passes
 from rode_kernels.cuda_kernels import Kernels
 from rode_kernels.gpu import Layout, beyond_kernels
 from rode_kernels.plan import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels.shared_memory import SharedMemory
 
 try:
     import rode_kernels._cuda_emulated as native
@@ -46,6 +47,10 @@ class Machine:
     backward_plan: BackwardPlan | None = None
     library: bool | None = None
 
+    @property
+    def memory(self) -> SharedMemory:
+        return SharedMemory(native, native.max_shared(self.architecture))
+
 
 machine = Machine()
 
@@ -60,10 +65,10 @@ class _EmulatedKernels(Kernels):
 
 class _EmulatedPasses(Passes):
     def plan_forward(self, of: Call, device: int) -> Plan:
-        return machine.plan or plan_forward(of, machine.multiprocessors)
+        return machine.plan or plan_forward(of, machine.multiprocessors, machine.memory)
 
     def plan_backward(self, of: Call, device: int) -> BackwardPlan:
-        return machine.backward_plan or plan_backward(of, machine.multiprocessors)
+        return machine.backward_plan or plan_backward(of, machine.multiprocessors, machine.memory)
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:
         if machine.library is not None:
