@@ -10,19 +10,25 @@ from dataclasses import replace
 import torch
 
 from rode_kernels import backends
+from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.planner import (
     MAX_EXPERTS,
     MAX_FEATURES,
     MAX_RANK,
     MAX_TOKENS,
+    Plan,
     by_library,
+    can_fuse,
     plan_backward,
     plan_forward,
     variants_backward,
     variants_forward,
 )
+from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
+ONE_LAUNCH = Plan(fused=True, rows=64, splits=1, out_tiles=1)
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -55,19 +61,30 @@ def _share(text: str) -> float:
     return share
 
 
+def shared_memory(device: cost.Device) -> SharedMemory | None:
+    """A device's shared memory, beside CUDA kernels that say what they take of it; None where none were built."""
+    native = cuda._native or cuda_emulated.native
+    return SharedMemory(native, device.shared) if native else None
+
+
 def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> None:
     """Every variant of both passes with bytes, launches and floor, the chosen one marked, and why it is."""
-    gates = "a router" if call.routed else "given gates"
+    gates = ("a router" if call.routed else "given gates") + (", dropout" if call.dropout else "")
     print(
         f"M = {call.tokens}, K = {call.in_features}, O = {call.out_features}, ranks {ranks}, {gates}, "
         f"{call.element_size} bytes an element, on {device.name} ({device.multiprocessors} multiprocessors)"
     )
+    memory = shared_memory(device)
+    if memory is None:
+        print(
+            "Shared memory is not looked at: there are no CUDA kernels in this build to say what they take."
+        )
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    chosen, wide = plan_forward(call, device.multiprocessors), by_library(call)
+    chosen, wide = plan_forward(call, device.multiprocessors, memory), by_library(call)
     rows = [("cuda: products of PyTorch's library", cost.library(call), wide)]
-    for plan in variants_forward(call, device.multiprocessors):
+    for plan in variants_forward(call, device.multiprocessors, memory):
         name = (
             "one launch"
             if plan.fused
@@ -83,6 +100,10 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
         )
     elif chosen.fused:
         print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
+    elif can_fuse(call.total_rank, call.routed_experts) and memory and not memory.fits(call, ONE_LAUNCH):
+        print(
+            f"  One launch would ask for {memory.asked(call, ONE_LAUNCH)} bytes of shared memory, a block gets {memory.limit}."
+        )
     elif tiles >= device.multiprocessors:
         print(
             f"  {call.total_rank} columns and {call.routed_experts} routed experts do not fit the registers of one block."
@@ -91,9 +112,9 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen, wide = plan_backward(call, device.multiprocessors), by_library(call, backward=True)
+    chosen, wide = plan_backward(call, device.multiprocessors, memory), by_library(call, backward=True)
     rows = [("cuda: products of PyTorch's library", cost.library(call, backward=True), wide)]
-    for plan in variants_backward(call, device.multiprocessors):
+    for plan in variants_backward(call, device.multiprocessors, memory):
         name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
         rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not wide))
     rows += _triton(call, ranks, device, backward=True)
@@ -154,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     plan.add_argument("--gated", action="store_true", help="gates are given, there is no router")
     plan.add_argument("--in-place", action="store_true", help="y is accumulated into base")
+    plan.add_argument("--dropout", action="store_true", help="there is dropout")
     options = parser.parse_args(arguments)
     if options.command is None:
         return list_backends()
@@ -165,6 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         routed=not options.gated,
         in_place=options.in_place,
         open_share=options.open,
+        dropout=options.dropout,
     )
     for name, value, most in (
         ("--m", options.m, MAX_TOKENS),

@@ -40,16 +40,16 @@ void check(const rode::cuda::Status& status) {
 #endif
 }
 
-// Calls `run` with a value of the type that x has.
+// What `run` gives for a value of the type that x has.
 template <class Run>
-void by_type(const rode::Problem& p, Run run) {
+auto by_type(const rode::Problem& p, Run run) {
   switch (p.dtype) {
     case rode::DType::float32:
-      return check(run(float{}));
+      return run(float{});
     case rode::DType::float16:
-      return check(run(f16{}));
+      return run(f16{});
     case rode::DType::bfloat16:
-      return check(run(bf16{}));
+      return run(bf16{});
     case rode::DType::float64:
       break;
   }
@@ -63,12 +63,12 @@ struct Forward : OwnedProblem {
 
   Forward(int dtype, int64_t tokens, int64_t in_features, int64_t out_features, const std::vector<int64_t>& ranks,
           const std::vector<double>& factors, double dropout_p, bool dense, int64_t ld_x, int64_t ld_base, int64_t ld_y,
-          int64_t ld_A, int64_t ld_B, bool fused, int rows, int splits, int out_tiles, int device)
+          int64_t ld_A, int64_t ld_B, bool fused, int rows, int splits, int out_tiles, bool keep_v, int device)
       : OwnedProblem(dtype, tokens, in_features, out_features, ranks, factors, dropout_p, dense) {
     layout.x.row = ld_x, layout.base.row = ld_base, layout.y.row = ld_y;
     layout.x.column = layout.base.column = layout.y.column = 1;
     layout.ld_A = ld_A, layout.ld_B = ld_B;
-    layout.plan = {fused, rows, splits, out_tiles};
+    layout.plan = {fused, rows, splits, out_tiles, keep_v};
     layout.device = device;
   }
 
@@ -79,7 +79,7 @@ struct Forward : OwnedProblem {
     a.A = pointer<void>(A), a.router = pointer<void>(router), a.B = pointer<void>(B);
     a.bias = pointer<float>(bias), a.gates = pointer<float>(gates), a.u = pointer<float>(u), a.g = pointer<float>(g);
     a.partial = pointer<float>(partial), a.seed = pointer<int64_t>(seed), a.fast = fast, a.stream = pointer<void>(stream);
-    by_type(problem, [&](auto of) { return rode::cuda::forward<decltype(of)>(problem, a); });
+    check(by_type(problem, [&](auto of) { return rode::cuda::forward<decltype(of)>(problem, a); }));
   }
 };
 
@@ -111,7 +111,7 @@ struct Backward : OwnedProblem {
     a.dbias = pointer<float>(dbias), a.dh = pointer<float>(dh), a.D = pointer<void>(D), a.open = pointer<uint32_t>(open);
     a.t = pointer<float>(t), a.of_B = pointer<float>(of_B), a.of_A = pointer<float>(of_A), a.of_bias = pointer<float>(of_bias);
     a.fast = fast, a.stream = pointer<void>(stream);
-    by_type(problem, [&](auto of) { return rode::cuda::backward<decltype(of)>(problem, a); });
+    check(by_type(problem, [&](auto of) { return rode::cuda::backward<decltype(of)>(problem, a); }));
   }
 };
 
@@ -130,7 +130,7 @@ struct Pack : OwnedProblem {
     rode::cuda::Pack a = layout;
     a.A = pointer<void>(A), a.router = pointer<void>(router), a.B = pointer<void>(B);
     a.to_W = pointer<void>(to_W), a.to_B = pointer<void>(to_B), a.stream = pointer<void>(stream);
-    by_type(problem, [&](auto of) { return rode::cuda::pack_parameters<decltype(of)>(problem, a); });
+    check(by_type(problem, [&](auto of) { return rode::cuda::pack_parameters<decltype(of)>(problem, a); }));
   }
 };
 
@@ -159,7 +159,7 @@ struct Weigh : OwnedProblem {
                               pitch_R,
                               device,
                               pointer<void>(stream)};
-    by_type(problem, [&](auto of) { return rode::cuda::weigh<decltype(of)>(problem, a); });
+    check(by_type(problem, [&](auto of) { return rode::cuda::weigh<decltype(of)>(problem, a); }));
   }
   void backward(uintptr_t t, uintptr_t u, uintptr_t g, uintptr_t dgates, uintptr_t v, uintptr_t D, uintptr_t dh,
                 uintptr_t stream) const {
@@ -175,9 +175,28 @@ struct Weigh : OwnedProblem {
                                   pitch_R,
                                   device,
                                   pointer<void>(stream)};
-    by_type(problem, [&](auto of) { return rode::cuda::weigh_back<decltype(of)>(problem, a); });
+    check(by_type(problem, [&](auto of) { return rode::cuda::weigh_back<decltype(of)>(problem, a); }));
   }
 };
+
+// The most bytes of shared memory that a launch of a plan asks for. `Rest`: the plan's fields, with their names.
+template <class Plan, class... Rest, class... Names>
+void define_shared_bytes(py::module_& m, const char* name, Names... names) {
+  m.def(
+      name,
+      [](int dtype, int64_t tokens, int64_t in_features, int64_t out_features, int64_t total_rank, int64_t experts, bool routed,
+         bool dropout, Rest... fields) {
+        const Plan plan{fields...};
+        rode::Problem p;
+        p.dtype = static_cast<rode::DType>(dtype);
+        p.tokens = tokens, p.in_features = in_features, p.out_features = out_features;
+        p.total_rank = total_rank, p.experts = experts;
+        p.dropout.on = dropout;
+        return by_type(p, [&](auto of) { return rode::cuda::shared_bytes<decltype(of)>(p, routed, plan); });
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("total_rank"),
+      py::arg("experts"), py::arg("routed"), py::arg("dropout"), py::arg(names)...);
+}
 
 // The constructor's arguments that every class has first, with their names.
 template <class Class, class... Rest, class... Names>
@@ -193,8 +212,8 @@ PYBIND11_MODULE(RODE_MODULE, m) {
   m.doc() = "CUDA kernels of rode_kernels: takes device addresses of memory that the caller owns.";
   using NoGil = py::call_guard<py::gil_scoped_release>;
   auto forward = py::class_<Forward>(m, "Forward", py::module_local());
-  define_init<Forward, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int, int, int, int>(
-      forward, "ld_x", "ld_base", "ld_y", "ld_A", "ld_B", "fused", "rows", "splits", "out_tiles", "device");
+  define_init<Forward, int64_t, int64_t, int64_t, int64_t, int64_t, bool, int, int, int, bool, int>(
+      forward, "ld_x", "ld_base", "ld_y", "ld_A", "ld_B", "fused", "rows", "splits", "out_tiles", "keep_v", "device");
   forward.def("__call__", &Forward::operator(), NoGil());
   auto backward = py::class_<Backward>(m, "Backward", py::module_local());
   define_init<Backward, int64_t, const std::tuple<int64_t, int64_t>&, int64_t, int64_t, const Wide&, bool, int, int, int, int, int,
@@ -207,6 +226,10 @@ PYBIND11_MODULE(RODE_MODULE, m) {
   auto weigh = py::class_<Weigh>(m, "Weigh", py::module_local());
   define_init<Weigh, bool, int64_t, int64_t, int>(weigh, "routed", "columns", "pitch_R", "device");
   weigh.def("forward", &Weigh::forward, NoGil()).def("backward", &Weigh::backward, NoGil());
+  define_shared_bytes<rode::cuda::Plan, bool, int, int, int, bool>(m, "forward_shared_bytes", "fused", "rows", "splits", "out_tiles",
+                                                                   "keep_v");
+  define_shared_bytes<rode::cuda::BackwardPlan, bool, int, int, int, int, int, int>(
+      m, "backward_shared_bytes", "wide", "slabs", "slab", "share_y", "groups", "share_x", "share_dx");
   m.def("load_kernels", [](int device) {
     check(rode::cuda::load_kernels<float>(device));
     check(rode::cuda::load_kernels<f16>(device));
@@ -223,6 +246,11 @@ PYBIND11_MODULE(RODE_MODULE, m) {
 #else
   m.def("driver_version", &rode::cuda::driver_version);
   m.def("runtime_version", &rode::cuda::runtime_version);
+  m.def("max_shared", [](int device) {
+    int bytes = 0;
+    check(rode::cuda::max_shared(device, bytes));
+    return bytes;
+  });
   m.attr("ARCHITECTURES") = RODE_CUDA_ARCHS;
 #endif
 }

@@ -1,4 +1,4 @@
-// What Python asks the emulated machine: orders by seed, what memory holds garbage, what moved.
+// What Python asks the emulated machine: orders by seed, limits by architecture, what memory holds garbage, what moved.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +21,10 @@ inline pybind11::dict counts(const SharedTraffic& t) {
 
 inline void bind(pybind11::module_& m) {
   pybind11::register_local_exception<Error>(m, "EmulatorError", PyExc_RuntimeError);
-  m.def("reset", [](uint64_t seed) { machine().reset(seed); });
+  m.def(
+      "reset", [](uint64_t seed, int architecture) { machine().reset(seed, architecture); }, pybind11::arg("seed"),
+      pybind11::arg("architecture") = kLeastArchitecture);
+  m.def("max_shared", &max_shared, pybind11::arg("architecture"));
   m.def("undefined", [](uintptr_t data, size_t bytes) { machine().undefined(reinterpret_cast<void*>(data), bytes); });
   m.def("traffic", [](uintptr_t data) {
     const Buffer* buffer = machine().find(reinterpret_cast<void*>(data));

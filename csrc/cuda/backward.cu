@@ -11,14 +11,33 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
+// What grids and shared memory follow from.
+template <class T>
+BackwardParams<T> sizes(const Problem& p, bool routed, const BackwardPlan& plan) {
+  BackwardParams<T> k{};
+  k.M = static_cast<int>(p.tokens);
+  k.K = static_cast<int>(p.in_features);
+  k.O = static_cast<int>(p.out_features);
+  k.R = static_cast<int>(p.total_rank);
+  k.N = static_cast<int>(p.experts);
+  k.routed = routed;
+  k.expert_tiles = divide_up(p.total_rank, 8);
+  k.expert_groups = divide_up(p.total_rank, 16);
+  k.router_groups = routed ? divide_up(p.experts, 16) : 0;
+  k.slabs = plan.slabs;
+  k.slab = plan.slab;
+  k.share_y = plan.share_y;
+  k.share_x = plan.share_x;
+  k.share_dx = plan.share_dx;
+  k.chunks = divide_up(k.expert_groups + k.router_groups, plan.groups);
+  k.dropout = p.dropout.on;
+  return k;
+}
+
 template <class T>
 BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  BackwardParams<T> k{};
-  k.routed = a.router != nullptr;
-  k.expert_tiles = divide_up(R, 8);
-  k.expert_groups = divide_up(R, 16);
-  k.router_groups = k.routed ? divide_up(N, 16) : 0;
+  BackwardParams<T> k = sizes<T>(p, a.router != nullptr, a.plan);
   const int64_t groups = k.expert_groups + k.router_groups, ranges_y = divide_up(M, a.plan.share_y),
                 ranges_x = divide_up(M, a.plan.share_x);
   k.pitch = divide_up(K, 8) * 8;
@@ -46,20 +65,8 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.ld_B = static_cast<int>(a.ld_B);
   k.threshold = static_cast<uint32_t>(p.dropout.threshold);
   k.drop_all = p.dropout.threshold >> 32 != 0;
-  k.M = static_cast<int>(M);
-  k.K = static_cast<int>(K);
-  k.O = static_cast<int>(O);
-  k.R = static_cast<int>(R);
-  k.N = static_cast<int>(N);
-  k.slabs = a.plan.slabs;
-  k.slab = a.plan.slab;
-  k.share_y = a.plan.share_y;
-  k.share_x = a.plan.share_x;
-  k.share_dx = a.plan.share_dx;
-  k.chunks = divide_up(groups, a.plan.groups);
   k.copy_dy = copy_width<T>(a.dy.data, a.dy.row);
   k.copy_x = copy_width<T>(a.x.data, a.x.row);
-  k.dropout = p.dropout.on;
   k.dense = p.dense;
   k.fast = a.fast;
   k.need_t = a.t != nullptr;
@@ -76,8 +83,8 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   return k;
 }
 
-template <class T, int kTiles, bool kAligned>
-Status through_y(const BackwardParams<T>& k, void* stream) {
+template <class T, int kTiles, bool kAligned, class Go>
+Status through_y(const BackwardParams<T>& k, void* stream, Go go) {
   using Shape = SlabShape<T, kTiles>;
   const unsigned ranges = static_cast<unsigned>(divide_up(k.M, k.share_y)),
                  chunks = static_cast<unsigned>(divide_up(k.expert_tiles, kTiles));
@@ -86,11 +93,21 @@ Status through_y(const BackwardParams<T>& k, void* stream) {
                  Shape::kThreadsY,
                  static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16),
                  stream};
-  return {launch(l, backward_y<T, kTiles, kAligned>, k), l.kernel};
+  return {go(l, backward_y<T, kTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, int kGroups, bool kWide, bool kAligned>
-Status through_x(const BackwardParams<T>& k, void* stream) {
+template <class T, class Go>
+Status through_v(const BackwardParams<T>& k, void* stream, Go go) {
+  const Launch l{"backward_v",
+                 {static_cast<unsigned>(divide_up(k.M, 16))},
+                 kThreads,
+                 static_cast<unsigned>(backward_v_bytes(k.N)),
+                 stream};
+  return {go(l, backward_v<T>, k), l.kernel};
+}
+
+template <class T, int kGroups, bool kWide, bool kAligned, class Go>
+Status through_x(const BackwardParams<T>& k, void* stream, Go go) {
   using Shape = ColumnShape<T, kGroups>;
   const bool sums = k.need_A || k.need_W;
   const int chunks = kWide ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
@@ -102,7 +119,7 @@ Status through_x(const BackwardParams<T>& k, void* stream) {
                  kThreads,
                  Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u),
                  stream};
-  return {launch(l, backward_x<T, kGroups, kWide, kAligned>, k), l.kernel};
+  return {go(l, backward_x<T, kGroups, kWide, kAligned>, k), l.kernel};
 }
 
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
@@ -116,15 +133,15 @@ bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
          copy_width<T>(a.A, k.ld_A) == 16 && copy_width<T>(a.router, k.ld_A) == 16;
 }
 
-template <class T, bool kAligned>
-Status by_y(const BackwardParams<T>& k, const Backward& a) {
-  return a.plan.wide ? through_y<T, 8, kAligned>(k, a.stream) : through_y<T, 4, kAligned>(k, a.stream);
+template <class T, bool kAligned, class Go>
+Status by_y(const BackwardParams<T>& k, const BackwardPlan& plan, void* stream, Go go) {
+  return plan.wide ? through_y<T, 8, kAligned>(k, stream, go) : through_y<T, 4, kAligned>(k, stream, go);
 }
-template <class T, bool kAligned>
-Status by_x(const BackwardParams<T>& k, const Backward& a) {
-  return a.plan.groups == 3   ? through_x<T, 3, false, kAligned>(k, a.stream)
-         : a.plan.groups == 5 ? through_x<T, 5, false, kAligned>(k, a.stream)
-                              : through_x<T, 4, true, kAligned>(k, a.stream);
+template <class T, bool kAligned, class Go>
+Status by_x(const BackwardParams<T>& k, const BackwardPlan& plan, void* stream, Go go) {
+  return plan.groups == 3   ? through_x<T, 3, false, kAligned>(k, stream, go)
+         : plan.groups == 5 ? through_x<T, 5, false, kAligned>(k, stream, go)
+                            : through_x<T, 4, true, kAligned>(k, stream, go);
 }
 
 template <class T>
@@ -172,22 +189,25 @@ Status backward<Type>(const Problem& p, const Backward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const BackwardParams<Type> k = parameters<Type>(p, a);
   Status status;
-  if (k.need_t || k.need_B) status = aligned_y(k) ? by_y<Type, true>(k, a) : by_y<Type, false>(k, a);
-  if (status.error) return status;
-  if (k.dh) {
-    const Launch l{"backward_v",
-                   {static_cast<unsigned>(divide_up(k.M, 16))},
-                   kThreads,
-                   static_cast<unsigned>(backward_v_bytes(k.N)),
-                   a.stream};
-    status = {launch(l, backward_v<Type>, k), l.kernel};
-    if (status.error) return status;
-  }
-  if (k.need_A || k.need_W || k.need_x) {
-    status = aligned_x(k, a) ? by_x<Type, true>(k, a) : by_x<Type, false>(k, a);
-    if (status.error) return status;
-  }
-  return add(k, a);
+  const Start start;
+  if (k.need_t || k.need_B)
+    status = aligned_y(k) ? by_y<Type, true>(k, a.plan, a.stream, start) : by_y<Type, false>(k, a.plan, a.stream, start);
+  if (!status.error && k.dh) status = through_v<Type>(k, a.stream, start);
+  if (!status.error && (k.need_A || k.need_W || k.need_x))
+    status = aligned_x(k, a) ? by_x<Type, true>(k, a.plan, a.stream, start) : by_x<Type, false>(k, a.plan, a.stream, start);
+  return status.error ? status : add(k, a);
+}
+
+template <>
+unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& plan) {
+  BackwardParams<Type> k = sizes<Type>(p, routed, plan);
+  k.need_A = k.need_x = true;
+  unsigned most = 0;
+  const MostShared ask{most};
+  by_y<Type, true>(k, plan, nullptr, ask);
+  through_v<Type>(k, nullptr, ask);
+  by_x<Type, true>(k, plan, nullptr, ask);
+  return most;
 }
 
 template <>
@@ -195,7 +215,7 @@ Status load_backward_kernels<Type>(int device) {
   if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
   Status status;
   const auto load = [&](const char* name, auto kernel) {
-    if (!status.error) status = {load_kernel(kernel), name};
+    if (!status.error) status = {load_kernel(kernel, device), name};
   };
   const auto load_all = [&]<bool kAligned>() {
     load("backward_y", backward_y<Type, 4, kAligned>);

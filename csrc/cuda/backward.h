@@ -37,6 +37,9 @@ struct Backward {
 
 template <class T>
 Status backward(const Problem& p, const Backward& arrays);
+// As forward's, where every gradient is asked for.
+template <class T>
+unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan);
 template <class T>
 Status load_backward_kernels(int device);
 

@@ -9,6 +9,8 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
+static_assert(forward_weigh_bytes(kMaxExperts) <= kMaxShared && backward_weigh_bytes(kMaxExperts, kMaxRank) <= kMaxShared);
+
 template <class T>
 Given<T> given(const void* data, bool wide, int64_t count) {
   Given<T> from{};
@@ -80,7 +82,7 @@ Status weigh<Type>(const Problem& p, const Weigh& a) {
   const Launch l{"forward_weigh",
                  {static_cast<unsigned>(divide_up(p.tokens, kWeighed))},
                  kThreads,
-                 static_cast<unsigned>(kWeighed * k.N * 4),
+                 static_cast<unsigned>(forward_weigh_bytes(k.N)),
                  a.stream};
   return {launch(l, forward_weigh<Type>, k), l.kernel};
 }
@@ -109,7 +111,7 @@ Status load_between_kernels<Type>(int device) {
   if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
   Status status;
   const auto load = [&](const char* name, auto kernel) {
-    if (!status.error) status = {load_kernel(kernel), name};
+    if (!status.error) status = {load_kernel(kernel, device), name};
   };
   load("pack_parameters", gpu::pack_parameters<Type>);
   load("forward_weigh", forward_weigh<Type>);

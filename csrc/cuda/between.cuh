@@ -56,6 +56,8 @@ pack_parameters(PackParams<T> p) {
 }
 
 constexpr int kWeighed = 8;  // tokens of a block
+// Shared memory of forward_weigh: their gates.
+RODE_HOST_DEVICE constexpr int forward_weigh_bytes(int experts) { return kWeighed * experts * 4; }
 
 template <class T>
 struct WeighParams {

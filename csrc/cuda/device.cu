@@ -1,7 +1,6 @@
-// What the runtime says about itself.
-#include <cuda_runtime.h>
-
+// What the runtime says about itself and about a device.
 #include "forward.h"
+#include "ptx.cuh"
 
 namespace rode::cuda {
 
@@ -13,5 +12,7 @@ int driver_version() {
 }
 
 int runtime_version() { return CUDART_VERSION; }
+
+Status max_shared(int device, int& bytes) { return {gpu::max_shared(device, bytes), "cudaDeviceGetAttribute"}; }
 
 }  // namespace rode::cuda

@@ -9,11 +9,29 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
+// What grids and shared memory follow from.
+template <class T>
+ForwardParams<T> sizes(const Problem& p, bool routed, const Plan& plan) {
+  ForwardParams<T> k{};
+  k.M = static_cast<int>(p.tokens);
+  k.K = static_cast<int>(p.in_features);
+  k.O = static_cast<int>(p.out_features);
+  k.R = static_cast<int>(p.total_rank);
+  k.N = static_cast<int>(p.experts);
+  k.expert_tiles = divide_up(p.total_rank, 8);
+  k.router_tiles = routed ? divide_up(p.experts, 8) : 0;
+  k.splits = plan.splits;
+  k.out_tiles = plan.out_tiles;
+  k.routed = routed;
+  k.dropout = p.dropout.on;
+  return k;
+}
+
 template <class T>
 ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
   const bool routed = a.router != nullptr;
-  ForwardParams<T> k{};
+  ForwardParams<T> k = sizes<T>(p, routed, a.plan);
   k.x = matrix<T>(a.x, M, K);
   k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
   k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
@@ -33,21 +51,10 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   k.ld_y = static_cast<int>(a.y.row);
   k.threshold = static_cast<uint32_t>(p.dropout.threshold);
   k.drop_all = p.dropout.threshold >> 32 != 0;
-  k.M = static_cast<int>(M);
-  k.K = static_cast<int>(K);
-  k.O = static_cast<int>(O);
-  k.R = static_cast<int>(R);
-  k.N = static_cast<int>(N);
-  k.expert_tiles = divide_up(R, 8);
-  k.router_tiles = routed ? divide_up(N, 8) : 0;
-  k.splits = a.plan.splits;
-  k.out_tiles = a.plan.out_tiles;
   k.copy_x = copy_width<T>(a.x.data, a.x.row);
   const int of_A = copy_width<T>(a.A, a.ld_A), of_router = copy_width<T>(a.router, a.ld_A);
   k.copy_weights = of_A < of_router ? of_A : of_router;
   k.copy_B = copy_width<T>(a.B, a.ld_B);
-  k.routed = routed;
-  k.dropout = p.dropout.on;
   k.dense = p.dense;
   k.in_place = a.base && a.base.data == a.y.data && a.base.row == a.y.row;
   k.fast = a.fast;
@@ -66,17 +73,17 @@ bool aligned(const Forward& a, const ForwardParams<T>& k) {
          copy_width<T>(a.y.data, a.y.row) == 16 && (!a.base || copy_width<T>(a.base.data, a.base.row) == 16);
 }
 
-template <class T, bool kAligned, int kExpertTiles, int kRouterTiles>
-Status fused(const Problem& p, ForwardParams<T> k, void* stream) {
+template <class T, bool kAligned, int kExpertTiles, int kRouterTiles, class Go>
+Status fused(ForwardParams<T> k, void* stream, Go go) {
   k.expert_tiles = kExpertTiles;  // where the kernel looks for the router
   k.router_tiles = kRouterTiles;
   const unsigned shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
-  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(p.tokens, 64))}, kBlock<64>, shared, stream};
-  return {launch(l, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>, k), l.kernel};
+  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(k.M, 64))}, kBlock<64>, shared, stream};
+  return {go(l, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, bool kAligned, int kRows, int kTiles>
-Status shrunk(const ForwardParams<T>& k, void* stream) {
+template <class T, bool kAligned, int kRows, int kTiles, class Go>
+Status shrunk(const ForwardParams<T>& k, void* stream, Go go) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   const Launch l{"forward_shrink",
                  {static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)),
@@ -84,42 +91,40 @@ Status shrunk(const ForwardParams<T>& k, void* stream) {
                  kBlock<kRows>,
                  static_cast<unsigned>(Stages::kPipeline + masks_bytes(k.dropout)),
                  stream};
-  return {launch(l, forward_shrink<T, kRows, kTiles, kAligned>, k), l.kernel};
+  return {go(l, forward_shrink<T, kRows, kTiles, kAligned>, k), l.kernel};
 }
 
-template <class T, bool kAligned, int kRows, Passes kPasses>
-Status expanded(const ForwardParams<T>& k, int kept, void* stream) {
-  const int outs = divide_up(k.O, kDepth<T>);
+template <class T, bool kAligned, int kRows, Passes kPasses, class Go>
+Status expanded(const ForwardParams<T>& k, void* stream, Go go) {
+  const int outs = divide_up(k.O, kDepth<T>), chunks = divide_up(k.expert_tiles, ExpandShared<T, kRows, kPasses>::kExpertTiles);
+  const int kept = kPasses == Passes::kKept ? kept_bytes(chunks) : 0;
   const int shared = ExpandShared<T, kRows, kPasses>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N) + kept;
   const Launch l{"forward_expand",
                  {static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(divide_up(outs, k.out_tiles))},
                  kBlock<kRows>,
                  static_cast<unsigned>(shared),
                  stream};
-  return {launch(l, forward_expand<T, kRows, kAligned, kPasses>, k), l.kernel};
+  return {go(l, forward_expand<T, kRows, kAligned, kPasses>, k), l.kernel};
 }
 
-template <class T, bool kAligned>
-Status in_two_launches(const ForwardParams<T>& k, int rows, void* stream) {
+template <class T, bool kAligned, class Go>
+Status in_two_launches(const ForwardParams<T>& k, const Plan& plan, void* stream, Go go) {
   const int tiles = k.expert_tiles + k.router_tiles;
-  Status status = rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, stream)
-                  : tiles <= 5             ? shrunk<T, kAligned, 64, 5>(k, stream)
-                                           : shrunk<T, kAligned, 64, 16>(k, stream);
+  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, stream, go)
+                  : tiles <= 5                  ? shrunk<T, kAligned, 64, 5>(k, stream, go)
+                                                : shrunk<T, kAligned, 64, 16>(k, stream, go);
   if (status.error) return status;
-  using Kept = ExpandShared<T, 64, Passes::kKept>;
-  const int chunks = divide_up(k.expert_tiles, Kept::kExpertTiles), kept = kept_bytes(chunks);
-  if (rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, 0, stream);
-  if (chunks == 1) return expanded<T, kAligned, 64, Passes::kOne>(k, 0, stream);
-  if (Kept::pipeline(tiles) + gates_bytes(k.N) + kept <= max_shared())
-    return expanded<T, kAligned, 64, Passes::kKept>(k, kept, stream);
-  return expanded<T, kAligned, 64, Passes::kAgain>(k, 0, stream);
+  if (plan.rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, stream, go);
+  if (8 * k.expert_tiles <= kDepth<T>) return expanded<T, kAligned, 64, Passes::kOne>(k, stream, go);
+  return plan.keep_v ? expanded<T, kAligned, 64, Passes::kKept>(k, stream, go)
+                     : expanded<T, kAligned, 64, Passes::kAgain>(k, stream, go);
 }
 
-template <class T, bool kAligned>
-Status run(const Problem& p, const Forward& a, const ForwardParams<T>& k) {
-  if (!a.plan.fused) return in_two_launches<T, kAligned>(k, a.plan.rows, a.stream);
-  const bool small = p.total_rank <= 32 && (!k.routed || p.experts <= 8);
-  return small ? fused<T, kAligned, 4, 1>(p, k, a.stream) : fused<T, kAligned, 8, 2>(p, k, a.stream);
+template <class T, bool kAligned, class Go>
+Status run(const ForwardParams<T>& k, const Plan& plan, void* stream, Go go) {
+  if (!plan.fused) return in_two_launches<T, kAligned>(k, plan, stream, go);
+  const bool small = k.R <= 32 && (!k.routed || k.N <= 8);
+  return small ? fused<T, kAligned, 4, 1>(k, stream, go) : fused<T, kAligned, 8, 2>(k, stream, go);
 }
 
 }  // namespace
@@ -128,7 +133,14 @@ template <>
 Status forward<Type>(const Problem& p, const Forward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters<Type>(p, a);
-  return aligned(a, k) ? run<Type, true>(p, a, k) : run<Type, false>(p, a, k);
+  return aligned(a, k) ? run<Type, true>(k, a.plan, a.stream, Start{}) : run<Type, false>(k, a.plan, a.stream, Start{});
+}
+
+template <>
+unsigned shared_bytes<Type>(const Problem& p, bool routed, const Plan& plan) {
+  unsigned most = 0;
+  run<Type, true>(sizes<Type>(p, routed, plan), plan, nullptr, MostShared{most});
+  return most;
 }
 
 template <>
@@ -136,7 +148,7 @@ Status load_kernels<Type>(int device) {
   if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
   Status status;
   const auto load = [&](const char* name, auto kernel) {
-    if (!status.error) status = {load_kernel(kernel), name};
+    if (!status.error) status = {load_kernel(kernel, device), name};
   };
   const auto load_all = [&]<bool kAligned>() {
     load("forward_fused", forward_fused<Type, 4, 1, kAligned>);

@@ -9,10 +9,11 @@ namespace rode::cuda {
 
 // Which kernels do it; chosen by the caller from shapes alone.
 struct Plan {
-  bool fused = false;  // one launch; otherwise two, through `partial`
-  int rows = 64;       // tokens of a tile: 64, or 16 with two launches and at most 128 bytes in a row of B
-  int splits = 1;      // of K, with two launches
-  int out_tiles = 1;   // of 128 bytes of y's rows, that a block of the second launch goes through
+  bool fused = false;   // one launch; otherwise two, through `partial`
+  int rows = 64;        // tokens of a tile: 64, or 16 with two launches and at most 128 bytes in a row of B
+  int splits = 1;       // of K, with two launches
+  int out_tiles = 1;    // of 128 bytes of y's rows, that a block of the second launch goes through
+  bool keep_v = false;  // with two launches and more in a row of B: v stays in shared memory, and is not made again for each of them
 };
 
 // Contiguous unless it says otherwise. Parameters are in x's dtype, their rows ld_A (A and router) and ld_B elements apart; a row of
@@ -48,6 +49,9 @@ inline bool can_fuse(const Problem& p, bool routed) {
 // In p, dropout.seed is not looked at. T is gpu::bf16, gpu::f16 or float.
 template <class T>
 Status forward(const Problem& p, const Forward& arrays);
+// The most bytes of shared memory that a launch of this plan asks for. Of p only sizes and whether there is dropout are looked at.
+template <class T>
+unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan);
 // Loads every kernel of T on the current device, which the driver must not do while a stream is being captured.
 template <class T>
 Status load_kernels(int device);
@@ -58,5 +62,7 @@ const char* error_text(int error);
 // CUDA's version numbers, 1000 major + 10 minor: what the driver serves (0: there is none), and what this was built with.
 int driver_version();
 int runtime_version();
+// The most bytes of shared memory that a block may ask for on a device.
+Status max_shared(int device, int& bytes);
 
 }  // namespace rode::cuda

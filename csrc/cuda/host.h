@@ -30,4 +30,20 @@ int copy_width(const void* data, int64_t ld) {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
+// What becomes of the launches that a pass describes: they are started, or only asked how much shared memory they take.
+struct Start {
+  template <class Kernel, class Params>
+  int operator()(const gpu::Launch& l, Kernel kernel, const Params& params) const {
+    return gpu::launch(l, kernel, params);
+  }
+};
+struct MostShared {
+  unsigned& bytes;
+  template <class Kernel, class Params>
+  int operator()(const gpu::Launch& l, Kernel, const Params&) const {
+    if (l.shared_bytes > bytes) bytes = l.shared_bytes;
+    return 0;
+  }
+};
+
 }  // namespace rode::cuda

@@ -339,18 +339,18 @@ int launch(const Launch& l, void (*kernel)(P...), A... args) {
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // not the thread's last error, which may be an old one
 }
 
-// Bytes of shared memory that a block may ask for on the current device; 0 if it does not say.
-inline int max_shared() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+// The most bytes of shared memory that a block may ask for on `device`.
+inline int max_shared(int device, int& bytes) {
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 // Has the driver load a kernel on the current device, now and not at its first launch, which a stream capture may surround; and lets
 // it ask for as much shared memory as there is. Set once, not at each launch: threads launch at the same time.
 template <class... P>
-int load_kernel(void (*kernel)(P...)) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared());
+int load_kernel(void (*kernel)(P...), int device) {
+  int bytes = 0;
+  if (const int error = max_shared(device, bytes)) return error;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   return error;

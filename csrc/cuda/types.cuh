@@ -20,7 +20,8 @@ struct alignas(sizeof(T) * N) vec {
   T v[N];
 };
 
-// Shared memory that a block may ask for on every device of compute capability 8.0 and newer.
+// Shared memory that a block may ask for on every device of compute capability 8.0 and newer. Kernels for which there is no other
+// plan ask for no more.
 constexpr int kMaxShared = 99 * 1024;
 
 struct Dim {

@@ -66,6 +66,22 @@ std::string place(const At& at) { return std::string(at.file_name()) + ":" + std
 
 Machine the_machine;
 
+// CUDA programming guide, "Technical Specifications per Compute Capability".
+unsigned max_shared(int architecture) {
+  switch (architecture) {
+    case 80:
+      return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+      return 99 * 1024;
+    case 90:
+    case 100:
+      return 227 * 1024;
+  }
+  throw std::invalid_argument("the emulator knows the architectures 80, 86, 89, 90, 100 and 120, got " + std::to_string(architecture));
+}
+
 void Machine::fail(const std::string& what, At at) {
   char where[160];
   std::snprintf(where, sizeof where, ": kernel %s, block (%u, %u, %u), thread %d: ", launch_->kernel, block_.x, block_.y,
@@ -228,7 +244,9 @@ void Machine::launch(const gpu::Launch& launch, const std::function<void()>& ker
   const auto refuse = [&](const std::string& why) { throw Error("launch of " + std::string(launch.kernel) + ": " + why); };
   if (launch.threads == 0 || launch.threads > 1024 || launch.threads % kWarp != 0)
     refuse("expected whole warps and at most 1024 threads, got " + std::to_string(launch.threads));
-  if (launch.shared_bytes > 227 * 1024) refuse("more shared memory than any device has");
+  if (const unsigned most = max_shared(architecture_); launch.shared_bytes > most)
+    refuse("it asks for " + std::to_string(launch.shared_bytes) + " bytes of shared memory, a block on sm_" +
+           std::to_string(architecture_) + " gets at most " + std::to_string(most));
   if (!launch.grid.x || !launch.grid.y || !launch.grid.z || launch.grid.y > 65535 || launch.grid.z > 65535)
     refuse("grid outside of what a device takes");
   launch_ = &launch;

@@ -124,10 +124,15 @@ struct Warp {
 
 using Collective = void (*)(Warp&, const void* const* arguments);
 
+// Compute capabilities (80 for 8.0) that can be emulated. They differ in one thing: shared memory that a block may ask for.
+inline constexpr int kLeastArchitecture = 86;  // of those, one that gives the least: what runs on it runs on the others
+// Bytes of it; throws std::invalid_argument for other architectures.
+unsigned max_shared(int architecture);
+
 class Machine {
  public:
-  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes.
-  void reset(uint64_t seed);
+  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes, the architecture what a launch may ask for.
+  void reset(uint64_t seed, int architecture = kLeastArchitecture);
   // [data, data + bytes) holds garbage: a read before a write is an error. The bytes are poisoned.
   void undefined(void* data, size_t bytes);
   Buffer* buffer(const void* data, size_t bytes);
@@ -175,6 +180,7 @@ class Machine {
   void count_global(const Request& request, bool write);
   void count_shared(SharedTraffic& traffic, const uintptr_t* address, const uint8_t* bytes);
 
+  int architecture_ = kLeastArchitecture;
   std::mt19937_64 random_{0};
   uint32_t clock_ = 0, launch_start_ = 0, block_start_ = 0, barrier_ = 0;
   int switching_ = 0;  // of 4: how readily a warp gives way after a collective

@@ -38,7 +38,9 @@ struct Sectors {
 
 }  // namespace
 
-void Machine::reset(uint64_t seed) {
+void Machine::reset(uint64_t seed, int architecture) {
+  max_shared(architecture);  // or it throws
+  architecture_ = architecture;
   random_.seed(seed);
   launches.clear();
   shared_loads = shared_stores = {};

@@ -63,9 +63,12 @@ PYBIND11_MODULE(_emulator_trial, m) {
   m.def("exchanges", [](uintptr_t in, uintptr_t out) {
     launch({"exchanges", {}, 64}, exchanges, at<const uint32_t>(in, 64), at<uint32_t>(out, 320));
   });
-  m.def("scripted", [](uintptr_t script, int steps, unsigned blocks, uintptr_t cells) {
-    launch({"scripted", {blocks}, 64, 16}, scripted, at<const int>(script, 4 * steps), steps, at<int>(cells, 4));
-  });
+  m.def(
+      "scripted",
+      [](uintptr_t script, int steps, unsigned blocks, uintptr_t cells, unsigned shared_bytes) {
+        launch({"scripted", {blocks}, 64, shared_bytes}, scripted, at<const int>(script, 4 * steps), steps, at<int>(cells, 4));
+      },
+      py::arg("script"), py::arg("steps"), py::arg("blocks"), py::arg("cells"), py::arg("shared_bytes") = 16);
   m.def("round_trip", [](const std::string& type, uintptr_t in, uintptr_t out, int n) {
     one_warp(type == "tf32" ? round_trip<tf32> : type == "f16" ? round_trip<f16> : round_trip<bf16>,
              at<const float>(in, n), at<float>(out, n), n);

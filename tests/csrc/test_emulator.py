@@ -201,6 +201,33 @@ def test_the_source_of_a_copy_is_read_until_it_lands(between, after, wrong):
             run_script(script, seed=seed)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kib"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)]
+)
+def test_a_launch_gets_the_shared_memory_of_its_architecture_and_no_more(architecture, kib):
+    steps, cells = torch.tensor([BARRIER], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    launch = (steps.data_ptr(), 1, 1, cells.data_ptr())
+    emulator.reset(0, architecture=architecture)
+    emulator.scripted(*launch, shared_bytes=kib * 1024)
+    why = (
+        f"launch of scripted: it asks for {kib * 1024 + 4} bytes of shared memory, "
+        f"a block on sm_{architecture} gets at most {kib * 1024}"
+    )
+    with pytest.raises(emulator.EmulatorError, match=f"^{why}$"):
+        emulator.scripted(*launch, shared_bytes=kib * 1024 + 4)
+    assert emulator.max_shared(architecture) == kib * 1024
+
+
+def test_of_all_architectures_one_with_the_least_shared_memory_is_emulated_unless_it_is_said():
+    steps, cells = torch.tensor([BARRIER], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    emulator.reset(0, architecture=90)
+    emulator.reset(0)
+    with pytest.raises(emulator.EmulatorError, match=r"asks for 101380 bytes .* sm_86 gets at most 101376"):
+        emulator.scripted(steps.data_ptr(), 1, 1, cells.data_ptr(), shared_bytes=101380)
+    with pytest.raises(ValueError, match="knows the architectures 80, 86, 89, 90, 100 and 120, got 75"):
+        emulator.reset(0, architecture=75)
+
+
 def conflicts():
     loads, stores = emulator.shared_traffic()
     return loads["conflicts"], stores["conflicts"]

@@ -44,7 +44,7 @@ def shared_bytes(kind: str) -> dict[str, int]:
         ("forward_fused 8 2",): (Plan(True, 64, 1, 1), (16, 16, 16, 16)),
         ("forward_shrink 16 5", "forward_expand 16 one"): (Plan(False, 16, 1, 1), (2, 4, 8, 16)),
         ("forward_shrink 64 5", "forward_expand 64 one"): (Plan(False, 64, 1, 1), (2, 4, 8, 16)),
-        ("forward_shrink 64 16", "forward_expand 64 kept"): (Plan(False, 64, 1, 1), (32, 32, 32, 32)),
+        ("forward_shrink 64 16", "forward_expand 64 kept"): (Plan(False, 64, 1, 1, True), (32, 32, 32, 32)),
         ("forward_shrink 64 16", "forward_expand 64 again"): (Plan(False, 64, 1, 1), (256, 256, 256, 256)),
     }
     found = {}

@@ -10,6 +10,7 @@ import torch
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
 from rode_kernels import fast_path as shortcut
+from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.reference import dropout_keep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -61,6 +62,17 @@ def test_values(backend, dtype, shape, dropout):
         p = with_dropout(p, keep, 0.1, 5)
     check(p, backend=backend)
     check(p, backend=backend, inplace=True)
+
+
+def test_many_given_gates_with_dropout_fit_the_shared_memory_of_the_device():
+    if not backends()["cuda"].available:
+        pytest.skip(backends()["cuda"].reason)
+    most = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    assert cuda._native.max_shared(0) == most
+    for ranks in ((1,) * 32, (32,) * 16):
+        p = on_device(random_problem((16384,), K=64, O=64, ranks=ranks, router=False, dtype=torch.bfloat16))
+        keep = dropout_keep(torch.tensor([5], device="cuda"), 0.1, 16384, 64)
+        check(with_dropout(p, keep, 0.1, 5), backend="cuda")
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 16384])

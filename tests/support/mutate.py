@@ -183,7 +183,7 @@ spec = importlib.util.spec_from_file_location("rode_kernels._cuda_emulated", sys
 sys.modules["rode_kernels._cuda_emulated"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import pytest
-from rode_kernels import cuda_emulated
+from rode_kernels.backends.cuda import emulated as cuda_emulated
 assert cuda_emulated.native is module
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow", *sys.argv[2:]]))
 """

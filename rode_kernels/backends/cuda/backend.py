@@ -14,6 +14,7 @@ from rode_kernels.backends.gpu import gemm_path as library
 from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, divide_up, with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, by_library, plan_backward, plan_forward
+from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.mixture import Mixture
 
 try:
@@ -70,15 +71,17 @@ def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
 
 
 @lru_cache
-def _multiprocessors(device: int) -> int:
-    """Prepares a device, once: asks for its size, and loads the kernels, which a stream capture must not surround."""
+def _prepare(device: int) -> tuple[int, SharedMemory]:
+    """Prepares a device, once: loads the kernels, which a stream capture must not surround, and asks for multiprocessors and
+    shared memory."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"rode_kernels: the first call on cuda:{device} loads the kernels and cannot be captured; call once before"
         )
     _native.load_kernels(device)
     torch.cuda.current_blas_handle()  # for products of the library
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    memory = SharedMemory(_native, _native.max_shared(device))
+    return torch.cuda.get_device_properties(device).multi_processor_count, memory
 
 
 def _distance(t: Tensor | None) -> int:
@@ -96,14 +99,13 @@ class Passes:
         self.between = lru_cache(maxsize=4096)(Between)
 
     def plan_forward(self, of: Call, device: int) -> Plan:
-        return plan_forward(of, _multiprocessors(device))
+        return plan_forward(of, *_prepare(device))
 
     def plan_backward(self, of: Call, device: int) -> BackwardPlan:
-        return plan_backward(of, _multiprocessors(device))
+        return plan_backward(of, *_prepare(device))
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:
-        """Dropout is for the kernels alone: a library would need a copy of x."""
-        return layout.dropout_p == 0.0 and by_library(layout.call, backward)
+        return by_library(layout.call, backward)
 
     def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> Callable:
         """`cuda_kernels.Forward`, or the library's, for a layout and these distances of rows."""

@@ -12,6 +12,7 @@ from rode_kernels.backends.cuda.prepared import Kernels
 from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
 try:
     import rode_kernels._cuda_emulated as native
@@ -33,16 +34,22 @@ class Machine:
 
     Attributes:
         seed: decides the order of blocks, warps and lanes.
+        architecture: compute capability, 80 for 8.0: how much shared memory a block may ask for. This one gives the least there is.
         multiprocessors: as few as let small problems fill the device.
         plan, backward_plan: force the kernels, instead of `plan_forward` and `plan_backward`.
         library: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
     """
 
     seed: int = 0
+    architecture: int = 86
     multiprocessors: int = 2
     plan: Plan | None = None
     backward_plan: BackwardPlan | None = None
     library: bool | None = None
+
+    @property
+    def memory(self) -> SharedMemory:
+        return SharedMemory(native, native.max_shared(self.architecture))
 
 
 machine = Machine()
@@ -58,10 +65,10 @@ class _EmulatedKernels(Kernels):
 
 class _EmulatedPasses(Passes):
     def plan_forward(self, of: Call, device: int) -> Plan:
-        return machine.plan or plan_forward(of, machine.multiprocessors)
+        return machine.plan or plan_forward(of, machine.multiprocessors, machine.memory)
 
     def plan_backward(self, of: Call, device: int) -> BackwardPlan:
-        return machine.backward_plan or plan_backward(of, machine.multiprocessors)
+        return machine.backward_plan or plan_backward(of, machine.multiprocessors, machine.memory)
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:
         if machine.library is not None:
@@ -75,13 +82,13 @@ _passes = _EmulatedPasses(_EmulatedKernels(native))
 
 def forward(*args):
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
-    native.reset(machine.seed)
+    native.reset(machine.seed, machine.architecture)
     return _passes.forward(0, *args, 0)
 
 
 def backward(*args):
     """As `reference.backward`; as `forward` above."""
-    native.reset(machine.seed)
+    native.reset(machine.seed, machine.architecture)
     return _passes.backward(0, *args, 0)
 
 

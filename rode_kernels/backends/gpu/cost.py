@@ -32,6 +32,7 @@ class Device:
     Attributes:
         l2: bandwidth of the L2 cache, a rough figure: makers do not publish it.
         tensor: dense 16-bit products, operations a second (a multiplication and an addition are two).
+        shared: bytes of shared memory that a block may ask for.
     """
 
     name: str
@@ -39,18 +40,19 @@ class Device:
     dram: float
     l2: float
     tensor: float
+    shared: int
     launch: float = 2e-6
 
 
-# From the makers' data sheets (L2: from published microbenchmarks, to one digit).
+# From the makers' data sheets (L2: from published microbenchmarks, to one digit), `shared` from the CUDA programming guide.
 DEVICES = {
     d.name: d
     for d in (
-        Device("RTX 4090", 128, 1.008e12, 5e12, 165e12),
-        Device("A100", 108, 2.039e12, 5e12, 312e12),
-        Device("H100", 132, 3.35e12, 6e12, 989e12),
-        Device("H200", 132, 4.8e12, 6e12, 989e12),
-        Device("B200", 148, 8.0e12, 1e13, 2250e12),
+        Device("RTX 4090", 128, 1.008e12, 5e12, 165e12, 99 * 1024),
+        Device("A100", 108, 2.039e12, 5e12, 312e12, 163 * 1024),
+        Device("H100", 132, 3.35e12, 6e12, 989e12, 227 * 1024),
+        Device("H200", 132, 4.8e12, 6e12, 989e12, 227 * 1024),
+        Device("B200", 148, 8.0e12, 1e13, 2250e12, 227 * 1024),
     )
 }
 
@@ -63,6 +65,7 @@ class Call:
         tokens, in_features, out_features: M, K, O. experts: N. total_rank: R.
         element_size: bytes of x's type. routed: gates come from a router.
         base: y is added to something; in_place: there. open_share: of tiles of tokens, those with anything open.
+        dropout: there is dropout.
     """
 
     tokens: int
@@ -75,6 +78,7 @@ class Call:
     base: bool = True
     in_place: bool = False
     open_share: float = 1.0
+    dropout: bool = False
 
     @property
     def routed_experts(self) -> int:
@@ -177,11 +181,11 @@ def forward(c: Call, plan: Plan) -> Cost:
     )
     outs = _divide_up(O, depth)
     shares = _divide_up(outs, plan.out_tiles)
-    # v of several passes is kept in shared memory, if there is room in what every device has, else both of the warps that have the
-    # same tokens make it again for every 128 bytes of y
+    # v of several passes is kept in shared memory, or both of the warps that have the same tokens make it again for every 128 bytes
+    # of y
     chunks = _divide_up(of_experts, depth)
-    room = chunks == 1 or 49152 + 256 * c.experts + 8208 * chunks <= 99 * 1024
-    read = partial * (shares + (0 if room else 2 * outs * of_experts / columns))
+    again = chunks > 1 and not plan.keep_v
+    read = partial * (shares + (2 * outs * of_experts / columns if again else 0))
     second = Step(
         partial + read_B + of_y + gates + u,
         read + again_B + of_y + gates * c.routed + by_warps * shares + u,

@@ -63,7 +63,7 @@ class Layout(NamedTuple):
         """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
         sizes = (self.tokens, self.in_features, self.out_features)
         experts = (self.mixture.total_rank, self.mixture.num_experts)
-        return Call(*sizes, *experts, self.dtype.itemsize, routed=self.routed)
+        return Call(*sizes, *experts, self.dtype.itemsize, routed=self.routed, dropout=self.dropout_p > 0.0)
 
 
 def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:

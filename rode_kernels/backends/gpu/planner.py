@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.cost import Call
+
+if TYPE_CHECKING:
+    from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
 # What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
@@ -31,12 +35,14 @@ class Plan:
         rows: tokens of a tile, 64; or 16, for decoding, where the warps of a block share K instead of tokens.
         splits: parts of K that blocks of the first launch share; the second launch adds them in order.
         out_tiles: how many times 128 bytes of a row of y a block of the second launch produces.
+        keep_v: v stays in shared memory between them. Otherwise it is made again for each, if a row of B has more than 128 bytes.
     """
 
     fused: bool
     rows: int
     splits: int
     out_tiles: int
+    keep_v: bool = False
 
     def check(self, total_rank: int, routed_experts: int, element_size: int) -> None:
         """Raises ValueError for a plan that the kernels have no variant for."""
@@ -52,6 +58,10 @@ class Plan:
             )
         if self.splits < 1 or self.out_tiles < 1:
             raise ValueError(f"{self}: expected splits and out_tiles of at least 1")
+        if self.keep_v and (self.fused or total_rank * element_size <= ROW_BYTES):
+            raise ValueError(
+                f"{self}: v is kept with two launches, if a row of B has more than {ROW_BYTES} bytes"
+            )
 
 
 def column_tiles(total_rank: int, routed_experts: int) -> int:
@@ -73,9 +83,25 @@ def typical_device(multiprocessors: int) -> cost.Device:
     )
 
 
-def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
+_AnyPlan = TypeVar("_AnyPlan", "Plan", "BackwardPlan")
+
+
+def _that_fit(plans: list[_AnyPlan], call: Call, memory: SharedMemory | None) -> list[_AnyPlan]:
+    """Those whose launches a device has shared memory for; all of them where `memory` is None."""
+    found = plans if memory is None else [plan for plan in plans if memory.fits(call, plan)]
+    if not found:
+        least = min(memory.asked(call, plan) for plan in plans)
+        raise RuntimeError(
+            f"rode_kernels: the CUDA kernels need at least {least} bytes of shared memory in a block for "
+            f"R = {call.total_rank} and {call.experts} experts, this device gives {memory.limit}; "
+            "name backend='triton' or 'reference'"
+        )
+    return found
+
+
+def variants_forward(call: Call, multiprocessors: int, memory: SharedMemory | None = None) -> list[Plan]:
     """The plans that `plan_forward` chooses from: one launch, if its blocks have room for the columns, and two launches with K in
-    as many parts as fill the device, or fewer."""
+    as many parts as fill the device, or fewer. None that asks for more than `memory` has."""
     depth, columns = ROW_BYTES // call.element_size, column_tiles(call.total_rank, call.routed_experts)
     fits = can_fuse(call.total_rank, call.routed_experts)
     plans = [Plan(fused=True, rows=64, splits=1, out_tiles=1)] if fits else []
@@ -88,24 +114,31 @@ def variants_forward(call: Call, multiprocessors: int) -> list[Plan]:
     full = [n * multiprocessors for n in (1, 2)]
     parts = {max(1, min(outs, p)) for n in full for p in (n // tiles, _divide_up(n, tiles))}
     tried = {1 << i for i in range(most.bit_length())} | {most}
+    # to keep v is never slower than to make it again
+    keep_v = call.total_rank > depth and (memory is None or memory.fits(call, Plan(False, 64, 1, 1, True)))
     # in whole stages, none without work
     for splits in sorted({_divide_up(stages, _divide_up(stages, min(s, stages))) for s in tried}):
         for share in sorted({_divide_up(outs, p) for p in parts}):
-            plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=share))
-    return plans
+            plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=share, keep_v=keep_v))
+    return _that_fit(plans, call, memory)
 
 
 @lru_cache(maxsize=4096)
-def plan_forward(call: Call, multiprocessors: int) -> Plan:
+def plan_forward(call: Call, multiprocessors: int, memory: SharedMemory | None = None) -> Plan:
     """The variant of the forward pass with the lowest floor (`rode_kernels.backends.gpu.cost`) on so many multiprocessors.
 
     One launch reads x and base and writes y once if there are enough tiles of tokens for the device. With fewer, K is split, so
     that the whole device reads x and the weights.
+
+    Args:
+        memory: what a block may have and what the CUDA kernels ask for. None does not look at it: for other kernels than these.
+
+    Raises:
+        RuntimeError: no variant fits.
     """
     device = typical_device(multiprocessors)
-    return min(
-        variants_forward(call, multiprocessors), key=lambda plan: cost.forward(call, plan).floor(device)
-    )
+    plans = variants_forward(call, multiprocessors, memory)
+    return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
 
 
 def by_library(call: Call, backward: bool = False, triton: bool = False) -> bool:
@@ -114,9 +147,10 @@ def by_library(call: Call, backward: bool = False, triton: bool = False) -> bool
     Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
     what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
     above R = 32; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
-    host longest, and a library needs more launches. Measured on one H100: docs/cuda.md.
+    host longest, and a library needs more launches; nor with dropout, for which it would need a copy of x. Measured on one H100:
+    docs/cuda.md.
     """
-    if call.tokens <= 64:
+    if call.tokens <= 64 or call.dropout:
         return False
     features, single = call.tokens * (call.in_features + call.out_features), call.element_size == 4
     if call.total_rank * call.element_size > ROW_BYTES:
@@ -160,9 +194,11 @@ _SLABS = {(False, 2): 384, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536
 
 
-def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
+def variants_backward(
+    call: Call, multiprocessors: int, memory: SharedMemory | None = None
+) -> list[BackwardPlan]:
     """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that every
-    multiprocessor has as many blocks as it holds, or fewer."""
+    multiprocessor has as many blocks as it holds, or fewer. None that asks for more than `memory` has."""
     depth, tokens, R = ROW_BYTES // call.element_size, max(call.tokens, 1), call.total_rank
     wide = R > 32
     groups = _divide_up(R, 16) + _divide_up(call.routed_experts, 16)
@@ -187,14 +223,14 @@ def variants_backward(call: Call, multiprocessors: int) -> list[BackwardPlan]:
                 share_x=_share(tokens, 64, ranges_x),
                 share_dx=_share(tokens, 64, _divide_up(2 * multiprocessors, k_slabs)),
             )
-    return list(plans.values())
+    return _that_fit(list(plans.values()), call, memory)
 
 
 @lru_cache(maxsize=4096)
-def plan_backward(call: Call, multiprocessors: int) -> BackwardPlan:
-    """The backward pass for M tokens: of its variants the one with the lowest floor (`rode_kernels.backends.gpu.cost`)."""
+def plan_backward(call: Call, multiprocessors: int, memory: SharedMemory | None = None) -> BackwardPlan:
+    """The variant of the backward pass with the lowest floor (`rode_kernels.backends.gpu.cost`); arguments as `plan_forward`'s."""
     device = typical_device(multiprocessors)
-    plans = variants_backward(call, multiprocessors)
+    plans = variants_backward(call, multiprocessors, memory)
     return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))
 
 

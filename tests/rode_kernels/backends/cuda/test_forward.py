@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import beyond_kernels
 from rode_kernels.backends.gpu.planner import Plan
 from rode_kernels.backends.reference import dropout_keep
@@ -64,6 +66,13 @@ def test_edges(plan, dtype, M, K, O):
     sweep(PLANS[plan], dtype, M=M, K=K, O=O, dropout=M == 17, seed=M)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep_v", [True, False], ids=["kept", "again"])
+def test_v_of_several_passes_is_kept_or_made_again(keep_v, dtype):
+    plan = Plan(fused=False, rows=64, splits=2, out_tiles=2, keep_v=keep_v)
+    sweep(plan, dtype, M=65, K=136, O=264, ranks=(16, 40, 34), dropout=True, seed=keep_v)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
@@ -98,8 +107,13 @@ def test_wide_mixtures(dtype):
     ]:
         for M in (3, 70):
             for splits in (1, 4):
-                plan = Plan(fused=False, rows=64, splits=splits, out_tiles=1)
-                sweep(plan, dtype, M=M, K=136, O=136, ranks=ranks, dropout=splits == 4, seed=M)
+                again = Plan(fused=False, rows=64, splits=splits, out_tiles=1)
+                keeping = replace(again, keep_v=True)
+                columns, size = sum(ranks), dtype.itemsize
+                call = Call(M, 136, 136, columns, len(ranks), size, dropout=splits == 4)
+                fits = columns * size > 128 and machine.memory.fits(call, keeping)
+                for plan in (again, keeping) if fits else (again,):
+                    sweep(plan, dtype, M=M, K=136, O=136, ranks=ranks, dropout=splits == 4, seed=M)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -206,8 +220,9 @@ def test_closed_pairs_skip_their_steps(dtype):
 @pytest.mark.parametrize("ranks", [(2, 4, 8, 16), (16, 16), (40, 24)], ids=str)
 def test_no_bank_conflicts(dtype, ranks):
     """Copies into shared memory, ldmatrix and base's way through it; a dropped swizzle shows here and nowhere else."""
-    for plan in PLANS.values():
-        if plan.rows == 16 and sum(ranks) * dtype.itemsize > 128:
+    many = sum(ranks) * dtype.itemsize > 128
+    for plan in (*PLANS.values(), replace(TWO, keep_v=True)):
+        if (plan.rows == 16 and many) or (plan.keep_v and not many):
             continue
         machine.plan = plan
         run(random_problem((64,), K=512, O=512, dtype=dtype, ranks=ranks))
@@ -356,7 +371,7 @@ def test_a_mistake_names_the_kernel():
     run = native.Forward(
         **dict(dtype=3, tokens=64, in_features=64, out_features=64, ranks=p.ranks, scaling=p.scaling),
         **dict(dropout_p=0.0, dense=False, ld_x=64, ld_base=0, ld_y=0, ld_A=64, ld_B=30),
-        **dict(fused=True, rows=64, splits=1, out_tiles=1, device=0),
+        **dict(fused=True, rows=64, splits=1, out_tiles=1, keep_v=False, device=0),
     )
     where = r"kernel forward_fused, block \(0, 0, 0\), thread \d+: access through a null"
     with pytest.raises(native.EmulatorError, match=where):

@@ -50,14 +50,15 @@ def test_formulas_tell_what_the_emulator_counts(R, router, dtype, M, K, O):
     def operation(leaves):
         return (rectified_mixture if router else gated_mixture)(*leaves, **options)
 
-    for plan in variants_forward(call, 8):
+    for plan in variants_forward(call, 8, machine.memory):
         machine.plan = plan
         operation([getattr(p, n) for n in names])
         compare(cost.forward(call, plan), plan)
     machine.plan = None
     leaves = [getattr(p, n).detach().requires_grad_() for n in names]
     y = operation(leaves)
-    for machine.backward_plan in variants_backward(call, 8):
+    plans = variants_backward(call, 8, machine.memory)
+    for machine.backward_plan in plans:
         torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
         compare(cost.backward(call, machine.backward_plan), machine.backward_plan)
 

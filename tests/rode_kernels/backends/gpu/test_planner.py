@@ -84,6 +84,15 @@ def test_a_plan_that_no_kernel_serves_is_refused(plan, why):
         plan.check(65, 4, 2)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_v_is_kept_with_two_launches_and_several_passes_alone(fused):
+    with pytest.raises(
+        ValueError, match="v is kept with two launches, if a row of B has more than 128 bytes"
+    ):
+        Plan(fused, 64, 1, 1, keep_v=True).check(64, 4, 2)
+    Plan(False, 64, 1, 1, keep_v=True).check(65, 4, 2)
+
+
 def test_a_slab_that_no_block_holds_is_refused():
     plan = plan_backward(Call(8192, 4096, 4096, 30, 4), 132)
     plan.check(2)
