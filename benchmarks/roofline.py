@@ -14,6 +14,7 @@ from benchmarks import write_json
 from benchmarks.traffic import RANKS, eager
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
+from rode_kernels.backends.gpu.plans import ProblemShape
 
 # Of LLaMA-7B, in each of 32 layers: (in_features, out_features) of its linear layers, each with experts.
 LAYERS = 32
@@ -31,7 +32,7 @@ class Both:
 
 def costs(M: int, K: int, O: int, device: cost.Device) -> dict[str, Both]:
     """Of one linear layer, by what runs it; bfloat16, ranks 2, 4, 8, 16."""
-    call = cost.Call(M, K, O, sum(RANKS), len(RANKS))
+    call = ProblemShape(M, K, O, sum(RANKS), len(RANKS))
     found = {
         NAMES[0]: Both(
             cost.forward(call, plan_forward(call, device.multiprocessors)),

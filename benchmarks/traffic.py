@@ -22,8 +22,8 @@ from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda.emulated import machine, native
 from rode_kernels.backends.gpu import cost
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 
 RANKS = (2, 4, 8, 16)
 SCALING = tuple(16.0 / r for r in RANKS)
@@ -148,7 +148,7 @@ def _counted() -> Count:
 
 def backward(M: int, K: int, O: int, multiprocessors: int) -> Count:
     """The backward pass at M tokens, by its plan, from calls of one and two tiles of 64 tokens in one and two ranges."""
-    plan = plan_backward(Call(M, K, O, sum(RANKS), len(RANKS)), multiprocessors)
+    plan = plan_backward(ProblemShape(M, K, O, sum(RANKS), len(RANKS)), multiprocessors)
 
     def of(tiles: int, share_y: int, share_x: int) -> Count:
         shares = replace(plan, share_y=share_y * TILE, share_x=share_x * TILE)
@@ -184,7 +184,7 @@ def fused(M: int, K: int, O: int, *, inplace: bool, open_: bool = True) -> Count
 
 def fewest(M: int, K: int, O: int, backward: bool = False) -> int:
     """Forward: x and base read, y written, the weights once, in 16 bits. Backward: x and dy read, dx written, the weights once."""
-    return int(cost.fewest(Call(M, K, O, sum(RANKS), len(RANKS)), backward))
+    return int(cost.fewest(ProblemShape(M, K, O, sum(RANKS), len(RANKS)), backward))
 
 
 def eager(M: int, K: int, O: int, of_backward: bool = False) -> dict[str, Count]:
@@ -261,7 +261,7 @@ def table(K: int = 4096, O: int = 4096) -> list[dict]:
     for M_, name, count, of_backward in triton_rows(K, O):
         add(M_, name, count, of_backward)
     for few in (512, 16, 1):
-        plan = plan_forward(Call(few, K, O, sum(RANKS), len(RANKS)), MULTIPROCESSORS)
+        plan = plan_forward(ProblemShape(few, K, O, sum(RANKS), len(RANKS)), MULTIPROCESSORS)
         add(
             few,
             f"two launches, {plan.splits} parts of K",

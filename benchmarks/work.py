@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import PASSES
-from rode_kernels.backends.gpu.cost import Call, fewest
+from rode_kernels.backends.gpu.cost import fewest
+from rode_kernels.backends.gpu.plans import ProblemShape
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def work(
     open_ranks = int((is_open * rank).sum())  # over all tokens
     idle = M - int(is_open.any(1).sum())  # tokens without an open expert
     used, R = int(rank[is_open.any(0)].sum()), int(rank.sum())
-    call = Call(M, K, O, used, N, e)
+    call = ProblemShape(M, K, O, used, N, e)
     saved = 4 * M * (R + N)  # u and g
     forward = Work(2.0 * M * N * K + 2.0 * open_ranks * (K + O), fewest(call) + saved)
     gradients = e * ((R + N) * K + O * R)

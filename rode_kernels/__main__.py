@@ -14,17 +14,20 @@ from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.planner import (
+    by_library,
+    plan_backward,
+    plan_forward,
+    variants_backward,
+    variants_forward,
+)
+from rode_kernels.backends.gpu.plans import (
     MAX_EXPERTS,
     MAX_FEATURES,
     MAX_RANK,
     MAX_TOKENS,
     Plan,
-    by_library,
+    ProblemShape,
     can_fuse,
-    plan_backward,
-    plan_forward,
-    variants_backward,
-    variants_forward,
 )
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
@@ -67,7 +70,7 @@ def shared_memory(device: cost.Device) -> SharedMemory | None:
     return SharedMemory(native, device.shared) if native else None
 
 
-def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> None:
+def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> None:
     """Every variant of both passes with bytes, launches and floor, the chosen one marked, and why it is."""
     gates = ("a router" if call.routed else "given gates") + (", dropout" if call.dropout else "")
     print(
@@ -129,7 +132,7 @@ def explain(call: cost.Call, ranks: tuple[int, ...], device: cost.Device) -> Non
     )
 
 
-def _triton(call: cost.Call, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
+def _triton(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
     try:
         from rode_kernels.backends.triton.record import cost_of, record
     except ImportError:
@@ -182,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = cost.DEVICES[options.device]
     if options.multiprocessors:
         device = replace(device, multiprocessors=options.multiprocessors)
-    call = cost.Call(
+    call = ProblemShape(
         *(options.m, options.k, options.o, sum(options.ranks), len(options.ranks), SIZES[options.dtype]),
         routed=not options.gated,
         in_place=options.in_place,

@@ -13,7 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.eager import BytesMoved, packed, peft_loop
 from rode_kernels import backends
 from rode_kernels.backends.gpu import cost
-from rode_kernels.backends.gpu.planner import BackwardPlan
+from rode_kernels.backends.gpu.plans import BackwardPlan
 
 needs_emulator = pytest.mark.skipif(
     not backends()["cuda-emulated"].available and os.environ.get("RODE_EMULATE") != "1",

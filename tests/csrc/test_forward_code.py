@@ -12,7 +12,7 @@ import torch
 from mixture_oracle import random_problem
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda.emulated import machine, native
-from rode_kernels.backends.gpu.planner import Plan
+from rode_kernels.backends.gpu.plans import Plan
 from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from rode_kernels.backends.cuda.prepared import Between, Kernels
 from rode_kernels.backends.gpu import gemm_path as library
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, divide_up, with_neighbouring_columns
-from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, by_library, plan_backward, plan_forward
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, with_neighbouring_columns
+from rode_kernels.backends.gpu.planner import by_library, plan_backward, plan_forward
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.mixture import Mixture
 
@@ -98,10 +98,10 @@ class Passes:
         self.kernels = kernels
         self.between = lru_cache(maxsize=4096)(Between)
 
-    def plan_forward(self, of: Call, device: int) -> Plan:
+    def plan_forward(self, of: ProblemShape, device: int) -> Plan:
         return plan_forward(of, *_prepare(device))
 
-    def plan_backward(self, of: Call, device: int) -> BackwardPlan:
+    def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
         return plan_backward(of, *_prepare(device))
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:

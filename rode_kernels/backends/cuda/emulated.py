@@ -9,9 +9,9 @@ from torch import Tensor
 
 from rode_kernels.backends.cuda.backend import Passes
 from rode_kernels.backends.cuda.prepared import Kernels
-from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
-from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, plan_backward, plan_forward
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
 try:
@@ -64,10 +64,10 @@ class _EmulatedKernels(Kernels):
 
 
 class _EmulatedPasses(Passes):
-    def plan_forward(self, of: Call, device: int) -> Plan:
+    def plan_forward(self, of: ProblemShape, device: int) -> Plan:
         return machine.plan or plan_forward(of, machine.multiprocessors, machine.memory)
 
-    def plan_backward(self, of: Call, device: int) -> BackwardPlan:
+    def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
         return machine.backward_plan or plan_backward(of, machine.multiprocessors, machine.memory)
 
     def by_library(self, layout: Layout, backward: bool = False) -> bool:

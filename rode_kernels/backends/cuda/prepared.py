@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rode_kernels.backends.gpu.gemm_path import widths
-from rode_kernels.backends.gpu.layout import Layout, divide_up, tf32_allowed
-from rode_kernels.backends.gpu.planner import BackwardPlan, Plan, column_tiles
+from rode_kernels.backends.gpu.layout import Layout, tf32_allowed
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, column_tiles, divide_up
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 

@@ -10,19 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rode_kernels.backends.gpu.planner import BackwardPlan, Plan
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
 
 TILE = 64  # tokens
 # Seconds that a block takes for a stage in 16 bits, which is little more than a way to memory, and in float32, by three products of
 # values that are split first. Measured on one H200.
 STAGE = {2: 0.35e-6, 4: 0.9e-6}
-
-
-def _divide_up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -58,34 +52,6 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Call:
-    """Shapes of a call, as in rode.h.
-
-    Attributes:
-        tokens, in_features, out_features: M, K, O. experts: N. total_rank: R.
-        element_size: bytes of x's type. routed: gates come from a router.
-        base: y is added to something; in_place: there. open_share: of tiles of tokens, those with anything open.
-        dropout: there is dropout.
-    """
-
-    tokens: int
-    in_features: int
-    out_features: int
-    total_rank: int
-    experts: int
-    element_size: int = 2
-    routed: bool = True
-    base: bool = True
-    in_place: bool = False
-    open_share: float = 1.0
-    dropout: bool = False
-
-    @property
-    def routed_experts(self) -> int:
-        return self.experts if self.routed else 0
-
-
-@dataclass(frozen=True)
 class Step:
     """One launch: bytes of DRAM and L2, blocks, operations of matrix units, and blocks that a multiprocessor holds at once.
 
@@ -111,7 +77,7 @@ class Step:
         waves = self.blocks / (device.multiprocessors * self.resident)
         if self.blocks > device.multiprocessors and waves <= 1:
             # some have a block more than others; part of the bandwidth that these leave goes to those
-            most = _divide_up(self.blocks, device.multiprocessors)
+            most = divide_up(self.blocks, device.multiprocessors)
             share = min(share, (1 + self.blocks / (device.multiprocessors * most)) / 2)
         elif 1 < waves <= 2:
             share = min(share, waves / 2)
@@ -142,7 +108,7 @@ class Cost:
         return sum(step.floor(device) for step in self.steps)
 
 
-def fewest(c: Call, backward: bool = False) -> float:
+def fewest(c: ProblemShape, backward: bool = False) -> float:
     """Bytes that no implementation can do without: activations once, the weights read once."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
     wide = M * (2 * K + O) if backward else M * (K + O * (2 if c.base else 1))
@@ -152,10 +118,10 @@ def fewest(c: Call, backward: bool = False) -> float:
 # ---- CUDA: csrc/cuda/forward.cuh, backward_params.cuh
 
 
-def forward(c: Call, plan: Plan) -> Cost:
+def forward(c: ProblemShape, plan: Plan) -> Cost:
     """By the kernels that a plan names."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
-    e, part, tiles = c.element_size, c.open_share, _divide_up(c.tokens, plan.rows)
+    e, part, tiles = c.element_size, c.open_share, divide_up(c.tokens, plan.rows)
     weights, of_y = (R + N) * K * e, M * O * e * (1 + c.base) * (part if c.in_place else 1.0)
     gates, u, read_B = M * c.experts * 4, M * R * 4, O * R * e * (part > 0)
     depth = 128 // e  # columns of a stage
@@ -167,23 +133,23 @@ def forward(c: Call, plan: Plan) -> Cost:
     if plan.fused:
         dram = M * K * e + weights + read_B + of_y + gates + u
         l2 = M * K * e + tiles * weights + again_B + of_y + by_warps + gates * c.routed + u
-        stages = STAGE[e] * (_divide_up(K, depth) + _divide_up(O, depth))
+        stages = STAGE[e] * (divide_up(K, depth) + divide_up(O, depth))
         return Cost((Step(dram, l2, tiles, down + up, stages=stages),))
-    columns, of_experts = 8 * (_divide_up(R, 8) + _divide_up(N, 8)), 8 * _divide_up(R, 8)
-    passes = _divide_up(columns // 8, 5 if columns <= 40 else 16)
+    columns, of_experts = 8 * (divide_up(R, 8) + divide_up(N, 8)), 8 * divide_up(R, 8)
+    passes = divide_up(columns // 8, 5 if columns <= 40 else 16)
     partial = plan.splits * M * columns * 4
     first = Step(
         M * K * e + weights + partial,
         M * K * e * passes + tiles * weights + partial,
         passes * tiles * plan.splits,
         down,
-        stages=STAGE[e] * _divide_up(_divide_up(K, depth), plan.splits),
+        stages=STAGE[e] * divide_up(divide_up(K, depth), plan.splits),
     )
-    outs = _divide_up(O, depth)
-    shares = _divide_up(outs, plan.out_tiles)
+    outs = divide_up(O, depth)
+    shares = divide_up(outs, plan.out_tiles)
     # v of several passes is kept in shared memory, or both of the warps that have the same tokens make it again for every 128 bytes
     # of y
-    chunks = _divide_up(of_experts, depth)
+    chunks = divide_up(of_experts, depth)
     again = chunks > 1 and not plan.keep_v
     read = partial * (shares + (2 * outs * of_experts / columns if again else 0))
     second = Step(
@@ -191,7 +157,7 @@ def forward(c: Call, plan: Plan) -> Cost:
         read + again_B + of_y + gates * c.routed + by_warps * shares + u,
         tiles * shares,
         up,
-        stages=STAGE[e] * (plan.out_tiles * chunks + _divide_up(plan.splits, 32 if plan.rows == 16 else 8)),
+        stages=STAGE[e] * (plan.out_tiles * chunks + divide_up(plan.splits, 32 if plan.rows == 16 else 8)),
     )
     return Cost((first, second))
 
@@ -206,15 +172,15 @@ def resident_x(groups: int) -> int:
     return 3 if groups == 3 else 2
 
 
-def backward(c: Call, plan: BackwardPlan) -> Cost:
+def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     """By the kernels that a plan names; every gradient is asked for."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
-    e, part, tiles = c.element_size, c.open_share, _divide_up(c.total_rank, 8)
-    ranges_y, ranges_x = _divide_up(M, plan.share_y), _divide_up(M, plan.share_x)
+    e, part, tiles = c.element_size, c.open_share, divide_up(c.total_rank, 8)
+    ranges_y, ranges_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
     products = 6 if e == 4 else 1
-    chunks = _divide_up(R, 64 if plan.wide else 32)  # of columns, each of which reads dy
+    chunks = divide_up(R, 64 if plan.wide else 32)  # of columns, each of which reads dy
     g, u, dh = M * c.experts * 4, M * R * 4, M * c.experts * 4
-    t = plan.slabs * _divide_up(M, 16) * tiles * 512 * part
+    t = plan.slabs * divide_up(M, 16) * tiles * 512 * part
     of_B = ranges_y * O * 8 * tiles * 4
     y = Step(
         M * O * e * part + O * R * e + g + u + t + of_B,
@@ -228,19 +194,17 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
         resident=resident_y(plan.wide, e),
         busy=resident_y(plan.wide, e),
     )
-    groups = _divide_up(R, 16) + _divide_up(N, 16)
+    groups = divide_up(R, 16) + divide_up(N, 16)
     D = M * 16 * groups * e
-    of_bias = _divide_up(M, 16) * N * 4
-    flags = _divide_up(M, 16) * 4  # which tokens have anything open
+    of_bias = divide_up(M, 16) * N * 4
+    flags = divide_up(M, 16) * 4  # which tokens have anything open
     moved = t + u * part + g + D + dh + of_bias + flags
-    v = Step(moved, moved, _divide_up(M, 16))
-    k_slabs, wide = _divide_up(K, 256 // e), plan.groups == 4
-    kinds = _divide_up(groups, 4) if wide else 1  # chunks of D, each of which reads x
+    v = Step(moved, moved, divide_up(M, 16))
+    k_slabs, wide = divide_up(K, 256 // e), plan.groups == 4
+    kinds = divide_up(groups, 4) if wide else 1  # chunks of D, each of which reads x
     of_A = ranges_x * (R + N) * K * 4
-    again = (
-        _divide_up(M, TILE) if wide else ranges_x
-    )  # weights stand in registers, or are read for every tile
-    ranges_dx = _divide_up(M, plan.share_dx)
+    again = divide_up(M, TILE) if wide else ranges_x  # weights stand in registers, or are read for every tile
+    ranges_dx = divide_up(M, plan.share_dx)
     x = Step(
         M * K * e * (1 + part) + (R + N) * K * e + D + flags + of_A,
         M * K * e * (1 + part * kinds)
@@ -254,20 +218,20 @@ def backward(c: Call, plan: BackwardPlan) -> Cost:
     )
     count = O * R + (R + N) * K
     moved = ranges_y * O * R * 4 + of_A + of_bias + count * e + N * 4
-    add = Step(moved, moved, _divide_up(_divide_up(count, 32) * 32 + 32 * N, 128))
+    add = Step(moved, moved, divide_up(divide_up(count, 32) * 32 + 32 * N, 128))
     return Cost((y, v, x, add))
 
 
 # ---- PyTorch's library and csrc/cuda/between.cuh
 
 
-def library(c: Call, backward: bool = False) -> Cost:
+def library(c: ProblemShape, backward: bool = False) -> Cost:
     """The cost of `rode_kernels.backends.gpu.gemm_path`.
 
     Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too.
     """
     M, K, O, R, e = c.tokens, c.in_features, c.out_features, c.total_rank, c.element_size
-    columns, pitch = _divide_up(R + c.routed_experts, 8) * 8, _divide_up(R, 8) * 8
+    columns, pitch = divide_up(R + c.routed_experts, 8) * 8, divide_up(R, 8) * 8
     rate = 24 if e == 4 else 1  # float32 by ordinary multiply-adds
     weights, u, g, v, D = columns * K * e, M * R * 4, M * c.experts * 4, M * pitch * e, M * columns * e
     of_B = O * pitch * e
@@ -280,10 +244,10 @@ def library(c: Call, backward: bool = False) -> Cost:
 
     def pack(with_B: bool) -> Step:
         moved = (R + c.routed_experts) * K * e + weights + (O * R * e + of_B if with_B else 0)
-        return kernel(moved, _divide_up(columns * K * e, 16 * 128))
+        return kernel(moved, divide_up(columns * K * e, 16 * 128))
 
     packed = [pack(pitch != R)] if c.routed or columns != R else []
-    weigh = _divide_up(M, 8)
+    weigh = divide_up(M, 8)
     if not backward:
         sums, of_y = M * columns * 4, M * O * e * (1 + c.base)
         return Cost(

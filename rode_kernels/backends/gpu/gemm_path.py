@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.gpu.layout import Layout, divide_up
+from rode_kernels.backends.gpu.layout import Layout
+from rode_kernels.backends.gpu.plans import divide_up
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -8,15 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS
+from rode_kernels.backends.gpu.plans import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS, ProblemShape
 from rode_kernels.mixture import Mixture
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def divide_up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Layout(NamedTuple):
@@ -59,11 +54,13 @@ class Layout(NamedTuple):
         return not any(self.wide)
 
     @property
-    def call(self) -> Call:
+    def call(self) -> ProblemShape:
         """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
         sizes = (self.tokens, self.in_features, self.out_features)
         experts = (self.mixture.total_rank, self.mixture.num_experts)
-        return Call(*sizes, *experts, self.dtype.itemsize, routed=self.routed, dropout=self.dropout_p > 0.0)
+        return ProblemShape(
+            *sizes, *experts, self.dtype.itemsize, routed=self.routed, dropout=self.dropout_p > 0.0
+        )
 
 
 def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:

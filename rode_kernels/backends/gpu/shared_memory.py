@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from types import ModuleType
 
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import BackwardPlan, Plan
+from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 
 _DTYPE_OF_SIZE = {4: 1, 2: 3}  # as in csrc/problem.h; float16 takes what bfloat16 takes
 
@@ -26,7 +25,7 @@ class SharedMemory:
     native: ModuleType
     limit: int
 
-    def asked(self, call: Call, plan: Plan | BackwardPlan) -> int:
+    def asked(self, call: ProblemShape, plan: Plan | BackwardPlan) -> int:
         """The most bytes that a launch of this plan asks for."""
         native = self.native
         ask = native.forward_shared_bytes if isinstance(plan, Plan) else native.backward_shared_bytes
@@ -42,5 +41,5 @@ class SharedMemory:
             **asdict(plan),
         )
 
-    def fits(self, call: Call, plan: Plan | BackwardPlan) -> bool:
+    def fits(self, call: ProblemShape, plan: Plan | BackwardPlan) -> bool:
         return self.asked(call, plan) <= self.limit

@@ -6,15 +6,15 @@ Triton is imported at the first call that wants it: it is large, and not a depen
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import beyond_kernels
 from rode_kernels.backends.gpu.planner import by_library
+from rode_kernels.backends.gpu.plans import ProblemShape
+from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
@@ -56,17 +56,6 @@ def status() -> tuple[bool, str]:
     return True, f"Triton {triton.__version__}"
 
 
-@lru_cache(maxsize=1)
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: decided by the environment once, as Triton does when kernels are defined."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-def devices() -> tuple[str, ...]:
-    """Torch device types that it serves. Interpreted kernels leave a GPU's tensors to other backends."""
-    return ("cpu",) if interpreted() else ("cuda",)
-
-
 by_library_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
 
 
@@ -77,7 +66,7 @@ def _by_library(
     if dropout_p > 0.0 or by_library_always is not None:
         return bool(by_library_always) and dropout_p == 0.0
     sizes = (*x.shape, B.shape[0], mixture.total_rank, mixture.num_experts, x.element_size())
-    return by_library(Call(*sizes, routed=router_weight is not None), backward, triton=True)
+    return by_library(ProblemShape(*sizes, routed=router_weight is not None), backward, triton=True)
 
 
 def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import tf32_allowed
 
 INTERPRETED_MULTIPROCESSORS = 2  # as few as let small problems fill the device
+
+
+@lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: decided by the environment once, as Triton does when kernels are defined."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def devices() -> tuple[str, ...]:
+    """Torch device types that it serves. Interpreted kernels leave a GPU's tensors to other backends."""
+    return ("cpu",) if interpreted() else ("cuda",)
 
 
 def amd() -> bool:

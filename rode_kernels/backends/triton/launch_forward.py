@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_forward
+from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.triton import device, forward_kernels, tune
 from rode_kernels.backends.triton.tiles import (
     blocks,
@@ -50,7 +50,7 @@ def forward(
         bias = None if router_bias is None else router_bias.float().contiguous()
         # parts of K decide the bits: for the shape class, not for the very number of tokens
         most = triton.next_power_of_2(M)
-        call = Call(most, K, O, R, N, x.element_size(), routed=routed)
+        call = ProblemShape(most, K, O, R, N, x.element_size(), routed=routed)
         plan = plan_forward(call, device.multiprocessors(x))
         size = blocks(M, R, N, x.element_size())
         threshold, drops = dropout(x, dropout_p)

@@ -7,7 +7,8 @@ import triton
 from torch import Tensor
 
 from rode_kernels.backends.gpu import gemm_path as library
-from rode_kernels.backends.gpu.layout import Layout, divide_up
+from rode_kernels.backends.gpu.layout import Layout
+from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import gate_kernels as between_kernels
 from rode_kernels.backends.triton import tune
 from rode_kernels.backends.triton.tiles import columns

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from rode_kernels.backends.triton import device
-from rode_kernels.backends.triton.backend import interpreted
+from rode_kernels.backends.triton.device import interpreted
 from rode_kernels.mixture import Mixture
 
 

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from rode_kernels.backends.triton import device
-from rode_kernels.backends.triton.backend import interpreted
+from rode_kernels.backends.triton.device import interpreted
 
 # BLOCK_M, BLOCK_O, num_warps, num_stages
 CONFIGS = (

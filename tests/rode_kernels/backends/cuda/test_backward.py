@@ -14,8 +14,8 @@ from mixture_oracle import Problem, check, operation, random_problem, with_dropo
 from rode_kernels import backends, gated_mixture, rectified_mixture
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import BackwardPlan, plan_backward
+from rode_kernels.backends.gpu.planner import plan_backward
+from rode_kernels.backends.gpu.plans import BackwardPlan, ProblemShape
 from rode_kernels.backends.reference import dropout_keep
 
 if not backends()["cuda-emulated"].available:
@@ -45,7 +45,7 @@ def sweep(
         machine.backward_plan = None
         if many:
             routed = p.router_weight is not None
-            call = Call(M, K, O, sum(p.ranks), len(p.ranks), dtype.itemsize, routed=routed)
+            call = ProblemShape(M, K, O, sum(p.ranks), len(p.ranks), dtype.itemsize, routed=routed)
             plan = plan_backward(call, 1)
             depth = 128 // dtype.itemsize
             machine.backward_plan = replace(
@@ -245,7 +245,7 @@ def test_launches():
 def test_a_large_share_fits_what_a_block_can_note():
     """A device of few multiprocessors, 2^20 tokens: ranges are no longer than shared memory has room for, whatever the kernels."""
     for M, R, N, size in product((1, 2**20), (4, 30, 64, 1024), (0, 4, 64), (2, 4)):
-        plan = plan_backward(Call(M, 4096, 4096, R, max(N, 1), size, routed=N > 0), 1)
+        plan = plan_backward(ProblemShape(M, 4096, 4096, R, max(N, 1), size, routed=N > 0), 1)
         assert isinstance(plan, BackwardPlan)
         assert plan.share_y % 16 == plan.share_x % 64 == 0
         assert plan.share_y <= 16 * 1536

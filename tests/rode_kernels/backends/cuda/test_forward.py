@@ -14,9 +14,8 @@ from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
-from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.layout import beyond_kernels
-from rode_kernels.backends.gpu.planner import Plan
+from rode_kernels.backends.gpu.plans import Plan, ProblemShape
 from rode_kernels.backends.reference import dropout_keep
 from rode_kernels.mixture import make_mixture
 
@@ -110,7 +109,7 @@ def test_wide_mixtures(dtype):
                 again = Plan(fused=False, rows=64, splits=splits, out_tiles=1)
                 keeping = replace(again, keep_v=True)
                 columns, size = sum(ranks), dtype.itemsize
-                call = Call(M, 136, 136, columns, len(ranks), size, dropout=splits == 4)
+                call = ProblemShape(M, 136, 136, columns, len(ranks), size, dropout=splits == 4)
                 fits = columns * size > 128 and machine.memory.fits(call, keeping)
                 for plan in (again, keeping) if fits else (again,):
                     sweep(plan, dtype, M=M, K=136, O=136, ranks=ranks, dropout=splits == 4, seed=M)

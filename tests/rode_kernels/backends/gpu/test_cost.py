@@ -18,6 +18,7 @@ from rode_kernels.backends.gpu.planner import (
     variants_backward,
     variants_forward,
 )
+from rode_kernels.backends.gpu.plans import ProblemShape
 
 needs_emulator = pytest.mark.skipif(not backends()["cuda-emulated"].available, reason="needs the emulator")
 LLAVA = (4096, 4096, 30, 4)
@@ -39,7 +40,7 @@ def test_formulas_tell_what_the_emulator_counts(R, router, dtype, M, K, O):
     """All variants: DRAM and L2 within 3 %."""
     ranks, e = RANKS[R], dtype.itemsize
     p = random_problem((M,), K=K, O=O, ranks=ranks, dtype=dtype, router=router, open_share=1.0)
-    call = cost.Call(M, K, O, R, len(ranks), e, routed=router)
+    call = ProblemShape(M, K, O, R, len(ranks), e, routed=router)
     options = dict(ranks=ranks, scaling=p.scaling, base=p.base, backend="cuda-emulated")
     names = ("x", "A", "B", "router_weight", "router_bias") if router else ("x", "A", "B", "gates")
     if router:  # every gate is open
@@ -78,20 +79,20 @@ def compare(predicted: cost.Cost, plan) -> None:
 def test_formulas_at_full_width():
     """The sizes of the traffic table."""
     one = traffic.fused(8192, 4096, 4096, inplace=False)
-    predicted = cost.forward(cost.Call(8192, 4096, 4096, 30, 4), traffic.FUSED)
+    predicted = cost.forward(ProblemShape(8192, 4096, 4096, 30, 4), traffic.FUSED)
     assert predicted.dram == pytest.approx(one.dram, rel=0.03)
     assert predicted.l2 == pytest.approx(one.l2, rel=0.03)
     some = traffic.backward(8192, 4096, 4096, 132)
     predicted = cost.backward(
-        cost.Call(8192, 4096, 4096, 30, 4, base=False), plan_backward(cost.Call(8192, *LLAVA), 132)
+        ProblemShape(8192, 4096, 4096, 30, 4, base=False), plan_backward(ProblemShape(8192, *LLAVA), 132)
     )
     assert predicted.dram == pytest.approx(some.dram, rel=0.03)
     assert predicted.l2 == pytest.approx(some.l2, rel=0.03)
 
 
 def test_half_open_tiles_in_place_move_half_of_base():
-    whole = cost.forward(cost.Call(8192, 4096, 4096, 30, 4, in_place=True), traffic.FUSED)
-    half = cost.forward(cost.Call(8192, 4096, 4096, 30, 4, in_place=True, open_share=0.5), traffic.FUSED)
+    whole = cost.forward(ProblemShape(8192, 4096, 4096, 30, 4, in_place=True), traffic.FUSED)
+    half = cost.forward(ProblemShape(8192, 4096, 4096, 30, 4, in_place=True, open_share=0.5), traffic.FUSED)
     assert whole.dram - half.dram == 8192 * 4096 * 2
 
 
@@ -100,7 +101,7 @@ def test_half_open_tiles_in_place_move_half_of_base():
 @pytest.mark.parametrize("open_share", [1.0, 0.1])
 def test_the_lowest_floor_is_chosen(tokens, multiprocessors, open_share):
     device = typical_device(multiprocessors)
-    call = cost.Call(tokens, *LLAVA, open_share=open_share)
+    call = ProblemShape(tokens, *LLAVA, open_share=open_share)
     for of, choose, variants in (
         (cost.forward, plan_forward, variants_forward),
         (cost.backward, plan_backward, variants_backward),
@@ -112,7 +113,7 @@ def test_the_lowest_floor_is_chosen(tokens, multiprocessors, open_share):
 
 def test_what_is_expected_to_be_open_decides():
     """With little to read of dy more parts of t cost less than ranges of dB."""
-    half, few = (plan_backward(cost.Call(8192, *LLAVA, open_share=s), 132) for s in (1.0, 0.05))
+    half, few = (plan_backward(ProblemShape(8192, *LLAVA, open_share=s), 132) for s in (1.0, 0.05))
     assert few.slabs > half.slabs
 
 

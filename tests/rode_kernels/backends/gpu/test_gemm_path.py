@@ -17,8 +17,8 @@ from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
 from rode_kernels.backends.gpu import cost
-from rode_kernels.backends.gpu.cost import Call
 from rode_kernels.backends.gpu.planner import by_library
+from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
 
@@ -188,7 +188,7 @@ def test_the_kernels_between_move_what_the_formulas_say(ranks, router):
         p.dgates = None
     else:
         p.gates.abs_().add_(0.1)
-    of = Call(M, K, O, R, N, 2, routed=router)
+    of = ProblemShape(M, K, O, R, N, 2, routed=router)
     operation(p, backend="cuda-emulated")
     want = [step for step in cost.library(of, backward=True).steps if step.operations == 0.0]
     assert len(want) == len(emulator.launches())
@@ -204,20 +204,20 @@ def test_gates_that_may_reopen_get_their_gradient_where_they_are_closed(backend)
 @pytest.mark.parametrize(
     ("call", "forward", "backward"),
     [
-        (Call(8192, 4096, 4096, 30, 4), False, False),
-        (Call(8192, 4096, 4096, 64, 8), False, True),
-        (Call(512, 4096, 4096, 64, 8), False, False),
-        (Call(8192, 4096, 4096, 65, 8), True, True),
-        (Call(65, 4096, 4096, 256, 16), True, True),
+        (ProblemShape(8192, 4096, 4096, 30, 4), False, False),
+        (ProblemShape(8192, 4096, 4096, 64, 8), False, True),
+        (ProblemShape(512, 4096, 4096, 64, 8), False, False),
+        (ProblemShape(8192, 4096, 4096, 65, 8), True, True),
+        (ProblemShape(65, 4096, 4096, 256, 16), True, True),
         (
-            Call(64, 4096, 4096, 256, 16),
+            ProblemShape(64, 4096, 4096, 256, 16),
             False,
             False,
         ),  # a batch of decoding: the host is slower than the device
-        (Call(8192, 4096, 4096, 30, 4, 4), False, True),
-        (Call(512, 4096, 4096, 30, 4, 4), False, False),
-        (Call(2048, 1024, 1024, 30, 4, 4), False, False),
-        (Call(2048, 1024, 1024, 33, 4, 4), True, True),
+        (ProblemShape(8192, 4096, 4096, 30, 4, 4), False, True),
+        (ProblemShape(512, 4096, 4096, 30, 4, 4), False, False),
+        (ProblemShape(2048, 1024, 1024, 30, 4, 4), False, False),
+        (ProblemShape(2048, 1024, 1024, 33, 4, 4), True, True),
     ],
 )
 def test_which_calls_go_by_the_library(call, forward, backward):
@@ -227,14 +227,14 @@ def test_which_calls_go_by_the_library(call, forward, backward):
 @pytest.mark.parametrize(
     ("call", "forward", "backward"),
     [
-        (Call(8192, 4096, 4096, 30, 4), False, True),
-        (Call(2048, 4096, 4096, 30, 4), False, False),
-        (Call(2048, 4096, 4096, 33, 4), False, True),
-        (Call(65, 64, 64, 65, 4), True, True),
-        (Call(512, 4096, 4096, 30, 4, 4), True, False),
-        (Call(256, 4096, 4096, 30, 4, 4), False, False),
-        (Call(1024, 4096, 4096, 30, 4, 4), True, True),
-        (Call(64, 4096, 4096, 30, 4, 4), False, False),
+        (ProblemShape(8192, 4096, 4096, 30, 4), False, True),
+        (ProblemShape(2048, 4096, 4096, 30, 4), False, False),
+        (ProblemShape(2048, 4096, 4096, 33, 4), False, True),
+        (ProblemShape(65, 64, 64, 65, 4), True, True),
+        (ProblemShape(512, 4096, 4096, 30, 4, 4), True, False),
+        (ProblemShape(256, 4096, 4096, 30, 4, 4), False, False),
+        (ProblemShape(1024, 4096, 4096, 30, 4, 4), True, True),
+        (ProblemShape(64, 4096, 4096, 30, 4, 4), False, False),
     ],
 )
 def test_which_calls_of_triton_go_by_the_library(call, forward, backward):

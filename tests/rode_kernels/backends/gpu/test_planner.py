@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import Plan, can_fuse, plan_backward, plan_forward
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
+from rode_kernels.backends.gpu.plans import Plan, ProblemShape, can_fuse
 
 
-def llava(tokens: int) -> Call:
-    return Call(tokens, 4096, 4096, 30, 4)
+def llava(tokens: int) -> ProblemShape:
+    return ProblemShape(tokens, 4096, 4096, 30, 4)
 
 
 @given(
@@ -29,7 +29,7 @@ def test_every_plan_is_one_that_the_kernels_have(
     tokens, in_features, out_features, total_rank, routed_experts, element_size, multiprocessors
 ):
     experts = max(routed_experts, 1)
-    call = Call(
+    call = ProblemShape(
         tokens, in_features, out_features, total_rank, experts, element_size, routed=routed_experts > 0
     )
     plan = plan_forward(call, multiprocessors)
@@ -67,7 +67,7 @@ def test_wide_mixtures_take_two_launches():
     assert can_fuse(64, 16)
     assert not can_fuse(65, 0)
     assert not can_fuse(32, 17)
-    assert not plan_forward(Call(65536, 4096, 4096, 256, 16), 108).fused
+    assert not plan_forward(ProblemShape(65536, 4096, 4096, 256, 16), 108).fused
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_v_is_kept_with_two_launches_and_several_passes_alone(fused):
 
 
 def test_a_slab_that_no_block_holds_is_refused():
-    plan = plan_backward(Call(8192, 4096, 4096, 30, 4), 132)
+    plan = plan_backward(ProblemShape(8192, 4096, 4096, 30, 4), 132)
     plan.check(2)
     with pytest.raises(ValueError, match="at most 384 columns of y"):
         replace(plan, slab=448).check(2)

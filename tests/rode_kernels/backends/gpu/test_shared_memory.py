@@ -19,14 +19,8 @@ from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
 from rode_kernels.backends.gpu import cost
-from rode_kernels.backends.gpu.cost import Call
-from rode_kernels.backends.gpu.planner import (
-    Plan,
-    plan_backward,
-    plan_forward,
-    variants_backward,
-    variants_forward,
-)
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, variants_backward, variants_forward
+from rode_kernels.backends.gpu.plans import Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.backends.reference import dropout_keep
 
@@ -74,7 +68,7 @@ def most(found: list[dict]) -> int:
 @pytest.mark.parametrize("size", DTYPES)
 def test_bytes_of_one_launch_by_hand(experts, size):
     """Seven stages of 64 rows of x and 40 of weights, 128 bytes each; float32 gates of 64 tokens; two masks of 64 x 8 bytes."""
-    call = Call(8192, 4096, 4096, experts, experts, size, routed=False, dropout=True)
+    call = ProblemShape(8192, 4096, 4096, experts, experts, size, routed=False, dropout=True)
     asked = 7 * (64 + 40) * 128 + 64 * 4 * experts + 2 * 64 * 8
     assert LEAST.asked(call, ONE) == asked > LEAST.limit
     assert LEAST.asked(replace(call, dropout=False), ONE) == asked - 1024 <= LEAST.limit
@@ -86,7 +80,7 @@ def test_bytes_of_one_launch_by_hand(experts, size):
 def test_a_plan_asks_for_what_its_launches_ask_for(size, router, ranks, M):
     p = random_problem((M,), K=72, O=136, ranks=ranks, dtype=DTYPES[size], router=router)
     machine.architecture, machine.library = 90, False  # which gives enough for all
-    call = Call(M, 72, 136, sum(ranks), len(ranks), size, routed=router)
+    call = ProblemShape(M, 72, 136, sum(ranks), len(ranks), size, routed=router)
     plans = set(variants_forward(call, 8, machine.memory))
     plans |= {replace(plan, keep_v=False) for plan in plans}
     for dropout_p in (0.0, 0.3):
@@ -102,14 +96,14 @@ def test_a_plan_asks_for_what_its_launches_ask_for(size, router, ranks, M):
 # ---- Plans that fit
 
 
-def at_the_edge() -> Iterator[Call]:
+def at_the_edge() -> Iterator[ProblemShape]:
     """Whatever a launch's shared memory follows from, on both sides of where it steps."""
     experts = (1, 8, 9, 16, 17, 28, 29, 30, 31, 32, 33, 64)
     ranks = (1, 8, 16, 29, 30, 31, 32, 33, 64, 65, 128, 224, 225, 240, 256, 257, 1024)
     flags = [(routed, dropout) for routed in (False, True) for dropout in (False, True)]
     for N, R, size, (routed, dropout), M in product(experts, ranks, DTYPES, flags, (16, 2**20)):
         if N <= R:
-            yield Call(M, 4096, 4096, R, N, size, routed=routed, dropout=dropout)
+            yield ProblemShape(M, 4096, 4096, R, N, size, routed=routed, dropout=dropout)
 
 
 def test_plans_fit_where_a_block_gets_least():
@@ -142,7 +136,7 @@ def test_every_plan_fits(
     tokens, in_features, out_features, experts, more_ranks, size, routed, dropout, multiprocessors, kib
 ):
     sizes = (tokens, in_features, out_features, experts + more_ranks, experts, size)
-    call, memory = Call(*sizes, routed=routed, dropout=dropout), SharedMemory(emulator, kib * 1024)
+    call, memory = ProblemShape(*sizes, routed=routed, dropout=dropout), SharedMemory(emulator, kib * 1024)
     for choose in (plan_forward, plan_backward):
         assert memory.asked(call, choose(call, multiprocessors, memory)) <= kib * 1024
 
@@ -158,7 +152,7 @@ def test_every_plan_fits(
     ],
 )
 def test_v_is_kept_where_a_device_has_room_for_it(R, size, kib):
-    call = Call(512, 4096, 4096, R, 8, size, dropout=True)
+    call = ProblemShape(512, 4096, 4096, R, 8, size, dropout=True)
     for limit in (99, 163, 227):
         plan = plan_forward(call, 108, SharedMemory(emulator, limit * 1024))
         assert plan.keep_v == (kib <= limit)
@@ -171,7 +165,7 @@ def test_v_is_kept_where_a_device_has_room_for_it(R, size, kib):
 
 @pytest.mark.parametrize("choose", [plan_forward, plan_backward])
 def test_where_nothing_fits_one_error_says_so(choose):
-    call, none = Call(512, 4096, 4096, 30, 4), SharedMemory(emulator, 16 * 1024)
+    call, none = ProblemShape(512, 4096, 4096, 30, 4), SharedMemory(emulator, 16 * 1024)
     variants = variants_forward if choose is plan_forward else variants_backward
     least = min(none.asked(call, plan) for plan in variants(call, 108))
     why = (

@@ -11,7 +11,7 @@ from rode_kernels import rectified_mixture
 pytest.importorskip("triton")
 
 from rode_kernels.backends.triton import tune
-from rode_kernels.backends.triton.backend import interpreted
+from rode_kernels.backends.triton.device import interpreted
 
 interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
 

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 from rode_kernels.backends.triton import launch_backward, tune
 from rode_kernels.backends.triton import record as triton_launches
-from rode_kernels.backends.triton.backend import interpreted
+from rode_kernels.backends.triton.device import interpreted
 
 interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 from the start")
 
