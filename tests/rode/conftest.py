@@ -12,6 +12,37 @@ import torch
 from rode_food import Example
 from tiny_llava import DISHES, draw, save_tiny_llava
 
+IMAGE_TOKEN = 100
+
+
+def _tiny_llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        initializer_range=0.2,  # wide enough that q and v alone can fit a batch
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, vision_feature_layer=-1
+    )
+    torch.manual_seed(1)
+    return LlavaForConditionalGeneration(config)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -114,3 +145,22 @@ def taught(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     result = train(recipe, examples=examples, progress=False)
     torch.set_num_threads(threads)
     return result, examples
+
+
+@pytest.fixture
+def tiny_llava():
+    """A function that builds the same LLaVA (CLIP tower, projector, Llama) every time."""
+    return _tiny_llava
+
+
+@pytest.fixture
+def llava_batch():
+    """Two rows, one left-padded by 2: [pad pad] bos, 4 image tokens, then text; as keyword arguments of the model."""
+    image = [IMAGE_TOKEN] * 4
+    ids = torch.tensor([[1, *image, 5, 6, 7, 8], [0, 0, 1, *image, 9, 10]])
+    torch.manual_seed(2)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.randn(2, 3, 28, 28),
+    }

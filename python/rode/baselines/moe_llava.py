@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rode.tuner.aux_hook import AuxLoss
+from rode.tuner.context import ForwardContext
 from rode.tuner.routers import router_logits
 from rode_food.atomic import write_text
 
@@ -96,29 +96,32 @@ class MoeFeedForward(nn.Module):
         dense: the FFN, (..., hidden) to (..., hidden).
         config: see [`MoeConfig`].
         hidden_size: width of its input.
-        aux: tells the layer of padding, and takes what the auxiliary loss is made of.
+        context: tells the layer of padding, and takes what the auxiliary loss is made of.
     """
 
-    def __init__(self, dense: nn.Module, config: MoeConfig, hidden_size: int, aux: AuxLoss) -> None:
+    def __init__(
+        self, dense: nn.Module, config: MoeConfig, hidden_size: int, context: ForwardContext
+    ) -> None:
         super().__init__()
         first = next(dense.parameters())
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.config = config
-        self.aux = aux
+        self.context = context
+        self.loss = SumOfLayers(config.aux_loss)
         self.router = nn.Linear(hidden_size, config.num_experts, bias=False, device=first.device, dtype=wide)
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, T, hidden) to the same shape and dtype."""
         k, E = self.config.top_k, self.config.num_experts
-        valid = self.aux.valid(x)
+        valid = self._valid(x)
         tokens = x.flatten(0, -2)  # (S, hidden)
         valid = tokens.new_ones(len(tokens), dtype=torch.bool) if valid is None else valid.flatten()
         logits = router_logits(tokens, self.router.weight, None)  # (S, E)
         chosen, kept = self._choose(logits.detach(), valid)  # (S, k) both
         probabilities = logits.softmax(-1)
         if self.training:
-            self.aux.record((probabilities, chosen[:, 0], valid))
+            self._record(probabilities, chosen[:, 0], valid)
         gates = torch.where(kept, probabilities.gather(-1, chosen), 0)  # (S, k)
         if k > 1:
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).eps)
@@ -134,6 +137,28 @@ class MoeFeedForward(nn.Module):
         pairs = pairs.index_copy(0, order[: sum(counts)], torch.cat(outputs).to(x.dtype))
         y = torch.einsum("sk,skh->sh", gates.to(x.dtype), pairs.unflatten(0, (-1, k)))
         return y.reshape(x.shape).to(x.dtype)
+
+    def _valid(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x (batch, T, ...) are no padding: bool (batch, T), or None where there is no mask."""
+        # In evaluation a mask that does not tell padding, such as a static cache's, counts as none.
+        mask = self.context.read_mask() if self.training else self.context.mask
+        if mask is None:
+            return None
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"MoE-LLaVA: a layer saw tokens of shape {tuple(x.shape[:2])}, but attention_mask has shape {tuple(mask.shape)}; "
+                "under gradient checkpointing call backward before the next forward"
+            )
+        return mask.to(x.device)
+
+    def _record(self, *gates: Tensor) -> None:
+        context = self.context
+        if context.records is not None and context.differentiable and not torch.is_grad_enabled():
+            raise ValueError(
+                "MoE-LLaVA: reentrant gradient checkpointing would drop the auxiliary loss's gradient; set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        context.record(self.loss, gates)
 
     @torch.no_grad()
     def _choose(self, logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +227,7 @@ def convert_to_moe(
     *,
     dtype: torch.dtype | None = torch.float32,
     **fields: Any,
-) -> AuxLoss:
+) -> ForwardContext:
     """Replaces FFNs by mixtures, in place, and freezes all the rest (stage 3 of MoE-LLaVA).
 
     Args:
@@ -211,7 +236,7 @@ def convert_to_moe(
         dtype: what the experts are held in (a float64 model keeps float64); None leaves them as the FFN is.
 
     Returns:
-        The hook that adds the auxiliary loss to the model's output; it is attached.
+        What adds the auxiliary loss to the model's output; it is attached.
 
     Raises:
         ValueError: the model has mixtures already, or no such block.
@@ -226,23 +251,26 @@ def convert_to_moe(
     blocks = range(0, count, 2) if config.blocks is None else config.blocks
     if len(set(blocks)) != len(blocks) or not all(isinstance(b, int) and 0 <= b < count for b in blocks):
         raise ValueError(f"blocks: expected distinct numbers from 0 to {count - 1}, got {config.blocks}")
-    aux = AuxLoss(_SumOfLayers(config.aux_loss))
+    context = ForwardContext.on(model)
+    context.needed = True
     model.requires_grad_(False)
     for block in blocks:
         dense = decoder.layers[block].mlp
-        layer = MoeFeedForward(dense, config, decoder.config.hidden_size, aux)
+        layer = MoeFeedForward(dense, config, decoder.config.hidden_size, context)
         if dtype is not None and next(dense.parameters()).dtype != torch.float64:
             layer.experts.to(dtype)
         layer.requires_grad_(True).train(dense.training)
         decoder.layers[block].mlp = layer
-    return aux.attach(model)
+    return context
 
 
 @dataclass(frozen=True)
-class _SumOfLayers:
+class SumOfLayers:
+    """The auxiliary loss of a model: the layers' losses, summed and weighted."""
+
     weight: float
 
-    def __call__(self, records: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def __call__(self, context: ForwardContext, records: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         losses = [load_balance_loss(*record) for record in records]
         return self.weight * sum(loss.to(losses[0].device) for loss in losses)
 
@@ -270,7 +298,7 @@ def save_moe(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     write_text(file.with_name(MOE_CONFIG), json.dumps({"method": "moe-llava", **config}, indent=1) + "\n")
 
 
-def load_moe(model: nn.Module, directory: str | os.PathLike[str]) -> AuxLoss:
+def load_moe(model: nn.Module, directory: str | os.PathLike[str]) -> ForwardContext:
     """Converts a fresh base model and gives it the saved mixtures, in the dtype in which they were saved.
 
     Returns:
@@ -290,9 +318,9 @@ def load_moe(model: nn.Module, directory: str | os.PathLike[str]) -> AuxLoss:
         values["blocks"] = tuple(values["blocks"])
     state = load_file(files[1])
     experts = next(tensor for name, tensor in state.items() if ".experts." in name)
-    aux = convert_to_moe(model, MoeConfig(**values), dtype=experts.dtype)
+    context = convert_to_moe(model, MoeConfig(**values), dtype=experts.dtype)
     load_moe_weights(model, directory)
-    return aux
+    return context
 
 
 def load_moe_weights(model: nn.Module, directory: str | os.PathLike[str]) -> None:

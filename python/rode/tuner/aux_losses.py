@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
+
+IGNORE = -100  # labels of what is not learned
 
 
 class GateRecord(NamedTuple):
@@ -138,3 +141,67 @@ def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | N
     groups = torch.tensor(config.aux_groups, device=gates.device)[task_ids.to(gates.device)]
     by_sequence = kept.unflatten(0, (tokens[0], -1)).sum(1)  # (batch, N)
     return importance(by_sequence * group_weights(groups, gates.shape[-1], config.aux_delta).to(gates.dtype))
+
+
+def mean_over_routers(
+    records: list[GateRecord], mask: Tensor | None, task_ids: Tensor | None, l1_factor: float
+) -> Tensor:
+    """The weighted auxiliary loss of a pass: for each adapter the mean over its routers, summed over adapters.
+
+    Args:
+        mask, task_ids: as of `auxiliary_loss`. l1_factor: of adapters with target_sparsity.
+    """
+    by_adapter: dict[str, list[GateRecord]] = {}
+    for record in records:
+        by_adapter.setdefault(record.adapter, []).append(record)
+    total: Tensor | None = None
+    for group in by_adapter.values():
+        config = group[0].config
+        losses = [auxiliary_loss(record, mask, task_ids) for record in group]
+        first = losses[0]
+        weight = config.aux_weight * (l1_factor if config.target_sparsity is not None else 1.0)
+        mean = torch.stack([x.to(first.device, first.dtype) for x in losses]).mean() * weight
+        total = mean if total is None else total + mean.to(total.device, total.dtype)
+    return total
+
+
+def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
+    """A model's output with `aux_loss` in it, and added to its loss where it has one.
+
+    A micro-batch of an accumulated batch counts by its share of learned tokens, as its cross-entropy does, where Trainer tells
+    (`num_items_in_batch`).
+    """
+    if isinstance(output, tuple):
+        if given.get("labels") is None:
+            raise ValueError(
+                "aux_loss: a tuple without a loss has no place for it; call with return_dict=True"
+            )
+        return (output[0] + _share(aux, given), *output[1:])
+    if output.get("aux_loss") is not None:
+        raise ValueError(
+            "aux_loss: the model has an auxiliary loss of its own (output_router_logits); turn it off, or the adapter's"
+        )
+    if getattr(output, "loss", None) is not None:
+        output["loss"] = output.loss + _share(aux, given).to(output.loss.device)
+    output["aux_loss"] = aux
+    return output
+
+
+def _share(aux: Tensor, given: dict[str, Any]) -> Tensor:
+    total, labels = given.get("num_items_in_batch"), given.get("labels")
+    return aux if total is None or labels is None else aux * learned_share(labels, total)
+
+
+def learned_share(labels: Tensor, total: Tensor | int) -> Tensor:
+    """Of the `total` learned tokens of an accumulated batch, the share that stands in `labels` (batch, T)."""
+    return (labels[:, 1:] != IGNORE).sum() / total
+
+
+def warn_without_gradient() -> None:
+    """Warns that no gate of a pass has a gradient, where gradients are enabled."""
+    if torch.is_grad_enabled():
+        warnings.warn(
+            "aux_loss: no gate of this pass has a gradient, so the auxiliary loss is left out: the adapter is frozen, or "
+            "checkpointing is reentrant (pass gradient_checkpointing_kwargs={'use_reentrant': False})",
+            stacklevel=2,
+        )

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from rode.tuner.context import routing_of
+from rode.tuner.context import context_of
 
 
 class HoldSparsity(TrainerCallback, ExportableState):
@@ -31,21 +31,21 @@ class HoldSparsity(TrainerCallback, ExportableState):
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         if state.global_step > 0 and isinstance(saved, dict):
             self.multiplier = saved["args"]["multiplier"]
-        routing = routing_of(model)
-        if routing is not None:
-            routing.l1_factor, routing.closed, routing.gates_seen = self.multiplier, None, None
+        context = context_of(model)
+        if context is not None:
+            context.l1_factor, context.closed, context.gates_seen = self.multiplier, None, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        routing = routing_of(model)
-        if routing is None or routing.closed is None:
+        context = context_of(model)
+        if context is None or context.closed is None:
             return
-        counts = torch.stack((routing.closed, routing.gates_seen))
+        counts = torch.stack((context.closed, context.gates_seen))
         if args.world_size > 1:
             torch.distributed.all_reduce(counts)
-        routing.closed = routing.gates_seen = None
+        context.closed = context.gates_seen = None
         self.sparsity = float(counts[0] / counts[1])
-        self.multiplier *= self.factor if self.sparsity < routing.target_sparsity else 1 / self.factor
-        routing.l1_factor = self.multiplier
+        self.multiplier *= self.factor if self.sparsity < context.target_sparsity else 1 / self.factor
+        context.l1_factor = self.multiplier
 
     def scalars(self) -> dict[str, float]:
         """For a training log: the last step's share of closed gates, and the multiplier."""

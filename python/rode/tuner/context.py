@@ -1,40 +1,86 @@
-"""What a forward pass tells the adapted layers beside their input: ids of tasks and clusters, which tokens are prompt or padding;
-and what the layers tell back: gates, of which the auxiliary loss is made.
+"""One forward pass of a model, as its adapted layers see it.
 
-Hooks on the outermost model set it at each forward pass, so that it holds under PEFT, Trainer and `generate` alike. It stays
-after the pass: gradient checkpointing computes layers again in backward, and must find what was there.
+`ForwardContext` hangs on the outermost model by one pair of hooks, so that it works under PEFT, Trainer and `generate` alike. It
+reads the call once, tells layers what their input does not say (ids of tasks and clusters, which tokens are prompt or padding), and
+makes the auxiliary loss of what they record. Its state stays after the pass: gradient checkpointing computes layers again in
+backward and must find it.
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.aux_losses import GateRecord, auxiliary_loss, sparsity
+from rode.tuner.aux_losses import (
+    IGNORE,
+    GateRecord,
+    add_to_output,
+    mean_over_routers,
+    sparsity,
+    warn_without_gradient,
+)
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
 
 SIDE_INPUTS = ("rode_task_ids", "rode_cluster_ids", "rode_prompt_mask")
-IGNORE = -100  # labels of what is not learned
 
 
-class Routing:
-    """The state of one model, shared by its adapted layers.
+@dataclass(frozen=True)
+class ForwardCall:
+    """What a model was called with.
+
+    Attributes:
+        given: the arguments by name, those in **kwargs included, without side inputs.
+        training: the model trains and gradients are enabled.
+    """
+
+    given: dict[str, Any]
+    training: bool
+
+    @property
+    def cache(self) -> Any:
+        """The key-value cache, or None; transformers calls it `cache` from 5.24 on."""
+        past = self.given.get("past_key_values")
+        new = self.given.get("cache")
+        return new if past is None and hasattr(new, "get_seq_length") else past
+
+    @property
+    def tokens(self) -> tuple[int, int] | None:
+        """(batch, T) of the input, or None where neither ids nor embeddings were given."""
+        ids = self.given.get("input_ids")
+        ids = self.given.get("inputs_embeds") if ids is None else ids
+        return None if ids is None else (ids.shape[0], ids.shape[1])
+
+
+class Listener(Protocol):
+    """Who wants to know of every forward pass of a model."""
+
+    def begin(self, call: ForwardCall) -> None:
+        """The pass begins."""
+
+    def end(self) -> None:
+        """The pass is over, or has failed."""
+
+
+class ForwardContext:
+    """The state of one model's forward pass, shared by its adapted layers.
 
     Attributes:
         side: side inputs of the running pass by name. mask: (batch, T) bool, what is not padding, or None.
         prompt: (batch, T) bool, the prompt's tokens, or None. decoding: a key-value cache holds earlier tokens.
-        records: gates of this pass, while they are collected, else None.
+        records: by the loss that is made of them, what layers recorded in this pass; None while nothing is collected.
+        differentiable: gradients were enabled when the pass began.
         sequence_logits, block_gates: of this pass, by layer or block; the former stay with the key-value cache that it filled.
         l1_factor: what `HoldSparsity` multiplies the L1 loss by. closed, gates_seen: counts since it last read them, or None.
+        listeners: told of every pass.
     """
 
     def __init__(self) -> None:
@@ -44,42 +90,79 @@ class Routing:
         self.prompt: Tensor | None = None
         self._told_prompt = True
         self.decoding = False
-        self.records: list[GateRecord] | None = None
+        self.records: dict[Hashable, list[Any]] | None = None
+        self.differentiable = False
         self.sequence_logits: dict[tuple[str, str], Tensor] = {}
         self.block_gates: dict[tuple[str, str], Any] = {}
         self.generating: Tensor | None = None  # (batch, T) bool: the prompt that `generate` was called with
-        self.unreadable_mask = False  # a mask was given that is not (batch, T)
+        self.unreadable_mask: Any = None  # a mask that is not (batch, T): its shape or type
         self._past: Any = None
         self._kept: WeakKeyDictionary[Any, dict[tuple[str, str], Tensor]] = WeakKeyDictionary()
         self.l1_factor = 1.0
         self.target_sparsity: float | None = None
         self.closed: Tensor | None = None
         self.gates_seen: Tensor | None = None
+        self.listeners: list[Listener] = []
         self.handles: list[Any] = []
-        self.attached = False  # whether the hooks on the model are set
+        self.attached = self.needed = False  # whether the hooks on the model are set, and layers need them
         self._signature: inspect.Signature | None = None  # of the model's forward, read at the first pass
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without what belongs to one pass or one process: a copied or pickled model starts afresh."""
-        return {name: self.__dict__[name] for name in ("given", "l1_factor", "handles", "attached")}
+        kept = ("given", "l1_factor", "listeners", "handles", "attached", "needed")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(Routing().__dict__ | state)
+        self.__dict__.update(ForwardContext().__dict__ | state)
 
-    def attach(self, model: nn.Module) -> None:
-        """Sets the hooks on `model`, once."""
+    @classmethod
+    def on(cls, model: nn.Module) -> ForwardContext:
+        """The context whose hooks are on `model`; else that of its adapted layers, or a new one, with its hooks set."""
+        hooks = model._forward_pre_hooks.values()
+        hanging = [hook.__self__ for hook in hooks if getattr(hook, "__func__", None) is cls._before]
+        if hanging:
+            return hanging[0]
+        own = context_of(model)
+        # Layers of a model within this one may be called apart from it: they keep a context of their own.
+        context = own if own is not None and not own.attached else cls()
+        context.attach(model)
+        return context
+
+    @classmethod
+    def listen(cls, model: nn.Module, listener: Listener) -> ForwardContext:
+        """Has `listener` told of every pass of `model`."""
+        context = cls.on(model)
+        context.listeners.append(listener)
+        return context
+
+    def stop_listening(self, listener: Listener) -> None:
+        """Ends that; hooks that nobody else needs go."""
+        self.listeners.remove(listener)
+        if not self.listeners and not self.needed:
+            self.detach()
+
+    def attach(self, model: nn.Module, needed: bool = False) -> None:
+        """Sets the hooks on `model`, once.
+
+        Args:
+            needed: by layers, so that they stay when the last listener goes.
+        """
+        self.needed = self.needed or needed
         if self.attached:
             return
         self.attached = True
+        # Methods, not closures: a copy of the model then has hooks that refer to the copy's context.
         self.handles += [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def detach(self) -> None:
+        """Takes the hooks off, and leaves the model's calls and output as they were."""
         for handle in self.handles:
             handle.remove()
-        self.handles, self.attached, self._signature = [], False, None
+        self.handles, self.attached, self.needed, self._signature = [], False, False, None
+        self.mask = self.prompt = self.records = None
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -90,24 +173,26 @@ class Routing:
         if self._signature is None:
             self._signature = inspect.signature(model.forward)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
-        bound = {**bound, **bound.get("kwargs", {})}
-        ids = bound.get("input_ids")
-        ids = bound.get("inputs_embeds") if ids is None else ids
-        mask, labels = bound.get("attention_mask"), bound.get("labels")
-        self._past = past = bound.get("past_key_values")
-        held = 0 if past is None else int(past.get_seq_length())
+        self.differentiable = torch.is_grad_enabled()
+        call = ForwardCall({**bound, **bound.get("kwargs", {})}, model.training and self.differentiable)
+        self._past = call.cache
+        held = 0 if self._past is None else int(self._past.get_seq_length())
         self.decoding = held > 0
         self.block_gates, self.sequence_logits = {}, {}
-        tokens = None if ids is None else tuple(ids.shape[:2])
-        self.mask = None
-        two = isinstance(mask, Tensor) and mask.dim() == 2
-        self.unreadable_mask = mask is not None and not two
-        if two and tokens is not None:
-            self.mask = mask[:, -tokens[1] :].bool()  # with a cache the mask covers the past too
-        training = model.training and torch.is_grad_enabled()
-        self._set_prompt(labels, tokens, held, training)
-        self.records = [] if training else None
+        self._set_mask(call.given.get("attention_mask"), call.tokens)
+        self._set_prompt(call.given.get("labels"), call.tokens, held, call.training)
+        self.records = {} if model.training else None
+        for listener in self.listeners:
+            listener.begin(call)
         return args, kwargs
+
+    def _set_mask(self, mask: Any, tokens: tuple[int, int] | None) -> None:
+        self.mask = self.unreadable_mask = None
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            # With a key-value cache the mask covers the past too.
+            self.mask = (mask if tokens is None else mask[:, -tokens[1] :]).bool()
+        elif mask is not None:
+            self.unreadable_mask = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
 
     def _set_prompt(
         self, labels: Tensor | None, tokens: tuple[int, int] | None, held: int, training: bool
@@ -148,10 +233,10 @@ class Routing:
         Raises:
             ValueError: a mask was given in which padding cannot be told.
         """
-        if self.unreadable_mask:
+        if self.unreadable_mask is not None:
             raise ValueError(
-                "attention_mask: expected shape (batch, tokens), so that padding can be left out; got another one (as with a "
-                "static cache or a mask of your own)"
+                f"attention_mask: expected shape (batch, tokens), so that padding can be left out; got {self.unreadable_mask} (as "
+                "with a static cache or a mask of your own)"
             )
         return self.mask
 
@@ -160,49 +245,40 @@ class Routing:
         return {} if self._past is None else self._kept.get(self._past, {})
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cache = getattr(output, "past_key_values", None)
-        if self.sequence_logits and cache is not None:
-            self._kept[cache] = self.sequence_logits
+        for listener in self.listeners:
+            listener.end()
+        if self.sequence_logits:
+            new = hasattr(output, "cache")  # from transformers 5.24 on, which warns of the older name
+            cache = output.cache if new else getattr(output, "past_key_values", None)
+            if cache is not None:
+                self._kept[cache] = self.sequence_logits
         self._past, self.sequence_logits = None, {}
         records, self.records = self.records, None
         if not torch.is_grad_enabled():  # no backward will compute a layer again
             self.side, self.prompt, self.mask = {}, None, None
-        records = [r for r in records or [] if r.config.aux_loss != "none"]
         if not records or output is None:  # None: the pass failed, and its own error is on the way
             return None
-        if not any(r.routed.gates.requires_grad or r.routed.logits.requires_grad for r in records):
-            _warn_reentrant()
+        losses = [loss for make, items in records.items() if (loss := make(self, items)) is not None]
+        if not losses:
             return None
-        aux = self.loss(records)
-        held = [r for r in records if r.config.target_sparsity is not None]
-        if held:
-            self.target_sparsity = held[0].config.target_sparsity
-            closed, total = sparsity(held, self.mask)
-            self.closed = closed if self.closed is None else self.closed + closed
-            self.gates_seen = total if self.gates_seen is None else self.gates_seen + total
-        return add_to_output(output, aux, kwargs)
+        first = losses[0]
+        return add_to_output(output, sum(x.to(first.device, first.dtype) for x in losses), kwargs)
 
-    def loss(self, records: list[GateRecord]) -> Tensor:
-        """The weighted auxiliary loss: for each adapter the mean over its routers."""
-        by_adapter: dict[str, list[GateRecord]] = {}
-        for record in records:
-            by_adapter.setdefault(record.adapter, []).append(record)
-        total, mask = None, self.read_mask()
-        for group in by_adapter.values():
-            config = group[0].config
-            losses = [auxiliary_loss(r, mask, self.side.get("rode_task_ids")) for r in group]
-            first = losses[0]
-            weight = config.aux_weight * (self.l1_factor if config.target_sparsity is not None else 1.0)
-            mean = torch.stack([x.to(first.device, first.dtype) for x in losses]).mean() * weight
-            total = mean if total is None else total + mean.to(total.device, total.dtype)
-        return total
+    def record(self, loss: Callable[[ForwardContext, list[Any]], Tensor | None], item: Any) -> None:
+        """Keeps what an auxiliary loss is made of; not outside of a pass, as when checkpointing computes a layer again.
 
-    def record(
+        Args:
+            loss: what makes the loss of all items that were recorded for it, in the layers' order.
+        """
+        if self.records is not None:
+            self.records.setdefault(loss, []).append(item)
+
+    def record_gates(
         self, adapter: str, config: RodeConfig, routed: Any, tokens: tuple[int, ...], in_tower: bool
     ) -> None:
-        """Keeps gates for the auxiliary loss; not outside of a training pass, as when checkpointing computes a layer again."""
-        if self.records is not None and config.aux_loss != "none":
-            self.records.append(GateRecord(adapter, config, routed, tokens, in_tower))
+        """Keeps an adapter's gates for its auxiliary loss, if it has one."""
+        if config.aux_loss != "none" and self.differentiable:
+            self.record(loss_of_gates, GateRecord(adapter, config, routed, tokens, in_tower))
 
     def ids(self, config: RodeConfig, x: Tensor) -> Tensor:
         """The ids that this adapter's router reads, int64, with x's leading dimensions or 1 in their place.
@@ -234,28 +310,6 @@ class Routing:
         return ids.reshape(*ids.shape, *(1,) * (x.dim() - 1 - ids.dim()))
 
 
-def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
-    """A model's output with `aux_loss` in it, and added to its loss where it has one.
-
-    A micro-batch of an accumulated batch counts by its share of learned tokens, as its cross-entropy does, where Trainer tells
-    (`num_items_in_batch`).
-    """
-    if isinstance(output, tuple):
-        if given.get("labels") is None:
-            raise ValueError(
-                "aux_loss: a tuple without a loss has no place for it; call with return_dict=True"
-            )
-        return (output[0] + _share(aux, given), *output[1:])
-    if output.get("aux_loss") is not None:
-        raise ValueError(
-            "aux_loss: the model has an auxiliary loss of its own (output_router_logits); turn it off, or the adapter's"
-        )
-    if getattr(output, "loss", None) is not None:
-        output["loss"] = output.loss + _share(aux, given).to(output.loss.device)
-    output["aux_loss"] = aux
-    return output
-
-
 def _fit_rows(prompt: Tensor, tokens: tuple[int, int]) -> Tensor:
     """A prompt mask (rows, P) for a pass of `tokens` (batch, T): rows repeated for beams, and nothing of it in an answer so far."""
     rows, length = prompt.shape
@@ -265,46 +319,41 @@ def _fit_rows(prompt: Tensor, tokens: tuple[int, int]) -> Tensor:
     return nn.functional.pad(prompt, (0, tokens[1] - length))
 
 
-def _share(aux: Tensor, given: dict[str, Any]) -> Tensor:
-    total, labels = given.get("num_items_in_batch"), given.get("labels")
-    return aux if total is None or labels is None else aux * learned_share(labels, total)
-
-
-def learned_share(labels: Tensor, total: Tensor | int) -> Tensor:
-    """Of the `total` learned tokens of an accumulated batch, the share that stands in `labels` (batch, T)."""
-    return (labels[:, 1:] != IGNORE).sum() / total
-
-
-def _warn_reentrant() -> None:
-    if torch.is_grad_enabled():
-        warnings.warn(
-            "aux_loss: no gate of this pass has a gradient, so the auxiliary loss is left out: the adapter is frozen, or "
-            "checkpointing is reentrant (pass gradient_checkpointing_kwargs={'use_reentrant': False})",
-            stacklevel=2,
-        )
-
-
 @contextmanager
-def given_inputs(routing: Routing, inputs: dict[str, Tensor | None]) -> Iterator[None]:
+def given_inputs(context: ForwardContext, inputs: dict[str, Tensor | None]) -> Iterator[None]:
     """Within this context passes of the model have these side inputs, unless they are called with their own."""
     unknown = set(inputs) - set(SIDE_INPUTS)
     if unknown:
         raise TypeError(
             f"routing inputs: expected some of {', '.join(SIDE_INPUTS)}, got {', '.join(sorted(unknown))}"
         )
-    before = routing.given
-    routing.given = {**before, **{name: ids for name, ids in inputs.items() if ids is not None}}
+    before = context.given
+    context.given = {**before, **{name: ids for name, ids in inputs.items() if ids is not None}}
     try:
         yield
     finally:
-        routing.given = before
+        context.given = before
 
 
-def routing_of(model: nn.Module) -> Routing | None:
-    """The state that a model's adapted layers share, or None where there is no such layer."""
-    return next(
-        (m.routing for m in model.modules() if isinstance(getattr(m, "routing", None), Routing)), None
-    )
+def loss_of_gates(context: ForwardContext, records: list[GateRecord]) -> Tensor | None:
+    """The weighted auxiliary loss of adapters' gates; counts closed gates for `HoldSparsity` on the way."""
+    if not any(r.routed.gates.requires_grad or r.routed.logits.requires_grad for r in records):
+        warn_without_gradient()
+        return None
+    mask = context.read_mask()
+    held = [r for r in records if r.config.target_sparsity is not None]
+    if held:
+        context.target_sparsity = held[0].config.target_sparsity
+        closed, total = sparsity(held, context.mask)
+        context.closed = closed if context.closed is None else context.closed + closed
+        context.gates_seen = total if context.gates_seen is None else context.gates_seen + total
+    return mean_over_routers(records, mask, context.side.get("rode_task_ids"), context.l1_factor)
+
+
+def context_of(model: nn.Module) -> ForwardContext | None:
+    """The context that a model's adapted layers share, or None where there is no such layer."""
+    found = (getattr(module, "context", None) for module in model.modules())
+    return next((context for context in found if isinstance(context, ForwardContext)), None)
 
 
 @contextmanager
@@ -325,9 +374,9 @@ def routing_inputs(
     Raises:
         ValueError: the model has no RoDE layer.
     """
-    routing = routing_of(model)
-    if routing is None:
+    context = context_of(model)
+    if context is None:
         raise ValueError("routing_inputs: the model has no RoDE layer; apply a RodeConfig first")
     inputs = {"rode_task_ids": task_ids, "rode_cluster_ids": cluster_ids, "rode_prompt_mask": prompt_mask}
-    with given_inputs(routing, inputs):
+    with given_inputs(context, inputs):
         yield

@@ -126,7 +126,7 @@ class RodeFields(PeftConfig):
         return self.router_input == "constant" or (self.id_input is not None and self.embedding_dim is None)
 
     @property
-    def watches_passes(self) -> bool:
+    def needs_forward_hooks(self) -> bool:
         """Whether layers need to know of the forward pass that they are part of (`rode.tuner.context`)."""
         return (
             self.aux_loss != "none"

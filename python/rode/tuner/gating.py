@@ -13,7 +13,7 @@ from rode.tuner.routers import Routed, compute_gates, router_logits, with_univer
 if TYPE_CHECKING:
     from rode.tuner.block_experts import BlockPass
     from rode.tuner.config import RodeConfig
-    from rode.tuner.context import Routing
+    from rode.tuner.context import ForwardContext
 
 
 class Gated:
@@ -27,13 +27,13 @@ class Gated:
     rode_table: nn.ParameterDict
     rode_threshold: nn.ParameterDict
     rode_threshold_bias: nn.ParameterDict
-    routing: Routing
+    context: ForwardContext
     block_pass: BlockPass | None
     place: str  # the layer's name, for messages
     block: str  # the name of the module that holds it
     in_tower: bool  # its tokens are a tower's, and not those of input_ids
 
-    def _gates(self, adapter: str, x: Tensor) -> Tensor:
+    def gates(self, adapter: str, x: Tensor) -> Tensor:
         """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""
         if self.runs_block(adapter) and (gates := self.block_pass.gates(adapter)) is not None:
             return gates
@@ -48,22 +48,27 @@ class Gated:
             mask=self._mask(x) if config.gate == "expert-choice" else None,
         )
         gates = with_universal(routed.gates) if config.universal_expert else routed.gates
-        self._keep(adapter, routed, gates, x)
+        self.keep(adapter, routed, gates, x)
         return self.block_pass.begin(adapter, routed, config.top_k) if self.runs_block(adapter) else gates
 
     def runs_block(self, adapter: str) -> bool:
         """Whether this adapter's experts are the whole block."""
         return self.block_pass is not None and self.rode_config[adapter].expert_per == "block"
 
-    def _keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None:
-        """For the auxiliary loss, and for the block's other layers."""
+    def keeps_gates(self, adapter: str) -> bool:
+        """Whether anybody reads what `keep` keeps."""
         config = self.rode_config[adapter]
-        self.routing.record(adapter, config, routed, tuple(x.shape[:-1]), self.in_tower)
+        return config.aux_loss != "none" or config.router_per == "block"
+
+    def keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None:
+        """Keeps gates for the auxiliary loss, and for the block's other layers."""
+        config = self.rode_config[adapter]
+        self.context.record_gates(adapter, config, routed, tuple(x.shape[:-1]), self.in_tower)
         if config.router_per == "block":
-            self.routing.block_gates[self.block, adapter] = gates
+            self.context.block_gates[self.block, adapter] = gates
 
     def _shared_gates(self, adapter: str, x: Tensor) -> Tensor:
-        gates = self.routing.block_gates.get((self.block, adapter))
+        gates = self.context.block_gates.get((self.block, adapter))
         if gates is None or any(n not in (1, m) for n, m in zip(gates.shape, x.shape[:-1], strict=False)):
             raise RuntimeError(
                 f"{self.place}: router_per='block' takes the gates of the block's first adapted layer, which has not run on this "
@@ -83,7 +88,7 @@ class Gated:
         table = self.rode_table[adapter]
         if config.router_input == "constant":
             return table.to(wide).reshape(*(1,) * (x.dim() - 1), -1)
-        ids = self.routing.ids(config, x)
+        ids = self.context.ids(config, x)
         check_ids(config.id_input, ids, len(table), "num_ids")
         rows = table[ids]
         return rows.to(wide) if config.table_of_logits else router_logits(rows, router, bias)
@@ -94,15 +99,15 @@ class Gated:
             raise ValueError(
                 f"{self.place}: router_input='sequence' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        routing, key = self.routing, (self.place, adapter)
-        if routing.decoding:
-            kept = routing.kept_logits().get(key)
+        context, key = self.context, (self.place, adapter)
+        if context.decoding:
+            kept = context.kept_logits().get(key)
             if kept is None or kept.shape[0] != x.shape[0]:
                 raise RuntimeError(
                     f"{self.place}: router_input='sequence' reads the prompt, which this cache was not filled with by this adapter"
                 )
             return kept
-        prompt = None if self.in_tower else routing.read_prompt()
+        prompt = None if self.in_tower else context.read_prompt()
         wide = torch.promote_types(x.dtype, torch.float32)
         if prompt is None:
             weights = torch.ones(x.shape[:2], dtype=wide, device=x.device)
@@ -118,7 +123,7 @@ class Gated:
         with torch.autocast(x.device.type, enabled=False):
             pooled = torch.bmm(weights[:, None], x.to(wide))
         logits = router_logits(pooled, router, bias)
-        routing.sequence_logits[key] = logits.detach()
+        context.sequence_logits[key] = logits.detach()
         return logits
 
     def _threshold(self, adapter: str, x: Tensor) -> Tensor | None:
@@ -132,7 +137,7 @@ class Gated:
         )
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        if self.routing.decoding:
+        if self.context.decoding:
             raise RuntimeError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
                 "generate; it is a control for training and scoring"
@@ -141,7 +146,7 @@ class Gated:
             raise ValueError(
                 f"{self.place}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        mask = None if self.in_tower else self.routing.read_mask()
+        mask = None if self.in_tower else self.context.read_mask()
         return None if mask is None else self._fit(mask, x).to(x.device)
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:

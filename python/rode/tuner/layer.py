@@ -8,19 +8,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
-from rode.tuner.context import Routing
+from rode.tuner.context import ForwardContext
 from rode.tuner.gating import Gated
 from rode.tuner.ownership import may_write_into
 from rode.tuner.recorder import GateRecorder
-from rode.tuner.routers import Routed, compute_gates, init_router_, init_table_, with_universal
-from rode_kernels import gated_mixture, rectified_mixture
+from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
+from rode.tuner.variants import Variant, mixed_factors, operand, pick_variant
 
 
 class RodeLayer(Gated, BaseTunerLayer):
@@ -49,7 +48,7 @@ class RodeLayer(Gated, BaseTunerLayer):
         "rode_norm",
         "rode_norm_bias",
     )
-    other_param_names = ("rode_ranks", "rode_scaling", "rode_config", "rode_shares_gates")
+    other_param_names = ("rode_ranks", "rode_scaling", "rode_config", "rode_shares_gates", "rode_variant")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -62,8 +61,9 @@ class RodeLayer(Gated, BaseTunerLayer):
         self.rode_scaling: dict[str, tuple[float, ...]] = {}
         self.rode_config: dict[str, RodeConfig] = {}
         self.rode_shares_gates: dict[str, bool] = {}  # whether another layer of the block computes them
+        self.rode_variant: dict[str, Variant] = {}
         self.gate_recorder: GateRecorder | None = None  # set while GateStatistics are attached
-        self.routing = Routing()
+        self.context = ForwardContext()
         self.block_pass: BlockPass | None = None  # set where whole blocks are experts
         self.place, self.block, self.in_tower = "", "", False
         self._disable_adapters = False
@@ -123,6 +123,7 @@ class RodeLayer(Gated, BaseTunerLayer):
             self.rode_norm_bias[adapter_name] = nn.Parameter(torch.zeros(total, **like))
         if config.needs_router(experts) and not shares_gates:
             self._add_router(adapter_name, config, config.routed_experts(experts), like)
+        self.rode_variant[adapter_name] = pick_variant(config, experts, adapter_name in self.rode_router)
         self.reset_parameters(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -257,59 +258,24 @@ class Linear(nn.Module, RodeLayer):
     def _add_mixture(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         inputs = _autocast(x)
         same = result.dtype == inputs.dtype
+        owned = same and self.block_pass is None and may_write_into(result, self.base_layer)
         options = {
             "ranks": self.rode_ranks[adapter],
             "scaling": self.rode_scaling[adapter],
             "dropout_p": self.rode_config[adapter].dropout if self.training else 0.0,
             "base": result if same else None,
-            "inplace": same and self.block_pass is None and may_write_into(result, self.base_layer),
+            "inplace": owned,
         }
-        A, B = (_parameter(p, inputs) for p in (self.packed_A(adapter), self.rode_B[adapter]))
-        config = self.rode_config[adapter]
-        if not config.needs_router(len(options["ranks"])):
-            y = gated_mixture(inputs, A, B, A.new_ones(len(options["ranks"])), **options)
-            return y if same else result + y.to(result.dtype)
-        own_router = config.router_input == "token" and adapter in self.rode_router
-        if config.gate == "relu" and own_router and not config.norm_experts:
-            bias = self.rode_router_bias.get(adapter)
-            bias = None if bias is None else _parameter(bias, inputs)
-            router = _parameter(self.rode_router[adapter], inputs)
-            y, gates = rectified_mixture(inputs, A, B, router, bias, return_gates=True, **options)
-            self._keep(adapter, Routed(gates, gates, gates > 0), gates, x)
-        else:
-            gates = self._gates(adapter, x)
-            if config.combine == "factors":
-                y = self._mix_factors(adapter, inputs, A, B, gates, options)
-            elif config.norm_experts:
-                y = self._mix_normed(adapter, inputs, A, B, gates, options)
-            else:
-                y = gated_mixture(inputs, A, B, gates, **options)
-        if self.gate_recorder is not None and (self.block_pass is None or self.block_pass.slot == 0):
-            gates = self.block_pass.whole if self.runs_block(adapter) else gates
-            self.gate_recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
+        A, B = operand(self.packed_A(adapter), inputs), operand(self.rode_B[adapter], inputs)
+        y, gates = self.rode_variant[adapter].add(self, adapter, x, inputs, A, B, options)
+        if gates is not None and self.gate_recorder is not None:
+            self._tell_recorder(adapter, gates)
         return y if same else result + y.to(result.dtype)
 
-    def _mix_normed(
-        self, adapter: str, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """The experts' activations are normalised, and the operation gates them and takes them up: its A is the identity."""
-        down = F.linear(F.dropout(x, options["dropout_p"]), A.to(x.dtype))
-        factor, shift = self.rode_norm[adapter], self.rode_norm_bias[adapter]
-        normed = F.layer_norm(down.to(factor.dtype), factor.shape, factor, shift).to(x.dtype)
-        identity = torch.eye(len(factor), dtype=A.dtype, device=A.device)
-        return gated_mixture(normed, identity, B, gates, **(options | {"dropout_p": 0.0}))
-
-    def _mix_factors(
-        self, adapter: str, x: Tensor, A: Tensor, B: Tensor, gates: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        """One expert for each sequence, made of averaged A and averaged B; each sequence's gate is open for its own alone."""
-        rank, count = self.rode_ranks[adapter][0], gates.shape[0]
-        if any(size != 1 for size in gates.shape[1:-1]):
-            raise ValueError("combine='factors': ids for each token were given; pass one for each sequence")
-        own = torch.eye(count, dtype=A.dtype, device=A.device) if count > 1 else A.new_ones(1, 1)
-        A, B = mixed_factors(A, B, gates.reshape(count, -1).to(A.dtype), rank)
-        options |= {"ranks": (rank,) * count, "scaling": self.rode_scaling[adapter][:1] * count}
-        return gated_mixture(x, A, B, own.reshape(count, *(1,) * (x.dim() - 2), count), **options)
+    def _tell_recorder(self, adapter: str, gates: Tensor) -> None:
+        if self.block_pass is None or self.block_pass.slot == 0:
+            gates = self.block_pass.whole if self.runs_block(adapter) else gates
+            self.gate_recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -369,18 +335,3 @@ def _autocast(x: Tensor) -> Tensor:
     if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
-
-
-def _parameter(p: Tensor, x: Tensor) -> Tensor:
-    """p in a dtype that the operation takes beside x: x's own, or float32 with 16-bit x."""
-    if p.dtype == x.dtype or (p.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
-        return p
-    return p.to(x.dtype)
-
-
-def mixed_factors(A: Tensor, B: Tensor, gates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Averages of A (N r, K) and of B (O, N r), each under gates (S, N): (S r, K) and (O, S r)."""
-    experts = gates.shape[1]
-    down = torch.einsum("sn,nrk->srk", gates, A.view(experts, rank, -1)).flatten(0, 1)
-    up = torch.einsum("sn,onr->osr", gates, B.view(-1, experts, rank)).flatten(1)
-    return down, up

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
-from rode.tuner.context import SIDE_INPUTS, Routing, given_inputs, routing_of
+from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
 
@@ -74,8 +74,8 @@ class RodeModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(self._no_match(model, adapter_name, str(error))) from None
         config = self.peft_config[adapter_name]
-        if config.watches_passes:
-            self._routing.attach(self.model)
+        if config.needs_forward_hooks:
+            self._context.attach(self.model, needed=True)
         # Bare names match a tower as a matter of course; of a regex it may not be what was meant.
         if isinstance(config.target_modules, str) and (held := self._held_back(model, config)):
             warnings.warn(
@@ -113,7 +113,7 @@ class RodeModel(BaseTuner):
     def _prepare_model(self, peft_config: RodeConfig, model: nn.Module) -> None:
         """Settles which towers are closed to this adapter, before PEFT asks about the first module."""
         targets = peft_config.target_modules
-        self._routing = routing_of(model) or Routing()
+        self._context = context_of(model) or ForwardContext()
         self._roots = roots = towers(model)
         opened = named_towers(targets, roots)
         self._closed = tuple(root for root in roots if root not in opened)
@@ -159,7 +159,7 @@ class RodeModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.place, layer.block = current_key, current_key.rpartition(".")[0]
         layer.in_tower = under(current_key, self._roots) is not None
-        layer.routing = self._routing
+        layer.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)
 
@@ -202,7 +202,7 @@ class RodeModel(BaseTuner):
         shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
         if shared is None:
             shared = BlockPass(layer.block)
-            self._routing.handles += shared.attach(parent)
+            self._context.handles += shared.attach(parent)
         layer.block_pass = shared
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,14 +225,14 @@ class RodeModel(BaseTuner):
         )
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
-            self._routing.generating = mask.bool()
+            self._context.generating = mask.bool()
         elif prompt is not None:
-            self._routing.generating = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+            self._context.generating = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         try:
-            with given_inputs(self._routing, inputs):
+            with given_inputs(self._context, inputs):
                 return self.model.generate(*args, **kwargs)
         finally:
-            self._routing.generating = None
+            self._context.generating = None
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are float32 from the start; `autocast_adapter_dtype=False` asks for the base layer's dtype instead."""
@@ -287,7 +287,7 @@ class RodeModel(BaseTuner):
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        self._routing.detach()
+        self._context.detach()
         return model
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:

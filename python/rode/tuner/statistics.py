@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rode.tuner.aux_losses import IGNORE
+from rode.tuner.context import ForwardCall, ForwardContext
 from rode.tuner.layer import RodeLayer
 from rode.tuner.recorder import GateRecorder, TokenKinds
 from rode.tuner.targets import towers, under
 
-IGNORE = -100  # labels of what is not learned
 KINDS = ("image", "text")
 ANSWER_KINDS = ("image", "prompt", "answer")
 
@@ -148,7 +148,7 @@ class GateStatistics:
         self.by_example = by_example
         self._kinds = TokenKinds()
         self._layers: list[tuple[RodeLayer, GateRecorder]] = []
-        self._hooks: list[Any] = []
+        self._context: ForwardContext | None = None  # while attached
 
     def attach(self, model: nn.Module) -> GateStatistics:
         """Starts counting from zero in `model` (a PeftModel, or a model with adapters injected).
@@ -156,7 +156,7 @@ class GateStatistics:
         Raises:
             ValueError: the model has no RoDE layer, or statistics are attached already.
         """
-        if self._hooks:
+        if self._context is not None:
             raise ValueError("GateStatistics: already attached; call detach() first")
         if hasattr(model, "get_base_model"):  # generate() enters below a PeftModel's own forward
             model = model.get_base_model()
@@ -180,21 +180,17 @@ class GateStatistics:
                 name, self._kinds, under(name, roots) is not None, self.by_example
             )
             self._layers.append((layer, layer.gate_recorder))
-        parameters = inspect.signature(model.forward)
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = parameters.bind_partial(*args, **kwargs).arguments
-            given = {**given, **given.get("kwargs", {})}
-            self._begin(given.get("input_ids"), given.get("attention_mask"), given.get("labels"))
-
-        def after(*_: object) -> None:
-            self._kinds.rows = None
-
-        self._hooks = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
-        ]
+        self._context = ForwardContext.listen(model, self)
         return self
+
+    def begin(self, call: ForwardCall) -> None:
+        """Settles what each token of the pass is."""
+        given = call.given
+        self._begin(given.get("input_ids"), given.get("attention_mask"), given.get("labels"))
+
+    def end(self) -> None:
+        """Nothing counts outside of a pass, as when checkpointing computes a layer again."""
+        self._kinds.rows = None
 
     @torch.no_grad()
     def _begin(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> None:
@@ -227,11 +223,11 @@ class GateStatistics:
 
     def detach(self) -> None:
         """Stops counting and leaves the model as it was; the counts stay."""
-        for hook in self._hooks:
-            hook.remove()
+        if self._context is not None:
+            self._context.stop_listening(self)
         for layer, _ in self._layers:
             layer.gate_recorder = None
-        self._hooks = []
+        self._context = None
         self._kinds.rows = None
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rode.tuner.context import learned_share
+from rode.tuner.aux_losses import learned_share
 from rode.vlm.collator import IGNORE
 
 
@@ -50,6 +50,6 @@ def answer_loss(
     total = F.cross_entropy(logits.float(), targets[learned], reduction="sum")
     count = num_items if num_items is not None else learned.sum().clamp(min=1)
     loss = total / count
-    if (aux := output.get("aux_loss")) is not None:  # of an adapter's gates, see rode.tuner.context
+    if (aux := output.get("aux_loss")) is not None:  # of an adapter's gates, see rode.tuner.aux_losses
         loss = loss + (aux * learned_share(labels, count)).to(loss.device, loss.dtype)
     return loss

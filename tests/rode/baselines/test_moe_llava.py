@@ -19,7 +19,7 @@ from rode.baselines.moe_llava import (
     moe_layers,
     save_moe,
 )
-from rode.tuner.aux_hook import AuxLoss
+from rode.tuner.context import ForwardContext
 
 
 class Ffn(nn.Module):
@@ -35,7 +35,7 @@ class Ffn(nn.Module):
 def layer_of(**fields):
     """A float64 layer with experts that differ, as after training."""
     torch.manual_seed(0)
-    layer = MoeFeedForward(Ffn(), MoeConfig(sample_second=False, **fields), 6, AuxLoss(sum))
+    layer = MoeFeedForward(Ffn(), MoeConfig(sample_second=False, **fields), 6, ForwardContext())
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.6)
     return layer
@@ -97,7 +97,7 @@ def test_values_and_gradients(fields, drops, padding):
     valid = torch.ones(2, 9, dtype=torch.bool)
     if padding:
         valid[1, :4] = False
-        layer.aux._mask = valid
+        layer.context.mask = valid
     y = layer(x)
     want, dropped = token_by_token(layer, x, valid, fields["capacity_factor"])
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
@@ -128,13 +128,13 @@ def test_at_inference_no_token_is_dropped_unless_asked():
 
 def test_equal_copies_without_limit_are_the_dense_ffn():
     dense = Ffn()
-    layer = MoeFeedForward(dense, MoeConfig(capacity_factor=None), 6, AuxLoss(sum)).train()
+    layer = MoeFeedForward(dense, MoeConfig(capacity_factor=None), 6, ForwardContext()).train()
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(x), rtol=1e-12, atol=1e-12)
 
 
 def test_the_second_expert_is_drawn_from_the_softmax_over_the_others():
-    layer = MoeFeedForward(Ffn(), MoeConfig(), 6, AuxLoss(sum)).train()
+    layer = MoeFeedForward(Ffn(), MoeConfig(), 6, ForwardContext()).train()
     logits = torch.tensor([1.0, 0.5, -0.5, 3.0])
     many, n = logits.expand(40000, 4), 40000
     torch.manual_seed(0)
@@ -254,7 +254,7 @@ def test_a_deep_copy_is_whole(tiny_llava, llava_batch):
     model = moe_llava(tiny_llava)
     twin = copy.deepcopy(model)
     layer = next(iter(moe_layers(twin).values()))
-    assert layer.aux is not next(iter(moe_layers(model).values())).aux
+    assert layer.context is not next(iter(moe_layers(model).values())).context
     assert torch.equal(twin(**llava_batch).aux_loss, model(**llava_batch).aux_loss)
 
 

@@ -267,7 +267,7 @@ def test_padding_that_cannot_be_told_is_an_error(tiny_llava, llava_batch):
 def test_a_models_own_auxiliary_loss_is_not_overwritten():
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-    from rode.tuner.context import add_to_output
+    from rode.tuner.aux_losses import add_to_output
 
     output = MoeCausalLMOutputWithPast(loss=torch.tensor(1.0), aux_loss=torch.tensor(2.0))
     with pytest.raises(ValueError, match="an auxiliary loss of its own"):

@@ -131,7 +131,7 @@ def test_sequence_gates_are_the_means_formula(mlp):
     layer = model.base_model.model.lin0
     x = torch.randn(2, 4, 12, dtype=torch.float64)
     prompt = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    layer.routing.prompt = prompt
+    layer.context.prompt = prompt
     y = layer(x)
     A, B, router = (getattr(layer, n)["default"] for n in ("rode_A", "rode_B", "rode_router"))
     for b in range(2):
@@ -241,8 +241,8 @@ def test_a_copy_after_a_pass_is_a_model_of_its_own(tiny_llava, llava_batch):
     want = model(**llava_batch, rode_task_ids=ids).logits
     inner = model.get_base_model()
     other = copy.deepcopy(inner)
-    assert layers_of(other)[0].routing is not layers_of(model)[0].routing
-    assert len({id(m.routing) for m in layers_of(other)}) == 1
+    assert layers_of(other)[0].context is not layers_of(model)[0].context
+    assert len({id(m.context) for m in layers_of(other)}) == 1
     assert torch.equal(other(**llava_batch, rode_task_ids=ids).logits, want)
 
 
@@ -272,7 +272,7 @@ def test_two_adapters_share_the_state(tiny_llava, llava_batch):
     with pytest.raises(ValueError, match="below num_ids=2, got 2"):
         model(**llava_batch, rode_task_ids=torch.tensor([0, 2]))
     injected = inject_adapter_in_model(RodeConfig(**COMMON, **TASK), tiny_llava())
-    assert len({id(m.routing) for m in layers_of(injected)}) == 1
+    assert len({id(m.context) for m in layers_of(injected)}) == 1
 
 
 def test_expert_choice_is_not_causal_says_so_and_does_not_generate(tiny_llava, llava_batch):

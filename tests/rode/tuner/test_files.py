@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rode.tuner import RodeConfig
+from rode.tuner import GateStatistics, RodeConfig
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 PRESETS = {
@@ -159,8 +159,26 @@ def test_a_model_can_be_pickled_saved_and_copied(copied, fields):
         for want in wants:
             assert torch.equal(got.logits, want.logits)
             assert torch.equal(got.loss, want.loss)
-    routings = [next(m.routing for m in x.modules() if hasattr(m, "routing")) for x in (model, early, late)]
-    assert len(set(map(id, routings))) == 3
+    contexts = [next(m.context for m in x.modules() if hasattr(m, "context")) for x in (model, early, late)]
+    assert len(set(map(id, contexts))) == 3
+
+
+@pytest.mark.parametrize("copied", [through_pickle, copy.deepcopy])
+@pytest.mark.parametrize("fields", [{}, {"router_input": "sequence"}], ids=["relu", "sequence"])
+def test_statistics_hang_on_a_model_without_tying_it_down(copied, fields):
+    """One pair of hooks, whoever listens; a model that is copied meanwhile is whole; afterwards it is as before."""
+    model = get_peft_model(tiny_llama(), RodeConfig(ranks=(2, 4), init_weights=False, **fields)).eval()
+    base = model.get_base_model()
+    before = len(base._forward_pre_hooks), len(base._forward_hooks)
+    ids = torch.randint(3, 100, (2, 7))
+    with GateStatistics().attach(model) as statistics:
+        assert len(base._forward_pre_hooks) == len(base._forward_hooks) == 1
+        want = model(input_ids=ids).logits
+        tokens = statistics.report().layers[0].tokens
+        assert torch.equal(copied(model)(input_ids=ids).logits, want)
+        assert statistics.report().layers[0].tokens == tokens  # the copy counts for itself
+    assert (len(base._forward_pre_hooks), len(base._forward_hooks)) == before
+    assert torch.equal(model(input_ids=ids).logits, want)
 
 
 def _logits(model, x, queue):
