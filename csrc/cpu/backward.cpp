@@ -105,7 +105,7 @@ class TokenPass {
         pack_transposed<T>(a.B, i, {w.B.width, 0}, wanted, p.total_rank, p.out_features, out);
       };
       const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
-      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, nullptr, 0);
+      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, {});
     }
   }
 
@@ -149,7 +149,7 @@ class TokenPass {
       const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
       const bool direct = is_direct<T, Row>(a.dy);
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
-      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, direct ? next : nullptr, of_next);
+      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, {next, direct ? of_next : 0});
     }
     for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }

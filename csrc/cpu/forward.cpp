@@ -166,13 +166,13 @@ class ForwardPass {
       const Ranges wanted = wanted_ranges(p, g, tokens, p.dense, [&](int64_t e) { return within(p, e, ranks); }, ranges_.get());
       const auto make = [&](int64_t i, Row* out) { pack_rows<T>(a.A, i, {w.A.width, 0}, wanted, p.in_features, out); };
       const RowsMade<Row, decltype(make)> A{make, A_.get(), p.total_rank, p.in_features, w.A.width};
-      return dots_.where_open(g, rows, tokens, A, ranks, u, nullptr, 0);
+      return dots_.where_open(g, rows, tokens, A, ranks, u, {});
     }
     const Row* next[kBlockTokens];
     const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
     const bool direct = is_direct<T, Row>(a.x);
     if (direct) gather_rows<T>(a.x, m0 + tokens, of_next, 0, p.in_features, x_.get(), next);
-    dots_.where_open(g, rows, tokens, w.A, ranks, u, direct ? next : nullptr, of_next);
+    dots_.where_open(g, rows, tokens, w.A, ranks, u, {next, direct ? of_next : 0});
   }
 
   void gate(const Row* const* rows, int64_t tokens, C* g) {
