@@ -128,7 +128,7 @@ class TokenPass {
   void up(int64_t i) {
     const int64_t first = i * w.chunks.width;
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
-    const C* router = w.A == nullptr ? router_.get() : w.router + first * p.experts;
+    const C* router = w.A == nullptr ? router_.get() : a.router ? w.router + first * p.experts : nullptr;
     if (w.A == nullptr) {
       const Range experts{0, p.experts};
       pack_rows_as_columns<T>(p, a.A, i, w.chunks, wanted_, A_.get());
