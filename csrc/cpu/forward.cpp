@@ -132,7 +132,7 @@ class ForwardPass {
     const int64_t first = i * w.chunks.width;
     Quads sums{};
     transpose_words(
-        i, w.chunks, wanted_, p.total_rank, p.out_features, static_cast<const float*>(a.B.data), a.B.row,
+        i, w.chunks, wanted_, p.total_rank, p.out_features, static_cast<const Word*>(a.B.data), a.B.row,
         [&](int64_t j, int64_t, const Quads* of_B, int64_t begin, int64_t end) __attribute__((always_inline)) {
           RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end) sums += v[j + l] * of_B[l];
         },
