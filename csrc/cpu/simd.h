@@ -53,7 +53,11 @@ constexpr int kLanes = kVectorBytes / sizeof(C);
 struct BFloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+using Float16 = __fp16;  // this GCC has _Float16 in C only; both are IEEE halves
+#else
 using Float16 = _Float16;
+#endif
 
 template <class T>
 struct AccumulationOf {
