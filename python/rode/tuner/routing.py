@@ -94,7 +94,12 @@ class Routing:
         ids = bound.get("input_ids")
         ids = bound.get("inputs_embeds") if ids is None else ids
         mask, labels = bound.get("attention_mask"), bound.get("labels")
-        self._past = past = bound.get("past_key_values")
+        past = bound.get("past_key_values")
+        if past is None and hasattr(
+            bound.get("cache"), "get_seq_length"
+        ):  # its name from transformers 5.24 on
+            past = bound["cache"]
+        self._past = past
         held = 0 if past is None else int(past.get_seq_length())
         self.decoding = held > 0
         self.block_gates, self.sequence_logits = {}, {}
@@ -160,9 +165,11 @@ class Routing:
         return {} if self._past is None else self._kept.get(self._past, {})
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        cache = getattr(output, "past_key_values", None)
-        if self.sequence_logits and cache is not None:
-            self._kept[cache] = self.sequence_logits
+        if self.sequence_logits:
+            new = hasattr(output, "cache")  # from transformers 5.24 on, which warns of the older name
+            cache = output.cache if new else getattr(output, "past_key_values", None)
+            if cache is not None:
+                self._kept[cache] = self.sequence_logits
         self._past, self.sequence_logits = None, {}
         records, self.records = self.records, None
         if not torch.is_grad_enabled():  # no backward will compute a layer again
