@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -236,6 +236,18 @@ class StopOnInterrupt(TrainerCallback):
             self.asked = control.should_save = control.should_training_stop = True
 
 
+def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for gradient checkpointing, under the name that this transformers knows.
+
+    Args:
+        wanted: compute activations again in the backward pass.
+        known: names of its fields; transformers 5.23 renamed `gradient_checkpointing` to `activation_checkpointing`.
+    """
+    new = "activation_checkpointing"
+    name = new if new in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {name: False}
+
+
 def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a recipe."""
     t = recipe.training
@@ -255,8 +267,7 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
         adam_beta2=t.betas[1],
         adam_epsilon=t.epsilon,
         max_grad_norm=t.max_grad_norm,
-        activation_checkpointing=t.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        **checkpointing_options(t.gradient_checkpointing, TrainingArguments.__dataclass_fields__),
         # Frozen weights are held in model.dtype and trained ones in float32: no autocast, which would cast the frozen
         # ones again at every step.
         bf16=False,
