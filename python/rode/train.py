@@ -15,6 +15,7 @@ import torch
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
+from rode.checkpoints import latest_checkpoint, starting_point
 from rode.clusters import FILE as CLUSTERS
 from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
@@ -22,7 +23,7 @@ from rode.data.shards.examples import ShardExamples
 from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
-from rode.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
+from rode.trainer import AnswerTrainer, StopOnInterrupt, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.tuner.moe_llava import MoeConfig, convert_to_moe
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
@@ -140,23 +141,6 @@ def _lengths(mixture: Mixture) -> list[int]:
     return lengths
 
 
-def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
-    latest = latest_checkpoint(recipe.run_dir)
-    if resume is True:
-        if latest is None:
-            raise FileNotFoundError(f"{recipe.run_dir}: no checkpoint to resume from; leave --resume out")
-        return latest
-    if resume:
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"{resume}: no checkpoint (trainer_state.json is missing)")
-        return Path(resume)
-    if latest is not None:
-        raise FileExistsError(
-            f"{recipe.run_dir} holds {latest.name}: pass --resume, or set another output_dir"
-        )
-    return None
-
-
 def _machine(device: torch.device, processes: int) -> str:
     """What training ran on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -186,7 +170,7 @@ def train(
 
     Raises:
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
-        FileNotFoundError, OSError, ValueError: inputs, with the record or key named.
+        FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
         KeyboardInterrupt: a second Ctrl-C.
     """
     if recipe.model.dtype == "float16":
@@ -196,8 +180,8 @@ def train(
     except ImportError as error:
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
     run_dir = recipe.run_dir
-    start = _starting_point(recipe, resume)
     arguments = training_arguments(recipe, progress)
+    start = starting_point(run_dir, resume, arguments.world_size, say=arguments.process_index == 0)
     seed = recipe.training.seed
     if examples is None:
         mixture = load_examples(data_sources(recipe), "train", wording=recipe.data.wording, seed=seed)

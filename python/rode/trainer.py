@@ -4,7 +4,6 @@ examples that depends on seed and epoch alone, small checkpoints, and Ctrl-C."""
 from __future__ import annotations
 
 import logging
-import os
 import random
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -301,13 +300,3 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
             t.batch_size * t.gradient_accumulation * world,
         )
     return arguments
-
-
-def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint-N with the largest N that was written whole, or None."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in Path(directory).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(found)[1] if found else None

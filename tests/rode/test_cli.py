@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from rode import cli
+from rode.checkpoints import latest_checkpoint
 from rode.cli import main
 from rode.data.vocabulary import Vocabulary
-from rode.trainer import latest_checkpoint
 
 RECIPE = """
 name: cli

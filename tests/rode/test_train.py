@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rode.checkpoints import latest_checkpoint
 from rode.data.mixture import Mixture
 from rode.recipe import dump_recipe, load_recipe
 from rode.train import train
-from rode.trainer import EpochSampler, checkpointing_options, latest_checkpoint, training_arguments
+from rode.trainer import EpochSampler, checkpointing_options, training_arguments
 from rode.vlm import FeatureSource, load_vlm
 
 
