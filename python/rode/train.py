@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
-from rode.checkpoints import latest_checkpoint, starting_point
+from rode.checkpoints import latest_checkpoint, read_state, starting_point
 from rode.clusters import FILE as CLUSTERS
 from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
@@ -23,7 +23,7 @@ from rode.data.shards.examples import ShardExamples
 from rode.files import write_text
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
-from rode.trainer import AnswerTrainer, StopOnInterrupt, training_arguments
+from rode.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.tuner.moe_llava import MoeConfig, convert_to_moe
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
@@ -40,14 +40,15 @@ class TrainResult:
     Attributes:
         output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, training.json (metrics and
             machine; there once training has ended), tensorboard/, checkpoint-N/.
-        model: the trained model, in eval mode (a PeftModel in stage "adapter").
-        processor: its processor.
+        model: the trained model, in eval mode (a PeftModel in stage "adapter"); None where the run was done already.
+        processor: its processor, or None likewise.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
             truncated_answers.
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
         interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
         skipped: one line for each record left out for its picture.
+        was_done: there was nothing to resume: the run had ended before, and no file was touched.
     """
 
     output_dir: Path
@@ -58,6 +59,7 @@ class TrainResult:
     interrupted: bool
     checkpoint: Path | None
     skipped: list[str]
+    was_done: bool = False
 
 
 def data_sources(recipe: Recipe) -> list[Source]:
@@ -193,17 +195,26 @@ def train(
         raise ValueError("no example to train on")
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
+    training = recipe.training
+    items = (
+        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
+    )
+    state = None if start is None else read_state(start)
+    at_end = state is not None and state.get("global_step", 0) >= total_steps(len(items), arguments)
+    mark = run_dir / "training.json"
+    if at_end and mark.is_file():
+        metrics = json.loads(mark.read_text())["metrics"]
+        history = state.get("log_history", [])
+        return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     if model is None:
         m = recipe.model
         model, processor = load_vlm(
             m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
         )
+    if at_end:  # no picture is looked at any more
+        source = PixelSource(processor)
     source = source or image_source(recipe, model, processor, examples, progress)
     model = make_trainable(model, recipe)
-    training = recipe.training
-    items = (
-        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
-    )
     if items is not mixture and "flash" in str(model.config._attn_implementation):
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
@@ -211,7 +222,7 @@ def train(
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-    (run_dir / "training.json").unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
@@ -237,7 +248,11 @@ def train(
     )
     try:
         with stop:
-            output = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            output = (
+                trainer.finish(str(start))
+                if at_end
+                else trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            )
     finally:
         if statistics is not None:
             statistics.detach()
@@ -259,7 +274,7 @@ def train(
         if trainer.is_world_process_zero():  # after the adapter, whose end it marks
             ran_on = _machine(arguments.device, arguments.world_size)
             text = json.dumps({"metrics": metrics, "machine": ran_on}, indent=1)
-            write_text(run_dir / "training.json", text + "\n")
+            write_text(mark, text + "\n")
     return TrainResult(
         run_dir, model, processor, metrics, history, stop.asked, latest_checkpoint(run_dir), skipped
     )

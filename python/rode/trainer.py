@@ -4,6 +4,7 @@ examples that depends on seed and epoch alone, small checkpoints, and Ctrl-C."""
 from __future__ import annotations
 
 import logging
+import math
 import random
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
+from rode.checkpoints import STATE
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.tuner.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.vlm.collator import IGNORE
@@ -200,6 +203,17 @@ class AnswerTrainer(Trainer):
         if self.projector_only or self.projector_rate is not None:
             load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
 
+    def finish(self, checkpoint: str) -> TrainOutput:
+        """Take weights and history from a checkpoint of the last step, in place of `train`, which would train one more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        total, last = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:  # the mean since the entry before
+                total += entry["loss"] * (entry["step"] - last)
+                last = entry["step"]
+        return TrainOutput(self.state.global_step, total / max(1, last), {"train_runtime": 0.0})
+
 
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends training after the optimizer step under way, with a checkpoint; the second
@@ -300,3 +314,16 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
             t.batch_size * t.gradient_accumulation * world,
         )
     return arguments
+
+
+def total_steps(items: int, arguments: TrainingArguments) -> int:
+    """Optimizer steps of a whole run, as Trainer counts them.
+
+    Args:
+        items: in one epoch, over all processes.
+        arguments: see `training_arguments`.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(math.ceil(items / arguments.train_batch_size) / arguments.world_size)
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from rode.checkpoints import latest_checkpoint, starting_point
+from rode.cli import main
+from rode.recipe import dump_recipe
 from rode.train import train
+from rode.trainer import total_steps, training_arguments
 
 
 def weights(directory):
@@ -24,8 +30,9 @@ def assert_same(a, b):
 def four_steps(make_recipe, examples):
     """A function that makes the recipe of a run with a checkpoint every two steps, trained for `steps` of them."""
 
-    def run(steps=4):
-        recipe = make_recipe(training={"max_steps": steps, "save_steps": 2, "save_total_limit": 10})
+    def run(steps=4, **training):
+        training = {"max_steps": steps, "save_steps": 2, "save_total_limit": 10, **training}
+        recipe = make_recipe(training=training)
         train(recipe, examples=examples, progress=False)
         return recipe
 
@@ -109,3 +116,70 @@ def test_nothing_but_torn_checkpoints_is_one_error(four_steps, examples):
         train(recipe, examples=examples, resume=torn.parent, progress=False)
     train(recipe, examples=examples, progress=False)  # and without --resume it trains anew
     assert latest_checkpoint(recipe.run_dir) == torn.parent
+
+
+def bytes_of(folder):
+    """Every file below, with its bytes and the time of its last change."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": None, "epochs": 2, "batch_size": 6}])
+def test_a_run_that_is_done_is_left_alone(make_recipe, tmp_path, capsys, length):
+    source = {"path": make_recipe().data.sources[0].path, "tasks": ["category"]}
+    recipe = make_recipe(data={"sources": [source]}, training={**length, "save_steps": 3})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert main(["train", str(file), "--quiet"]) == 0
+    before = bytes_of(recipe.run_dir)
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["train", str(file), "--resume", "--quiet"]) == 0
+        assert "run is done after 4 steps, and nothing was changed" in capsys.readouterr().out
+        assert bytes_of(recipe.run_dir) == before
+    more = {"max_steps": 5} if length["max_steps"] else {"epochs": 3}
+    for name, value in more.items():
+        setattr(recipe.training, name, value)
+    rest = train(recipe, resume=True, progress=False)
+    assert rest.metrics["steps"] == (5 if length["max_steps"] else 6)
+
+
+def test_a_run_that_lacks_nothing_but_its_adapter_gets_it(four_steps, examples, monkeypatch):
+    """As one that was stopped at its last step leaves it: the checkpoint's weights are the result, and no step is trained."""
+    recipe = four_steps(logging_steps=2)  # entries for steps 1, 2 and 3 to 4
+    whole = weights(recipe.run_dir)
+    history = json.loads((recipe.run_dir / "history.json").read_text())
+    metrics = json.loads((recipe.run_dir / "training.json").read_text())["metrics"]
+    for name in ("adapter_model.safetensors", "training.json"):
+        (recipe.run_dir / name).unlink()
+    monkeypatch.setattr("rode.train.AnswerTrainer.training_step", lambda *_, **__: 1 / 0)
+    result = train(recipe, examples=examples, resume=True, progress=False)
+    assert_same(weights(recipe.run_dir), whole)
+    assert not result.was_done
+    assert result.metrics["steps"] == 4
+    assert result.metrics["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
+    assert result.history == [entry for entry in history if "loss" in entry]
+    assert json.loads((recipe.run_dir / "training.json").read_text())["metrics"] == result.metrics
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"epochs": 2, "batch_size": 5}, 6),  # 3 batches
+        ({"epochs": 2, "batch_size": 5, "gradient_accumulation": 2}, 4),
+        ({"epochs": 1.5, "batch_size": 5, "gradient_accumulation": 2}, 3),
+        ({"epochs": 0.1, "batch_size": 12}, 1),
+    ],
+)
+def test_steps_are_counted_as_trainer_does(make_recipe, examples, training, steps):
+    recipe = make_recipe(training={"max_steps": None, **training})
+    assert total_steps(12, training_arguments(recipe)) == steps
+    assert train(recipe, examples=examples, progress=False).metrics["steps"] == steps
+
+
+def test_steps_of_several_processes():
+    arguments = SimpleNamespace(
+        max_steps=-1, num_train_epochs=3, train_batch_size=4, world_size=4, gradient_accumulation_steps=2
+    )
+    assert total_steps(100, arguments) == 3 * 4  # 25 batches, 7 of them for each process

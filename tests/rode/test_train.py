@@ -234,6 +234,7 @@ def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_recipe,
     recipe = make_recipe(training={"max_steps": 1})
     mark = train(recipe, examples=examples, progress=False).output_dir / "training.json"
     assert mark.exists()
+    recipe.training.max_steps = 2
     monkeypatch.setattr("rode.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(recipe, examples=examples, resume=True, progress=False)

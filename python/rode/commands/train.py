@@ -53,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
         return 130
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
         return 0
+    if result.was_done:
+        print(
+            f"{result.output_dir} is done after {result.metrics['steps']} steps, and nothing was changed; to go on with it, raise "
+            "training.max_steps or training.epochs"
+        )
+        return 0
     what = "projector" if recipe.stage == "projector" else "adapter"
     print(
         f"{what} in {result.output_dir}: {result.metrics['steps']} steps on {result.metrics['examples']} examples, "
