@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rode.commands import analyze, compose, data, evaluate, fit_clusters, generate, reproduce, train
+from rode.processes import tells
 
 # torch, transformers and peft are imported by the commands that need them.
 
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if not tells(error):
+            return 1
         # Errors of ours say what to do; anything else is named by its type, and --debug shows where it came from.
         ours = isinstance(error, (ValueError, OSError, ImportError))
         text = " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from rode.checkpoints import latest_checkpoint, read_state, starting_point
@@ -21,6 +21,7 @@ from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
 from rode.data.shards.examples import ShardExamples
 from rode.files import write_text
+from rode.lock import one_run
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
 from rode.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
@@ -172,17 +173,35 @@ def train(
 
     Raises:
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
+        BlockingIOError: another run is at work in `run_dir`.
         FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
         KeyboardInterrupt: a second Ctrl-C.
     """
     if recipe.model.dtype == "float16":
         raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
-    run_dir = recipe.run_dir
+    if (model is None) != (processor is None):
+        raise ValueError("model and processor: expected both or neither")
     arguments = training_arguments(recipe, progress)
+    with one_run(recipe.run_dir, arguments):
+        return _train(recipe, arguments, examples, model, processor, source, resume, progress)
+
+
+def _train(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    examples: Sequence[Example] | None,
+    model: Any,
+    processor: Any,
+    source: Any,
+    resume: bool | str | os.PathLike[str],
+    progress: bool,
+) -> TrainResult:
+    """`train` in a folder that no other run writes to."""
+    run_dir = recipe.run_dir
     start = starting_point(run_dir, resume, arguments.world_size, say=arguments.process_index == 0)
     seed = recipe.training.seed
     if examples is None:
@@ -193,8 +212,6 @@ def train(
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
-    if (model is None) != (processor is None):
-        raise ValueError("model and processor: expected both or neither")
     training = recipe.training
     items = (
         mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
@@ -225,6 +242,8 @@ def train(
     mark.unlink(missing_ok=True)
     callbacks: list[Any] = [stop := StopOnInterrupt()]
     if arguments.process_index == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
         callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
     config = getattr(model, "active_peft_config", None)
     routed = getattr(config, "routed", False)
