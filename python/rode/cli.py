@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not tells(error):
             return 1
         # Errors of ours say what to do; anything else is named by its type, and --debug shows where it came from.
-        ours = isinstance(error, (ValueError, OSError, ImportError))
+        ours = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
         text = " ".join(str(error).split()) or type(error).__name__
         print(
             f"rode: {text}" if ours else f"rode: {type(error).__name__}: {text} (--debug shows where)",

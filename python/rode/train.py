@@ -21,6 +21,7 @@ from rode.data import Example
 from rode.data.mixture import Mixture, Source, load_examples
 from rode.data.shards.examples import ShardExamples
 from rode.files import write_text
+from rode.finite import NotFiniteError
 from rode.lock import one_run
 from rode.recipe import Recipe, adapter_config, dump_recipe
 from rode.routes import make_routes
@@ -175,6 +176,7 @@ def train(
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
         BlockingIOError: another run is at work in `run_dir`.
         FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
+        NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
     if recipe.model.dtype == "float16":
@@ -241,10 +243,12 @@ def _train(
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     mark.unlink(missing_ok=True)
     callbacks: list[Any] = [stop := StopOnInterrupt()]
+    board = None
     if arguments.process_index == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
+        board = SummaryWriter(str(run_dir / "tensorboard"))
+        callbacks.append(TensorBoardCallback(board))
     config = getattr(model, "active_peft_config", None)
     routed = getattr(config, "routed", False)
     if getattr(config, "target_sparsity", None) is not None:
@@ -257,7 +261,7 @@ def _train(
         model=model,
         args=arguments,
         train_dataset=items.examples,
-        data_collator=TrainingCollator(encoder, source, routes),
+        data_collator=TrainingCollator(encoder, source, routes, name_records=True),
         callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
@@ -272,9 +276,15 @@ def _train(
                 if at_end
                 else trainer.train(resume_from_checkpoint=None if start is None else str(start))
             )
+    except NotFiniteError:  # the good steps before it are worth a look
+        if trainer.is_world_process_zero():
+            write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
+        raise
     finally:
         if statistics is not None:
             statistics.detach()
+        if board is not None:
+            board.close()
     model.eval()
     history = trainer.state.log_history
     metrics = {

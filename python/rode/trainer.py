@@ -1,5 +1,5 @@
 """transformers' Trainer with the few things that differ here: the loss on answers, learning rates by group, an order of
-examples that depends on seed and epoch alone, small checkpoints, and Ctrl-C."""
+examples that depends on seed and epoch alone, small checkpoints, a stop where numbers are not finite, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import TrainOutput
 
 from rode.checkpoints import STATE
+from rode.finite import StepGuard
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.tuner.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.vlm.collator import IGNORE
@@ -126,6 +127,7 @@ class AnswerTrainer(Trainer):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
+        self.guard = StepGuard(self.args.output_dir)
         config = getattr(self.model, "active_peft_config", None)
         self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
@@ -151,6 +153,20 @@ class AnswerTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        ids = inputs.pop("record_ids")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.add(loss, ids)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer asks for it once a step, right before the optimizer, whether it clips or not."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.check(norm, self.state.global_step + 1, self.args.world_size)
+        return norm
 
     def count_truncated(self) -> int:
         """Answers cut so far, on all devices."""
