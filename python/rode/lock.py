@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
@@ -12,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rode.processes import of_all_processes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 NAME = ".lock"
@@ -26,19 +30,24 @@ def _close_in_child() -> None:
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
 def folder_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder (made if need be) for this process. The system lets go of it when the process ends, however it ends.
 
-    Where a folder cannot be locked (read-only, or a file system without locks) a line says so, and nothing is held.
+    Where a folder cannot be locked (read-only, a file system or a system without such locks) a line says so, and nothing is held.
 
     Raises:
         BlockingIOError: another process, or another thread, holds it.
     """
     folder = Path(folder)
+    if fcntl is None:
+        logger.warning("%s cannot be locked on this system: see to it that no other run writes there", folder)
+        yield
+        return
     new, owner = not folder.exists(), os.getpid()
     try:
         folder.mkdir(parents=True, exist_ok=True)
