@@ -60,15 +60,13 @@ def wants_cuda() -> bool:
 
 
 def cuda_options() -> list[str]:
-    """What CMake is told about CUDA."""
+    """CMake's options for the CUDA kernels, each of them every time: CMake remembers what an earlier build said."""
+    if CUDA not in names:
+        return ["-DRODE_CUDA=OFF"]
     archs = os.environ.get("RODE_CUDA_ARCHS", "").replace(",", ";")
     if not all(arch.isdigit() for arch in archs.split(";") if arch):
         raise SystemExit(f"RODE_CUDA_ARCHS: expected compute capabilities such as '80;90', got {archs!r}")
-    return [
-        "-DRODE_CUDA=ON",
-        f"-DCMAKE_CUDA_COMPILER={nvcc()}",
-        *([f"-DRODE_CUDA_ARCHS={archs}"] if archs else []),
-    ]
+    return ["-DRODE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DRODE_CUDA_ARCHS={archs}"]
 
 
 EMULATE = os.environ.get("RODE_EMULATE") == "1"
@@ -97,7 +95,7 @@ class CMakeBuild(build_ext):
             "-DPYBIND11_FINDPYTHON=ON",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DRODE_EMULATE={'ON' if EMULATE else 'OFF'}",
-            *(cuda_options() if CUDA in names else []),
+            *cuda_options(),
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -14,8 +14,6 @@ import pytest
 
 from sass import ARCHS, NVCC, ROOT, cuobjdump
 
-pytestmark = pytest.mark.slow
-
 
 def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
     """A wheel from a copy of the tracked tree, and the build's log."""
@@ -55,6 +53,7 @@ def native_modules(wheel: Path) -> set[str]:
     return {Path(n).name.split(".")[0] for n in names if n.startswith("rode_kernels/_") and n.endswith(".so")}
 
 
+@pytest.mark.slow
 def test_wheel_holds_both_packages_and_native_code(tmp_path):
     wheel, log = build(tmp_path, RODE_NATIVE="on", RODE_CUDA="off", RODE_EMULATE="0")
     assert not missing_from(wheel), "tracked, but not in the wheel"
@@ -63,6 +62,7 @@ def test_wheel_holds_both_packages_and_native_code(tmp_path):
     assert "Collecting torch" not in log
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp_path):
     wheel, log = build(tmp_path, RODE_CUDA="on", RODE_EMULATE="0", RODE_CUDA_ARCHS="")
@@ -88,6 +88,7 @@ def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp
     assert listed == {"elf": set(map(str, ARCHS)), "ptx": {str(ARCHS[-1])}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "why", [{"RODE_NATIVE": "off"}, {"CXX": "/no/such/compiler"}], ids=["off", "no compiler"]
 )
@@ -113,3 +114,39 @@ assert torch.allclose(y, torch.relu(x @ W.T) * (x @ A.T @ B.T), atol=1e-5)
     )
     assert run.returncode == 0, run.stderr
     assert "reference" in run.stderr
+
+
+def configure(tmp_path: Path, **env: str) -> list[str]:
+    """What setup.py tells CMake when a build begins; nothing is built."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    record = tools / "said"
+    for name, script in {"cmake": f'echo "$@" >> {record}', "c++": "", "nvcc": ""}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    (tools / "pybind11.py").write_text("def get_cmake_dir():\n    return 'pybind11'\n")
+    places = ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    settings = {"RODE_NATIVE": "on", "RODE_EMULATE": "0", "RODE_CUDA_ARCHS": "", "CXX": "", "CUDACXX": "nvcc"}
+    paths = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tools)}
+    subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *places],
+        cwd=ROOT,
+        env={**os.environ, **settings, **paths, **env},
+        check=True,
+        capture_output=True,
+    )
+    return record.read_text().splitlines()[0].split()
+
+
+def test_a_build_folder_that_had_cuda_does_not_keep_it(tmp_path):
+    said = configure(tmp_path, RODE_CUDA="off")
+    assert "-DRODE_CUDA=OFF" in said  # CMake remembers what it is not told
+
+
+def test_a_build_folder_for_one_architecture_does_not_keep_to_it(tmp_path):
+    said = configure(tmp_path, RODE_CUDA="on")
+    assert {"-DRODE_CUDA=ON", "-DRODE_CUDA_ARCHS="} <= set(said)
+
+
+def test_cmake_gets_the_architectures_that_are_asked_for(tmp_path):
+    assert "-DRODE_CUDA_ARCHS=80;90" in configure(tmp_path, RODE_CUDA="on", RODE_CUDA_ARCHS="80,90")

@@ -105,7 +105,7 @@ class TokenPass {
         pack_transposed<T>(a.B, i, {w.B.width, 0}, wanted, p.total_rank, p.out_features, out);
       };
       const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
-      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, nullptr, 0);
+      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, {});
     }
   }
 
@@ -128,7 +128,7 @@ class TokenPass {
   void up(int64_t i) {
     const int64_t first = i * w.chunks.width;
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
-    const C* router = w.A == nullptr ? router_.get() : w.router + first * p.experts;
+    const C* router = w.A == nullptr ? router_.get() : a.router ? w.router + first * p.experts : nullptr;
     if (w.A == nullptr) {
       const Range experts{0, p.experts};
       pack_rows_as_columns<T>(p, a.A, i, w.chunks, wanted_, A_.get());
@@ -149,7 +149,7 @@ class TokenPass {
       const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
       const bool direct = is_direct<T, Row>(a.dy);
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
-      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, direct ? next : nullptr, of_next);
+      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, {next, direct ? of_next : 0});
     }
     for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }

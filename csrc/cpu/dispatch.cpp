@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #ifdef RODE_X86
+#include <cpuid.h>
 #define RODE_FOR_EACH_ISA(F) F(avx512bf16) F(avx512) F(avx2) F(generic)
 #else
 #define RODE_FOR_EACH_ISA(F) F(generic)
@@ -45,7 +46,8 @@ struct Isa {
 }
 [[maybe_unused]] bool has_avx2() {
 #ifdef RODE_X86
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // Clang's __builtin_cpu_supports does not know f16c in every version
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 #else
   return false;
 #endif

@@ -165,6 +165,20 @@ Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, boo
   return {out, count};
 }
 
+// Rows that will be read later: with each tile one of them is brought near.
+template <class E>
+struct Upcoming {
+  const E* const* rows = nullptr;
+  int64_t count = 0;
+
+  // The next one, or `other` where there is none.
+  const E* take(const E* other) {
+    if (count == 0) return other;
+    --count;
+    return *rows++;
+  }
+};
+
 template <class E>
 class Dots {
   using C = typename Operand<E>::C;
@@ -183,16 +197,17 @@ class Dots {
   // out[i * experts + e] for all experts: every token against every row.
   void all(const E* const* rows, int64_t tokens, const RowsOf<E>& weights, C* out) {
     each_step(weights, [&](const E* w, int64_t stride, int64_t k, int64_t n) {
-      part(rows, tokens, k, w, weights.rows, stride, n, sums_.get());
+      Upcoming<E> none;
+      part(rows, tokens, k, w, weights.rows, stride, n, sums_.get(), none);
     });
     sums<C>(sums_.get(), tokens * weights.rows, out);
   }
 
   // For each token in turn, out[expert's columns] where the expert is open (or `dense`), of `ranks`. Other pairs leave `out`
-  // alone. `next`: rows that will be read after these, null where they are not to be brought near.
+  // alone. `next`: rows that will be read after these.
   template <class Weights>
   void where_open(const C* gates, const E* const* rows, int64_t tokens, const Weights& weights, Range ranks, C* out,
-                  const E* const* next, int64_t next_tokens) {
+                  const Upcoming<E>& next) {
     for (int64_t e = 0; e < p.experts; ++e) {
       int64_t count = 0;
       for (int64_t i = 0; i < tokens; ++i)
@@ -203,12 +218,12 @@ class Dots {
       counts_.get()[e] = count;
     }
     each_step(weights, [&](const E* w, int64_t stride, int64_t k, int64_t n) {
-      next_ = next, next_tokens_ = next == nullptr ? 0 : next_tokens;
+      Upcoming<E> upcoming = next;
       for (int64_t e = 0; e < p.experts; ++e) {
         const Range r = within(p, e, ranks);
         if (r.begin < r.end)
           part(chosen_.get() + e * block_, counts_.get()[e], k, w + r.begin * stride, r.end - r.begin, stride, n,
-               sums_.get() + block_ * r.begin);
+               sums_.get() + block_ * r.begin, upcoming);
       }
     });
     for (int64_t e = 0; e < p.experts; ++e) {
@@ -224,27 +239,22 @@ class Dots {
  private:
   template <class Weights, class Run>
   void each_step(const Weights& weights, Run run) {
-    first_ = true;
     for (int64_t c = 0; c < weights.length; c += weights.width) {
       const E* chunk = weights.chunk(c / weights.width);
       const int64_t width = weights.length - c < weights.width ? weights.length - c : weights.width;
       const int64_t step = step_of<E>(width);
-      for (int64_t k = 0; k < width; k += step) {
-        run(chunk + k, weights.width, c + k, width - k < step ? width - k : step);
-        first_ = false;
-      }
+      for (int64_t k = 0; k < width; k += step) run(chunk + k, weights.width, c + k, width - k < step ? width - k : step);
     }
   }
 
   void part(const E* const* rows, int64_t tokens, int64_t k, const E* weights, int64_t count, int64_t stride, int64_t n,
-            Vector<C>* sums) {
+            Vector<C>* sums, Upcoming<E>& upcoming) {
     if (tokens == 0) return;
     const Parts of_rows(count, kMostRows), of_tokens(tokens, kMostTokens);
     for (int64_t a = 0, m = 0; a < of_tokens.count; m += of_tokens.size(a++))
       for (int64_t b = 0, r = 0; b < of_rows.count; r += of_rows.size(b++)) {
-        const E* ahead = rows[m] + k;  // nothing new
-        if (next_tokens_ > 0) ahead = *next_++ + k, --next_tokens_;
-        dot_tile_of<E>(of_tokens.size(a), of_rows.size(b))(rows + m, k, weights + r * stride, stride, n, first_,
+        const E* ahead = upcoming.take(rows[m]) + k;  // rows[m]: nothing new
+        dot_tile_of<E>(of_tokens.size(a), of_rows.size(b))(rows + m, k, weights + r * stride, stride, n, k == 0,
                                                            sums + m * count + r, count, ahead);
       }
   }
@@ -255,9 +265,6 @@ class Dots {
   Scratch<C> results_;
   Scratch<const E*> chosen_;
   Scratch<int64_t> index_, counts_;
-  bool first_ = true;
-  const E* const* next_ = nullptr;
-  int64_t next_tokens_ = 0;
 };
 
 }  // namespace

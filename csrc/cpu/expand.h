@@ -126,9 +126,8 @@ class Expansion {
       i += run;
     }
     // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
-    gates_ = g;
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
-    if (by_expert_) list_open(tokens);
+    if (by_expert_) list_open(tokens, g);
   }
 
   // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(who, c, n, sums)` gets sums of tokens
@@ -136,17 +135,18 @@ class Expansion {
   template <class Finish>
   void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
+    Lines lines;
     for (int64_t i = 0; i < groups_; ++i) {
-      lines_.clear(n * static_cast<int64_t>(sizeof(T)));
+      lines.clear(n * static_cast<int64_t>(sizeof(T)));
       if (i + 1 < groups_)
-        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.lines(order_[starts_[i + 1] + k], c, lines_);
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.lines(order_[starts_[i + 1] + k], c, lines);
       const int64_t* who = order_ + starts_[i];
-      lines_.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
-      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish);
-      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish);
+      lines.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
+      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish, lines);
+      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish, lines);
       if constexpr (kTogether == 4) {
-        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish);
-        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish);
+        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish, lines);
+        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish, lines);
       }
     }
   }
@@ -208,32 +208,32 @@ class Expansion {
   }
 
   template <int TM, int V, class Finish>
-  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
     constexpr int64_t lanes = kLanes<C>;
     int64_t k = 0;
-    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish);
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish, lines);
     if constexpr (V > kTileVectors)
       for (; k + kTileVectors * lanes <= n; k += kTileVectors * lanes)
-        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish);
-    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish);
+        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish, lines);
+    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, lines);
   }
 
   template <int TM, int V, class Finish>
-  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
     Vector<C> sums[TM][V];
     RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
-    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums);
+    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums, lines);
     finish.template add<TM, V>(who, c, n, sums);
   }
 
   template <int TM, int V>
   RODE_INLINE void accumulate(const int64_t* who, const Column* B, int64_t width, const int32_t* terms, int64_t count,
-                              Vector<C> (&sums)[TM][V]) {
+                              Vector<C> (&sums)[TM][V], Lines& lines) {
     constexpr int64_t lanes = kLanes<C>;
     const Column* v[TM];
     RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * all_terms_;
     for (int64_t j = 0; j < count; ++j) {
-      lines_.step();
+      lines.step();
       const int64_t term = terms[j];
       const Column* row = B + term * width;
       if constexpr (kTerm == 1) {
@@ -252,13 +252,13 @@ class Expansion {
   }
 
   // For `chunk_by_expert`: where in the order tokens stand that have an expert open.
-  void list_open(int64_t tokens) {
+  void list_open(int64_t tokens, const C* g) {
     for (int64_t k = 0; k < tokens; ++k) experts_of_[k] = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
       int32_t* open = open_.get() + e * kGroupTokens;
       int32_t count = 0;
       for (int64_t k = 0; k < tokens; ++k) {
-        if (gates_[order_[k] * p.experts + e] == 0) continue;
+        if (g[order_[k] * p.experts + e] == 0) continue;
         open[count++] = static_cast<int32_t>(k);
         ++experts_of_[k];
       }
@@ -269,21 +269,22 @@ class Expansion {
   // The same sums in the same order, in memory between a token's experts.
   template <class Finish>
   void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    lines_.clear(n * static_cast<int64_t>(sizeof(T)));
+    Lines lines;
+    lines.clear(n * static_cast<int64_t>(sizeof(T)));
     for (int64_t i = 0; i < groups_; ++i)
-      for (int64_t k = 0; k < sizes_[i]; ++k) finish.lines(order_[starts_[i] + k], c, lines_);
-    lines_.begin(steps(kTileVectors, width, all_terms_));
+      for (int64_t k = 0; k < sizes_[i]; ++k) finish.lines(order_[starts_[i] + k], c, lines);
+    lines.begin(steps(kTileVectors, width, all_terms_));
     int32_t done[kGroupTokens] = {};
     for (int64_t e = 0; e < p.experts; ++e) {
       const int32_t* open = open_.get() + e * kGroupTokens;
       const Parts parts(open_counts_.get()[e], kTogether);
       for (int64_t k = 0; k < parts.count; open += parts.size(k++)) {
         const int64_t size = parts.size(k);
-        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish);
-        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish);
+        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, lines);
+        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, lines);
         if constexpr (kTogether == 4) {
-          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish);
-          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish);
+          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, lines);
+          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, lines);
         }
       }
     }
@@ -299,7 +300,8 @@ class Expansion {
 
   // A token's first expert starts its sums, the last one ends them.
   template <int TM, class Finish>
-  void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+  void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
+              Lines& lines) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
     int64_t who[TM];
@@ -315,7 +317,7 @@ class Expansion {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(at[m] + v * lanes);
         }
       }
-      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums);
+      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums, lines);
       RODE_UNROLL for (int m = 0; m < TM; ++m) {
         if (done[open[m]] + 1 < experts_of_[open[m]]) {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) store(at[m] + v * lanes, sums[m][v]);
@@ -335,12 +337,10 @@ class Expansion {
   Scratch<int32_t> terms_, identity_;
   Scratch<int64_t> starts_of_experts_;
   Scratch<Range> ranges_;
-  const C* gates_ = nullptr;
   bool by_expert_ = false;
   int32_t experts_of_[kGroupTokens];
   Scratch<C> sums_;
   Scratch<int32_t> open_, open_counts_;
-  Lines lines_;
   int64_t counts_[kGroupTokens], order_[kGroupTokens], first_[kGroupTokens];
   int64_t starts_[kGroupTokens], sizes_[kGroupTokens], groups_ = 0;
   uint64_t patterns_[kGroupTokens];

@@ -132,7 +132,7 @@ class ForwardPass {
     const int64_t first = i * w.chunks.width;
     Quads sums{};
     transpose_words(
-        i, w.chunks, wanted_, p.total_rank, p.out_features, static_cast<const float*>(a.B.data), a.B.row,
+        i, w.chunks, wanted_, p.total_rank, p.out_features, static_cast<const Word*>(a.B.data), a.B.row,
         [&](int64_t j, int64_t, const Quads* of_B, int64_t begin, int64_t end) __attribute__((always_inline)) {
           RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end) sums += v[j + l] * of_B[l];
         },
@@ -166,13 +166,13 @@ class ForwardPass {
       const Ranges wanted = wanted_ranges(p, g, tokens, p.dense, [&](int64_t e) { return within(p, e, ranks); }, ranges_.get());
       const auto make = [&](int64_t i, Row* out) { pack_rows<T>(a.A, i, {w.A.width, 0}, wanted, p.in_features, out); };
       const RowsMade<Row, decltype(make)> A{make, A_.get(), p.total_rank, p.in_features, w.A.width};
-      return dots_.where_open(g, rows, tokens, A, ranks, u, nullptr, 0);
+      return dots_.where_open(g, rows, tokens, A, ranks, u, {});
     }
     const Row* next[kBlockTokens];
     const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
     const bool direct = is_direct<T, Row>(a.x);
     if (direct) gather_rows<T>(a.x, m0 + tokens, of_next, 0, p.in_features, x_.get(), next);
-    dots_.where_open(g, rows, tokens, w.A, ranks, u, direct ? next : nullptr, of_next);
+    dots_.where_open(g, rows, tokens, w.A, ranks, u, {next, direct ? of_next : 0});
   }
 
   void gate(const Row* const* rows, int64_t tokens, C* g) {

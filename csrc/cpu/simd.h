@@ -53,7 +53,11 @@ constexpr int kLanes = kVectorBytes / sizeof(C);
 struct BFloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+using Float16 = __fp16;  // this GCC has _Float16 in C only; both are IEEE halves
+#else
 using Float16 = _Float16;
+#endif
 
 template <class T>
 struct AccumulationOf {
@@ -136,7 +140,9 @@ RODE_INLINE void transpose(Vector<C>* v) {
 // Squares of four words of a row each are turned in vectors of this size: in wider ones that takes longer.
 constexpr int kQuadRows = kVectorBytes >= 32 ? 8 : 4;
 typedef float Quads __attribute__((vector_size(4 * kQuadRows)));
-typedef float QuadInMemory __attribute__((vector_size(16), aligned(4), may_alias));
+// A word, and four of them, in memory: floats, or pairs of bfloat16 from any of them on.
+typedef float Word __attribute__((aligned(2), may_alias));
+typedef float QuadInMemory __attribute__((vector_size(16), aligned(2), may_alias));
 
 typedef uint32_t QuadWords __attribute__((vector_size(4 * kQuadRows)));
 typedef uint16_t QuadHalves __attribute__((vector_size(2 * kQuadRows)));
@@ -173,11 +179,11 @@ inline void store_halves(Out* out, int64_t width, Quads v) {
 }
 
 // out[j], for j in [0, 4): word j of kQuadRows rows, `stride` words apart.
-RODE_INLINE void transpose_quads(const float* rows, int64_t stride, Quads* out) {
+RODE_INLINE void transpose_quads(const Word* rows, int64_t stride, Quads* out) {
   const auto at = [&](int64_t l)
                       __attribute__((always_inline)) { return *reinterpret_cast<const QuadInMemory*>(rows + l * stride); };
 #if defined(__AVX2__)
-  const float* others = rows + 4 * stride;
+  const Word* others = rows + 4 * stride;
   const auto both = [&](int64_t l) __attribute__((always_inline)) {
     return __builtin_shufflevector(at(l), *reinterpret_cast<const QuadInMemory*>(others + l * stride), 0, 1, 2, 3, 4, 5, 6, 7);
   };

@@ -133,12 +133,12 @@ void transpose_chunk(int64_t i, const Chunks& chunks, Ranges wanted, int64_t col
 // The same by words of 32 bits that stand in memory, `row` from row to row: put(j, o, v, begin, end) gets words j + begin to j +
 // end of given rows o to o + kQuadRows in vectors v[begin] to v[end - 1]; done(o) comes after all of those rows.
 template <class Put, class Done>
-void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const float* data, int64_t row,
+void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const Word* data, int64_t row,
                      Put put, Done done) {
   const int64_t width = chunks.width, first = i * width, n = chunks.columns(i, columns);
   int64_t o = 0;
   for (; words >= 4 && o + kQuadRows <= n; o += kQuadRows) {
-    const float* const from = data + (first + o) * row;
+    const Word* const from = data + (first + o) * row;
     for (const Range& range : wanted) {
       for (int64_t l = 16; l < 16 + kQuadRows; ++l)  // rows that come later, in the order in which they stand
         for (int64_t j = range.begin; j < range.end; j += 16) __builtin_prefetch(from + l * row + j);
@@ -168,7 +168,7 @@ void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t wor
 }
 
 template <class Put>
-void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const float* data, int64_t row,
+void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t words, int64_t columns, const Word* data, int64_t row,
                      Put put) {
   transpose_words(i, chunks, wanted, words, columns, data, row, put, [](int64_t) {});
 }
@@ -217,7 +217,7 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ran
   const int64_t width = chunks.width;
   if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, Float16>) {
     if (w.column == 1 && (w.wide || sizeof(T) == sizeof(float))) {
-      transpose_words(i, chunks, wanted, rows, columns, static_cast<const float*>(w.data), w.row,
+      transpose_words(i, chunks, wanted, rows, columns, static_cast<const Word*>(w.data), w.row,
                       [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                         RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
                             store_rounded<T>(out + (j + l) * width + o, v[l]);
@@ -229,7 +229,7 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ran
     if (w.column == 1 && w.row % 2 == 0 && rows % 2 == 0) {  // two neighbours are a word
       for (const Range& range : wanted) {
         const Range words{range.begin / 2, (range.end + 1) / 2};
-        transpose_words(i, chunks, {&words, 1}, rows / 2, columns, static_cast<const float*>(w.data), w.row / 2,
+        transpose_words(i, chunks, {&words, 1}, rows / 2, columns, static_cast<const Word*>(w.data), w.row / 2,
                         [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                           RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
                               store_halves(out + 2 * (j + l) * width + o, width, v[l]);
@@ -253,7 +253,7 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
     const int64_t terms = terms_of<T>(p), width = chunks.width;
     const bool even = ranks_are_even(p);
     if (even && !w.wide && w.column == 1 && w.row % 2 == 0) {
-      transpose_words(i, chunks, wanted, terms, p.out_features, static_cast<const float*>(w.data), w.row / 2,
+      transpose_words(i, chunks, wanted, terms, p.out_features, static_cast<const Word*>(w.data), w.row / 2,
                       [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                         RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
                             std::memcpy(out + (j + l) * width + o, &v[l], sizeof v[l]);
@@ -263,7 +263,7 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
     if (even && w.wide && w.column == 1) {
       for (const Range& range : wanted) {
         const Range ranks{2 * range.begin, 2 * range.end};
-        transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const float*>(w.data), w.row,
+        transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const Word*>(w.data), w.row,
                         [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                           RODE_UNROLL for (int l = 0; l < 4; l += 2) if (begin <= l && l < end) {
                             const QuadWords pairs = bfloat16_bits(v[l]) | bfloat16_bits(v[l + 1]) << 16;

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rode.commands import analyze, compose, evaluate, fit_clusters, generate, reproduce, train
+from rode.processes import tells
 from rode_food.commands import data
 
 # torch, transformers and peft are imported by the commands that need them.
@@ -92,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if not tells(error):
+            return 1
         # Errors of ours say what to do; anything else is named by its type, and --debug shows where it came from.
-        ours = isinstance(error, (ValueError, OSError, ImportError))
+        ours = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
         text = " ".join(str(error).split()) or type(error).__name__
         print(
             f"rode: {text}" if ours else f"rode: {type(error).__name__}: {text} (--debug shows where)",

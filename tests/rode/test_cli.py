@@ -15,7 +15,7 @@ import yaml
 
 from rode import cli
 from rode.cli import main
-from rode.training.trainer import latest_checkpoint
+from rode.training.checkpoints import latest_checkpoint
 from rode_food.vocabulary import Vocabulary
 
 RECIPE = """

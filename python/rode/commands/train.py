@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
+
+from rode.processes import is_main
 
 DESCRIPTION = """\
 Train what a recipe says: an adapter, or (stage: projector) LLaVA's projector.
@@ -51,7 +52,13 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks for all
+    if not is_main():  # under torchrun one process speaks for all
+        return 0
+    if result.was_done:
+        print(
+            f"{result.output_dir} is done after {result.metrics['steps']} steps, and nothing was changed; to go on with it, raise "
+            "training.max_steps or training.epochs"
+        )
         return 0
     what = "projector" if recipe.stage == "projector" else "adapter"
     print(

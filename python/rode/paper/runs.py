@@ -61,7 +61,7 @@ class Run:
     @property
     def state(self) -> Literal["finished", "trained", "begun", "new"]:
         """How far it has come: "trained" lacks the evaluation, "begun" has a checkpoint to go on from."""
-        from rode.training.trainer import latest_checkpoint
+        from rode.training.checkpoints import latest_checkpoint
 
         folder = self.recipe.run_dir
         if self.result.is_file():

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from rode.pretrained import from_pretrained
+
 FILE = "clusters.safetensors"
 
 
@@ -35,8 +37,8 @@ class Embedder:
 
             if not (Path(encoder) / "config.json").is_file():
                 raise FileNotFoundError(f"{encoder}: no encoder here (config.json is missing)")
-            self.tokenizer = AutoTokenizer.from_pretrained(encoder)
-            self.model = AutoModel.from_pretrained(encoder).eval()
+            self.tokenizer = from_pretrained(AutoTokenizer, encoder)
+            self.model = from_pretrained(AutoModel, encoder).eval()
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:

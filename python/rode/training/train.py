@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
+from rode.training.checkpoints import latest_checkpoint, read_state, starting_point
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Recipe, adapter_config, dump_recipe
+from rode.training.finite import NotFiniteError
+from rode.training.lock import one_run
 from rode.training.side_inputs import make_routes
-from rode.training.trainer import AnswerTrainer, StopOnInterrupt, latest_checkpoint, training_arguments
+from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.load import get_projector, match_projector_input
@@ -40,14 +43,15 @@ class TrainResult:
     Attributes:
         output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, training.json (metrics and
             machine; there once training has ended), tensorboard/, checkpoint-N/.
-        model: the trained model, in eval mode (a PeftModel in stage "adapter").
-        processor: its processor.
+        model: the trained model, in eval mode (a PeftModel in stage "adapter"); None where the run was done already.
+        processor: its processor, or None likewise.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
             truncated_answers.
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
         interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
         skipped: one line for each record left out for its picture.
+        was_done: there was nothing to resume: the run had ended before, and no file was touched.
     """
 
     output_dir: Path
@@ -58,6 +62,7 @@ class TrainResult:
     interrupted: bool
     checkpoint: Path | None
     skipped: list[str]
+    was_done: bool = False
 
 
 def data_sources(recipe: Recipe) -> list[Source]:
@@ -141,23 +146,6 @@ def _lengths(mixture: DataMixture) -> list[int]:
     return lengths
 
 
-def _starting_point(recipe: Recipe, resume: bool | str | os.PathLike[str]) -> Path | None:
-    latest = latest_checkpoint(recipe.run_dir)
-    if resume is True:
-        if latest is None:
-            raise FileNotFoundError(f"{recipe.run_dir}: no checkpoint to resume from; leave --resume out")
-        return latest
-    if resume:
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"{resume}: no checkpoint (trainer_state.json is missing)")
-        return Path(resume)
-    if latest is not None:
-        raise FileExistsError(
-            f"{recipe.run_dir} holds {latest.name}: pass --resume, or set another output_dir"
-        )
-    return None
-
-
 def _machine(device: torch.device, processes: int) -> str:
     """What training ran on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -187,18 +175,37 @@ def train(
 
     Raises:
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
-        FileNotFoundError, OSError, ValueError: inputs, with the record or key named.
+        BlockingIOError: another run is at work in `run_dir`.
+        FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
+        NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
     if recipe.model.dtype == "float16":
         raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
-    run_dir = recipe.run_dir
-    start = _starting_point(recipe, resume)
+    if (model is None) != (processor is None):
+        raise ValueError("model and processor: expected both or neither")
     arguments = training_arguments(recipe, progress)
+    with one_run(recipe.run_dir, arguments):
+        return _train(recipe, arguments, examples, model, processor, source, resume, progress)
+
+
+def _train(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    examples: Sequence[Example] | None,
+    model: Any,
+    processor: Any,
+    source: Any,
+    resume: bool | str | os.PathLike[str],
+    progress: bool,
+) -> TrainResult:
+    """`train` in a folder that no other run writes to."""
+    run_dir = recipe.run_dir
+    start = starting_point(run_dir, resume, arguments.world_size, say=arguments.process_index == 0)
     seed = recipe.training.seed
     if examples is None:
         mixture = load_examples(data_sources(recipe), "train", wording=recipe.data.wording, seed=seed)
@@ -208,19 +215,26 @@ def train(
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
-    if (model is None) != (processor is None):
-        raise ValueError("model and processor: expected both or neither")
+    training = recipe.training
+    items = (
+        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
+    )
+    state = None if start is None else read_state(start)
+    at_end = state is not None and state.get("global_step", 0) >= total_steps(len(items), arguments)
+    mark = run_dir / "training.json"
+    if at_end and mark.is_file():
+        metrics = json.loads(mark.read_text())["metrics"]
+        history = state.get("log_history", [])
+        return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     if model is None:
         m = recipe.model
         model, processor = load_vlm(
             m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
         )
+    if at_end:  # no picture is looked at any more
+        source = PixelSource(processor)
     source = source or image_source(recipe, model, processor, examples, progress)
     model = make_trainable(model, recipe)
-    training = recipe.training
-    items = (
-        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
-    )
     if items is not mixture and "flash" in str(model.config._attn_implementation):
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
@@ -228,10 +242,14 @@ def train(
     encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
-    (run_dir / "training.json").unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
     callbacks: list[Any] = [stop := StopOnInterrupt()]
+    board = None
     if arguments.process_index == 0:
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(run_dir / "tensorboard"))))
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(run_dir / "tensorboard"))
+        callbacks.append(TensorBoardCallback(board))
     config = getattr(model, "active_peft_config", None)
     routed = getattr(config, "routed", False)
     if getattr(config, "target_sparsity", None) is not None:
@@ -244,7 +262,7 @@ def train(
         model=model,
         args=arguments,
         train_dataset=items.examples,
-        data_collator=TrainingCollator(encoder, source, routes),
+        data_collator=TrainingCollator(encoder, source, routes, name_records=True),
         callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
@@ -254,10 +272,20 @@ def train(
     )
     try:
         with stop:
-            output = trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            output = (
+                trainer.finish(str(start))
+                if at_end
+                else trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            )
+    except NotFiniteError:  # the good steps before it are worth a look
+        if trainer.is_world_process_zero():
+            write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
+        raise
     finally:
         if statistics is not None:
             statistics.detach()
+        if board is not None:
+            board.close()
     model.eval()
     history = trainer.state.log_history
     metrics = {
@@ -276,7 +304,7 @@ def train(
         if trainer.is_world_process_zero():  # after the adapter, whose end it marks
             ran_on = _machine(arguments.device, arguments.world_size)
             text = json.dumps({"metrics": metrics, "machine": ran_on}, indent=1)
-            write_text(run_dir / "training.json", text + "\n")
+            write_text(mark, text + "\n")
     return TrainResult(
         run_dir, model, processor, metrics, history, stop.asked, latest_checkpoint(run_dir), skipped
     )

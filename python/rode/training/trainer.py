@@ -1,22 +1,25 @@
 """transformers' Trainer with the few things that differ here: the loss on answers, learning rates by group, an order of
-examples that depends on seed and epoch alone, small checkpoints, and Ctrl-C."""
+examples that depends on seed and epoch alone, small checkpoints, a stop where numbers are not finite, and Ctrl-C."""
 
 from __future__ import annotations
 
 import logging
-import os
+import math
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
+from rode.training.checkpoints import STATE
+from rode.training.finite import StepGuard
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
 from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
@@ -124,6 +127,7 @@ class AnswerTrainer(Trainer):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
+        self.guard = StepGuard(self.args.output_dir)
         config = getattr(self.model, "active_peft_config", None)
         self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
@@ -149,6 +153,20 @@ class AnswerTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        ids = inputs.pop("record_ids")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.add(loss, ids)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer asks for it once a step, right before the optimizer, whether it clips or not."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.guard.check(norm, self.state.global_step + 1, self.args.world_size)
+        return norm
 
     def count_truncated(self) -> int:
         """Answers cut so far, on all devices."""
@@ -201,6 +219,17 @@ class AnswerTrainer(Trainer):
         if self.projector_only or self.projector_rate is not None:
             load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
 
+    def finish(self, checkpoint: str) -> TrainOutput:
+        """Take weights and history from a checkpoint of the last step, in place of `train`, which would train one more."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        total, last = 0.0, 0
+        for entry in self.state.log_history:
+            if "loss" in entry:  # the mean since the entry before
+                total += entry["loss"] * (entry["step"] - last)
+                last = entry["step"]
+        return TrainOutput(self.state.global_step, total / max(1, last), {"train_runtime": 0.0})
+
 
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) ends training after the optimizer step under way, with a checkpoint; the second
@@ -236,6 +265,18 @@ class StopOnInterrupt(TrainerCallback):
             self.asked = control.should_save = control.should_training_stop = True
 
 
+def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments for gradient checkpointing, under the name that this transformers knows.
+
+    Args:
+        wanted: compute activations again in the backward pass.
+        known: names of its fields; transformers 5.23 renamed `gradient_checkpointing` to `activation_checkpointing`.
+    """
+    new = "activation_checkpointing"
+    name = new if new in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {name: False}
+
+
 def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a recipe."""
     t = recipe.training
@@ -255,8 +296,7 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
         adam_beta2=t.betas[1],
         adam_epsilon=t.epsilon,
         max_grad_norm=t.max_grad_norm,
-        activation_checkpointing=t.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if t.gradient_checkpointing else None,
+        **checkpointing_options(t.gradient_checkpointing, TrainingArguments.__dataclass_fields__),
         # Frozen weights are held in model.dtype and trained ones in float32: no autocast, which would cast the frozen
         # ones again at every step.
         bf16=False,
@@ -292,11 +332,14 @@ def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
     return arguments
 
 
-def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint-N with the largest N that was written whole, or None."""
-    found = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in Path(directory).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(found)[1] if found else None
+def total_steps(items: int, arguments: TrainingArguments) -> int:
+    """Optimizer steps of a whole run, as Trainer counts them.
+
+    Args:
+        items: in one epoch, over all processes.
+        arguments: see `training_arguments`.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(math.ceil(items / arguments.train_batch_size) / arguments.world_size)
+    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))

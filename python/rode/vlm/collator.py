@@ -35,19 +35,28 @@ class TrainingCollator:
 
     `labels` are -100 on picture, prompt and padding, and the token id on the answer and its EOS. `truncated` (one
     int64) counts the answers that were cut. A batch with a pack of several questions also has `position_ids` and
-    `segments`, see `rode.vlm.packing`.
+    `segments`, see `rode.vlm.packing`. With `name_records` there are `record_ids`, a list of str.
 
     Args:
         encoder: turns questions and answers into ids.
         source: `PixelSource` or `FeatureSource`.
         routes: (tasks, questions) -> what an adapter's router reads (`rode.training.side_inputs.Routes`), by row; None for nothing.
+        name_records: tell whose batch it is.
     """
 
-    def __init__(self, encoder: PromptEncoder, source: Any, routes: Routes | None = None) -> None:
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        source: Any,
+        routes: Routes | None = None,
+        *,
+        name_records: bool = False,
+    ) -> None:
         self.encoder, self.source, self.routes = encoder, source, routes
+        self.name_records = name_records
         self._warned = False
 
-    def __call__(self, items: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
         packs = [item if isinstance(item, tuple) else (item,) for item in items]
         pictures, rows, cut = [], [], []
         for examples in packs:
@@ -80,6 +89,8 @@ class TrainingCollator:
         if any(len(examples) > 1 for examples in packs):
             batch["position_ids"] = _pad([r.positions for r in rows], 0, "right")
             batch["segments"] = _pad([r.segments for r in rows], PADDING, "right")
+        if self.name_records:
+            batch["record_ids"] = [e.record_id for examples in packs for e in examples]
         return batch
 
 

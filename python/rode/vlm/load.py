@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from rode.vlm.pretrained import from_pretrained
+
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,7 +61,8 @@ def load_vlm(
         (LlavaForConditionalGeneration in eval mode, LlavaProcessor).
 
     Raises:
-        FileNotFoundError: no such directory. ValueError: not a LLaVA, or processor and model do not fit.
+        FileNotFoundError: no such directory. ValueError: not a LLaVA, or processor and model do not fit, or they need code of
+            their own.
     """
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -67,16 +70,16 @@ def load_vlm(
     if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(f"{path}: no such model directory (nor a hub name like owner/name)")
     torch_dtype, where = pick_dtype(dtype), pick_device(device)
-    config = AutoConfig.from_pretrained(path)
+    config = from_pretrained(AutoConfig, path)
     if config.model_type != "llava":
         raise ValueError(f"{path}: expected a model of type 'llava', got {config.model_type!r}")
-    processor = AutoProcessor.from_pretrained(path)
+    processor = from_pretrained(AutoProcessor, path)
     if not hasattr(processor, "replace_image_token"):
         raise ValueError(
             f"{path}: expected a LLaVA processor, got {type(processor).__name__}; is a file missing?"
         )
     extra = {} if attention is None else {"attn_implementation": attention}
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch_dtype, **extra).to(where).eval()
+    model = from_pretrained(LlavaForConditionalGeneration, path, dtype=torch_dtype, **extra).to(where).eval()
     fit_processor(processor, model.config)
     if projector is not None:
         load_projector(model, projector)

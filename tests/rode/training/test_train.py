@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rode.training.checkpoints import latest_checkpoint
 from rode.training.config import dump_recipe, load_recipe
 from rode.training.train import train
-from rode.training.trainer import EpochSampler, latest_checkpoint
+from rode.training.trainer import EpochSampler, checkpointing_options, training_arguments
 from rode.vlm import FeatureSource, load_vlm
 from rode_food.data_mixture import DataMixture
 
@@ -233,6 +234,7 @@ def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_recipe,
     recipe = make_recipe(training={"max_steps": 1})
     mark = train(recipe, examples=examples, progress=False).output_dir / "training.json"
     assert mark.exists()
+    recipe.training.max_steps = 2
     monkeypatch.setattr("rode.training.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(recipe, examples=examples, resume=True, progress=False)
@@ -360,6 +362,22 @@ def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
     assert [h["loss"] for h in history if "loss" in h] == pytest.approx(losses(alone), rel=1e-5)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(alone.output_dir)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointing_under_both_of_its_names(make_recipe):
+    both = {"gradient_checkpointing", "activation_checkpointing"}
+    again = {"use_reentrant": False}
+    for known, name in (
+        ({"gradient_checkpointing"}, "gradient_checkpointing"),
+        (both, "activation_checkpointing"),
+    ):
+        assert checkpointing_options(True, known) == {name: True, f"{name}_kwargs": again}
+        assert checkpointing_options(False, known) == {name: False}
+    for wanted in (True, False):  # and the installed transformers takes it
+        arguments = training_arguments(make_recipe(training={"gradient_checkpointing": wanted}))
+        names = [name for name in both if getattr(arguments, name, None) is not None]
+        assert [getattr(arguments, name) for name in names] == [wanted] * len(names)
+        assert names
 
 
 def test_float16_is_refused(make_recipe, examples):

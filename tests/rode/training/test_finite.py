@@ -1,0 +1,180 @@
+"""A loss or a gradient that is not finite stops training before the optimizer, and costs nothing that was there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rode.cli import main
+from rode.training import trainer
+from rode.training.config import dump_recipe
+from rode.training.finite import NotFiniteError, StepGuard
+from rode.training.train import train
+from rode.vlm import load_vlm
+from rode_food.data_mixture import DataMixture
+
+REAL_LOSS = trainer.answer_loss
+STEP = 4
+
+
+def spoil(kind, loss, model):
+    """Not a number, infinite with a gradient that is finite, or finite with a gradient that is not."""
+    if kind == "nan":
+        return loss * math.nan
+    if kind == "inf":
+        return loss + math.inf
+    weight = next(p for p in model.parameters() if p.requires_grad)
+    return loss + (weight.sum() * 0).sqrt()  # its derivative at 0 is infinite, times 0
+
+
+def spoiled_at(call, kind):
+    """`answer_loss`, spoiled at its call number `call` (from 0)."""
+    calls = iter(range(10**6))
+
+    def loss(model, *args):
+        value = REAL_LOSS(model, *args)
+        return spoil(kind, value, model) if next(calls) == call else value
+
+    return loss
+
+
+@pytest.mark.parametrize(("accumulation", "most"), [(1, 0.0), (2, 1.0)], ids=["not clipped", "clipped"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nan", "the loss is nan"), ("inf", "the loss is inf"), ("gradient", "the gradient norm is nan")],
+)
+def test_training_stops_before_the_step(
+    make_recipe, examples, llava_dir, monkeypatch, kind, words, accumulation, most
+):
+    size = 4 // accumulation
+    recipe = make_recipe(
+        training={
+            "max_steps": 6,
+            "save_steps": 1,
+            "save_total_limit": 2,
+            "batch_size": size,
+            "gradient_accumulation": accumulation,
+            "max_grad_norm": most,
+            "gate_statistics": False,
+        }
+    )
+    # the last micro-batch of step 4, which is the first step of the second epoch
+    monkeypatch.setattr(trainer, "answer_loss", spoiled_at(STEP * accumulation - 1, kind))
+    model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
+    with pytest.raises(NotFiniteError) as caught:
+        train(recipe, examples=examples, model=model, processor=processor, progress=False)
+    order = DataMixture(examples, [12], [1.0], recipe.training.seed).plan(1)[:4]
+    named = order if kind == "gradient" else order[4 - size :]
+    ids = ", ".join(examples[i].record_id for i in named)
+    folder = recipe.run_dir
+    assert str(caught.value).startswith(f"step 4: {words} on the records {ids}; training has stopped")
+    assert f"the last good checkpoint is {folder / 'checkpoint-3'}:" in str(caught.value)
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert not (folder / "training.json").exists()
+    history = json.loads((folder / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [1, 2, 3]
+    assert all(math.isfinite(entry[name]) for entry in history for name in ("loss", "grad_norm"))
+    saved = load_file(folder / "checkpoint-3" / "adapter_model.safetensors")
+    held = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    assert {name.removeprefix("base_model.model.") for name in saved} == held.keys()
+    for name, weight in held.items():
+        assert torch.equal(weight, saved[f"base_model.model.{name}"]), name
+
+
+def test_the_run_goes_on_where_it_was(make_recipe, examples, tmp_path, monkeypatch):
+    training = {"max_steps": 3, "save_steps": 1, "gate_statistics": False}
+    whole = train(make_recipe(training=training), examples=examples, progress=False)
+    recipe = make_recipe(training=training, output_dir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(trainer, "answer_loss", spoiled_at(1, "nan"))
+    with pytest.raises(NotFiniteError, match="step 2: "):
+        train(recipe, examples=examples, progress=False)
+    monkeypatch.setattr(trainer, "answer_loss", REAL_LOSS)
+    rest = train(recipe, examples=examples, resume=True, progress=False)
+    want, got = (load_file(r.output_dir / "adapter_model.safetensors") for r in (whole, rest))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_command_says_so_in_one_line(make_recipe, tmp_path, food, monkeypatch, capsys):
+    recipe = make_recipe(training={"max_steps": 2})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    monkeypatch.setattr(trainer, "answer_loss", spoiled_at(0, "nan"))
+    assert main(["train", str(file), "--quiet"]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rode: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("rode: step 1: the loss is nan on the records dish")
+    assert "and there is no checkpoint yet:" in lines[0]
+    assert json.loads((recipe.run_dir / "history.json").read_text()) == []
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts how often a value is brought from the device to Python."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.waits += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_good_step_waits_for_the_device_once(tmp_path):
+    guard = StepGuard(str(tmp_path))
+    with CountWaits() as counted:
+        for _ in range(3):
+            for loss in (1.0, 2.0):
+                guard.add(torch.tensor(loss), ["a"])
+            guard.check(torch.tensor(5.0), 1)
+    assert counted.waits == 3
+    guard.add(torch.tensor(1.0), ["a", "b", "a"])
+    with pytest.raises(NotFiniteError, match="step 7: the gradient norm is inf on the records a, b;"):
+        guard.check(torch.tensor(math.inf), 7)
+    guard.add(torch.tensor(1.0), ["c"])  # nothing of the step before is left
+    guard.check(torch.tensor(1.0), 8)
+
+
+RANK_ONE = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from rode import trainer
+from rode.cli import main
+from test_finite import spoiled_at
+if os.environ["RANK"] == "1":
+    trainer.answer_loss = spoiled_at(2, "inf")
+sys.exit(main(["train", {recipe!r}, "--quiet"]))
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_for_the_loss_of_one(make_recipe, tmp_path):
+    """An infinite loss whose gradient is finite is known to its own process alone."""
+    training = {"max_steps": 5, "save_steps": 1, "save_total_limit": 1, "devices": 2, "batch_size": 2}
+    recipe = make_recipe(training=training)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    script = tmp_path / "script.py"
+    here = os.path.dirname(__file__)
+    script.write_text(RANK_ONE.format(tests=here, recipe=str(tmp_path / "recipe.yaml")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("rode: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("rode: step 3: the loss is inf on the records dish")
+    assert len(lines[0].split(" on the records ")[1].split(";")[0].split(", ")) <= 2  # those of one process
+    assert {p.name for p in recipe.run_dir.glob("checkpoint-*")} == {"checkpoint-2"}
+    history = json.loads((recipe.run_dir / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [1, 2]

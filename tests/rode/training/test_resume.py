@@ -1,0 +1,185 @@
+"""Going on with a run: from which checkpoint, from which not, and not at all where it is done."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rode.cli import main
+from rode.training.checkpoints import latest_checkpoint, starting_point
+from rode.training.config import dump_recipe
+from rode.training.train import train
+from rode.training.trainer import total_steps, training_arguments
+
+
+def weights(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture
+def four_steps(make_recipe, examples):
+    """A function that makes the recipe of a run with a checkpoint every two steps, trained for `steps` of them."""
+
+    def run(steps=4, **training):
+        training = {"max_steps": steps, "save_steps": 2, "save_total_limit": 10, **training}
+        recipe = make_recipe(training=training)
+        train(recipe, examples=examples, progress=False)
+        return recipe
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_a_part_is_refused(four_steps, examples, name):
+    recipe = four_steps()
+    recipe.training.max_steps = 6
+    (recipe.run_dir / "checkpoint-4" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing, and without it"):
+        train(recipe, examples=examples, resume=True, progress=False)
+    with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing"):
+        train(recipe, examples=examples, resume=recipe.run_dir / "checkpoint-4", progress=False)
+    rest = train(recipe, examples=examples, resume=recipe.run_dir / "checkpoint-2", progress=False)
+    assert rest.metrics["steps"] == 6
+
+
+def checkpoint_of(folder, random):
+    checkpoint = folder / "checkpoint-3"
+    checkpoint.mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", *random):
+        (checkpoint / name).touch()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    return checkpoint
+
+
+def ranks(*numbers):
+    return [f"rng_state_{number}.pth" for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("random", "processes", "error", "words"),
+    [
+        (ranks(0), 2, FileNotFoundError, "rng_state_1.pth is missing, and without it"),
+        (ranks(1), 2, FileNotFoundError, "rng_state_0.pth is missing, and without it"),
+        ([], 2, FileNotFoundError, "rng_state_0.pth is missing, and without it"),
+        (
+            ["rng_state.pth"],
+            2,
+            ValueError,
+            "rng_state_0.pth is missing, .* of one process and this run has 2",
+        ),
+        (ranks(0, 1), 1, ValueError, "rng_state.pth is missing, .* of 2 processes and this run has 1"),
+        (ranks(0, 1, 2), 2, ValueError, "of 3 processes and this run has 2; start it with as many"),
+    ],
+)
+def test_each_process_needs_its_random_state(tmp_path, random, processes, error, words):
+    checkpoint_of(tmp_path, random)
+    with pytest.raises(error, match=words):
+        starting_point(tmp_path, True, processes)
+
+
+def test_as_many_processes_go_on(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, ranks(0, 1, 2))
+    assert starting_point(tmp_path, True, 3) == checkpoint
+
+
+@pytest.mark.parametrize("text", ["", '{"global_step": 4, "log_hist', "null"])
+def test_a_torn_checkpoint_is_passed_over(four_steps, examples, tmp_path, caplog, text):
+    recipe = four_steps()
+    whole = weights(recipe.run_dir)
+    (recipe.run_dir / "checkpoint-4" / "trainer_state.json").write_text(text)
+    assert latest_checkpoint(recipe.run_dir).name == "checkpoint-2"
+    train(recipe, examples=examples, resume=True, progress=False)
+    lines = [r.getMessage() for r in caplog.records if "cut short" in r.getMessage()]
+    torn = recipe.run_dir / "checkpoint-4" / "trainer_state.json"
+    assert lines == [f"{torn} was cut short while it was written: going on from checkpoint-2"]
+    assert_same(weights(recipe.run_dir), whole)
+    assert latest_checkpoint(recipe.run_dir).name == "checkpoint-4"  # written anew
+
+
+def test_nothing_but_torn_checkpoints_is_one_error(four_steps, examples):
+    recipe = four_steps(2)
+    torn = recipe.run_dir / "checkpoint-2" / "trainer_state.json"
+    torn.write_text("")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-2/trainer_state.json was cut short .* no whole"):
+        train(recipe, examples=examples, resume=True, progress=False)
+    with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state.json was cut short"):
+        train(recipe, examples=examples, resume=torn.parent, progress=False)
+    train(recipe, examples=examples, progress=False)  # and without --resume it trains anew
+    assert latest_checkpoint(recipe.run_dir) == torn.parent
+
+
+def bytes_of(folder):
+    """Every file below, with its bytes and the time of its last change."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": None, "epochs": 2, "batch_size": 6}])
+def test_a_run_that_is_done_is_left_alone(make_recipe, tmp_path, capsys, length):
+    source = {"path": make_recipe().data.sources[0].path, "tasks": ["category"]}
+    recipe = make_recipe(data={"sources": [source]}, training={**length, "save_steps": 3})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert main(["train", str(file), "--quiet"]) == 0
+    before = bytes_of(recipe.run_dir)
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["train", str(file), "--resume", "--quiet"]) == 0
+        assert "run is done after 4 steps, and nothing was changed" in capsys.readouterr().out
+        assert bytes_of(recipe.run_dir) == before
+    more = {"max_steps": 5} if length["max_steps"] else {"epochs": 3}
+    for name, value in more.items():
+        setattr(recipe.training, name, value)
+    rest = train(recipe, resume=True, progress=False)
+    assert rest.metrics["steps"] == (5 if length["max_steps"] else 6)
+
+
+def test_a_run_that_lacks_nothing_but_its_adapter_gets_it(four_steps, examples, monkeypatch):
+    """As one that was stopped at its last step leaves it: the checkpoint's weights are the result, and no step is trained."""
+    recipe = four_steps(logging_steps=2)  # entries for steps 1, 2 and 3 to 4
+    whole = weights(recipe.run_dir)
+    history = json.loads((recipe.run_dir / "history.json").read_text())
+    metrics = json.loads((recipe.run_dir / "training.json").read_text())["metrics"]
+    for name in ("adapter_model.safetensors", "training.json"):
+        (recipe.run_dir / name).unlink()
+    monkeypatch.setattr("rode.training.train.AnswerTrainer.training_step", lambda *_, **__: 1 / 0)
+    result = train(recipe, examples=examples, resume=True, progress=False)
+    assert_same(weights(recipe.run_dir), whole)
+    assert not result.was_done
+    assert result.metrics["steps"] == 4
+    assert result.metrics["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
+    assert result.history == [entry for entry in history if "loss" in entry]
+    assert json.loads((recipe.run_dir / "training.json").read_text())["metrics"] == result.metrics
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"),
+    [
+        ({"epochs": 2, "batch_size": 5}, 6),  # 3 batches
+        ({"epochs": 2, "batch_size": 5, "gradient_accumulation": 2}, 4),
+        ({"epochs": 1.5, "batch_size": 5, "gradient_accumulation": 2}, 3),
+        ({"epochs": 0.1, "batch_size": 12}, 1),
+    ],
+)
+def test_steps_are_counted_as_trainer_does(make_recipe, examples, training, steps):
+    recipe = make_recipe(training={"max_steps": None, **training})
+    assert total_steps(12, training_arguments(recipe)) == steps
+    assert train(recipe, examples=examples, progress=False).metrics["steps"] == steps
+
+
+def test_steps_of_several_processes():
+    arguments = SimpleNamespace(
+        max_steps=-1, num_train_epochs=3, train_batch_size=4, world_size=4, gradient_accumulation_steps=2
+    )
+    assert total_steps(100, arguments) == 3 * 4  # 25 batches, 7 of them for each process
