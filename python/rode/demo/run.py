@@ -7,7 +7,6 @@ and the projector's start (`rode.demo.align`) are the demo's own. Numbers of ste
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -327,11 +326,11 @@ class Demo:
     def finish(self) -> None:
         """Print the table, write the report, say what to run next."""
         from rode.demo.report import format_table, write_report
-        from rode_food.atomic import write_text
+        from rode_food.atomic import write_json
 
         outcome, paths = self.outcome, self.paths
         results = {"scores": outcome.scores, "always_the_mean": outcome.mean_pmae, "seconds": outcome.seconds}
-        write_text(paths.out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_json(paths.out / "results.json", results)
         next_steps = self.next_steps()
         write_report(paths.report, outcome, next_steps, drawn=self.drawn, small=self.small)
         print("\n" + format_table(outcome) + "\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rode_food import Example
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 from rode_food.data_mixture import load_examples
 from rode_food.metrics import read_predictions, score
 from rode_food.source import Source
@@ -77,7 +77,7 @@ def evaluate(
             progress=progress,
         )
     if statistics is not None:
-        write_text(Path(out_dir) / "gates.json", json.dumps(statistics.report().to_dict(), indent=1))
+        write_json(Path(out_dir) / "gates.json", statistics.report().to_dict())
     by_index = dict(zip(order, answers, strict=True))
     rows = [
         {
@@ -128,7 +128,7 @@ def rescore(predictions: str | os.PathLike[str], vocabulary: Vocabulary | None =
 
 
 def _write_scores(directory: Path, scores: Scores) -> Scores:
-    write_text(directory / "metrics.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    write_json(directory / "metrics.json", scores)
     return scores
 
 

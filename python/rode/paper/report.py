@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from rode.paper.results import Result, incomparable
 from rode.paper.tables import Tables
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -178,5 +177,5 @@ def write_report(report: Report, results: Mapping[str, Sequence[Result]], folder
     """WHAT.md and WHAT.json in a folder."""
     paths = [folder / f"{report.what}.md", folder / f"{report.what}.json"]
     write_text(paths[0], format_report(report) + "\n")
-    write_text(paths[1], json.dumps(to_dict(report, results), indent=1, ensure_ascii=False) + "\n")
+    write_json(paths[1], to_dict(report, results))
     return paths

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rode.training.config import Recipe, RecipeError, adapter_config
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json
 from rode_food.settings import build
 from rode_food.shards.index import open_shards
 
@@ -172,7 +172,7 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
 
 
 def write_result(path: Path, result: Result) -> None:
-    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, result)
 
 
 def read_result(path: Path) -> Result:

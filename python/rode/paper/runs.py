@@ -28,7 +28,7 @@ from rode.paper.results import (
 )
 from rode.paper.tables import Tables
 from rode.training.config import Recipe, RecipeError, dump_recipe, load_recipe
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 
 Call = Callable[[Sequence[str]], int]
 NOT_COMPARED = frozenset({"output_dir"})
@@ -202,7 +202,7 @@ class Attempts:
         finally:
             seconds = round(time.monotonic() - start, 1)
             self.entries.append({"command": _shown(command), "seconds": seconds, "exit_code": code})
-            write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+            write_json(self.path, self.entries)
         return code
 
 

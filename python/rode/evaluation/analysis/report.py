@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from rode.evaluation.analysis import figures, text
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 from rode_food.html import page, picture, svg, table
 
 SHOWN = 40
@@ -34,7 +33,7 @@ def write_report(directory: str | os.PathLike[str], analysis: dict[str, Any]) ->
     """Write analysis.json and report.html; the page's path."""
     directory = Path(directory)
     report = _page(analysis)
-    write_text(directory / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+    write_json(directory / "analysis.json", analysis, allow_nan=False)
     write_text(directory / "report.html", report)
     return directory / "report.html"
 
