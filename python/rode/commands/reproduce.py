@@ -173,5 +173,5 @@ def _show(args: argparse.Namespace, tables: Tables, seeds: Sequence[int] | None,
 
         figure = draw(report, results, tables)
         if figure is not None:
-            paths += save(figure, folder, args.what)
+            paths.append(save(figure, folder, args.what))
     print("\n".join(map(str, paths)))

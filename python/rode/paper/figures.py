@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rode.paper.report import Report
 from rode.paper.results import Result
 from rode.paper.tables import Tables
-from rode_food.html import SVG, new_figure
+from rode_food.atomic import replacing
+from rode_food.html import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,16 +144,9 @@ def draw(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables
     return parameters(report, tables) if kind == "parameters" else None
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg in a folder."""
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, metadata in (("png", None), ("svg", {"Date": None})):
-        path, aside = folder / f"{name}.{suffix}", folder / f"{name}.{os.getpid()}.tmp"
-        with matplotlib.rc_context(SVG):
-            figure.savefig(aside, format=suffix, dpi=150, metadata=metadata)
-        os.replace(aside, path)
-        paths.append(path)
-    return paths
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write NAME.png in a folder (made if need be); its path."""
+    path = folder / f"{name}.png"
+    with replacing(path, "wb") as file:
+        file.write(png(figure, dpi=150))
+    return path

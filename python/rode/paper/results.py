@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rode.training.config import Recipe, RecipeError, adapter_config
-from rode_food.atomic import write_json
 from rode_food.settings import build
 from rode_food.shards.index import open_shards
 
@@ -169,10 +168,6 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
         "loss": _losses(read("history.json")),
         "gates": _gates(folder / "evaluation" / "gates.json"),
     }
-
-
-def write_result(path: Path, result: Result) -> None:
-    write_json(path, result)
 
 
 def read_result(path: Path) -> Result:

@@ -24,7 +24,6 @@ from rode.paper.results import (
     read_result,
     result_path,
     settings,
-    write_result,
 )
 from rode.paper.tables import Tables
 from rode.training.config import Recipe, RecipeError, dump_recipe, load_recipe
@@ -236,7 +235,7 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
                 f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
             )
     _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(recipe_file), *options], call))
-    write_result(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
+    write_json(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
 
 
 def _succeed(run: Run, what: str, code: int) -> None:
