@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rode.paper.report import Report
 from rode.paper.results import Result
-from rode.paper.tables import Tables
+from rode.paper.tables import METRICS, Tables
 from rode_food.atomic import replacing
 from rode_food.html import new_figure, png
 
@@ -60,14 +60,14 @@ def heat_maps(report: Report, results: Mapping[str, Sequence[Result]], tables: T
     return figure
 
 
-def bars(report: Report, tables: Tables) -> Figure:
+def bars(report: Report) -> Figure:
     """Figure 7: a panel for each metric, for each variant our bar and the paper's."""
     from matplotlib.patches import Patch
 
     figure = new_figure(figsize=(3.1 * len(report.headings), 3.4))
     panels = figure.subplots(1, len(report.headings), squeeze=False)[0]
     for axes, metric in zip(panels, report.headings, strict=True):
-        _label(axes, tables, metric)
+        _label(axes, metric)
         for place, row in enumerate(report.rows):
             cell = row.cells[metric]
             if cell.mean is not None:
@@ -102,13 +102,13 @@ def parameters(report: Report, tables: Tables) -> Figure:
     for (above, below), metric in zip(panels.T, report.headings, strict=True):
         for row, variant, style in zip(report.rows, variants, styles, strict=True):
             cell = row.cells[metric]
-            if cell.paper is not None:
+            if cell.paper is not None and adapted is not None:
                 above.errorbar([adapted.parameters(variant)], [cell.paper], **style)
             if cell.mean is not None and row.trainable_parameters is not None:
                 spread = None if cell.spread is None else [cell.spread]
                 below.errorbar([row.trainable_parameters], [cell.mean], yerr=spread, capsize=3, **style)
         for axes, whose in ((above, "paper"), (below, "ours")):
-            _label(axes, tables, metric)
+            _label(axes, metric)
             axes.set_xlabel(f"trainable parameters ({whose})", fontsize=9)
             axes.xaxis.set_major_formatter(EngFormatter())
             axes.margins(0.15)
@@ -119,8 +119,8 @@ def parameters(report: Report, tables: Tables) -> Figure:
     return figure
 
 
-def _label(axes: Any, tables: Tables, metric: str) -> None:
-    shown = tables.metrics[metric]
+def _label(axes: Any, metric: str) -> None:
+    shown = METRICS[metric]
     axes.set_title(f"{shown.heading} ({shown.better} is better)", fontsize=10)
 
 
@@ -140,7 +140,7 @@ def draw(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables
     if kind == "heat_map":
         return heat_maps(report, results, tables)
     if kind == "bars":
-        return bars(report, tables)
+        return bars(report)
     return parameters(report, tables) if kind == "parameters" else None
 
 
