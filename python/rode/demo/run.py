@@ -17,6 +17,7 @@ from typing import Any
 from rode.demo import parts, plates
 from rode.demo.outcome import Outcome, always_the_mean, examples_of
 from rode_food import TASKS, Example
+from rode_food.html import require_matplotlib
 
 DESCRIPTION = """\
 Train a small LLaVA-RoDE on two CPU cores and see what it learned.
@@ -165,6 +166,7 @@ class Demo:
         """Do everything and write the report."""
         paths, outcome = self.paths, self.outcome
         parts.check_packages(drawings=self.drawn, models=self.small)
+        require_matplotlib()
         shutil.rmtree(paths.runs, ignore_errors=True)
         self.prepare()
         train, test = self.train_examples, self.test_examples

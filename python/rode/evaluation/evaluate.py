@@ -18,6 +18,7 @@ from rode_food.atomic import write_json, write_text
 from rode_food.data_mixture import load_examples
 from rode_food.metrics import read_predictions, score
 from rode_food.source import Source
+from rode_food.text_table import text_table
 from rode_food.vocabulary import Vocabulary
 
 Scores = dict[str, dict[str, Any]]
@@ -148,11 +149,5 @@ def format_scores(scores: Scores) -> str:
     notes = [name for name in names if any(isinstance(scores[column].get(name), str) for column in columns)]
     table = [["", *columns]]
     table += [[n, *(cell(scores[column].get(n)) for column in columns)] for n in names if n not in notes]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([*lines, *(f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"])])
+    said = [f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"]]
+    return "\n".join([text_table(table), *said])
