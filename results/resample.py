@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rode.metrics import read_predictions, score
+from rode_food.metrics import read_predictions, score
 
 METRICS = {"ingredient_iou": "IoU", "pmae": "pMAE"}
 TASKS = ("ingredients", "nutrition")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1e293b;max-width:66rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}
-p.small,figcaption{color:#64748b;font-size:.9rem}figure{margin:0 0 1rem}img{max-width:100%}
+.small,figcaption{color:#64748b;font-size:.9rem}figure{margin:0 0 1rem}img{max-width:100%}
 table{border-collapse:collapse;font-size:.92rem;margin-bottom:1rem}
 th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0;font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}details{font-size:.9rem}
+table.sentences td,table.sentences th{text-align:left;vertical-align:top;white-space:pre-line}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(27rem,1fr));gap:1rem}
+.row.beside{grid-template-columns:10.5rem 1fr}
+code{background:#f1f5f9;padding:.1rem .35rem;border-radius:4px;font-size:.9em}
 """
 SVG = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
 """matplotlib's settings with which the same figure gives the same SVG."""
@@ -68,21 +72,44 @@ def page(title: str, sections: Iterable[str]) -> str:
     )
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as text; the first row is the heading."""
-    head, *body = (
-        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(("th", *["td"] * (len(rows) - 1)), rows, strict=True)
-    )
-    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
+def table(
+    rows: Sequence[Sequence[str]], *, bold: Container[tuple[int, int]] = (), sentences: bool = False
+) -> str:
+    """Cells as text; the first row is the heading.
+
+    Args:
+        rows: of cells.
+        bold: (row, column) of cells to emphasise.
+        sentences: cells are read as text, not compared as numbers.
+    """
+    kind = ' class="sentences"' if sentences else ""
+    lines = []
+    for y, row in enumerate(rows):
+        tag = "td" if y else "th"
+        cells = (f"<b>{html.escape(c)}</b>" if (y, x) in bold else html.escape(c) for x, c in enumerate(row))
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+    return f"<table{kind}>{''.join(lines)}</table>"
 
 
-def picture(data: bytes, kind: str, caption: str) -> str:
-    """A picture of media type `kind` ("image/png", "image/svg+xml") with its caption.
+def image(data: bytes, kind: str, alt: str = "") -> str:
+    """A picture of media type `kind` ("image/png", "image/svg+xml"), embedded.
 
     As a picture even if it is SVG: two of matplotlib's in one page would share their ids.
     """
-    source, alt = base64.b64encode(data).decode(), html.escape(caption)
-    return (
-        f'<figure><img alt="{alt}" src="data:{kind};base64,{source}"><figcaption>{alt}</figcaption></figure>'
-    )
+    source = base64.b64encode(data).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{source}">'
+
+
+def picture(data: bytes, kind: str, caption: str) -> str:
+    """An `image` with its caption."""
+    return f"<figure>{image(data, kind, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def drawing(figure: Figure, caption: str) -> str:
+    """A matplotlib figure as an embedded SVG with its caption."""
+    return picture(svg(figure).encode(), "image/svg+xml", caption)
+
+
+def bullets(items: Iterable[str]) -> str:
+    """A list; items as HTML."""
+    return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

@@ -9,7 +9,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rode_food.images import ImageError, decode_picture, wrong_suffix
@@ -247,9 +246,3 @@ def _quantile(counts: Counter[int], q: float) -> int:
         if rank < 0:
             return value
     return max(counts)
-
-
-def write_json(path: str | os.PathLike[str], found: Inspection) -> None:
-    from rode_food.atomic import write_text
-
-    write_text(Path(path), json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n")

@@ -100,18 +100,21 @@ def override(values: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SettingsError(f"override {assignment!r}: {text!r} is not YAML") from error
+    assign(values, key, value, f"override {assignment!r}")
+
+
+def assign(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets "key.sub" of plain values in place. Raises SettingsError, naming `where`."""
     *path, last = key.split(".")
     node: Any = values
 
     def index(part: str) -> Any:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise SettingsError(
-                    f"override {assignment!r}: {part!r} is no index into a list of {len(node)}"
-                )
+                raise SettingsError(f"{where}: {part!r} is no index into a list of {len(node)}")
             return int(part)
         if not isinstance(node, dict):
-            raise SettingsError(f"override {assignment!r}: {part!r} is inside {node!r}, which is no mapping")
+            raise SettingsError(f"{where}: {part!r} is inside {node!r}, which is no mapping")
         return part
 
     for part in path:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode_food.atomic import replacing, write_text
+from rode_food.atomic import replacing, write_json, write_text
 from rode_food.html import new_figure, page, picture, png, table
 from rode_food.statistics import CHARACTERS_PER_TOKEN, LENGTHS, SHOWN_SHARE
 
@@ -67,8 +66,7 @@ def write_statistics(
         raise ValueError(f"top: expected at least 1 category, got {top}")
     folder = Path(folder)
     pictures = {key: png(figure) for key, figure in figures(statistics, top).items()}
-    numbers = json.dumps({"name": name, **statistics}, ensure_ascii=False, indent=1)
-    write_text(folder / "statistics.json", numbers + "\n")
+    write_json(folder / "statistics.json", {"name": name, **statistics})
     write_text(folder / "table1.md", table1(statistics, name))
     for key, data in pictures.items():
         with replacing(folder / f"{key}.png", "wb") as out:

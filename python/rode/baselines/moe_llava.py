@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from rode.tuner.context import ForwardContext
 from rode.tuner.routers import router_logits
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, written_aside
 
 MOE_CONFIG = "moe_config.json"
 MOE_WEIGHTS = "moe_model.safetensors"
@@ -284,18 +284,15 @@ def save_moe(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     layers = moe_layers(model)
     if not layers:
         raise ValueError("model: it has no mixture to save; convert_to_moe makes them")
-    file = Path(directory) / MOE_WEIGHTS
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
     state = {
         f"{name}.{key}": tensor.detach().contiguous()
         for name, layer in layers.items()
         for key, tensor in layer.state_dict().items()
     }
-    save_file(state, aside, metadata={"format": "pt"})
-    os.replace(aside, file)
+    with written_aside(Path(directory) / MOE_WEIGHTS) as aside:
+        save_file(state, aside, metadata={"format": "pt"})
     config = asdict(next(iter(layers.values())).config)
-    write_text(file.with_name(MOE_CONFIG), json.dumps({"method": "moe-llava", **config}, indent=1) + "\n")
+    write_json(Path(directory) / MOE_CONFIG, {"method": "moe-llava", **config})
 
 
 def load_moe(model: nn.Module, directory: str | os.PathLike[str]) -> ForwardContext:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -153,10 +151,8 @@ def _write(
     import rode
     from rode.baselines.lorahub import BOUND, PENALTY
     from rode.training.config import dump_recipe
-    from rode_food.atomic import write_text
+    from rode_food.atomic import write_json, write_text, written_aside
 
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    model.save_pretrained(str(aside), selected_adapters=["default"])
     found = {
         "adapters": args.adapters,
         "coefficients": search.best.weights,
@@ -173,13 +169,14 @@ def _write(
         "evaluations": [dataclasses.asdict(evaluation) for evaluation in search.evaluations],
         "versions": {m.__name__: m.__version__ for m in (rode, torch, transformers, peft, nevergrad)},
     }
-    write_text(aside / "compose.json", json.dumps(found, indent=1) + "\n")
-    if recipe is not None:  # by which generate and evaluate find model and prompt
-        given = {"path": args.model, "projector": args.projector, "prompt": args.prompt}
-        config = dataclasses.replace(recipe.model, **{key: value for key, value in given.items() if value})
-        changed = dataclasses.replace(recipe, name=out.name, output_dir=str(out), model=config)
-        note = (
-            "# Of the first adapter that `rode compose` was given; how this one was made says compose.json.\n"
-        )
-        write_text(aside / "recipe.yaml", note + dump_recipe(changed))
-    os.replace(aside, out)
+    with written_aside(out) as aside:
+        model.save_pretrained(str(aside), selected_adapters=["default"])
+        write_json(aside / "compose.json", found)
+        if recipe is not None:  # by which generate and evaluate find model and prompt
+            given = {"path": args.model, "projector": args.projector, "prompt": args.prompt}
+            config = dataclasses.replace(
+                recipe.model, **{key: value for key, value in given.items() if value}
+            )
+            changed = dataclasses.replace(recipe, name=out.name, output_dir=str(out), model=config)
+            note = "# The recipe of the first adapter given to `rode compose`; compose.json says how this one was made.\n"
+            write_text(aside / "recipe.yaml", note + dump_recipe(changed))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Train and evaluate what a table or figure of the paper (arXiv 2407.12730) names, and show our numbers beside the paper's.
 
-WHAT: table2 to table6, fig6 (router outputs by block), fig7 (bars of three routers), fig8 (parameters against metrics).
+WHAT: table2 to table6, fig6 (router outputs by block), fig7 (bars of three routers), fig8 (parameters against metrics); or a
+recipe file, for a table of the variants in its sweep (docs/training.md), without numbers of the paper.
 Each variant with each seed is a run of its own; what is finished stays, what was stopped goes on, and tables share runs.
 A row that was not run is empty. Results: RESULTS/BASE/VARIANT/seed-N.json, the table or figure beside them.
 
@@ -24,6 +25,7 @@ examples:
   rode reproduce table2 model.path=DIR --seeds 0 1 2
   rode reproduce table5 --base configs/own-records.yaml --only relu-8888 softmax-8888
   rode reproduce table5 --base configs/own-records.yaml --no-run
+  rode reproduce configs/questions/ranks.yaml --only ranks-30 ranks-2-4-8-16
   rode reproduce fig7 --launcher "accelerate launch --num_processes 4"
 """
 
@@ -36,7 +38,7 @@ def add_parser(commands: Any, **options: Any) -> None:
         **options,
     )
     sub.set_defaults(run=run)
-    sub.add_argument("what", metavar="WHAT", help="table2 ... table6, fig6, fig7, fig8")
+    sub.add_argument("what", metavar="WHAT", help="table2 ... table6, fig6, fig7, fig8, or a recipe file")
     sub.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="change every recipe: training.epochs=2"
     )
@@ -103,10 +105,14 @@ def _base_name(base: Path) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 if a run failed."""
-    from rode.paper.tables import read_tables
+    from rode.paper.tables import own_table, read_tables
 
     seeds, only = _seeds(_split(args, "seeds")), _split(args, "only")
-    tables = read_tables(Path(args.recipes))
+    if args.what.endswith(".yaml"):
+        tables = own_table(Path(args.what))
+        (args.what,) = tables.items
+    else:
+        tables = read_tables(Path(args.recipes))
     item = tables.item(args.what)
     only = _only(only, item.variants, args.what)
     base = Path(args.base) if args.base else tables.base(item)
@@ -173,5 +179,5 @@ def _show(args: argparse.Namespace, tables: Tables, seeds: Sequence[int] | None,
 
         figure = draw(report, results, tables)
         if figure is not None:
-            paths += save(figure, folder, args.what)
+            paths.append(save(figure, folder, args.what))
     print("\n".join(map(str, paths)))

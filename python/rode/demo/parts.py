@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rode_food.atomic import written_aside
+
 if TYPE_CHECKING:  # torch takes seconds to import, and a missing wheel should be told at once
     import torch
 
@@ -260,10 +262,8 @@ def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int 
         chat_template=CHAT_TEMPLATE,
     )
     directory = Path(directory)
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(aside)
-    processor.save_pretrained(aside)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(aside, directory)
+    with written_aside(directory) as aside:
+        model.to(torch.bfloat16).save_pretrained(aside)
+        processor.save_pretrained(aside)
+        shutil.rmtree(directory, ignore_errors=True)
     return directory

@@ -7,7 +7,6 @@ and the projector's start (`rode.demo.align`) are the demo's own. Numbers of ste
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from rode.demo import parts, plates
 from rode.demo.outcome import Outcome, always_the_mean, examples_of
 from rode_food import TASKS, Example
+from rode_food.html import require_matplotlib
 
 DESCRIPTION = """\
 Train a small LLaVA-RoDE on two CPU cores and see what it learned.
@@ -166,6 +166,7 @@ class Demo:
         """Do everything and write the report."""
         paths, outcome = self.paths, self.outcome
         parts.check_packages(drawings=self.drawn, models=self.small)
+        require_matplotlib()
         shutil.rmtree(paths.runs, ignore_errors=True)
         self.prepare()
         train, test = self.train_examples, self.test_examples
@@ -327,11 +328,11 @@ class Demo:
     def finish(self) -> None:
         """Print the table, write the report, say what to run next."""
         from rode.demo.report import format_table, write_report
-        from rode_food.atomic import write_text
+        from rode_food.atomic import write_json
 
         outcome, paths = self.outcome, self.paths
         results = {"scores": outcome.scores, "always_the_mean": outcome.mean_pmae, "seconds": outcome.seconds}
-        write_text(paths.out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_json(paths.out / "results.json", results)
         next_steps = self.next_steps()
         write_report(paths.report, outcome, next_steps, drawn=self.drawn, small=self.small)
         print("\n" + format_table(outcome) + "\n")

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from rode_food import Example
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 from rode_food.data_mixture import load_examples
 from rode_food.metrics import read_predictions, score
 from rode_food.source import Source
+from rode_food.text_table import text_table
 from rode_food.vocabulary import Vocabulary
 
 Scores = dict[str, dict[str, Any]]
@@ -77,7 +78,7 @@ def evaluate(
             progress=progress,
         )
     if statistics is not None:
-        write_text(Path(out_dir) / "gates.json", json.dumps(statistics.report().to_dict(), indent=1))
+        write_json(Path(out_dir) / "gates.json", statistics.report().to_dict())
     by_index = dict(zip(order, answers, strict=True))
     rows = [
         {
@@ -128,7 +129,7 @@ def rescore(predictions: str | os.PathLike[str], vocabulary: Vocabulary | None =
 
 
 def _write_scores(directory: Path, scores: Scores) -> Scores:
-    write_text(directory / "metrics.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+    write_json(directory / "metrics.json", scores)
     return scores
 
 
@@ -148,11 +149,5 @@ def format_scores(scores: Scores) -> str:
     notes = [name for name in names if any(isinstance(scores[column].get(name), str) for column in columns)]
     table = [["", *columns]]
     table += [[n, *(cell(scores[column].get(n)) for column in columns)] for n in names if n not in notes]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([*lines, *(f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"])])
+    said = [f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"]]
+    return "\n".join([text_table(table), *said])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rode.paper.report import Report
 from rode.paper.results import Result
-from rode.paper.tables import Tables
-from rode_food.html import SVG, new_figure
+from rode.paper.tables import METRICS, Tables
+from rode_food.atomic import replacing
+from rode_food.html import new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,14 +60,14 @@ def heat_maps(report: Report, results: Mapping[str, Sequence[Result]], tables: T
     return figure
 
 
-def bars(report: Report, tables: Tables) -> Figure:
+def bars(report: Report) -> Figure:
     """Figure 7: a panel for each metric, for each variant our bar and the paper's."""
     from matplotlib.patches import Patch
 
     figure = new_figure(figsize=(3.1 * len(report.headings), 3.4))
     panels = figure.subplots(1, len(report.headings), squeeze=False)[0]
     for axes, metric in zip(panels, report.headings, strict=True):
-        _label(axes, tables, metric)
+        _label(axes, metric)
         for place, row in enumerate(report.rows):
             cell = row.cells[metric]
             if cell.mean is not None:
@@ -102,13 +102,13 @@ def parameters(report: Report, tables: Tables) -> Figure:
     for (above, below), metric in zip(panels.T, report.headings, strict=True):
         for row, variant, style in zip(report.rows, variants, styles, strict=True):
             cell = row.cells[metric]
-            if cell.paper is not None:
+            if cell.paper is not None and adapted is not None:
                 above.errorbar([adapted.parameters(variant)], [cell.paper], **style)
             if cell.mean is not None and row.trainable_parameters is not None:
                 spread = None if cell.spread is None else [cell.spread]
                 below.errorbar([row.trainable_parameters], [cell.mean], yerr=spread, capsize=3, **style)
         for axes, whose in ((above, "paper"), (below, "ours")):
-            _label(axes, tables, metric)
+            _label(axes, metric)
             axes.set_xlabel(f"trainable parameters ({whose})", fontsize=9)
             axes.xaxis.set_major_formatter(EngFormatter())
             axes.margins(0.15)
@@ -119,8 +119,8 @@ def parameters(report: Report, tables: Tables) -> Figure:
     return figure
 
 
-def _label(axes: Any, tables: Tables, metric: str) -> None:
-    shown = tables.metrics[metric]
+def _label(axes: Any, metric: str) -> None:
+    shown = METRICS[metric]
     axes.set_title(f"{shown.heading} ({shown.better} is better)", fontsize=10)
 
 
@@ -140,20 +140,13 @@ def draw(report: Report, results: Mapping[str, Sequence[Result]], tables: Tables
     if kind == "heat_map":
         return heat_maps(report, results, tables)
     if kind == "bars":
-        return bars(report, tables)
+        return bars(report)
     return parameters(report, tables) if kind == "parameters" else None
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """NAME.png and NAME.svg in a folder."""
-    import matplotlib
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for suffix, metadata in (("png", None), ("svg", {"Date": None})):
-        path, aside = folder / f"{name}.{suffix}", folder / f"{name}.{os.getpid()}.tmp"
-        with matplotlib.rc_context(SVG):
-            figure.savefig(aside, format=suffix, dpi=150, metadata=metadata)
-        os.replace(aside, path)
-        paths.append(path)
-    return paths
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write NAME.png in a folder (made if need be); its path."""
+    path = folder / f"{name}.png"
+    with replacing(path, "wb") as file:
+        file.write(png(figure, dpi=150))
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rode.paper.results import Result, incomparable
-from rode.paper.tables import Tables
-from rode_food.atomic import write_text
+from rode.paper.tables import METRICS, Tables
+from rode_food.atomic import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -102,24 +101,25 @@ def make_report(
             )
         )
     notes = []
-    less = [
-        tables.metrics[metric].heading for metric in item.metrics if tables.metrics[metric].better == "less"
-    ]
+    less = [METRICS[metric].heading for metric in item.metrics if METRICS[metric].better == "less"]
     if less:
         notes.append(f"less is better: {', '.join(less)}")
     if any(cell.spread is not None for row in rows for cell in row.cells.values()):
         notes.append("mean ± sample standard deviation over seeds")
-    if not papers_data and item.metrics:
+    if not papers_data and item.metrics and printed:
         notes.append(
             f"ours is {base}, another model or other data than the paper's: compare our rows with each other"
         )
-    notes += incomparable({variant: list(results[variant]) for variant in item.variants})
-    headings = {metric: tables.metrics[metric].heading for metric in item.metrics}
-    return Report(what, item.title, base, headings, tuple(rows), tuple(notes))
+    notes += incomparable({variant: list(results[variant]) for variant in item.variants}, tables.swept)
+    headings = {metric: METRICS[metric].heading for metric in item.metrics}
+    title = f"{item.title} (arXiv 2407.12730)" if printed else item.title
+    return Report(what, title, base, headings, tuple(rows), tuple(notes))
 
 
 def _grid(report: Report) -> list[list[str]]:
-    """Rows of text, the first of them the heading. The shorter side lies across, for each of its entries takes two columns."""
+    """Rows of text, the first of them the heading. The shorter side lies across: each of its entries takes two columns, or one
+    where the paper has no numbers."""
+    columns = 2 if any(cell.paper is not None for row in report.rows for cell in row.cells.values()) else 1
     pairs = {
         (row.name, heading): [str(cell), "" if cell.paper is None else f"{cell.paper:g}"]
         for row in report.rows
@@ -133,7 +133,7 @@ def _grid(report: Report) -> list[list[str]]:
     seeds = [str(len(row.seeds)) if row.seeds else "" for row in report.rows]
 
     def line(title: str, cells: Iterable[list[str]]) -> list[str]:
-        return [title, *(text for pair in cells for text in pair)]
+        return [title, *(text for pair in cells for text in pair[:columns])]
 
     if len(names) < len(headings):
         lines = [line("", ([name, "paper"] for name in names))]
@@ -159,7 +159,7 @@ def format_report(report: Report) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    title = f"{report.title} (arXiv 2407.12730); ours: {report.base}"
+    title = f"{report.title}; ours: {report.base}"
     return "\n".join(
         [title, "", *map(line, (grid[0], rule, *grid[1:])), "", *(f"- {note}" for note in report.notes)]
     ).rstrip()
@@ -178,5 +178,5 @@ def write_report(report: Report, results: Mapping[str, Sequence[Result]], folder
     """WHAT.md and WHAT.json in a folder."""
     paths = [folder / f"{report.what}.md", folder / f"{report.what}.json"]
     write_text(paths[0], format_report(report) + "\n")
-    write_text(paths[1], json.dumps(to_dict(report, results), indent=1, ensure_ascii=False) + "\n")
+    write_json(paths[1], to_dict(report, results))
     return paths

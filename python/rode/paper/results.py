@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from rode.training.config import Recipe, RecipeError, adapter_config
-from rode_food.atomic import write_text
-from rode_food.settings import build
+from rode_food.settings import assign, build
 from rode_food.shards.index import open_shards
 
 Result = dict[str, Any]
 PACKAGES = ("rode", "torch", "transformers", "peft")
 LOSSES = 200
 """Points of the loss kept at most."""
-OF_A_RUN = frozenset({"name", "adapter", "training.seed", "output_dir"})
-"""What runs of one table may differ in."""
+OF_A_RUN = frozenset({"name", "training.seed", "output_dir"})
+"""What runs of one table may differ in, besides their adapters."""
 
 
 def result_path(results: Path, base: str, variant: str, seed: int) -> Path:
@@ -60,17 +59,34 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def settings(recipe: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
-    """A recorded recipe for comparison: keys that came later at their defaults, and for files of records and the vocabulary
-    their hashes, for what they hold counts and not where they lie."""
+    """A recorded recipe for comparison, without its adapter: keys that came later at their defaults, and for files of records
+    and the vocabulary their hashes, for what they hold counts and not where they lie."""
     try:
         recipe = plain(build(Recipe, recipe))
     except RecipeError:  # keys that are no more show as a difference
         recipe = json.loads(json.dumps(recipe))
+    recipe.pop("adapter", None)
     for source in recipe["data"]["sources"]:
         source["path"] = data.get(source["path"], source["path"])
     vocabulary = recipe["evaluation"].get("vocabulary")
     recipe["evaluation"]["vocabulary"] = data.get(vocabulary, vocabulary)
     return recipe
+
+
+def adapter_differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """`differences` of two recorded recipes' adapters; a default is the same whether it is written out or not."""
+    if now["adapter"] == then["adapter"]:
+        return []
+    try:
+        pair = [adapter_values(build(Recipe, recipe)) for recipe in (now, then)]
+    except RecipeError:  # keys that are no more
+        pair = [now["adapter"], then["adapter"]]
+    return [f"adapter.{text}" for text in differences(*pair)]
+
+
+def adapter_values(recipe: Recipe) -> dict[str, Any]:
+    """The adapter's whole configuration as JSON gives it back."""
+    return json.loads(json.dumps(adapter_config(recipe).to_dict(), default=str))
 
 
 def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:
@@ -163,16 +179,12 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
         "machine": training["machine"],
         "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "adapter": json.loads(json.dumps(adapter_config(recipe).to_dict(), default=str)),
+        "adapter": adapter_values(recipe),
         "recipe": plain(recipe),
         "data": dict(data),
         "loss": _losses(read("history.json")),
         "gates": _gates(folder / "evaluation" / "gates.json"),
     }
-
-
-def write_result(path: Path, result: Result) -> None:
-    write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_result(path: Path) -> Result:
@@ -198,15 +210,22 @@ def read_results(
     return out
 
 
-def incomparable(results: Mapping[str, list[Result]]) -> list[str]:
-    """A line for each result that was made otherwise than the first one (or, in its adapter, than its variant's first)."""
+def incomparable(results: Mapping[str, list[Result]], swept: Iterable[str] = ()) -> list[str]:
+    """A line for each result that was made otherwise than the first one (or, in its adapter, than its variant's first).
+
+    Args:
+        results: variant -> its results.
+        swept: keys of the recipe in which variants are meant to differ.
+    """
     every = [result for found in results.values() for result in found]
     lines = []
     for result in every:
         first, mine = every[0], results[result["variant"]][0]
         now, then = (settings(r["recipe"], r["data"]) for r in (result, first))
-        found = differences(now, then, OF_A_RUN)
-        found += [f"adapter.{d}" for d in differences(result["recipe"]["adapter"], mine["recipe"]["adapter"])]
+        for key in swept:
+            for recipe in (now, then):
+                assign(recipe, key, None, key)
+        found = differences(now, then, OF_A_RUN) + adapter_differences(result["recipe"], mine["recipe"])
         if found:
             lines.append(
                 f"{result['variant']} seed {result['seed']} was not run as {first['variant']} seed {first['seed']} was: "

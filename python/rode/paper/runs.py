@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rode.paper.results import (
+    adapter_differences,
     collect,
     differences,
     file_hash,
@@ -24,15 +25,15 @@ from rode.paper.results import (
     read_result,
     result_path,
     settings,
-    write_result,
 )
 from rode.paper.tables import Tables
+from rode.training import sweep
 from rode.training.config import Recipe, RecipeError, dump_recipe, load_recipe
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 
 Call = Callable[[Sequence[str]], int]
 NOT_COMPARED = frozenset({"output_dir"})
-OURS = ("name", "output_dir", "training.seed")
+OURS = ("name", "output_dir", "training.seed", sweep.KEY)
 
 
 class RunFailed(RuntimeError):
@@ -98,13 +99,13 @@ def plan(
         key = assignment.partition("=")[0]
         if key in OURS:
             raise RecipeError(
-                f"override {assignment!r}: {key} is set here for each run: see --seeds, --runs and --results"
+                f"override {assignment!r}: {key} is set here for each run: see --only, --seeds, --runs and --results"
             )
     hashes: dict[str, str] = {}
     out = []
     for seed in seeds:
         for variant in variants:
-            recipe = load_recipe(tables.recipe(variant), overrides, base=base)
+            recipe = tables.load(variant, overrides, base)
             recipe.name, recipe.training.seed = variant, seed
             recipe.output_dir = str(runs / base_name / f"{variant}-seed{seed}")
             for source in recipe.data.sources:
@@ -126,11 +127,11 @@ def _check_unchanged(run: Run) -> None:
     recipe_file = run.recipe.run_dir / "recipe.yaml"
     if run.result.is_file():
         result = read_result(run.result)
-        place, then = run.result, settings(result["recipe"], result["data"])
+        place, then, data = run.result, result["recipe"], result["data"]
         mend = "give its settings again, move the file away, or write to another folder with --results"
     elif recipe_file.is_file() and run.state != "new":
         try:
-            then = settings(plain(load_recipe(recipe_file)), run.data)
+            then, data = plain(load_recipe(recipe_file)), run.data
         except RecipeError as error:
             raise ValueError(f"{run}: {error}; delete its folder to begin anew") from error
         place, mend = (
@@ -139,7 +140,9 @@ def _check_unchanged(run: Run) -> None:
         )
     else:
         return
-    found = differences(settings(plain(run.recipe), run.data), then, NOT_COMPARED)
+    now = plain(run.recipe)
+    found = differences(settings(now, run.data), settings(then, data), NOT_COMPARED)
+    found += adapter_differences(now, then)
     if found:
         raise ValueError(f"{run}: {place} was made by another recipe: {'; '.join(found)}; {mend}")
 
@@ -202,7 +205,7 @@ class Attempts:
         finally:
             seconds = round(time.monotonic() - start, 1)
             self.entries.append({"command": _shown(command), "seconds": seconds, "exit_code": code})
-            write_text(self.path, json.dumps(self.entries, indent=1) + "\n")
+            write_json(self.path, self.entries)
         return code
 
 
@@ -236,7 +239,7 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
                 f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
             )
     _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(recipe_file), *options], call))
-    write_result(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
+    write_json(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
 
 
 def _succeed(run: Run, what: str, code: int) -> None:

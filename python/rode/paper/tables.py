@@ -1,15 +1,16 @@
-"""What the paper printed and which runs each table and figure wants: `configs/paper/tables.yaml`, checked."""
+"""Which runs a table wants, and what the paper printed: `configs/paper/tables.yaml`, or a recipe of one's own, checked."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rode.training.config import RecipeError, recipe_values
-from rode_food.settings import build, did_you_mean
+from rode.training import sweep
+from rode.training.config import Recipe, RecipeError, load_recipe, recipe_values
+from rode_food.settings import build, did_you_mean, read_mapping
 
 FILE = "tables.yaml"
 
@@ -20,6 +21,22 @@ class Metric:
 
     heading: str
     better: Literal["more", "less"]
+
+
+METRICS = {
+    "ingredient_iou": Metric("IoU", "more"),
+    "sacrebleu": Metric("SacreBLEU", "more"),
+    "rouge_l": Metric("ROUGE-L", "more"),
+    "pmae_mass": Metric("pMAE mass", "less"),
+    "pmae_energy": Metric("pMAE energy", "less"),
+    "pmae_fat": Metric("pMAE fat", "less"),
+    "pmae_protein": Metric("pMAE protein", "less"),
+    "pmae_carb": Metric("pMAE carb", "less"),
+    "pmae": Metric("pMAE", "less"),
+    "category_accuracy": Metric("category", "more"),
+}
+OWN_METRICS = ("sacrebleu", "rouge_l", "ingredient_iou", "pmae", "category_accuracy")
+"""Columns of a table that is not the paper's: one or two for each task."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,12 @@ class Data:
     Attributes:
         base: the recipe that its variants extend, relative to the file.
         adapted: of the paper's model.
-        paper: variant -> metric -> the number printed.
+        paper: variant -> metric -> the number printed; empty for what the paper does not have.
     """
 
     base: str
-    adapted: Adapted
-    paper: dict[str, dict[str, float]]
+    adapted: Adapted | None = None
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,13 +92,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Tables:
-    """All of the file."""
+    """All of the file.
 
-    metrics: dict[str, Metric]
+    Attributes:
+        folder: holds the variants' recipes, each in a file of its name.
+        file: holds all of them instead; swept: as variants of its sweep over these keys.
+    """
+
     variants: dict[str, Variant]
     data: dict[str, Data]
     items: dict[str, Item]
     folder: Path = Path()
+    file: Path | None = None
+    swept: list[str] = field(default_factory=list)
 
     def item(self, name: str) -> Item:
         _known([name], self.items, f"{self.folder / FILE}: table or figure")
@@ -92,11 +115,16 @@ class Tables:
         return self.folder / self.data[item.data].base
 
     def recipe(self, variant: str) -> Path:
-        return self.folder / f"{variant}.yaml"
+        return self.file or self.folder / f"{variant}.yaml"
+
+    def load(self, variant: str, overrides: Sequence[str], base: Path) -> Recipe:
+        """A variant's recipe above `base`."""
+        choice = [f"{sweep.KEY}={variant}"] if self.swept else []
+        return load_recipe(self.recipe(variant), [*choice, *overrides], base=base)
 
     def name(self, item: Item, variant: str) -> str:
         """A variant as the item's rows name it."""
-        return " ".join(getattr(self.variants[variant], part) for part in item.named_by)
+        return " ".join(getattr(self.variants[variant], part) for part in item.named_by) or variant
 
 
 def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -128,10 +156,31 @@ def read_tables(folder: Path) -> Tables:
         where = f"{path}: data.{name}.paper:"
         _known(data.paper, tables.variants, f"{where} variant")
         for numbers in data.paper.values():
-            _known(numbers, tables.metrics, f"{where} metric")
+            _known(numbers, METRICS, f"{where} metric")
     for name, item in tables.items.items():
         where = f"{path}: items.{name}:"
         _known([item.data], tables.data, f"{where} data")
         _known(item.variants, tables.variants, f"{where} variant")
-        _known(item.metrics, tables.metrics, f"{where} metric")
+        _known(item.metrics, METRICS, f"{where} metric")
     return tables
+
+
+def own_table(path: Path) -> Tables:
+    """One table, named as the recipe in `path`: a row for each variant of its sweep, or for itself.
+
+    Raises:
+        FileNotFoundError; RecipeError: it extends no recipe, or its sweep is none.
+    """
+    values = recipe_values(path)
+    base = read_mapping(path).get("extends")
+    if base is None:
+        raise RecipeError(
+            f"{path}: extends: missing; results are kept by the name of the recipe that it extends"
+        )
+    try:
+        variants = list(sweep.variants(values))
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    name = str(values.get("name"))
+    item = Item(f"Variants of {name}", "own", variants or [name], list(OWN_METRICS), [])
+    return Tables({}, {"own": Data(base)}, {name: item}, path.parent, path, list(values.get(sweep.KEY, ())))

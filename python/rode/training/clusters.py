@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from rode.pretrained import from_pretrained
+from rode.vlm.pretrained import from_pretrained
+from rode_food.atomic import written_aside
 
 FILE = "clusters.safetensors"
 
@@ -82,12 +83,9 @@ class Clusters:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file (aside, then renamed); its path."""
-        file = Path(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"centres": self.centres}, aside, metadata={"encoder": json.dumps(self.encoder)})
-        os.replace(aside, file)
-        return file
+        with written_aside(path) as aside:
+            save_file({"centres": self.centres}, aside, metadata={"encoder": json.dumps(self.encoder)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Clusters:

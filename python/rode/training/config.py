@@ -2,7 +2,7 @@
 
 Paths in a recipe are relative to the working directory; `~` and `$VARIABLES` are expanded. `extends: other.yaml`, relative to
 the file that names it, is merged below it: mappings key by key, all else (and `adapter`, whose fields for one method
-another may refuse) as a whole.
+another may refuse) as a whole. A file with a `sweep` (`rode.training.sweep`) holds several recipes; `sweep=NAME` chooses one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from rode.training import sweep
 from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
 from rode_food.source import Source
 
@@ -214,12 +215,15 @@ def adapter_config(recipe: Recipe) -> Any:
     elif method == "rode":
         from rode.tuner import RodeConfig as cls
         from rode.tuner.presets import preset_fields
+        from rode.tuner.targets import VISION_LANGUAGE_REGEX
 
         if "preset" in values:
             try:
                 values = preset_fields(values.pop("preset"), **values)
             except ValueError as error:
                 raise RecipeError(f"adapter.{error}") from error
+        if values.get("layers_to_transform") is None:  # which selects among names, where a regex says it all
+            values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
     elif method == "moe-llava":
         from rode.baselines.moe_llava import MoeConfig as cls
     else:
@@ -318,16 +322,20 @@ def load_recipe(
 
     Args:
         path: the YAML file.
-        overrides: "training.max_steps=20", "data.sources.0.path=my.jsonl": values as YAML.
+        overrides: "training.max_steps=20", "data.sources.0.path=my.jsonl": values as YAML. "sweep=NAME" chooses a variant.
         base: see `recipe_values`.
 
     Raises:
         FileNotFoundError; RecipeError for unknown keys, wrong types and impossible values.
     """
     values = recipe_values(path, base=base)
+    choice = f"{sweep.KEY}="
+    chosen = [text.removeprefix(choice) for text in overrides if text.startswith(choice)]
     try:
+        values = sweep.choose(values, chosen[-1] if chosen else None)
         for assignment in overrides:
-            override(values, assignment)
+            if not assignment.startswith(choice):
+                override(values, assignment)
         return recipe_from_dict(values)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error

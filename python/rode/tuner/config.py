@@ -9,6 +9,7 @@ from typing import Any
 from rode.tuner import validation
 from rode.tuner.fields import RodeFields
 from rode.tuner.peft_type import RODE
+from rode_food.atomic import write_text
 
 _LOADING = """This is a RoDE adapter: `import rode` tells PEFT what that is, and must come first.
 
@@ -106,6 +107,4 @@ class RodeConfig(RodeFields):
                 gap = "Use the code below to get started with the model.\n\n[More Information Needed]"  # of PEFT's card
                 found = gap in text
                 text = text.replace(gap, _LOADING, 1) if found else f"{text.rstrip()}\n\n{_LOADING}\n"
-                aside = card.with_suffix(".md.new")
-                aside.write_text(text, encoding="utf-8")
-                aside.replace(card)
+                write_text(card, text)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rode.vlm.images import open_image
 from rode.vlm.load import get_llava
+from rode_food.atomic import written_aside
 from rode_food.images import open_picture
 
 logger = logging.getLogger(__name__)
@@ -135,10 +135,8 @@ class FeatureSource:
                     self._states[key] = self._compute(path)
                     computed += 1
             elif not (file := self.directory / f"{key}.safetensors").exists():
-                self.directory.mkdir(parents=True, exist_ok=True)
-                aside = file.with_suffix(f".{os.getpid()}.tmp")
-                save_file({"states": self._compute(path).contiguous()}, aside)
-                os.replace(aside, file)
+                with written_aside(file) as aside:
+                    save_file({"states": self._compute(path).contiguous()}, aside)
                 computed += 1
         return computed
 

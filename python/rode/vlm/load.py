@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rode.vlm.pretrained import from_pretrained
+from rode_food.atomic import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,9 @@ def match_projector_input(model: Any) -> None:
 def save_projector(model: Any, directory: str | Path) -> Path:
     """Write `projector.safetensors` (aside, then renamed); its path."""
     file = Path(directory) / PROJECTOR_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in get_projector(model).state_dict().items()},
-        aside,
-    )
-    os.replace(aside, file)
+    state = get_projector(model).state_dict()
+    with written_aside(file) as aside:
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, aside)
     return file
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from rode_food.atomic import write_text
+from rode_food.atomic import write_json, write_text
 
 NUTRITION = """\
 Compare labelled nutrition with USDA's tables, by food group (docs/golden.md).
@@ -92,7 +91,7 @@ def audit_nutrition(args: argparse.Namespace) -> int:
         records = tqdm(records, unit=" records")
     result = audit.add_all(records).result()
     if args.json:
-        write_text(args.json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        write_json(args.json, result)
     if args.html:
         write_text(args.html, audit_html(result, f"{args.records}: labels and USDA's tables"))
     print(audit_text(result))
@@ -105,7 +104,7 @@ def audit_matching(args: argparse.Namespace) -> int:
 
     result = measure(read_labels(args.recipes, args.labels), Estimator(load_foods(args.usda)))
     if args.json:
-        write_text(args.json, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+        write_json(args.json, result)
     print(report(result))
     return 0
 

@@ -145,10 +145,11 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    from rode_food.inspect import inspect, write_json
+    from rode_food.atomic import write_json
+    from rode_food.inspect import inspect
 
     found = inspect(args.source, args.kind, samples=args.samples, images=args.images, **_reader_options(args))
     print(found)
     if args.json:
-        write_json(args.json, found)
+        write_json(args.json, found.to_json())
     return int(args.strict and not found.sound)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from rode_food.atomic import replacing, write_text
+from rode_food.atomic import replacing, write_json, write_text
 from rode_food.images import ImageError, check_image, open_picture
 from rode_food.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
 from rode_food.shards.address import ShardError
@@ -302,7 +302,7 @@ def _write_index(folder: Path, entries: list[dict[str, Any]], made_of: str, form
         "left_out": sorted(pair for entry in entries for pair in entry["left_out"]),
         "shards": shards,
     }
-    write_text(folder / INDEX, json.dumps(facts, ensure_ascii=False, indent=1) + "\n")
+    write_json(folder / INDEX, facts)
     shutil.rmtree(folder / BUILDING)
     return _summary(facts)
 

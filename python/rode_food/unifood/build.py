@@ -19,10 +19,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rode_food.atomic import write_json
 from rode_food.records import read_records, write_records
 from rode_food.settings import SettingsError, build, override, read_mapping
 from rode_food.unifood.settings import UnifoodSettings
-from rode_food.unifood.stage import Engine, Stage, write_json
+from rode_food.unifood.stage import Engine, Stage
 
 _SETTINGS = {
     "select": ("sources", "name", "select", "categorise"),

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rode_food.unifood.stage import write_json
+from rode_food.atomic import write_json
 
 # what follows says how the dish is served or made, not what it is
 _END = re.compile(

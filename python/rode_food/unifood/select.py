@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from rode_food.atomic import replacing
+from rode_food.atomic import replacing, write_json
 from rode_food.images import ImageError
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
@@ -27,7 +27,7 @@ from rode_food.source import hash_split
 from rode_food.tasks import stable_hash
 from rode_food.unifood.categories import Categories
 from rode_food.unifood.near import near_any
-from rode_food.unifood.stage import Stage, write_json
+from rode_food.unifood.stage import Stage
 
 _FILES = ("candidates.jsonl", "candidates.npz", "categories.json", "candidates.json")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -119,10 +117,3 @@ class Stage:
 
     def _parts(self, name: str) -> Path:
         return self.folder / f"{name}.{self.key[:16]}.parts"
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Aside, then renamed; keys in their order."""
-    with replacing(path) as out:
-        json.dump(value, out, ensure_ascii=False, indent=1)
-        out.write("\n")

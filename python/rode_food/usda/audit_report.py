@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rode_food.html import page, table
+from rode_food.text_table import text_table
 from rode_food.usda.tables import NUTRIENTS
 
 _HEAD = ("food group", "n", "mass %", "energy %", *(f"{n} {k}" for n in NUTRIENTS for k in ("pMAE", "bias")))
@@ -68,24 +68,12 @@ def _facts(result: dict[str, Any]) -> list[str]:
     return facts
 
 
-def _text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
 def audit_text(result: dict[str, Any]) -> str:
     """What a terminal shows."""
     parts = ["\n".join(_facts(result))]
     if result["groups"]:
-        parts += ["label against USDA, in %:\n" + _text_table(_HEAD, _group_rows(result))]
-        parts += ["names whose labels differ most:\n" + _text_table(_WORST_HEAD, _worst_rows(result))]
+        parts += ["label against USDA, in %:\n" + text_table([_HEAD, *_group_rows(result)])]
+        parts += ["names whose labels differ most:\n" + text_table([_WORST_HEAD, *_worst_rows(result)])]
     for key, title in (
         ("untold", "names without a food chosen by hand"),
         ("no_grams", "lines without grams"),

@@ -1,13 +1,17 @@
 """The whole demo on a tiny checkpoint and tiny records, its table and its page; and once, slowly, as `make demo` runs it."""
 
+import base64
 import dataclasses
+import io
 import json
+import re
 
 import pytest
+from PIL import Image
 
 from rode.demo import plates, run
 from rode.demo.parts import MissingPackage, check_packages
-from rode.demo.report import format_table, heat_map, line_chart
+from rode.demo.report import format_table, heat_map, line_chart, write_report
 from rode_food import make_examples
 
 TINY = run.Sizes(
@@ -47,13 +51,57 @@ def test_table():
 
 
 def test_charts_draw_their_numbers():
-    chart = line_chart({"lora": [(0, 2.0), (10, 1.0)]}, "step", "loss")
-    assert 'points="46.0,24.0 448.0,124.0"' in chart  # the axes' upper left; the right end, half way up
-    cells = heat_map([0, 1], [[0.0, 0.5], [1.0, None]], (2, 8), "gates")
-    assert "block 1, rank 2: 1.000" in cells
-    assert "block 1, rank 8: not seen" in cells
-    assert cells.count("rgb(255, 255, 255)") == 2  # closed, and not seen
-    assert cells.count("rgb(37, 99, 235)") == 1
+    pytest.importorskip("matplotlib")
+    (axes,) = line_chart({"lora": [(0, 2.0), (10, 1.0)], "rode": [(10, 0.5)]}).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0, 2], [10, 1]], [[10, 0.5]]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["LoRA r=8 (FoodLMM)", "RoDE"]
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+
+    axes, bar = heat_map([0, 1], [[0.0, 0.5], [0.25, None]], (2, 8), "gates").axes
+    (drawn,) = axes.images
+    values = drawn.get_array()
+    assert values[0].tolist() == [0.0, 0.25]  # the first expert, by block
+    assert values[1].tolist() == [0.5, None]  # not seen, and so not drawn
+    assert drawn.get_clim() == (0, 0.5)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["r 2", "r 8"]
+    assert bar.get_ylabel() == "mean gate"
+
+
+def test_the_page_holds_what_was_found(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "dish.png"
+    Image.new("RGB", (400, 200), "red").save(picture)
+    found = outcome()
+    row = {"id": "1", "task": "category", "image": str(picture), "question": "What <dish>?", "truth": "soup"}
+    found.predictions = {name: [{**row, "answer": f"{name}\n" + "x" * 300}] for name in found.scores}
+    found.histories = {
+        "lora": [{"step": 1, "loss": 2.0}, {"step": 1}],
+        "rode": [{"step": 1, "loss": 1.0}],
+        "projector": [{"step": 1}],  # no loss was logged
+    }
+    found.gates = {kind: ([0, 1], [[0.0, 0.5, 0.1, 0.2]] * 2) for kind in ("image", "text")}
+    found.facts = ["a < b"]
+    found.seconds = {"model": 90.0}
+    steps = [("rode demo --scale 4", "train on")]
+    page = write_report(tmp_path / "report.html", found, steps, drawn=True, small=True).read_text()
+    assert "<td>ingredient IoU, %</td><td>0.0</td><td>61.2</td><td><b>70.0</b></td><td>-</td>" in page
+    assert "<td>pMAE, mean of the five, %</td><td>100.0</td><td>30.0</td><td><b>25.0</b></td>" in page
+    assert "What &lt;dish&gt;?" in page
+    assert "<li>a &lt; b</li>" in page
+    assert f"rode\n{'x' * 232}...</td>" in page  # 240 characters
+    assert "<code>rode demo --scale 4</code> train on" in page
+    assert "CC BY-SA 4.0" in page
+    assert "1.5 minutes" in page
+    # one chart of the adapters, a map for each kind of token; and nothing is fetched from elsewhere
+    assert page.count("data:image/svg+xml;base64,") == 3
+    assert not re.findall(r'src="(?!data:)', page)
+    (png,) = re.findall(r"data:image/png;base64,([^\"]+)", page)
+    with Image.open(io.BytesIO(base64.b64decode(png))) as shown:
+        assert shown.size == (168, 84)
+    again = write_report(tmp_path / "again.html", found, steps, drawn=True, small=True).read_text()
+    assert again == page
+    given = write_report(tmp_path / "given.html", found, steps, drawn=False, small=False).read_text()
+    assert "Licences" not in given
 
 
 def test_mean_baseline():
@@ -93,6 +141,7 @@ def test_on_given_records_and_checkpoint(tiny, food, llava_dir, tmp_path, capsys
         page = (out / "report.html").read_text()
         assert "What ingredients are in this dish?" in page
         assert page.count("data:image/png;base64,") == 4
+        assert page.count("data:image/svg+xml;base64,") == 3
         assert "OpenMoji" not in page  # nothing drawn, no licence to name
         tables.append((results["scores"], results["always_the_mean"]))
     assert tables[0] == tables[1]
@@ -130,4 +179,4 @@ def test_small_scale_twice(tiny, monkeypatch, tmp_path):
     assert tables[0] == tables[1]
     page = (tmp_path / "a" / "report.html").read_text()
     assert "CC BY-SA 4.0" in page
-    assert "<svg" in page
+    assert page.count("data:image/svg+xml;base64,") == 5

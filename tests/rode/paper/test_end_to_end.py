@@ -71,4 +71,4 @@ def test_a_table_from_a_tiny_model(capsys, monkeypatch, tmp_path, llava_dir, foo
     softmax = found["softmax-8888"]["gates"]["all"]["mean_gate"]
     assert [sum(row) for row in softmax] == pytest.approx([1.0, 1.0], abs=1e-4)
     assert "7,680" in capsys.readouterr().out
-    assert (tmp_path / "results" / "tiny" / "fig6.svg").is_file()
+    assert (tmp_path / "results" / "tiny" / "fig6.png").is_file()

@@ -49,8 +49,7 @@ def test_figure_6(processes, reproduce, drawn, tmp_path):
     assert len(bars) == 1
     folder = tmp_path / "results" / "small"
     assert (folder / "fig6.png").read_bytes().startswith(b"\x89PNG")
-    assert "transformer block" in (folder / "fig6.svg").read_text()
-    assert not list(folder.glob("*.tmp"))
+    assert sorted(path.name for path in folder.iterdir()) == ["fig6.json", "fig6.md", "fig6.png", "relu-8888"]
 
 
 def heights(axes):
@@ -99,8 +98,8 @@ def test_figure_8(processes, reproduce, drawn):
     assert [text.get_text() for text in axes[5].texts] == ["not run"]  # ROUGE-L was not measured
 
 
-def test_one_set_of_numbers_is_one_svg(drawn, tmp_path):
-    first, second = (save(drawn("fig8"), tmp_path / name, "f")[1].read_bytes() for name in "ab")
+def test_one_set_of_numbers_is_one_picture(drawn, tmp_path):
+    first, second = (save(drawn("fig8"), tmp_path / name, "f").read_bytes() for name in "ab")
     assert first == second
 
 

@@ -92,5 +92,5 @@ def test_runs_that_do_not_compare_are_named(capsys, processes, reproduce, tmp_pa
     assert reproduce("table4", "--only", "lora-8", "--seeds", "1", "adapter.alpha=4") == 0
     out = capsys.readouterr().out.rpartition("Table 4")[2]  # what was run before is shown too
     assert "- lora-32 seed 0 was not run as lora-8 seed 0 was: training.max_steps: 9 (was 6)" in out
-    assert "- lora-8 seed 1 was not run as lora-8 seed 0 was: adapter.alpha: 4 (was 16)" in out
+    assert "- lora-8 seed 1 was not run as lora-8 seed 0 was: adapter.alpha: 4.0 (was 16.0)" in out
     assert out.count("was not run as") == 2  # ranks and seeds may differ

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from made_up_dishes import dishes
-from rode.paper.results import _losses, differences, file_hash
+from rode.paper.results import _losses, adapter_differences, differences, file_hash, read_result
 from rode.paper.runs import call
-from rode.training.config import load_recipe
+from rode.training.config import load_recipe, recipe_values
 from rode_food import read_records
 from rode_food.shards.address import ShardError
 from rode_food.shards.write import write_shards
+
+RECIPES = Path(__file__).parents[3] / "configs" / "paper"
 
 
 def result(tmp_path, variant, seed=0):
@@ -128,13 +131,20 @@ def test_another_recipe_is_refused(capsys, processes, reproduce, tmp_path):
     argv = ["table4", "--only", "lora-8"]
     assert reproduce(*argv) == 0
     fails(capsys, reproduce(*argv, "training.max_steps=7"), "training.max_steps: 7 (was 6)")
-    fails(capsys, reproduce(*argv, "adapter.alpha=32"), "adapter.alpha: 32 (was 16); give its settings again")
+    fails(
+        capsys,
+        reproduce(*argv, "adapter.alpha=32"),
+        "adapter.alpha: 32.0 (was 16.0); give its settings again",
+    )
     # before the evaluation there is no result yet, and the folder says it
     (tmp_path / "results" / "small" / "lora-8" / "seed-0.json").unlink()
     fails(
         capsys, reproduce(*argv, "training.max_steps=7"), "training.max_steps: 7 (was 6); give its settings"
     )
     assert reproduce(*argv) == 0
+    # a default that is written out changes nothing, neither for a result nor for a folder
+    assert reproduce(*argv, "adapter.alpha=16") == 0
+    assert processes.steps()[2:] == [("evaluate", "lora-8-seed0", False)]
 
     records = tmp_path / "records.jsonl"
     moved = tmp_path / "moved.jsonl"
@@ -191,7 +201,9 @@ def test_wrong_arguments(capsys, processes, reproduce, tmp_path):
         "--seeds: expected whole numbers of at least 0, got 'one'",
     )
     fails(
-        capsys, reproduce("table4", "training.seed=3"), "training.seed is set here for each run: see --seeds"
+        capsys,
+        reproduce("table4", "training.seed=3"),
+        "training.seed is set here for each run: see --only, --seeds",
     )
     fails(capsys, reproduce("table4", "--launcher", "no-such-launcher -n 2"), "got 'no-such-launcher'")
     fails(
@@ -263,3 +275,16 @@ def test_an_interrupt_reaches_the_command_and_its_end_is_waited_for(monkeypatch,
         thread.join()
     assert started[0].returncode == 5  # its own handler ran
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_kept_results_are_of_the_variants_as_they_are_today():
+    """Their recipes write out defaults that the files of today leave out."""
+    files = sorted((RECIPES.parents[1] / "results" / "plates").glob("*/seed-*.json"))
+    assert len(files) == 27
+    for file in files:
+        then = read_result(file)["recipe"]
+        now = {**then, "adapter": recipe_values(RECIPES / f"{then['name']}.yaml")["adapter"]}
+        assert now["adapter"] != then["adapter"]
+        assert adapter_differences(now, then) == []
+        now["adapter"] = {**now["adapter"], "dropout": 0.1}
+        assert adapter_differences(now, then) == ["adapter.dropout: 0.1 (was 0.05)"]

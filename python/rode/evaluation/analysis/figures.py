@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rode.evaluation.analysis.text import adapters, best_measure
 from rode_food.html import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#64748b")
 
@@ -14,6 +19,30 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     """(figure, axes[rows][columns])."""
     figure = new_figure(figsize=(width, height))
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def draw_map(
+    axis: Axes,
+    blocks: Sequence[int],
+    rows: Sequence[Sequence[float | None]],
+    ranks: Sequence[int | None],
+    top: float,
+) -> AxesImage:
+    """Draw a map of values from 0 to `top`: a column for each transformer block, a row for each expert.
+
+    Args:
+        axis: to draw on.
+        blocks: numbers of the blocks. rows: for each block, the values by expert; None stays white.
+        ranks: of the experts; None where the layers of a block differ.
+    """
+    grid = [[float("nan") if value is None else value for value in row] for row in rows]
+    columns = [list(column) for column in zip(*grid, strict=True)]  # experts over blocks
+    image = axis.imshow(columns, vmin=0, vmax=top, cmap="Blues", aspect="auto")
+    labels = [f"r {rank}" if rank else f"#{expert}" for expert, rank in enumerate(ranks)]
+    axis.set_yticks(range(len(ranks)), labels, fontsize=7)
+    step = max(1, len(blocks) // 8)
+    axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=7)
+    return image
 
 
 def heat_maps(analysis: dict[str, Any], value: str) -> list[tuple[str, Any]]:
@@ -28,15 +57,8 @@ def heat_maps(analysis: dict[str, Any], value: str) -> list[tuple[str, Any]]:
         figure, axes = _figure(len(tasks), len(kinds), 3.6 * len(kinds), height)
         for line, task in zip(axes, tasks, strict=True):
             for axis, kind in zip(line, kinds, strict=True):
-                grid = [[float("nan") if v is None else v for v in row] for row in one[value][task][kind]]
-                columns = [list(column) for column in zip(*grid, strict=True)]  # experts over blocks
-                image = axis.imshow(columns, vmin=0, vmax=top, cmap="Blues", aspect="auto")
+                image = draw_map(axis, blocks, one[value][task][kind], ranks, top)
                 axis.set_title(f"{task}: {kind}", fontsize=9)
-                axis.set_yticks(
-                    range(len(ranks)), [f"r {r}" if r else f"#{e}" for e, r in enumerate(ranks)], fontsize=7
-                )
-                step = max(1, len(blocks) // 8)
-                axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=7)
         for axis in axes[-1]:
             axis.set_xlabel("block", fontsize=8)
         figure.colorbar(image, ax=axes, label=value.replace("_", " "), shrink=0.8)

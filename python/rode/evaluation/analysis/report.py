@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from rode.evaluation.analysis import figures, text
-from rode_food.atomic import write_text
-from rode_food.html import page, picture, svg, table
+from rode_food.atomic import write_json, write_text
+from rode_food.html import bullets, drawing, page, table
 
 SHOWN = 40
 """Experts named in one list; analysis.json has them all."""
@@ -34,7 +33,7 @@ def write_report(directory: str | os.PathLike[str], analysis: dict[str, Any]) ->
     """Write analysis.json and report.html; the page's path."""
     directory = Path(directory)
     report = _page(analysis)
-    write_text(directory / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+    write_json(directory / "analysis.json", analysis, allow_nan=False)
     write_text(directory / "report.html", report)
     return directory / "report.html"
 
@@ -48,7 +47,7 @@ def _page(analysis: dict[str, Any]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="small">{html.escape(analysis["gate"])} gates; {len(analysis["units"])} experts in all layers; examples of '
         f"split {analysis['split']}: {examples}; run over prompts and {answers}.</p>",
-        f"<h2>Open rate</h2>{table(text.open_rows(analysis))}{_image(figures.open_rates(analysis), 'Open rate by task')}",
+        f"<h2>Open rate</h2>{table(text.open_rows(analysis))}{drawing(figures.open_rates(analysis), 'Open rate by task')}",
         *_maps(analysis, "open_rate", "Open rate by block and expert"),
         *_maps(analysis, "mean_gate", "Mean gate by block and expert, closed ones counted as 0"),
         *(
@@ -61,30 +60,26 @@ def _page(analysis: dict[str, Any]) -> str:
     if analysis["sharing"]:
         sections.append(f'<h2>Which experts tasks share</h2><p class="small">{SHARING}</p>')
         caption = f"By {measure.replace('_', ' ')}; on the diagonal, halves of one task"
-        sections.append(_image(figures.sharing(analysis), caption))
+        sections.append(drawing(figures.sharing(analysis), caption))
         sections += [_shared(analysis, kind, measure) for kind in analysis["kinds"]]
     sections += [
         f'<h2>Sparsity</h2><p class="small">{SPARSITY}</p>{table(text.sparsity_rows(analysis))}',
-        _image(figures.sparsity(analysis), "Exact zeros and effective number of experts"),
+        drawing(figures.sparsity(analysis), "Exact zeros and effective number of experts"),
         f"<h2>Loss per answer token</h2>{table(text.loss_rows(analysis))}",
     ]
     return page(title, sections)
 
 
 def _maps(analysis: dict[str, Any], value: str, caption: str) -> list[str]:
-    return [_image(figure, f"{caption}: {stack}") for stack, figure in figures.heat_maps(analysis, value)]
-
-
-def _image(figure: Any, caption: str) -> str:
-    return picture(svg(figure).encode(), "image/svg+xml", caption)
+    return [drawing(figure, f"{caption}: {stack}") for stack, figure in figures.heat_maps(analysis, value)]
 
 
 def _details(summary: str, items: list[str]) -> str:
     if not items:
         return f"<p>{html.escape(summary)}</p>"
     more = [f"and {len(items) - SHOWN} more, see analysis.json"] if len(items) > SHOWN else []
-    listed = "".join(f"<li>{html.escape(item)}</li>" for item in [*items[:SHOWN], *more])
-    return f"<details><summary>{html.escape(summary)}</summary><ul>{listed}</ul></details>"
+    listed = bullets(html.escape(item) for item in [*items[:SHOWN], *more])
+    return f"<details><summary>{html.escape(summary)}</summary>{listed}</details>"
 
 
 def _units(analysis: dict[str, Any]) -> str:

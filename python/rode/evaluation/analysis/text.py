@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from rode_food.text_table import text_table
 
 Rows = list[list[str]]  # the first one holds titles
 
@@ -116,23 +117,13 @@ def of_ranks(analysis: dict[str, Any], key: str) -> str:
     return f" (by rank {', '.join(parts)})"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned for the terminal, the first to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
 def format_analysis(analysis: dict[str, Any]) -> str:
     """What the terminal shows: answers' tokens only, where it comes to sharing."""
     examples = ", ".join(f"{task} {count}" for task, count in analysis["examples"].items())
     experts = len(analysis["units"])
     parts = [
         f"{analysis['adapter']}: {analysis['gate']} gates, {experts} experts; held-out examples: {examples}",
-        table(open_rows(analysis)),
+        text_table(open_rows(analysis)),
     ]
     said = []
     for what, units in counts(analysis):
@@ -144,7 +135,7 @@ def format_analysis(analysis: dict[str, Any]) -> str:
     rows = sharing_rows(analysis, "answer", measure)
     if len(rows) > 1:
         parts.append(
-            f"similarity of use on answer tokens ({measure.replace('_', ' ')}; 1 is the same)\n{table(rows)}"
+            f"similarity of use on answer tokens ({measure.replace('_', ' ')}; 1 is the same)\n{text_table(rows)}"
         )
-    parts += [table(sparsity_rows(analysis)), table(loss_rows(analysis))]
+    parts += [text_table(sparsity_rows(analysis)), text_table(loss_rows(analysis))]
     return "\n\n".join(parts)
