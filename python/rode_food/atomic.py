@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, overload
 
 
+@overload
+def replacing(path: str | os.PathLike[str], mode: Literal["w"] = "w") -> AbstractContextManager[IO[str]]: ...
+@overload
+def replacing(path: str | os.PathLike[str], mode: Literal["wb"]) -> AbstractContextManager[IO[bytes]]: ...
 @contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[Any]:
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """A file that takes the name `path` once the block has ended well; until then an older one stays as it was.
 
     Args:
@@ -26,8 +30,8 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[Any]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
-        with aside.open(mode, **text) as file:
+        encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+        with aside.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(

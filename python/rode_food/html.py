@@ -6,10 +6,11 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1e293b;max-width:66rem;margin:2rem auto;padding:0 1rem}
@@ -19,7 +20,7 @@ table{border-collapse:collapse;font-size:.92rem;margin-bottom:1rem}
 th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #e2e8f0;font-variant-numeric:tabular-nums}
 th:first-child,td:first-child{text-align:left}details{font-size:.9rem}
 """
-SVG = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
+SVG: dict[RcKeyType, str] = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
 """matplotlib's settings with which the same figure gives the same SVG."""
 
 
@@ -31,7 +32,7 @@ def require_matplotlib() -> None:
         raise ImportError("figures need matplotlib: pip install 'rode[plots]'") from error
 
 
-def new_figure(**options: Any) -> Figure:
+def new_figure(*, figsize: tuple[float, float] | None = None) -> Figure:
     """An empty figure; without pyplot, so that no window system or global state is involved.
 
     Raises:
@@ -40,7 +41,7 @@ def new_figure(**options: Any) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(layout="constrained", **options)
+    return Figure(layout="constrained", figsize=figsize)
 
 
 def svg(figure: Figure) -> str:
