@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from rode.tuner.context import routing_of
@@ -25,20 +25,37 @@ class HoldSparsity(TrainerCallback, ExportableState):
     def __init__(self, factor: float = 1.2, multiplier: float = 1.0) -> None:
         if not factor > 1:
             raise ValueError(f"factor: expected a number above 1, got {factor!r}")
-        self.factor, self.multiplier, self.sparsity = factor, multiplier, None
+        self.factor, self.multiplier = factor, multiplier
+        self.sparsity: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks: Any = state.stateful_callbacks or {}  # a dict by now, whatever its annotation says
+        saved = callbacks.get(type(self).__name__)
         if state.global_step > 0 and isinstance(saved, dict):
             self.multiplier = saved["args"]["multiplier"]
         routing = routing_of(model)
         if routing is not None:
             routing.l1_factor, routing.closed, routing.gates_seen = self.multiplier, None, None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         routing = routing_of(model)
-        if routing is None or routing.closed is None:
+        if routing is None or routing.closed is None or routing.gates_seen is None:
             return
+        assert routing.target_sparsity is not None, "gates are counted for adapters that have one"
         counts = torch.stack((routing.closed, routing.gates_seen))
         if args.world_size > 1:
             torch.distributed.all_reduce(counts)
