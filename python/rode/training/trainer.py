@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
+from rode.training.config import Recipe
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
 from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
@@ -108,6 +109,8 @@ class AnswerTrainer(Trainer):
         statistics: gates counted between two log lines and logged with them.
     """
 
+    model: PreTrainedModel  # never None here; or a PeftModel, which passes on what it lacks
+
     def __init__(
         self,
         *args: Any,
@@ -182,6 +185,7 @@ class AnswerTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model, directory = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+        assert directory is not None, "TrainingArguments give it a default"
         mixtures = moe_layers(model)
         if not self.projector_only and not mixtures:
             super()._save(output_dir, state_dict)
@@ -236,7 +240,7 @@ class StopOnInterrupt(TrainerCallback):
             self.asked = control.should_save = control.should_training_stop = True
 
 
-def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
+def training_arguments(recipe: Recipe, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a recipe."""
     t = recipe.training
     schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]

@@ -6,11 +6,14 @@ import html
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode.evaluation.analysis import figures, text
 from rode_food.atomic import write_text
 from rode_food.html import page, picture, svg, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 40
 """Experts named in one list; analysis.json has them all."""
@@ -75,7 +78,7 @@ def _maps(analysis: dict[str, Any], value: str, caption: str) -> list[str]:
     return [_image(figure, f"{caption}: {stack}") for stack, figure in figures.heat_maps(analysis, value)]
 
 
-def _image(figure: Any, caption: str) -> str:
+def _image(figure: Figure, caption: str) -> str:
     return picture(svg(figure).encode(), "image/svg+xml", caption)
 
 
