@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DESCRIPTION = """\
 Train what a recipe says: an adapter, or (stage: projector) LLaVA's projector.
@@ -21,7 +26,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub = commands.add_parser(
         "train", help="train an adapter or a projector from a recipe", description=DESCRIPTION, **options
     )
