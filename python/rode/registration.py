@@ -39,7 +39,7 @@ class _AfterPeft(MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # type: ignore[method-assign]
+            del loader.exec_module
             try:
                 execute(module)
             except BaseException:

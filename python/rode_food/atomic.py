@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, overload
 
 
 @contextmanager
@@ -52,8 +52,12 @@ def _sync(path: Path) -> None:
             os.fsync(opened.fileno())
 
 
+@overload
+def replacing(path: str | os.PathLike[str], mode: Literal["w"] = "w") -> AbstractContextManager[IO[str]]: ...
+@overload
+def replacing(path: str | os.PathLike[str], mode: Literal["wb"]) -> AbstractContextManager[IO[bytes]]: ...
 @contextmanager
-def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[Any]:
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """A file that takes the name `path` once the block has ended well; until then an older one stays as it was.
 
     Args:
@@ -65,8 +69,8 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[Any]:
     """
     if mode not in ("w", "wb"):
         raise ValueError(f"mode: expected w or wb, got {mode!r}")
-    text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
-    with written_aside(path) as aside, aside.open(mode, **text) as file:
+    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
+    with written_aside(path) as aside, aside.open(mode, encoding=encoding, newline=newline) as file:
         yield file
 
 

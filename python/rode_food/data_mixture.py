@@ -10,28 +10,44 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Generic, Protocol, TypeVar, overload, runtime_checkable
 
 from rode_food.records import SPLITS, FoodRecord, RecordError, read_records
 from rode_food.source import Source, hash_split, within_fraction
 from rode_food.tasks import Example, make_examples, stable_hash
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
-class Joined(Sequence[Any]):
+
+@runtime_checkable
+class Shuffling(Protocol):
+    """A sequence that likes to be read in an order of its own: a folder of shards."""
+
+    def shuffled(self, generator: random.Random) -> list[int]:
+        """Indices of one pass over all items."""
+        ...
+
+
+class Joined(Sequence[T_co]):
     """Sequences one after the other, without copying them: some make their items only when asked.
 
     Attributes:
         parts: the sequences.
     """
 
-    def __init__(self, parts: Iterable[Sequence[Any]]) -> None:
+    def __init__(self, parts: Iterable[Sequence[T_co]]) -> None:
         self.parts = list(parts)
         self._ends = list(accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> T_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T_co]: ...
+    def __getitem__(self, index: int | slice) -> T_co | list[T_co]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
@@ -42,7 +58,7 @@ class Joined(Sequence[Any]):
 
 
 @dataclass(frozen=True)
-class DataMixture:
+class DataMixture(Generic[T_co]):
     """The examples of all sources and the plan by which an epoch draws from them.
 
     Attributes:
@@ -52,12 +68,12 @@ class DataMixture:
         seed: of the plan.
     """
 
-    examples: Sequence[Example]
+    examples: Sequence[T_co]
     counts: list[int]
     weights: list[float]
     seed: int = 0
 
-    def parts(self) -> list[Sequence[Example]]:
+    def parts(self) -> list[Sequence[T_co]]:
         """The examples of each source."""
         if isinstance(self.examples, Joined):
             return self.examples.parts
@@ -66,10 +82,9 @@ class DataMixture:
             for end, count in zip(accumulate(self.counts), self.counts, strict=True)
         ]
 
-    def with_parts(self, parts: Sequence[Sequence[Any]]) -> DataMixture:
+    def with_parts(self, parts: Sequence[Sequence[T]]) -> DataMixture[T]:
         """The same plan for other examples, again one sequence for each source."""
-        joined = _join(parts)
-        return dataclasses.replace(self, examples=joined, counts=list(map(len, parts)))
+        return DataMixture(_join(parts), list(map(len, parts)), self.weights, self.seed)
 
     def __len__(self) -> int:
         """Examples in one epoch."""
@@ -86,7 +101,9 @@ class DataMixture:
         (`rode_food.shards.order`); where a source has some, sources take turns at random and each keeps its own order.
         """
         drawn: list[list[int]] = []
-        parts = self.examples.parts if isinstance(self.examples, Joined) else [None] * len(self.counts)
+        parts: Sequence[Sequence[T_co] | None] = [None] * len(self.counts)
+        if isinstance(self.examples, Joined):
+            parts = self.examples.parts
         first = 0
         for number, (part, count, draw) in enumerate(zip(parts, self.counts, self._draws(), strict=True)):
             indices: list[int] = []
@@ -111,16 +128,16 @@ class DataMixture:
         return indices
 
 
-def _pass(part: Any, count: int, generator: random.Random) -> list[int]:
+def _pass(part: object, count: int, generator: random.Random) -> list[int]:
     """All examples of a source once: in the order in which its shards like to be read, else in any."""
-    if hasattr(part, "shuffled"):
+    if isinstance(part, Shuffling):
         return part.shuffled(generator)
     order = list(range(count))
     generator.shuffle(order)
     return order
 
 
-def _join(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
+def _join(parts: Sequence[Sequence[T]]) -> Sequence[T]:
     if all(isinstance(part, list) for part in parts):
         return [example for part in parts for example in part]
     return Joined(parts)
@@ -128,7 +145,7 @@ def _join(parts: Sequence[Sequence[Any]]) -> Sequence[Any]:
 
 def load_examples(
     sources: Iterable[Source], split: str, *, wording: str = "first", seed: int = 0
-) -> DataMixture:
+) -> DataMixture[Example]:
     """Reads the records of one split and asks each its questions; those in shards are read when their example is taken.
 
     Args:

@@ -6,10 +6,11 @@ import base64
 import html
 import io
 from collections.abc import Container, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1e293b;max-width:66rem;margin:2rem auto;padding:0 1rem}
@@ -23,7 +24,7 @@ table.sentences td,table.sentences th{text-align:left;vertical-align:top;white-s
 .row.beside{grid-template-columns:10.5rem 1fr}
 code{background:#f1f5f9;padding:.1rem .35rem;border-radius:4px;font-size:.9em}
 """
-SVG = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
+SVG: dict[RcKeyType, str] = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
 """matplotlib's settings with which the same figure gives the same SVG."""
 
 
@@ -35,7 +36,7 @@ def require_matplotlib() -> None:
         raise ImportError("figures need matplotlib: pip install 'rode[plots]'") from error
 
 
-def new_figure(**options: Any) -> Figure:
+def new_figure(*, figsize: tuple[float, float] | None = None) -> Figure:
     """An empty figure; without pyplot, so that no window system or global state is involved.
 
     Raises:
@@ -44,7 +45,7 @@ def new_figure(**options: Any) -> Figure:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(layout="constrained", **options)
+    return Figure(layout="constrained", figsize=figsize)
 
 
 def svg(figure: Figure) -> str:

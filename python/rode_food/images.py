@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from rode_food.records import FoodRecord
 from rode_food.shards.address import parse_address, read_part
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MAX_PIXELS = 64_000_000
 """Pixels that a picture may have; more is taken for a decompression bomb: kilobytes on disk, gigabytes in memory."""
@@ -18,7 +21,7 @@ class ImageError(ValueError):
     """A picture that is missing or cannot be decoded. One line that names the file, and the record where there is one."""
 
 
-def check_pixels(image: Any) -> None:
+def check_pixels(image: PIL.Image.Image) -> None:
     """Call it on what `PIL.Image.open` gives, which has read the header alone. Raises ImageError above `MAX_PIXELS`."""
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -35,7 +38,7 @@ def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
     return open(address, "rb") if part is None else io.BytesIO(read_part(*part))
 
 
-def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> Any:
+def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> PIL.Image.Image:
     """The whole picture as a PIL image: a file cut short passes a look at its header.
 
     Its `format` is Pillow's name for it, "JPEG", and does not go by the file's suffix: a GIF named .jpg is a GIF.
@@ -50,6 +53,7 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
     """
     from PIL import Image, UnidentifiedImageError  # slow to import, and only needed here
 
+    image: Image.Image  # Pillow does not say what `with` gives
     try:
         with open_picture(path) as file, Image.open(file) as image:
             check_pixels(image)
@@ -66,7 +70,7 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
         raise ImageError(f"image {path} cannot be decoded: {error}") from None
 
 
-def open_image(path: str | os.PathLike[str]) -> Any:
+def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
     """The picture in RGB, turned upright as its EXIF orientation says: a PIL image.
 
     Args:

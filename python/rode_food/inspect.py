@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rode_food.images import ImageError, decode_picture, wrong_suffix
 from rode_food.readers import guess_kind, read_source
@@ -21,6 +21,8 @@ LISTED = 20
 _TOP = 20  # categories printed
 _FEW = 3  # entries printed for each reason that is no damage
 _LINE = 100  # letters of a sample's value
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -186,7 +188,7 @@ def _count(found: Inspection, record: FoodRecord) -> None:
         found.fields[f"ingredients.{name}"] += any(getattr(i, name) is not None for i in record.ingredients)
 
 
-def _draw(into: list[Any], item: Any, size: int, seen: int, draw: random.Random) -> None:
+def _draw(into: list[T], item: T, size: int, seen: int, draw: random.Random) -> None:
     """Reservoir sampling: each of the `seen` items so far is in with equal probability."""
     if len(into) < size:
         into.append(item)

@@ -94,7 +94,7 @@ class FoodRecord:
     split: str | None = None
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     """A value as an error message shows it: JSON where it can be, and never longer than a line."""
     try:
         text = json.dumps(value, ensure_ascii=False)
@@ -103,7 +103,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _object(value: Any, known: tuple[str, ...], path: str) -> dict[str, Any]:
+def _object(value: object, known: tuple[str, ...], path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecordError(f"{path or 'record'}: expected an object, got {_show(value)}")
     for key in value:
@@ -129,7 +129,7 @@ def _text(obj: dict[str, Any], key: str, path: str, *, required: bool = False) -
     return value
 
 
-def _number(value: Any, path: str) -> float:
+def _number(value: object, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RecordError(f"{path}: expected a number, got {_show(value)}")
     try:
@@ -159,7 +159,7 @@ def _names(cls: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(cls))
 
 
-def _nutrition(value: Any, path: str) -> Nutrition | None:
+def _nutrition(value: object, path: str) -> Nutrition | None:
     if value is None:
         return None
     obj = _object(value, _names(Nutrition), path)
@@ -177,7 +177,7 @@ def _nutrition(value: Any, path: str) -> Nutrition | None:
     return Nutrition(**numbers, micronutrients=quantities)
 
 
-def _ingredient(value: Any, path: str) -> Ingredient:
+def _ingredient(value: object, path: str) -> Ingredient:
     obj = _object(value, _names(Ingredient), path)
     return Ingredient(
         name=_text(obj, "name", path, required=True) or "",
@@ -189,7 +189,7 @@ def _ingredient(value: Any, path: str) -> Ingredient:
     )
 
 
-def record_from_json(value: Any) -> FoodRecord:
+def record_from_json(value: object) -> FoodRecord:
     """Builds a record from a decoded JSON object; `image` is taken as it stands.
 
     Raises:
@@ -258,7 +258,7 @@ def _to_json(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         entries = ((f.name, getattr(value, f.name)) for f in fields(value))
         # not by truth: 0 is known, and an empty Nutrition is not None
-        unknown = (None, (), {})
+        unknown: tuple[object, ...] = (None, (), {})
         return {name: _to_json(entry) for name, entry in entries if entry not in unknown}
     if isinstance(value, Mapping):
         return {key: _to_json(entry) for key, entry in value.items()}
@@ -270,7 +270,8 @@ def _to_json(value: Any) -> Any:
 
 def record_to_json(record: FoodRecord) -> dict[str, Any]:
     """The record as a JSON-able dict, unknown fields left out; `record_from_json` undoes it."""
-    return _to_json(record)
+    obj: dict[str, Any] = _to_json(record)
+    return obj
 
 
 def _reject_constant(name: str) -> float:

@@ -8,9 +8,14 @@ import types
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class SettingsError(ValueError):
@@ -36,11 +41,11 @@ def _describe(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: object, where: str) -> Any:
     """`value`, as YAML gave it, checked against a type hint and made into it."""
     if hint is Any:
         return value
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return build(hint, value, where)
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -61,11 +66,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     if hint in (int, bool, str) and type(value) is hint:
-        return os.path.expanduser(os.path.expandvars(value)) if hint is str else value
+        return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
     raise SettingsError(f"{where}: expected {_describe(hint)}, got {value!r}")
 
 
-def build(cls: type, values: Any, where: str = "") -> Any:
+def build(cls: type[T], values: object, where: str = "") -> T:
     """A dataclass from plain values, every key and type checked against its fields. Raises SettingsError, naming `where`."""
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):

@@ -10,10 +10,13 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode_food.names import ingredient_key
 from rode_food.records import NUTRITION_FIELDS, SPLITS, FoodRecord
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VERSION = 1
 LENGTHS = ("ingredients", "steps", "words", "tokens")
@@ -187,7 +190,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _summary(values: Any) -> dict[str, float]:
+def _summary(values: np.ndarray) -> dict[str, float]:
     import numpy as np
 
     quartiles = np.quantile(values.astype(np.float64), (0, 0.25, 0.5, 0.75, 1))

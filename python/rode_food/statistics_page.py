@@ -15,6 +15,7 @@ from rode_food.statistics import CHARACTERS_PER_TOKEN, LENGTHS, SHOWN_SHARE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import StepPatch
 
 Statistics = Mapping[str, Any]
 COLOURS = {"train": "#2563eb", "val": "#d97706", "test": "#059669", "no split": "#64748b"}
@@ -282,7 +283,7 @@ def _distributions(distributions: Mapping[str, Any], columns: int) -> Figure:
     lines = -(-len(distributions) // columns)
     figure = new_figure(figsize=(4.2 * columns, 0.4 + 2.9 * lines))
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, StepPatch] = {}
     for axes, (key, distribution) in zip(panels, distributions.items(), strict=False):
         histogram, summary = distribution["histogram"], distribution["summary"]
         splits = list(histogram["counts"])

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, overload
 
 from rode_food.nutrition_text import format_nutrition, parse_nutrition
 from rode_food.records import NUTRITION_FIELDS, FoodRecord
@@ -52,6 +52,12 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 """Wordings of each task's question; the first one is used for evaluation."""
 
 
+Reference = list[str] | dict[str, float] | str
+"""The truth of an answer: ingredients or steps; the five numbers of a dish; a category."""
+Answer = list[str] | dict[str, float | None] | str
+"""What an answer says, of the same kinds; a number that it does not give is None."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One question about one picture.
@@ -73,7 +79,7 @@ class Example:
     task: str
     question: str
     answer: str
-    reference: Any
+    reference: Reference
     source: str
     split: str | None
 
@@ -135,7 +141,7 @@ def make_examples(
     return examples
 
 
-def _truth(task: str, record: FoodRecord) -> tuple[str, Any] | None:
+def _truth(task: str, record: FoodRecord) -> tuple[str, Reference] | None:
     """(answer, reference) of a task, or None where the record lacks it."""
     _check_task(task)
     if task == "ingredients":
@@ -169,7 +175,15 @@ def ingredient_names(record: FoodRecord) -> list[str]:
     return list(names.values())
 
 
-def parse_answer(task: str, text: str) -> Any | None:
+@overload
+def parse_answer(task: Literal["ingredients", "recipe"], text: str) -> list[str] | None: ...
+@overload
+def parse_answer(task: Literal["nutrition"], text: str) -> dict[str, float | None] | None: ...
+@overload
+def parse_answer(task: Literal["category"], text: str) -> str | None: ...
+@overload
+def parse_answer(task: str, text: str) -> Answer | None: ...
+def parse_answer(task: str, text: str) -> Answer | None:
     """Reads a model's answer; None if nothing of use is in it.
 
     Returns:
@@ -177,8 +191,11 @@ def parse_answer(task: str, text: str) -> Any | None:
         g and kcal, None for a field that was not found. category: str, lower case.
     """
     _check_task(task)
-    parsers = {"ingredients": _parse_ingredients, "recipe": _parse_recipe, "category": _parse_category}
-    return parse_nutrition(text) if task == "nutrition" else parsers[task](text) or None
+    if task == "nutrition":
+        return parse_nutrition(text)
+    if task == "category":
+        return _parse_category(text)
+    return (_parse_ingredients(text) if task == "ingredients" else _parse_recipe(text)) or None
 
 
 _LEAD_IN = re.compile(

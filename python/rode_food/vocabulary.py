@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rode_food.atomic import replacing
 from rode_food.names import ingredient_key
@@ -287,7 +286,7 @@ class Vocabulary:
             ) from None
 
 
-def _from_json(value: Any) -> Vocabulary:
+def _from_json(value: object) -> Vocabulary:
     if not isinstance(value, dict) or "version" not in value:
         raise VocabularyError("not a vocabulary of `rode data vocabulary`: no version in it")
     if value["version"] != VERSION:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -21,6 +21,11 @@ from torch import nn
 
 from rode.tuner import RodeConfig, RodeLayer
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, answer_loss
+from rode.vlm.collator import PictureSource
+from rode_food import Example
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 BOUND, PENALTY, BUDGET, EXAMPLES = 1.5, 0.05, 40, 5  # LoRAHub's
 
@@ -76,7 +81,7 @@ def find_coefficients(
         raise ValueError(f"n and budget: expected at least 1, got {n} and {budget}")
     evaluations: list[Evaluation] = []
 
-    def objective(values: Any) -> float:
+    def objective(values: Iterable[float]) -> float:
         weights = tuple(float(value) for value in values)
         got = float(loss(weights))
         total = got + penalty * sum(map(abs, weights)) / n
@@ -209,12 +214,12 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 
 def few_shot_loss(
     model: Any,
-    processor: Any,
-    examples: Sequence[Any],
+    processor: LlavaProcessor,
+    examples: Sequence[Example],
     *,
     prompt: str = "auto",
     batch_size: int = 8,
-    source: Any = None,
+    source: PictureSource | None = None,
 ) -> Callable[[], float]:
     """A function that computes the mean cross-entropy over the answers' tokens, for the model as it is when called.
 

@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,8 @@ def load_balance_loss(probabilities: Tensor, first: Tensor, valid: Tensor) -> Te
     return E * (mean * share).sum()
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    """The language model with its list of blocks, in a LLaVA or a plain decoder."""
+def _decoder(model: nn.Module) -> Any:
+    """The language model with its list of blocks, in a LLaVA or a plain decoder; each architecture has a class of its own."""
     inner = getattr(model, "model", model)
     decoder = getattr(inner, "language_model", inner)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
@@ -272,7 +273,7 @@ class SumOfLayers:
 
     def __call__(self, context: ForwardContext, records: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         losses = [load_balance_loss(*record) for record in records]
-        return self.weight * sum(loss.to(losses[0].device) for loss in losses)
+        return self.weight * reduce(torch.add, (loss.to(losses[0].device) for loss in losses))
 
 
 def save_moe(model: nn.Module, directory: str | os.PathLike[str]) -> None:

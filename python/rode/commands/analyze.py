@@ -7,10 +7,16 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode.commands.options import TASK_NAMES, load, model_options, routes, saved_recipe
-from rode_food.commands.options import positive
+from rode_food.commands.options import ParserOptions, Subparsers, positive
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from rode.training.config import EvaluationConfig, Recipe
+    from rode_food import Example
 
 DESCRIPTION = """\
 Run an adapter over held-out records and report what its router does: how far each expert opens, by block, task and kind of
@@ -28,7 +34,7 @@ examples:
 UNTRAINED = "untrained"
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     options["parents"] = [*options.get("parents", []), model_options(adapter=False)]
     sub = commands.add_parser(
         "analyze",
@@ -83,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], list[str]]:
+def _examples(
+    args: argparse.Namespace, recipe: Recipe | None
+) -> tuple[EvaluationConfig, list[Example], list[str]]:
     """(evaluation settings, examples, one line for each record left out)."""
     from rode.evaluation.evaluate import evaluation_examples
     from rode.training.config import EvaluationConfig
@@ -100,7 +108,7 @@ def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], li
             setattr(settings, name, getattr(args, name))
     sources = (
         [Source(path) for path in args.data]
-        if args.data
+        if args.data or recipe is None
         else [Source(**vars(s)) for s in recipe.data.sources]
     )
     if args.tasks:
@@ -111,7 +119,11 @@ def _examples(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[Any], li
 
 
 def _analysed(
-    args: argparse.Namespace, adapter: str, recipe: Any, settings: Any, examples: list[Any]
+    args: argparse.Namespace,
+    adapter: str,
+    recipe: Recipe | None,
+    settings: EvaluationConfig,
+    examples: list[Example],
 ) -> dict[str, Any]:
     from rode.evaluation.analysis.measure import measure
     from rode.evaluation.analysis.numbers import summarise

@@ -6,10 +6,17 @@ import argparse
 import dataclasses
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode.commands.options import TASK_NAMES, load, model_options, saved_recipe
-from rode_food.commands.options import positive
+from rode_food.commands.options import ParserOptions, Subparsers, positive
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from rode.baselines.lorahub import Search
+    from rode.training.config import Recipe
+    from rode_food import Example
 
 DESCRIPTION = """\
 Make one plain-LoRA adapter of several (LoRAHub): their matrices are added up with coefficients that a search without
@@ -24,7 +31,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     options["parents"] = [*options.get("parents", []), model_options(adapter=False, answers=False)]
     sub = commands.add_parser(
         "compose",
@@ -72,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
     names = [f"source{i}" for i in range(len(args.adapters))]
     for name, adapter in zip(names, args.adapters, strict=True):
         model = load_adapter(model, adapter, name)
-    options = {"prompt": prompt, "batch_size": args.batch_size or 8, "source": source}
-    loss = few_shot_loss(model, processor, examples, **options)
+    loss = few_shot_loss(
+        model, processor, examples, prompt=prompt, batch_size=args.batch_size or 8, source=source
+    )
     alone = []
     for name in names:
         model.set_adapter(name)
@@ -106,7 +114,7 @@ def _check_usage(args: argparse.Namespace, out: Path) -> None:
         raise ImportError("rode compose searches with nevergrad: pip install 'rode[compose]'") from error
 
 
-def _check_recipes(args: argparse.Namespace, recipes: dict[str, Any]) -> None:
+def _check_recipes(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None:
     for key, option in (("path", "model"), ("projector", "projector"), ("prompt", "prompt")):
         values = {adapter: getattr(recipe.model, key) for adapter, recipe in recipes.items()}
         if getattr(args, option) is None and len(set(values.values())) > 1:
@@ -116,7 +124,7 @@ def _check_recipes(args: argparse.Namespace, recipes: dict[str, Any]) -> None:
             )
 
 
-def _draw_examples(args: argparse.Namespace, recipe: Any) -> list[Any]:
+def _draw_examples(args: argparse.Namespace, recipe: Recipe | None) -> list[Example]:
     from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
     from rode_food.source import Source
@@ -137,8 +145,8 @@ def _write(
     args: argparse.Namespace,
     out: Path,
     model: Any,
-    recipe: Any,
-    search: Any,
+    recipe: Recipe | None,
+    search: Search,
     alone: list[float],
     records: list[str],
 ) -> None:

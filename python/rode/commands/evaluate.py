@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rode.commands.options import TASK_NAMES, load, model_options, routes
-from rode_food.commands.options import positive
+from rode_food.commands.options import ParserOptions, Subparsers, positive
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Answer the questions of held-out records and score the answers.
@@ -25,7 +28,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     options["parents"] = [*options.get("parents", []), model_options()]
     sub = commands.add_parser(
         "evaluate", help="answers and metrics on held-out records", description=DESCRIPTION, **options
@@ -77,14 +80,11 @@ def run(args: argparse.Namespace) -> int:
         args.adapter = str(recipe.run_dir)
     if recipe and not args.untrained and not args.projector and recipe.stage == "projector":
         args.projector = str(recipe.run_dir)
-    if args.data:
-        tasks = {"tasks": args.tasks} if args.tasks else {}
+    tasks = {"tasks": args.tasks} if args.tasks else {}
+    if args.data or recipe is None:
         sources = [Source(path, **tasks) for path in args.data]
     else:
-        sources = [
-            Source(**{**vars(s), **({"tasks": args.tasks} if args.tasks else {})})
-            for s in recipe.data.sources
-        ]
+        sources = [Source(**{**vars(source), **tasks}) for source in recipe.data.sources]
     from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Group the training questions of a recipe into clusters, for an adapter with router_input: cluster (MoCLE).
@@ -17,7 +22,7 @@ example:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """Adds `rode fit-clusters`."""
     sub = commands.add_parser(
         "fit-clusters", help="group questions, for cluster routers", description=DESCRIPTION, **options
@@ -35,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from rode.training.clusters import FILE, Embedder, fit_clusters
     from rode.training.config import load_recipe
     from rode.vlm import load_vlm
+    from rode.vlm.load import input_embeddings
     from rode_food.data_mixture import load_examples
     from rode_food.source import Source
 
@@ -45,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     questions = [e.question for e in load_examples(sources, "train", wording="all").examples]
     m = recipe.model
     model, processor = load_vlm(m.path, dtype=m.dtype, device=m.device, attention=m.attention)
-    embed = Embedder(processor.tokenizer, model.get_input_embeddings().weight, args.encoder)
+    embed = Embedder(processor.tokenizer, input_embeddings(model), args.encoder)
     clusters, ids = fit_clusters(questions, embed, args.clusters, args.seed)
     file = clusters.save(args.out or Path("runs") / FILE)
     for number in range(len(clusters)):

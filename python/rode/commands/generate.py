@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rode.commands.options import TASK_NAMES, load, model_options, routes
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Answer a question about a picture.
@@ -19,7 +23,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     options["parents"] = [*options.get("parents", []), model_options()]
     sub = commands.add_parser(
         "generate", help="answer a question about a picture", description=DESCRIPTION, **options

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode_food.commands.options import positive
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    from rode.training.config import Recipe
+    from rode.training.side_inputs import Routes
 
 TASK_NAMES = ("ingredients", "recipe", "nutrition", "category")
 
@@ -33,7 +39,7 @@ def model_options(adapter: bool = True, answers: bool = True) -> argparse.Argume
     return model
 
 
-def saved_recipe(adapter: str | None) -> Any:
+def saved_recipe(adapter: str | None) -> Recipe | None:
     """The recipe beside an adapter that `rode train` wrote (one folder up for a checkpoint), or None."""
     from rode.training.config import load_recipe
 
@@ -45,7 +51,7 @@ def saved_recipe(adapter: str | None) -> Any:
     return None
 
 
-def load(args: argparse.Namespace, recipe: Any = None) -> tuple[Any, Any, str]:
+def load(args: argparse.Namespace, recipe: Recipe | None = None) -> tuple[Any, Any, str]:
     """(model, processor, prompt style) that the options and the recipe name."""
     from rode.training.config import ModelConfig
     from rode.vlm import load_adapter, load_vlm
@@ -66,7 +72,7 @@ def load(args: argparse.Namespace, recipe: Any = None) -> tuple[Any, Any, str]:
     return model, processor, args.prompt or config.prompt
 
 
-def routes(args: argparse.Namespace, model: Any, processor: Any) -> Any:
+def routes(args: argparse.Namespace, model: Any, processor: LlavaProcessor) -> Routes:
     """What the adapter's router reads; clusters stand beside an adapter, or in its checkpoints' parent."""
     from rode.training.clusters import FILE
     from rode.training.side_inputs import make_routes

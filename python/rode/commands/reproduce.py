@@ -8,9 +8,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from rode.paper.tables import Tables
 
 DESCRIPTION = """\
@@ -30,7 +34,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub = commands.add_parser(
         "reproduce",
         help="the paper's tables and figures from runs of our own",

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 from rode.processes import is_main
 
@@ -22,7 +27,7 @@ examples:
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub = commands.add_parser(
         "train", help="train an adapter or a projector from a recipe", description=DESCRIPTION, **options
     )

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import trange
 
+from rode.vlm.features import FeatureSource
 from rode.vlm.load import get_projector
 from rode_food import Example
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -48,9 +52,9 @@ def word_vectors(model: Any, tokenizer: Any, words: Sequence[str]) -> torch.Tens
 
 def align_words(
     model: Any,
-    processor: Any,
+    processor: LlavaProcessor,
     examples: Sequence[Example],
-    source: Any,
+    source: FeatureSource,
     *,
     steps: int,
     seed: int,

@@ -28,7 +28,7 @@ class Outcome:
     """
 
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    mean_pmae: dict[str, float] = field(default_factory=dict)
+    mean_pmae: dict[str, float | None] = field(default_factory=dict)
     predictions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     histories: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     gates: dict[str, tuple[list[int], list[list[float | None]]]] = field(default_factory=dict)
@@ -54,12 +54,15 @@ def examples_of(data: Path, split: str, most: int | None = None) -> list[Example
     return [example for example in found if example.record_id in kept]
 
 
-def always_the_mean(train: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
+def always_the_mean(train: Sequence[Example], test: Sequence[Example]) -> dict[str, float | None]:
     """pMAE of answering every nutrition question with the training split's mean; {} if there is none."""
     from rode_food.metrics.nutrition import mean_baseline
 
-    references = [[e.reference for e in side if e.task == "nutrition"] for side in (train, test)]
-    if not all(references):
+    known, wanted = (
+        [e.reference for e in side if e.task == "nutrition" and isinstance(e.reference, dict)]
+        for side in (train, test)
+    )
+    if not (known and wanted):
         return {}
-    result = mean_baseline(*references)
+    result = mean_baseline(known, wanted)
     return {**{f"pmae_{name}": value for name, value in result.fields.items()}, "pmae": result.mean}

@@ -116,11 +116,13 @@ def vision_weights() -> dict[str, torch.Tensor]:
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{path}.weight"] = get(node.input[1]).T.contiguous()
     # Position embeddings were folded too, that of the CLS token apart from those of the 37 x 37 patches.
-    shapes = {(1, 1, 384): None, (1, 37 * 37, 384): None}
-    for name, tensor in initial.items():
-        if name.startswith("onnx::") and tuple(tensor.dims) in shapes:
-            shapes[tuple(tensor.dims)] = get(name)
-    weights["embeddings.position_embeddings"] = torch.cat(list(shapes.values()), dim=1)
+    shapes = ((1, 1, 384), (1, 37 * 37, 384))
+    positions = {
+        tuple(tensor.dims): get(name)
+        for name, tensor in initial.items()
+        if name.startswith("onnx::") and tuple(tensor.dims) in shapes
+    }
+    weights["embeddings.position_embeddings"] = torch.cat([positions[shape] for shape in shapes], dim=1)
     return weights
 
 
@@ -234,7 +236,7 @@ def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int 
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_select_strategy="default",
         vision_feature_layer=TOWER_LAYER,
         tie_word_embeddings=True,

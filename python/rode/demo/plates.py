@@ -66,7 +66,7 @@ def foods() -> dict[str, Food]:
                 drawing=row["drawing"],
                 ndb_no=row["ndb_no"],
                 usda_description=row["usda_description"],
-                per_100_g=Nutrition(mass=100.0, **values),
+                per_100_g=Nutrition(mass=100.0, **values, micronutrients={}),
                 grams=float(row["grams"]),
                 step=row["step"],
             )

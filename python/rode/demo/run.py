@@ -12,12 +12,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode.demo import parts, plates
 from rode.demo.outcome import Outcome, always_the_mean, examples_of
 from rode_food import TASKS, Example
 from rode_food.html import require_matplotlib
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    from rode.training.config import Recipe
+    from rode.training.train import TrainResult
+    from rode.vlm import FeatureSource
 
 DESCRIPTION = """\
 Train a small LLaVA-RoDE on two CPU cores and see what it learned.
@@ -34,7 +41,7 @@ examples:
   rode demo --data DIR --model LLAVA_DIR    and a real LLaVA checkpoint instead of the small model
 """
 
-METHODS = {
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoRA r=8 (FoodLMM)", {"ranks": [8], "gate": "none"}),
     "rode": ("RoDE", {"ranks": [2, 4, 8, 16], "gate": "relu"}),
 }
@@ -81,7 +88,7 @@ def recipe(
     seed: int,
     projector: Path | None,
     drawn: bool,
-) -> Any:
+) -> Recipe:
     """The recipe of one run: "projector" is LLaVA's stage 1, "lora" and "rode" are the adapters of `METHODS`."""
     from rode.training.config import recipe_from_dict
 
@@ -222,6 +229,7 @@ class Demo:
                 self.data = plates.make_plates(
                     paths.plates, train=SIZES.train_plates, test=self.test_records, seed=self.seed
                 )
+        assert self.data is not None, "given or drawn"
         self.train_examples = examples_of(self.data, "train")
         self.test_examples = examples_of(self.data, "test", self.test_records)
         for split, examples in (("train", self.train_examples), ("test", self.test_examples)):
@@ -248,9 +256,10 @@ class Demo:
     def load(self, projector: Path | None) -> tuple[Any, Any]:
         from rode.vlm import load_vlm
 
+        assert self.model is not None, "given, or joined by prepare()"
         return load_vlm(self.model, projector=projector)
 
-    def source(self, model: Any, processor: Any) -> Any:
+    def source(self, model: Any, processor: LlavaProcessor) -> FeatureSource:
         from rode.vlm import FeatureSource
 
         return FeatureSource(model, processor, self.paths.features)
@@ -270,7 +279,9 @@ class Demo:
         self.outcome.histories["words"] = [{"step": i, "loss": x} for i, x in enumerate(found.losses, 1)]
         return save_projector(model, self.paths.runs / "words").parent
 
-    def recipe(self, run: str, base_steps: int, projector: Path | None) -> Any:
+    def recipe(self, run: str, base_steps: int, projector: Path | None) -> Recipe:
+        assert self.model is not None, "given, or joined by prepare()"
+        assert self.data is not None, "given, or drawn by prepare()"
         return recipe(
             self.paths,
             self.model,
@@ -282,7 +293,7 @@ class Demo:
             drawn=self.drawn,
         )
 
-    def train(self, run: str, base_steps: int, projector: Path | None) -> Any:
+    def train(self, run: str, base_steps: int, projector: Path | None) -> TrainResult:
         from rode.training.train import train
 
         settings = self.recipe(run, base_steps, projector)
@@ -298,7 +309,7 @@ class Demo:
         )
         return result
 
-    def evaluate(self, column: str, model: Any, processor: Any) -> None:
+    def evaluate(self, column: str, model: Any, processor: LlavaProcessor) -> None:
         from rode.evaluation.evaluate import evaluate
         from rode.tuner import GateStatistics
         from rode_food.metrics import read_predictions

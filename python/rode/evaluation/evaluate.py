@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode_food import Example
 from rode_food.atomic import write_json, write_text
@@ -21,20 +21,26 @@ from rode_food.source import Source
 from rode_food.text_table import text_table
 from rode_food.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    from rode.training.side_inputs import Routes
+    from rode.vlm.collator import PictureSource
+
 Scores = dict[str, dict[str, Any]]
 
 
 def evaluate(
     model: Any,
-    processor: Any,
+    processor: LlavaProcessor,
     examples: Sequence[Example],
     out_dir: str | os.PathLike[str],
     *,
     prompt: str = "auto",
     batch_size: int = 8,
     max_new_tokens: int = 256,
-    source: Any = None,
-    routes: Any = None,
+    source: PictureSource | None = None,
+    routes: Routes | None = None,
     gate_statistics: bool = True,
     vocabulary: Vocabulary | None = None,
     progress: bool = True,
@@ -141,7 +147,7 @@ def format_scores(scores: Scores) -> str:
     columns = ["all"] if len(scores) == 2 else list(scores)
     names = list(dict.fromkeys(name for column in columns for name in scores[column]))
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         if value is None:
             return "-"
         return f"{value:.2f}" if isinstance(value, float) else str(value)

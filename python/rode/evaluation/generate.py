@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -11,9 +11,13 @@ from transformers import GenerationConfig
 
 from rode.training.side_inputs import Routes, make_routes
 from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
+from rode.vlm.collator import PictureSource
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 
-def _end_tokens(model: Any, processor: Any) -> list[int]:
+def _end_tokens(model: Any, processor: LlavaProcessor) -> list[int]:
     """Every id that ends an answer: the tokenizer's EOS, which training teaches, and those the checkpoint names."""
     named = model.generation_config.eos_token_id
     named = [] if named is None else named if isinstance(named, list) else [named]
@@ -23,14 +27,14 @@ def _end_tokens(model: Any, processor: Any) -> list[int]:
 @torch.inference_mode()
 def answer(
     model: Any,
-    processor: Any,
+    processor: LlavaProcessor,
     images: Sequence[str],
     questions: Sequence[str],
     *,
     prompt: str = "auto",
     max_new_tokens: int = 256,
     batch_size: int = 8,
-    source: Any = None,
+    source: PictureSource | None = None,
     tasks: Sequence[str | None] | None = None,
     routes: Routes | None = None,
     progress: bool = False,

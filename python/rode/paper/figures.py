@@ -13,6 +13,7 @@ from rode_food.atomic import replacing
 from rode_food.html import new_figure, png
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OURS, PAPER = "#2563eb", "#94a3b8"
@@ -91,7 +92,7 @@ def parameters(report: Report, tables: Tables) -> Figure:
     adapted = tables.data[tables.item(report.what).data].adapted
     variants = [tables.variants[row.variant] for row in report.rows]
     routers, ranks = (list(dict.fromkeys(getattr(v, part) for v in variants)) for part in ("router", "ranks"))
-    styles = [
+    styles: list[dict[str, Any]] = [
         {
             "color": f"C{routers.index(v.router)}",
             "marker": MARKERS[ranks.index(v.ranks) % len(MARKERS)],
@@ -119,12 +120,12 @@ def parameters(report: Report, tables: Tables) -> Figure:
     return figure
 
 
-def _label(axes: Any, metric: str) -> None:
+def _label(axes: Axes, metric: str) -> None:
     shown = METRICS[metric]
     axes.set_title(f"{shown.heading} ({shown.better} is better)", fontsize=10)
 
 
-def _nothing(axes: Any) -> None:
+def _nothing(axes: Axes) -> None:
     axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes, color=PAPER)
     axes.set_xticks([])
     axes.set_yticks([])

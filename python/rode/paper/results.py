@@ -145,7 +145,7 @@ def _gates(path: Path) -> dict[str, Any] | None:
     return out
 
 
-def _losses(history: list[dict[str, Any]]) -> list[list[float]]:
+def _losses(history: list[dict[str, Any]]) -> list[list[float | None]]:
     """[step, loss] from Trainer's log, thinned evenly; the last one stays. JSON has no NaN: null stands for it."""
     points = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     every = max(1, math.ceil(len(points) / LOSSES))

@@ -158,14 +158,14 @@ def call(command: Sequence[str]) -> int:
     child: subprocess.Popen[bytes] | None = None
     asked = False
 
-    def forward(*_: Any) -> None:
+    def forward(*_: object) -> None:
         nonlocal asked
         asked = True
         if child is not None and os.name == "posix":
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGINT)
 
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             with suppress(ValueError):  # not in the main thread: whoever runs us there keeps the signals

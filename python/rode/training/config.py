@@ -192,9 +192,12 @@ def _check(recipe: Recipe) -> None:
 
 def _check_routing(recipe: Recipe, config: Any) -> None:
     """What the adapter's router wants of data and model."""
-    by_row = getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
-    by_row = by_row or getattr(config, "aux_groups", None) or getattr(config, "gate", "") == "expert-choice"
-    by_row = by_row or getattr(config, "n_tasks", None)
+    by_row = (
+        getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
+        or getattr(config, "aux_groups", None)
+        or getattr(config, "gate", "") == "expert-choice"
+        or getattr(config, "n_tasks", None)
+    )
     if by_row and recipe.training.questions_per_picture > 1:
         raise RecipeError(
             "training.questions_per_picture: this adapter treats a sequence as one question, so its picture cannot be shared by "

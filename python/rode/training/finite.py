@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class StepGuard:
         output_dir: where the run's checkpoints are, of which the message names the last.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str | os.PathLike[str]) -> None:
         self.output_dir = output_dir
         self._batches: list[tuple[Tensor, list[str]]] = []
 

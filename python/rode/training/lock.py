@@ -15,7 +15,7 @@ from rode.processes import of_all_processes
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 NAME = ".lock"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rode.training.clusters import FILE, Clusters, Embedder
 from rode_food import TASKS
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 
 class Routes:
@@ -73,6 +76,8 @@ class Routes:
                 )
             inputs[self.task_input] = torch.tensor([TASKS.index(task) for task in tasks])
         if self.cluster_input is not None:
+            assert self.clusters is not None, "checked when this was made"
+            assert self.embed is not None, "checked when this was made"
             new = [q for q in dict.fromkeys(questions) if q not in self._known]
             if new:
                 self._known.update(zip(new, self.clusters.ids(self.embed(new)).tolist(), strict=True))
@@ -80,7 +85,9 @@ class Routes:
         return inputs
 
 
-def make_routes(config: Any, model: Any, processor: Any, clusters: str | Path | None = None) -> Routes:
+def make_routes(
+    config: Any, model: Any, processor: LlavaProcessor, clusters: str | Path | None = None
+) -> Routes:
     """The routes of an adapter on a model; `clusters` is a file of `rode fit-clusters`, or a folder that may hold one."""
     if getattr(config, "id_input", None) != "rode_cluster_ids":
         return Routes(config)

@@ -9,10 +9,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
@@ -25,6 +25,7 @@ from rode.training.side_inputs import make_routes
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
+from rode.vlm.collator import PictureSource
 from rode.vlm.load import get_projector, match_projector_input
 from rode.vlm.packing import pack_by_picture
 from rode_food import Example
@@ -32,6 +33,9 @@ from rode_food.atomic import write_text
 from rode_food.data_mixture import DataMixture, load_examples
 from rode_food.shards.examples import ShardExamples
 from rode_food.source import Source
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class TrainResult:
 
     output_dir: Path
     model: Any
-    processor: Any
+    processor: LlavaProcessor | None
     metrics: dict[str, float]
     history: list[dict[str, float]]
     interrupted: bool
@@ -70,10 +74,11 @@ def data_sources(recipe: Recipe) -> list[Source]:
     return [Source(**vars(source)) for source in recipe.data.sources]
 
 
-def _usable(mixture: DataMixture, on_bad_image: str) -> tuple[DataMixture, list[str]]:
+def _usable(mixture: DataMixture[Example], on_bad_image: str) -> tuple[DataMixture[Example], list[str]]:
     """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Those in shards were read when
     the shards were written."""
-    parts, skipped = [], []
+    parts: list[Sequence[Example]] = []
+    skipped: list[str] = []
     for part in mixture.parts():
         if not isinstance(part, ShardExamples):
             part, lines = drop_bad_images(part, on_bad_image)
@@ -86,7 +91,7 @@ def _usable(mixture: DataMixture, on_bad_image: str) -> tuple[DataMixture, list[
     return mixture.with_parts(parts), skipped
 
 
-def _packed(mixture: DataMixture, most: int) -> DataMixture:
+def _packed(mixture: DataMixture[Example], most: int) -> DataMixture[tuple[Example, ...]]:
     """The mixture with the questions about one picture in packs, source by source; weights count packs then."""
     return mixture.with_parts(
         [
@@ -122,8 +127,8 @@ def make_trainable(model: Any, recipe: Recipe) -> Any:
 
 
 def image_source(
-    recipe: Recipe, model: Any, processor: Any, examples: Sequence[Example], progress: bool
-) -> Any:
+    recipe: Recipe, model: Any, processor: LlavaProcessor, examples: Sequence[Example], progress: bool
+) -> PictureSource:
     """Pictures as the recipe wants them: read at every step, or the tower's features computed now."""
     if recipe.model.vision_features == "live":
         return PixelSource(processor)
@@ -133,12 +138,12 @@ def image_source(
     return source
 
 
-def _length(item: Any) -> int:
+def _length(item: Example | tuple[Example, ...]) -> int:
     """Of an example or pack, in characters, which stand in for tokens: only the order matters."""
     return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
 
 
-def _lengths(mixture: DataMixture) -> list[int]:
+def _lengths(mixture: DataMixture[Any]) -> list[int]:
     """Of all items; the index of shards knows those of its own."""
     lengths: list[int] = []
     for part in mixture.parts():
@@ -158,8 +163,8 @@ def train(
     *,
     examples: Sequence[Example] | None = None,
     model: Any = None,
-    processor: Any = None,
-    source: Any = None,
+    processor: LlavaProcessor | None = None,
+    source: PictureSource | None = None,
     resume: bool | str | os.PathLike[str] = False,
     progress: bool = True,
 ) -> TrainResult:
@@ -216,17 +221,17 @@ def _train(
     if not len(mixture):
         raise ValueError("no example to train on")
     training = recipe.training
-    items = (
-        mixture if training.questions_per_picture == 1 else _packed(mixture, training.questions_per_picture)
-    )
+    items: DataMixture[Any] = mixture
+    if training.questions_per_picture > 1:
+        items = _packed(mixture, training.questions_per_picture)
     state = None if start is None else read_state(start)
     at_end = state is not None and state.get("global_step", 0) >= total_steps(len(items), arguments)
     mark = run_dir / "training.json"
-    if at_end and mark.is_file():
+    if state is not None and at_end and mark.is_file():
         metrics = json.loads(mark.read_text())["metrics"]
         history = state.get("log_history", [])
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
-    if model is None:
+    if model is None or processor is None:
         m = recipe.model
         model, processor = load_vlm(
             m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
@@ -243,7 +248,7 @@ def _train(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
     mark.unlink(missing_ok=True)
-    callbacks: list[Any] = [stop := StopOnInterrupt()]
+    callbacks: list[TrainerCallback] = [stop := StopOnInterrupt()]
     board = None
     if arguments.process_index == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -255,7 +260,7 @@ def _train(
     if getattr(config, "target_sparsity", None) is not None:
         callbacks.append(HoldSparsity())
     routes = make_routes(config, model, processor, recipe.model.clusters)
-    if routes.cluster_input is not None and arguments.process_index == 0:
+    if routes.cluster_input is not None and routes.clusters is not None and arguments.process_index == 0:
         routes.clusters.save(run_dir / CLUSTERS)  # answers need them as the training did
     statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
     trainer = AnswerTrainer(

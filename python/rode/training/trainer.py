@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.training.checkpoints import STATE
+from rode.training.config import Recipe
 from rode.training.finite import StepGuard
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
@@ -111,6 +112,8 @@ class AnswerTrainer(Trainer):
         statistics: gates counted between two log lines and logged with them.
     """
 
+    model: PreTrainedModel  # never None here; or a PeftModel, which passes on what it lacks
+
     def __init__(
         self,
         *args: Any,
@@ -127,7 +130,7 @@ class AnswerTrainer(Trainer):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
-        self.guard = StepGuard(self.args.output_dir)
+        self.guard = StepGuard(Path(self.args.output_dir or "."))
         config = getattr(self.model, "active_peft_config", None)
         self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
@@ -200,6 +203,7 @@ class AnswerTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model, directory = self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir
+        assert directory is not None, "TrainingArguments give it a default"
         mixtures = moe_layers(model)
         if not self.projector_only and not mixtures:
             super()._save(output_dir, state_dict)
@@ -223,7 +227,7 @@ class AnswerTrainer(Trainer):
         """Take weights and history from a checkpoint of the last step, in place of `train`, which would train one more."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-        total, last = 0.0, 0
+        total, last = 0.0, 0.0
         for entry in self.state.log_history:
             if "loss" in entry:  # the mean since the entry before
                 total += entry["loss"] * (entry["step"] - last)
@@ -277,7 +281,7 @@ def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {name: False}
 
 
-def training_arguments(recipe: Any, progress: bool = True) -> TrainingArguments:
+def training_arguments(recipe: Recipe, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a recipe."""
     t = recipe.training
     schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]

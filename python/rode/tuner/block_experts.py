@@ -52,13 +52,13 @@ class BlockPass:
             )
         order = top_experts(routed.logits, k)  # (..., k)
         experts = torch.arange(routed.logits.shape[-1], device=order.device)
-        self._adapter, self._chosen = adapter, order[..., None, :] == experts[:, None]
-        self._weights, self.whole = routed.gates.gather(-1, order), routed.gates
-        return self.gates(adapter)
+        chosen, weights = order[..., None, :] == experts[:, None], routed.gates.gather(-1, order)
+        self._adapter, self._chosen, self._weights, self.whole = adapter, chosen, weights, routed.gates
+        return chosen[..., self.slot].to(weights.dtype)
 
     def gates(self, adapter: str) -> Tensor | None:
         """Gates (..., N) of this pass: 1 for each token's expert, 0 for the others; None before the block's router ran."""
-        if self._chosen is None or adapter != self._adapter:
+        if self._chosen is None or self._weights is None or adapter != self._adapter:
             return None
         return self._chosen[..., self.slot].to(self._weights.dtype)
 

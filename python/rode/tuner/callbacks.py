@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from rode.tuner.context import context_of
@@ -25,20 +25,37 @@ class HoldSparsity(TrainerCallback, ExportableState):
     def __init__(self, factor: float = 1.2, multiplier: float = 1.0) -> None:
         if not factor > 1:
             raise ValueError(f"factor: expected a number above 1, got {factor!r}")
-        self.factor, self.multiplier, self.sparsity = factor, multiplier, None
+        self.factor, self.multiplier = factor, multiplier
+        self.sparsity: float | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        callbacks: Any = state.stateful_callbacks or {}  # a dict by now, whatever its annotation says
+        saved = callbacks.get(type(self).__name__)
         if state.global_step > 0 and isinstance(saved, dict):
             self.multiplier = saved["args"]["multiplier"]
         context = context_of(model)
         if context is not None:
             context.l1_factor, context.closed, context.gates_seen = self.multiplier, None, None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         context = context_of(model)
-        if context is None or context.closed is None:
+        if context is None or context.closed is None or context.gates_seen is None:
             return
+        assert context.target_sparsity is not None, "gates are counted for adapters that have one"
         counts = torch.stack((context.closed, context.gates_seen))
         if args.world_size > 1:
             torch.distributed.all_reduce(counts)

@@ -6,6 +6,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from peft import PeftType
+
 
 class _RodeType(str):
     """A str that behaves as a member of `peft.PeftType`."""
@@ -30,4 +35,4 @@ class _RodeType(str):
         return type(self), (self.value,)
 
 
-RODE = _RodeType("RODE")
+RODE = cast("PeftType", _RodeType("RODE"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ class GateRecorder:
         """adapter -> (kinds, 1 + 2 N), whichever way it was counted."""
         width = {adapter: 1 + 2 * len(ranks) for adapter, ranks in self.ranks.items()}
         summed = {
-            adapter: sum(part.sum(1) for part in parts)[:, : width[adapter]]
+            adapter: reduce(torch.add, (part.sum(1) for part in parts))[:, : width[adapter]]
             for adapter, parts in self.examples.items()
         }
         return {**self.sums, **summed}

@@ -20,6 +20,7 @@ TABLE_BOUND = 1e-3  # of a table's uniform start, as Polytropon's
 def init_router_(weight: Tensor, bias: Tensor | None, how: str) -> None:
     """Fills a router (N, K) and its bias (N,) in place; `how` is one of `config.ROUTER_INITS`."""
     if how == "open":
+        assert bias is not None, "checked with the configuration"
         weight.zero_()
         bias.fill_(1.0)
         return
@@ -113,6 +114,7 @@ def topk_gates(logits: Tensor, config: RodeConfig) -> Routed:
     Not normalised, the gradient of a kept value reaches every logit through the softmax; normalised, only the kept ones (then the
     gates are the softmax over those). Without scale_by_gate the kept gates are 1 and no gradient passes.
     """
+    assert config.top_k is not None, "checked with the configuration"
     open_ = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, top_experts(logits, config.top_k), True)
     scaled = logits / config.temperature
     shares = scaled.softmax(-1)
@@ -189,10 +191,12 @@ def compute_gates(
     """
     gate = config.gate
     if gate == "expert-choice":
+        assert config.capacity is not None, "set with the configuration"
         return expert_choice(logits, mask, config.capacity, config.temperature)
     if gate == "topk":
         return topk_gates(logits, config)
     if gate == "threshold":
+        assert threshold is not None, "made by the layer for this gate"
         return threshold_gates(logits, threshold, config)
     if gate == "softmax":
         gates = (logits / config.temperature).softmax(-1)

@@ -99,14 +99,14 @@ class GateReport:
         numbers = sorted(blocks)
         width = max((len(row) for rows in blocks.values() for row in rows), default=0)
         return numbers, [
-            [_mean([r[i] for r in blocks[n] if i < len(r)]) for i in range(width)] for n in numbers
+            [_mean_or_none([r[i] for r in blocks[n] if i < len(r)]) for i in range(width)] for n in numbers
         ]
 
     def scalars(self, prefix: str = "gates") -> dict[str, float]:
         """Means over layers for a training log: open rate by kind, and open rate and gate of each expert over all tokens."""
         out: dict[str, float] = {}
         for kind in dict.fromkeys(kind for layer in self.layers for kind in layer.tokens if kind != "all"):
-            rows = [layer.open_rate[kind] for layer in self.layers if layer.open_rate[kind] is not None]
+            rows = [row for layer in self.layers if (row := layer.open_rate[kind]) is not None]
             if rows:
                 out[f"{prefix}/open_{kind}"] = _mean([rate for row in rows for rate in row])
         for value, short in (("open_rate", "open"), ("mean_gate", "mean")):
@@ -158,8 +158,9 @@ class GateStatistics:
         """
         if self._context is not None:
             raise ValueError("GateStatistics: already attached; call detach() first")
-        if hasattr(model, "get_base_model"):  # generate() enters below a PeftModel's own forward
-            model = model.get_base_model()
+        get_base_model = getattr(model, "get_base_model", None)
+        if get_base_model is not None:  # generate() enters below a PeftModel's own forward
+            model = get_base_model()
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, RodeLayer)]
         if not layers:
             raise ValueError("GateStatistics: the model has no RoDE layer; apply a RodeConfig first")
@@ -293,5 +294,9 @@ def _layer_gates(
     )
 
 
-def _mean(numbers: list[float]) -> float | None:
-    return sum(numbers) / len(numbers) if numbers else None
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _mean_or_none(numbers: list[float]) -> float | None:
+    return _mean(numbers) if numbers else None

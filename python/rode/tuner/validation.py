@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from rode.tuner.fields import (
     AUX_LOSSES,
@@ -317,7 +318,7 @@ def _need_defaults(config: RodeFields, why: str, *names: str) -> None:
             raise ValueError(f"{name}: {why}, so it must stay {default!r}; got {value!r}")
 
 
-def _is_real(value: object) -> bool:
+def _is_real(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -359,7 +360,7 @@ def _check_pattern(name: str, value: object) -> None:
         _check_regex(name, pattern)
 
 
-def _check_regex(name: str, pattern: object) -> None:
+def _check_regex(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from rode.vlm.packing import PADDING, pack
 from rode.vlm.prompts import PromptEncoder
+from rode_food import Example
 
 logger = logging.getLogger(__name__)
 IGNORE = -100  # what cross-entropy leaves out
 Routes = Callable[[Sequence["str | None"], Sequence[str]], "dict[str, torch.Tensor]"]
+
+
+class PictureSource(Protocol):
+    """A function from a picture's path to its tensor: `PixelSource`, `FeatureSource`."""
+
+    def __call__(self, path: str, /) -> torch.Tensor: ...
+
+    def image_tokens(self, picture: torch.Tensor, /) -> int:
+        """How many tokens the picture takes in the language model."""
+        ...
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
@@ -47,7 +58,7 @@ class TrainingCollator:
     def __init__(
         self,
         encoder: PromptEncoder,
-        source: Any,
+        source: PictureSource,
         routes: Routes | None = None,
         *,
         name_records: bool = False,
@@ -56,7 +67,7 @@ class TrainingCollator:
         self.name_records = name_records
         self._warned = False
 
-    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Example | tuple[Example, ...]]) -> dict[str, Any]:
         packs = [item if isinstance(item, tuple) else (item,) for item in items]
         pictures, rows, cut = [], [], []
         for examples in packs:
@@ -76,7 +87,7 @@ class TrainingCollator:
                 self.encoder.max_length,
             )
         labels = [[t if k else IGNORE for t, k in zip(r.ids, r.learned, strict=True)] for r in rows]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _pad([r.ids for r in rows], _pad_id(self.encoder), "right"),
             "attention_mask": _pad([[1] * len(r.ids) for r in rows], 0, "right"),
             "labels": _pad(labels, IGNORE, "right"),
@@ -99,13 +110,11 @@ class GenerationCollator:
 
     Args:
         encoder: turns questions into ids, exactly as in training.
-        source: `PixelSource` or `FeatureSource`, or any function from a picture to its tensor with `image_tokens`.
+        source: as in `TrainingCollator`.
         routes: as in `TrainingCollator`.
     """
 
-    def __init__(
-        self, encoder: PromptEncoder, source: Callable[[str], torch.Tensor], routes: Routes | None = None
-    ) -> None:
+    def __init__(self, encoder: PromptEncoder, source: PictureSource, routes: Routes | None = None) -> None:
         self.encoder, self.source, self.routes = encoder, source, routes
 
     def __call__(

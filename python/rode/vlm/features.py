@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +23,16 @@ from rode.vlm.load import get_llava
 from rode_food.atomic import written_aside
 from rode_food.images import open_picture
 
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
 logger = logging.getLogger(__name__)
 
 
-class _TakesFeatures:
+class _TakesFeatures(torch.nn.Module):
     """Mixed into a tower's class: `pixel_values` of three dimensions are the hidden states that were asked for."""
+
+    _feature_layers: int | list[int]
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         if pixel_values is None or pixel_values.dim() != 3:
@@ -37,7 +42,8 @@ class _TakesFeatures:
         keys = [layers] if isinstance(layers, int) else layers
         # Indexed like the usual tuple of hidden states, at the layers that LLaVA reads and nowhere else.
         return BaseModelOutputWithPooling(
-            last_hidden_state=states[-1], hidden_states=dict(zip(keys, states, strict=True))
+            last_hidden_state=states[-1],
+            hidden_states=cast("tuple[torch.Tensor, ...]", dict(zip(keys, states, strict=True))),
         )
 
 
@@ -58,7 +64,7 @@ def accept_features(model: Any) -> None:
 class PixelSource:
     """Pictures as the tower wants them: `source(path)` gives float32 (3, H, W)."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor
 
     def __call__(self, path: str) -> torch.Tensor:
@@ -83,7 +89,7 @@ class FeatureSource:
             preprocessing; None keeps them in memory.
     """
 
-    def __init__(self, model: Any, processor: Any, directory: str | Path | None = None) -> None:
+    def __init__(self, model: Any, processor: LlavaProcessor, directory: str | Path | None = None) -> None:
         accept_features(model)
         self.llava = get_llava(model)
         self.pixels = PixelSource(processor)
@@ -95,7 +101,7 @@ class FeatureSource:
     def __getstate__(self) -> dict[str, Any]:  # a data-loader worker reads what is there, it runs no tower
         return {**self.__dict__, "llava": None}
 
-    def _fingerprint(self, processor: Any) -> str:
+    def _fingerprint(self, processor: LlavaProcessor) -> str:
         """Digest of the tower's weights and configuration and of the preprocessing."""
         tower = self.llava.model.vision_tower
         digest = hashlib.sha256()
@@ -134,8 +140,8 @@ class FeatureSource:
                 if key not in self._states:
                     self._states[key] = self._compute(path)
                     computed += 1
-            elif not (file := self.directory / f"{key}.safetensors").exists():
-                with written_aside(file) as aside:
+            elif not (stored := self.directory / f"{key}.safetensors").exists():
+                with written_aside(stored) as aside:
                     save_file({"states": self._compute(path).contiguous()}, aside)
                 computed += 1
         return computed

@@ -13,8 +13,11 @@ from rode_food.images import open_image
 class HasImage(Protocol):
     """What is needed of an example here (`rode_food.Example` has it)."""
 
-    record_id: str
-    image: str
+    @property
+    def record_id(self) -> str: ...
+
+    @property
+    def image(self) -> str: ...
 
 
 E = TypeVar("E", bound=HasImage)

@@ -7,13 +7,16 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from rode.vlm.pretrained import from_pretrained
 from rode_food.atomic import written_aside
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def load_vlm(
     device: str = "auto",
     attention: str | None = None,
     projector: str | Path | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a LLaVA and its processor.
 
     Args:
@@ -59,7 +62,7 @@ def load_vlm(
         projector: a `projector.safetensors` of stage 1, or the folder that holds it; replaces the checkpoint's.
 
     Returns:
-        (LlavaForConditionalGeneration in eval mode, LlavaProcessor).
+        The model in eval mode, and the processor.
 
     Raises:
         FileNotFoundError: no such directory. ValueError: not a LLaVA, or processor and model do not fit, or they need code of
@@ -79,8 +82,10 @@ def load_vlm(
         raise ValueError(
             f"{path}: expected a LLaVA processor, got {type(processor).__name__}; is a file missing?"
         )
-    extra = {} if attention is None else {"attn_implementation": attention}
-    model = from_pretrained(LlavaForConditionalGeneration, path, dtype=torch_dtype, **extra).to(where).eval()
+    extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    # Any: transformers wraps `to` in a way that hides its types
+    model: Any = from_pretrained(LlavaForConditionalGeneration, path, dtype=torch_dtype, **extra)
+    model.to(where).eval()
     fit_processor(processor, model.config)
     if projector is not None:
         load_projector(model, projector)
@@ -88,7 +93,7 @@ def load_vlm(
     return model, processor
 
 
-def fit_processor(processor: Any, config: Any) -> None:
+def fit_processor(processor: LlavaProcessor, config: Any) -> None:
     """Make the processor count a picture's tokens as the model does: older checkpoints lack the fields for it."""
     vision = config.vision_config
     wanted = {
@@ -106,7 +111,7 @@ def fit_processor(processor: Any, config: Any) -> None:
             setattr(processor, name, value)
 
 
-def get_llava(model: Any) -> Any:
+def get_llava(model: Any) -> LlavaForConditionalGeneration:
     """The LlavaForConditionalGeneration, under PEFT or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -114,6 +119,12 @@ def get_llava(model: Any) -> Any:
 def get_projector(model: Any) -> torch.nn.Module:
     """The module between tower and language model."""
     return get_llava(model).model.multi_modal_projector
+
+
+def input_embeddings(model: Any) -> torch.Tensor:
+    """The table of token embeddings: (vocabulary, hidden)."""
+    table: torch.Tensor = model.get_input_embeddings().weight
+    return table
 
 
 def _match_input(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rode.vlm.images import E
+from rode.vlm.load import input_embeddings
 from rode.vlm.prompts import Encoded
 
 PREFIX, PADDING = 0, -1  # segment numbers; questions have 1, 2, ...
@@ -67,7 +69,7 @@ def attention_of(segments: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def packed_attention(language_model: torch.nn.Module, segments: torch.Tensor) -> Iterator[None]:
     """Within this context `language_model` attends as `segments` say; its caller passes the usual two-dimensional mask."""
-    dtype = language_model.get_input_embeddings().weight.dtype
+    dtype = input_embeddings(language_model).dtype
     closed = torch.finfo(dtype).min
     mask = torch.zeros((), dtype=dtype, device=segments.device).where(attention_of(segments), closed)
 
@@ -81,10 +83,10 @@ def packed_attention(language_model: torch.nn.Module, segments: torch.Tensor) ->
         handle.remove()
 
 
-def pack_by_picture(examples: Sequence[Any], most: int) -> list[tuple[Any, ...]]:
+def pack_by_picture(examples: Sequence[E], most: int) -> list[tuple[E, ...]]:
     """Put examples with the same picture together, at most `most` in a pack; packs stand in the order of their first."""
-    latest: dict[str, list[Any]] = {}
-    packs: list[list[Any]] = []
+    latest: dict[str, list[E]] = {}
+    packs: list[list[E]] = []
     for example in examples:
         if len(latest.get(example.image, ())) in (0, most):
             packs.append([])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 PROMPT_STYLES = ("vicuna", "chat_template", "auto")
 # Vicuna v1.1's sentence, which LLaVA-1.5 (conversation "v1") trains with.
@@ -23,7 +26,7 @@ class Prompt:
     separator: str
 
 
-def render_prompt(processor: Any, question: str, style: str = "auto") -> Prompt:
+def render_prompt(processor: LlavaProcessor, question: str, style: str = "auto") -> Prompt:
     """Word a question about one picture.
 
     Args:
@@ -101,7 +104,7 @@ class PromptEncoder:
 
     def __init__(
         self,
-        processor: Any,
+        processor: LlavaProcessor,
         style: str = "auto",
         max_length: int | None = None,
         on_long_answer: str = "truncate",
@@ -167,8 +170,9 @@ class PromptEncoder:
         answer_ids = [*answer_ids, self.processor.tokenizer.eos_token_id]
         prompt_ids = self._expand(short_ids, image_tokens)
         total = len(prompt_ids) + len(answer_ids)
-        truncated = self.max_length is not None and total > self.max_length
-        if truncated:
+        truncated = False
+        if self.max_length is not None and total > self.max_length:
+            truncated = True
             room = self.max_length - len(prompt_ids)
             if room < 1:
                 raise ValueError(

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rode_food.atomic import write_json, write_text
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from rode_food.records import FoodRecord
 
 NUTRITION = """\
 Compare labelled nutrition with USDA's tables, by food group (docs/golden.md).
@@ -27,7 +34,7 @@ example:
 """
 
 
-def add_parser(data: Any, **options: Any) -> None:
+def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """The three commands among those of `rode data`; options: formatter_class and parents."""
     from rode_food.unifood.golden.settings import GoldenSettings
 
@@ -84,7 +91,7 @@ def audit_nutrition(args: argparse.Namespace) -> int:
 
     limits = Limits(args.tolerance, args.energy_floor, args.macro_floor, args.coverage, None)
     audit = Audit(Estimator(load_foods(args.usda), args.state), limits, automatic=args.automatic)
-    records = read_records(args.records, split=args.split)
+    records: Iterable[FoodRecord] = read_records(args.records, split=args.split)
     if not args.quiet:
         from tqdm import tqdm
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Build Uni-Food, or a data set like it, from sources of your own: select, categorise, label nutrition with a vision model,
@@ -24,7 +29,7 @@ UNFINISHED = 3
 """Exit code where nothing is wrong but not all is labelled: the budget is reached, or batches are under way."""
 
 
-def add_parser(data: Any, **options: Any) -> None:
+def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """Adds the command to the sub-parsers of `rode data`."""
     from rode_food.commands.options import positive
     from rode_food.unifood.build import STAGES

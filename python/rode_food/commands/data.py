@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rode_food.commands import audit as data_audit
 from rode_food.commands import build as data_build
 from rode_food.commands import shard as data_shard
 from rode_food.commands import statistics as data_statistics
 from rode_food.commands import vocabulary as data_vocabulary
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Turn published data sets into records (docs/records.md), and look into them first (docs/sources.md).
@@ -22,7 +26,7 @@ examples:
 MODULES = (data_vocabulary, data_statistics, data_audit, data_shard, data_build)
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub = commands.add_parser(
         "data",
         help="turn data sets into records",
@@ -42,7 +46,7 @@ def _kinds() -> str:
     return "kinds:\n" + "\n".join(f"  {kind:18} {reader.about}" for kind, reader in READERS.items())
 
 
-def _add_convert(data: Any, options: Any) -> None:
+def _add_convert(data: Subparsers, options: ParserOptions) -> None:
     from rode_food.convert import DEFAULT_FRACTIONS
     from rode_food.readers import READERS
 
@@ -69,7 +73,7 @@ def _add_convert(data: Any, options: Any) -> None:
     _add_reader_options(sub)
 
 
-def _add_inspect(data: Any, options: Any) -> None:
+def _add_inspect(data: Subparsers, options: ParserOptions) -> None:
     from rode_food.readers import READERS
 
     sub = data.add_parser(
@@ -101,7 +105,7 @@ def _images(text: str) -> int | str:
     return int(text)
 
 
-def _add_reader_options(sub: Any) -> None:
+def _add_reader_options(sub: argparse.ArgumentParser) -> None:
     from rode_food.readers import OPTIONS, READERS
 
     for name, option in OPTIONS.items():
@@ -120,7 +124,7 @@ def _add_reader_options(sub: Any) -> None:
             )
 
 
-def _reader_options(args: argparse.Namespace) -> dict[str, Any]:
+def _reader_options(args: argparse.Namespace) -> dict[str, bool | int]:
     from rode_food.readers import OPTIONS
 
     return {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}

@@ -1,6 +1,20 @@
-"""Types of options that several commands share."""
+"""Types of parsers and options that several commands share."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TypeAlias, TypedDict
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""The place to which a command adds its parser: what `ArgumentParser.add_subparsers` gives."""
+
+
+class ParserOptions(TypedDict):
+    """What every command's parser is made with."""
+
+    formatter_class: type[argparse.HelpFormatter]
+    parents: Sequence[argparse.ArgumentParser]
 
 
 def positive(text: str) -> int:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rode_food.commands.options import ParserOptions, Subparsers
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 SPLITS = ("train", "val", "test")  # as in rode_food, which is imported when the command runs
 
 
-def add_parser(data: Any, **options: Any) -> None:
+def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """Add both to the subparsers of `rode data`."""
     sub = data.add_parser(
         "shard", help="put records and pictures into a few large files", parents=options["parents"]
@@ -45,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     shares = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
 
-    def spread(function: Any, parts: Any) -> Any:
+    def spread(
+        function: Callable[[list[str]], list[str]], parts: Iterable[tuple[str, list[str]]]
+    ) -> Iterator[tuple[str, list[str]]]:
         for key, lines in tqdm(list(parts), desc="shards", unit="shard", disable=args.quiet):
             yield key, function(lines)
 

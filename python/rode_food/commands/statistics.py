@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rode_food.commands.options import positive
+from rode_food.commands.options import ParserOptions, Subparsers, positive
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 What a file of records holds: our row of the paper's Table 1, Figure 3 (categories), lengths, nutrition, ingredients.
@@ -14,7 +17,7 @@ Writes statistics.json, table1.md, PNG files and statistics.html, which holds ev
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """Adds `statistics` to the commands of `rode data`."""
     sub = commands.add_parser(
         "statistics", help="figures and tables of a file of records", description=DESCRIPTION, **options

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rode_food.commands.options import positive
+from rode_food.commands.options import ParserOptions, Subparsers, positive
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 DESCRIPTION = """\
 Which names of ingredients mean the same, and which are common enough to count: InverseCooking's protocol, on the training
@@ -14,7 +17,7 @@ recipe, or `rode evaluate --vocabulary OUT.json`.
 """
 
 
-def add_parser(commands: Any, **options: Any) -> None:
+def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     """Adds `vocabulary` to the commands of `rode data`."""
     sub = commands.add_parser(
         "vocabulary", help="build the vocabulary of ingredients", description=DESCRIPTION, **options

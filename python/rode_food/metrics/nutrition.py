@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rode_food.records import NUTRITION_FIELDS
 
 Values = Mapping[str, float | None]
+Truth = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PMAE:
     parsed_mean: float | None
 
 
-def pmae(predicted: Sequence[Values | None], true: Sequence[Values]) -> PMAE:
+def pmae(predicted: Sequence[Values | None], true: Sequence[Truth]) -> PMAE:
     """100 * mean(abs(pred - true)) / mean(true) for each field.
 
     A number that the answer does not give, or an answer that could not be read at all, counts as a
@@ -46,14 +47,14 @@ def pmae(predicted: Sequence[Values | None], true: Sequence[Values]) -> PMAE:
         raise ValueError(
             f"predicted and true: expected equal lengths > 0, got {len(predicted)} and {len(true)}"
         )
-    answers = [answer or {} for answer in predicted]
+    answers: list[Values] = [answer or {} for answer in predicted]
     pairs = list(zip(answers, true, strict=True))
     parsed = [pair for pair in pairs if all(pair[0].get(name) is not None for name in NUTRITION_FIELDS)]
     fields, parsed_fields = _fields(pairs), _fields(parsed)
     return PMAE(fields, _mean(fields), 100 * len(parsed) / len(pairs), parsed_fields, _mean(parsed_fields))
 
 
-def _fields(pairs: Sequence[tuple[Values, Values]]) -> dict[str, float | None]:
+def _fields(pairs: Sequence[tuple[Values, Truth]]) -> dict[str, float | None]:
     out: dict[str, float | None] = {}
     for name in NUTRITION_FIELDS:
         truth = sum(true[name] for _, true in pairs)
@@ -67,7 +68,7 @@ def _mean(fields: Mapping[str, float | None]) -> float | None:
     return sum(values) / len(values) if len(values) == len(fields) else None
 
 
-def mean_baseline(train: Sequence[Values], test: Sequence[Values]) -> PMAE:
+def mean_baseline(train: Sequence[Truth], test: Sequence[Truth]) -> PMAE:
     """What always answering the training split's mean scores on `test`: the number a model has to beat.
 
     Raises:

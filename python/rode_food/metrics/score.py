@@ -101,22 +101,25 @@ def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | 
         if not mine:
             continue
         out[f"n_{task}"] = len(mine)
-        answers = [parse_answer(task, row["answer"]) for row in mine]
+        texts = [row["answer"] for row in mine]
         references = [row["reference"] for row in mine]
         if task == "ingredients":
-            iou = ingredient_iou(answers, references, vocabulary)
+            iou = ingredient_iou(
+                [parse_answer("ingredients", text) for text in texts], references, vocabulary
+            )
             out |= {"ingredient_iou": iou.overall, "ingredient_iou_mean": iou.mean}
             if vocabulary is not None:
                 out |= {"ingredient_vocabulary": vocabulary.name, "ingredient_coverage": iou.coverage}
                 out["n_ingredients_left_out"] = iou.left_out
         elif task == "recipe":
-            texts, truths = [row["answer"] for row in mine], [row["truth"] for row in mine]
+            truths = [row["truth"] for row in mine]
             out["sacrebleu"], out["sacrebleu_signature"] = sacrebleu(texts, truths)
             out["rouge_l"] = rouge_l(texts, truths)
         elif task == "nutrition":
-            result = pmae(answers, references)
+            result = pmae([parse_answer("nutrition", text) for text in texts], references)
             out |= {f"pmae_{name}": value for name, value in result.fields.items()}
             out |= {"pmae": result.mean, "parse_rate": result.parse_rate, "pmae_parsed": result.parsed_mean}
         else:
-            out["category_accuracy"] = category_accuracy(answers, references)
+            categories = (parse_answer("category", text) for text in texts)
+            out["category_accuracy"] = category_accuracy(categories, references)
     return out

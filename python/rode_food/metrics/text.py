@@ -52,4 +52,5 @@ def rouge_l(predicted: Sequence[str], true: Sequence[str]) -> float:
     _check(predicted, true)
     scorer = _package("rouge_score.rouge_scorer", "ROUGE-L").RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(_one_line(predicted), _one_line(true), strict=True)
-    return 100 * sum(scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs) / len(true)
+    total: float = sum(scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs)
+    return 100 * total / len(true)

@@ -28,19 +28,19 @@ class Broken(ValueError):
         self.reason, self.detail = reason, detail
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def text_of(value: Any, field: str) -> str | None:
+def text_of(value: object, field: str) -> str | None:
     """One line of text, or None for nothing but white space. Raises Broken for what is no string."""
     if not isinstance(value, str):
         raise Broken(f"{field} that is no text", shown(value))
     return " ".join(value.split()) or None
 
 
-def texts_of(value: Any, field: str) -> list[str | None]:
+def texts_of(value: object, field: str) -> list[str | None]:
     """`[{"text": ...}, ...]`, as Recipe1M writes its lists, empty ones as None; nothing at all is an empty list."""
     if value is None:
         return []
@@ -71,17 +71,14 @@ def line_to_ingredient(line: str) -> Ingredient | None:
     found = parse_ingredient_line(line)
     if found is None:
         return None
-    numbers = {name: getattr(found, name) for name in ("amount", "mass")}
-    return dataclasses.replace(
-        found,
-        text=line,
-        **{
-            name: None for name, number in numbers.items() if number is not None and not math.isfinite(number)
-        },
-    )
+    return dataclasses.replace(found, text=line, amount=_finite(found.amount), mass=_finite(found.mass))
 
 
-def safe_name(name: Any) -> str:
+def _finite(number: float | None) -> float | None:
+    return None if number is None or not math.isfinite(number) else number
+
+
+def safe_name(name: object) -> str:
     """A file's name that cannot lead out of its folder. Raises Broken for any other."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith((".", " ")):
         path = isinstance(name, str) and any(part in name for part in ("/", "\\", "..", ":"))
@@ -118,7 +115,7 @@ def first_existing(paths: Iterable[Path], what: str) -> Path:
     raise RecordError(f"{what}: none of {', '.join(map(str, paths))} exists")
 
 
-def split_of(value: Any, names: Mapping[str, str]) -> str:
+def split_of(value: object, names: Mapping[str, str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise Broken("an unknown partition", shown(value))
     return names[value]

@@ -89,4 +89,5 @@ class JsonIndex:
 
     def _read(self, at: int) -> dict[str, Any]:
         self._file.seek(self._offsets[at])
-        return json.loads(self._file.read(self._lengths[at]))
+        value: dict[str, Any] = json.loads(self._file.read(self._lengths[at]))
+        return value

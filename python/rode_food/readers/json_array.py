@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from rode_food.readers.log import ReadLog
 from rode_food.records import RecordError
@@ -69,7 +69,7 @@ class _Scanner:
     """`text` is a window of the file's bytes read as Latin-1: offsets in it are bytes, and what gives JSON its structure
     is ASCII. Strings are decoded again as UTF-8, entry by entry, where they are not ASCII."""
 
-    def __init__(self, path: Path, file: Any, log: ReadLog, keys: tuple[str, ...], size: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, log: ReadLog, keys: tuple[str, ...], size: int) -> None:
         self.path, self.file, self.log, self.keys, self.size = path, file, log, keys, size
         self.text = ""
         self.start = 0  # offset of the window in the file
@@ -154,16 +154,22 @@ class _Scanner:
     def shown(self, begin: int, end: int) -> str:
         return self.text[begin:end].encode("latin-1").decode("utf-8", "replace")
 
+    def after_space(self, position: int) -> int:
+        """The place in the window where white space ends, `position` itself where none begins there."""
+        match = _SPACE.match(self.text, position)
+        assert match is not None, "the pattern matches nothing too"
+        return match.end()
+
     def skip_space(self) -> str:
         """Goes to the next character that is no white space and returns it; "" at the file's end."""
         while True:
-            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            self.at = self.after_space(self.at)
             if self.at < len(self.text):
                 return self.text[self.at]
             if not self.more():
                 return ""
 
-    def scan(self) -> tuple[Any, int]:
+    def scan(self) -> tuple[object, int]:
         """(value that begins here, its end). Raises ValueError if there is none, RecursionError if it nests too deep."""
         while True:
             try:
@@ -177,7 +183,7 @@ class _Scanner:
                 if end < len(self.text) or not self.more():  # a number may go on in the next buffer
                     return value, self.at + length
 
-    def checked(self, value: Any, end: int) -> Entry | None:
+    def checked(self, value: object, end: int) -> Entry | None:
         """The entry from here to `end`, decoded; None, and the log told, if it cannot be."""
         line = self.line_at(self.at)
         if not isinstance(value, dict):
@@ -185,17 +191,16 @@ class _Scanner:
             return None
         raw = self.text[self.at : end].encode("latin-1")
         try:
-            if not raw.isascii():
-                value = json.loads(raw.decode("utf-8"))
+            decoded: dict[str, Any] = value if raw.isascii() else json.loads(raw.decode("utf-8"))
             if _SURROGATE.search(raw):  # half of a pair is a str that cannot be written again
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
+                json.dumps(decoded, ensure_ascii=False).encode("utf-8")
         except UnicodeDecodeError as error:
             self.broken("invalid UTF-8", f"{error.reason} at byte {self.start + self.at + error.start}")
             return None
         except UnicodeEncodeError:
             self.broken("invalid UTF-16", "half a surrogate pair in a \\u escape")
             return None
-        return Entry(value, line, self.start + self.at, end - self.at)
+        return Entry(decoded, line, self.start + self.at, end - self.at)
 
     def find_entry(self) -> bool:
         """Goes to the next place where an entry begins, or to the array's end; False if the file ends before."""
@@ -220,7 +225,7 @@ class _Scanner:
     def followed(self, end: int) -> bool:
         """Does a comma, the array's end or the file's end come next?"""
         while True:
-            position = _SPACE.match(self.text, end).end()  # type: ignore[union-attr]
+            position = self.after_space(end)
             if position < len(self.text):
                 return self.text[position] in ",]"
             length = end - self.at

@@ -63,7 +63,8 @@ def _record(source: Path, line: str) -> FoodRecord:
 
 
 def _nutrition(entry: dict[str, Any]) -> Nutrition:
-    return Nutrition(**{name: number_of(entry[key], key) for name, key in _KEYS.items()})
+    numbers = {name: number_of(entry[key], key) for name, key in _KEYS.items()}
+    return Nutrition(**numbers, micronutrients={})
 
 
 def _ingredient(entry: dict[str, Any]) -> Ingredient:

@@ -16,7 +16,6 @@ train_id.json and test_id.json for the split, and images/DISH/rgb.png beside fra
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -118,12 +117,12 @@ def misses(dish: FoodRecord) -> str:
 def _known(dish: FoodRecord) -> Nutrition:
     """The totals, those of 0 as unknown where an ingredient has some: all of cafe 2 has no energy, by its totals."""
     assert dish.nutrition is not None
-    contradicted = {
-        name: None
-        for name in NUTRITION_FIELDS
-        if getattr(dish.nutrition, name) == 0 and any(getattr(i.nutrition, name) for i in dish.ingredients)
-    }
-    return dataclasses.replace(dish.nutrition, **contradicted)
+    known: dict[str, float | None] = {}
+    for name in NUTRITION_FIELDS:
+        total = getattr(dish.nutrition, name)
+        contradicted = total == 0 and any(getattr(i.nutrition, name) for i in dish.ingredients)
+        known[name] = None if contradicted else total
+    return Nutrition(**known, micronutrients=dish.nutrition.micronutrients)
 
 
 def _rows(path: Path, log: ReadLog) -> Iterator[tuple[int, list[str]]]:
@@ -150,9 +149,7 @@ def _dish(row: list[str], names: dict[str, str]) -> FoodRecord:
     ingredients = []
     for at in range(0, len(rest), _COLUMNS):
         identifier, name, *values = rest[at : at + _COLUMNS]
-        nutrition = Nutrition(
-            **{key: number_of(value, key) for key, value in zip(_INGREDIENT_ORDER, values, strict=True)}
-        )
+        nutrition = _numbers(dict(zip(_INGREDIENT_ORDER, values, strict=True)))
         name = name.strip().lower() or names.get(identifier.strip(), "")
         name = "" if name == DEPRECATED else name
         ingredients.append(
@@ -163,8 +160,12 @@ def _dish(row: list[str], names: dict[str, str]) -> FoodRecord:
         image="",
         source="nutrition5k",
         ingredients=tuple(ingredients),
-        nutrition=Nutrition(**{key: number_of(value, key) for key, value in totals.items()}),
+        nutrition=_numbers(totals),
     )
+
+
+def _numbers(values: dict[str, str]) -> Nutrition:
+    return Nutrition(**{key: number_of(value, key) for key, value in values.items()}, micronutrients={})
 
 
 def _foodlmm(ingredients: tuple[Ingredient, ...]) -> tuple[Ingredient, ...]:

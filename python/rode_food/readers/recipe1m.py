@@ -90,12 +90,13 @@ def _record(entry: dict[str, Any], names: JsonIndex | None) -> FoodRecord:
 def _ingredients(lines: list[str | None], names: list[str | None]) -> Iterator[Ingredient]:
     for line, name in zip(lines, names, strict=True):
         found = None if line is None else line_to_ingredient(line)
-        if found is not None and name is None:
-            yield found
+        if name is None:
+            if found is not None:
+                yield found
         elif found is not None:
             # ten million times: not replace()
             yield Ingredient(name, found.amount, found.unit, found.mass, text=line)
-        elif name is not None and line is not None:
+        elif line is not None:
             yield Ingredient(name, text=line)
 
 

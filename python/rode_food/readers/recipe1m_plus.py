@@ -86,7 +86,7 @@ def read(
 
 
 def _record(entry: dict[str, Any], derive_carb: bool) -> FoodRecord:
-    columns = {
+    columns: dict[str, Any] = {
         key: entry.get(key)
         for key in ("ingredients", "quantity", "unit", "weight_per_ingr", "nutr_per_ingredient")
     }
@@ -125,7 +125,7 @@ def _record(entry: dict[str, Any], derive_carb: bool) -> FoodRecord:
     )
 
 
-def _nutrition(weight: Any, values: Any, derive_carb: bool) -> Nutrition:
+def _nutrition(weight: object, values: object, derive_carb: bool) -> Nutrition:
     if not isinstance(values, dict):
         raise Broken("nutrients that are no object", shown(values))
     energy, fat, protein = (number_of(values.get(key), key) for key in ("nrg", "fat", "pro"))
@@ -165,7 +165,7 @@ def _sum(parts: list[Nutrition], derive_carb: bool) -> Nutrition:
     )
 
 
-def _misses(record: FoodRecord, per_100g: Any) -> str:
+def _misses(record: FoodRecord, per_100g: object) -> str:
     """What of the recipe's sums is not its values per 100 g; "" if all agree or there are none to compare with."""
     if not isinstance(per_100g, dict) or record.nutrition is None:
         return ""

@@ -77,9 +77,9 @@ def _read(
     return records(lists, root, name, log, read_line, ingredients)
 
 
-def _labels(path: Path, size: int, log: ReadLog) -> dict[str, array]:
+def _labels(path: Path, size: int, log: ReadLog) -> dict[str, array[int]]:
     """Picture -> places of its ingredients in the list."""
-    found: dict[str, array] = {}
+    found: dict[str, array[int]] = {}
     for number, text in read_lines(path, log):
         picture, *values = text.split()
         if len(values) != size or not {*values} <= {"1", "0", "-1"}:

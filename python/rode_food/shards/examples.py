@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar, cast, overload
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from rode_food.shards.order import shuffle_blocks
 from rode_food.source import Source
 from rode_food.tasks import QUESTIONS, TASKS, Example, make_examples
 
+Item_co = TypeVar("Item_co", bound="Example | tuple[Example, ...]", covariant=True)
+"""A question, or a pack of questions about one picture."""
 
-class ShardExamples(Sequence[Any]):
+
+class ShardExamples(Sequence[Item_co]):
     """Examples of one split, the same ones in the same order as those of the records that were written; or packs of them.
 
     Held are 12 bytes for each; records are read when an example is taken, pictures only through its `image`.
@@ -62,7 +65,7 @@ class ShardExamples(Sequence[Any]):
         self.packs = False
         self._latest: tuple[int, list[Example]] = (-1, [])
 
-    def packed(self, most: int) -> ShardExamples:
+    def packed(self, most: int) -> ShardExamples[tuple[Example, ...]]:
         """The same questions in tuples of at most `most` about one picture (`rode.vlm.packing.pack_by_picture`)."""
         packs = object.__new__(ShardExamples)
         packs.__dict__.update(self.__dict__)
@@ -78,7 +81,11 @@ class ShardExamples(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._sample)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Item_co: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item_co]: ...
+    def __getitem__(self, index: int | slice) -> Item_co | list[Item_co]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         examples = self._asked_of(int(self._sample[index]))
@@ -87,7 +94,8 @@ class ShardExamples(Sequence[Any]):
             raise ShardError(
                 f"{self.shards.folder}: written by a version that asked other questions; write the shards anew"
             )
-        return tuple(examples[first:stop]) if self.packs else examples[first]
+        item = tuple(examples[first:stop]) if self.packs else examples[first]
+        return cast(Item_co, item)  # `packs` says which of both this is a sequence of
 
     def _asked_of(self, sample: int) -> list[Example]:
         """All examples of a record, kept until another one is wanted: neighbours share it."""

@@ -10,9 +10,14 @@ import mmap
 import struct
 import tarfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any
 
 from rode_food.records import NUTRITION_FIELDS
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
 
 Place = tuple[int, int, int, int]
 """Of a sample: offset and size of its record's JSON, offset and size of its picture."""
@@ -28,7 +33,7 @@ class TarShard:
         file: open for writing bytes, at its start.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self.places: list[Place] = []
 
@@ -66,8 +71,9 @@ class ParquetShard:
         ImportError: without pyarrow.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.rows = file, []
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.rows: list[dict[str, Any]] = []
         self.digests: list[tuple[bytes, bytes]] = []
         parquet = import_parquet()
         self.schema = parquet_schema()
@@ -127,7 +133,9 @@ def _mark(value: bytes) -> bytes:
     return struct.pack("<I", len(value)) + value[:64] + hashlib.sha256(value).digest()
 
 
-def _find(data: mmap.mmap, column: Any, marks: list[bytes]) -> list[tuple[int, int]]:
+def _find(
+    data: mmap.mmap, column: pyarrow.parquet.ColumnChunkMetaData, marks: list[bytes]
+) -> list[tuple[int, int]]:
     """(offset, size) of each value of a column chunk of PLAIN byte arrays: length in four bytes, then the bytes."""
     position = column.data_page_offset
     end = position + column.total_compressed_size
@@ -144,16 +152,17 @@ def _find(data: mmap.mmap, column: Any, marks: list[bytes]) -> list[tuple[int, i
     return places
 
 
-def import_parquet() -> Any:
+def import_parquet() -> ModuleType:
     """`pyarrow.parquet`, or an ImportError that says where it comes from."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError("Parquet shards are written by pyarrow: pip install 'rode[data]'") from error
-    return pyarrow.parquet
+    module: ModuleType = pyarrow.parquet
+    return module
 
 
-def parquet_schema() -> Any:
+def parquet_schema() -> pyarrow.Schema:
     """Columns of a Parquet shard; what the schema says of itself makes `datasets` decode the pictures."""
     import pyarrow as pa
 

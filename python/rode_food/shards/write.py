@@ -32,7 +32,7 @@ from rode_food.source import hash_split
 from rode_food.tasks import TASKS, make_examples, stable_hash
 
 Map = Callable[
-    [Callable[[list[str]], list[str]], Iterable[tuple[Any, list[str]]]], Iterable[tuple[Any, list[str]]]
+    [Callable[[list[str]], list[str]], Iterable[tuple[str, list[str]]]], Iterable[tuple[str, list[str]]]
 ]
 """How shards are spread over processes: `rode_food.unifood.stage.Engine.map`."""
 
@@ -146,13 +146,14 @@ def _write_lines(
         for record in records:
             if record.split is None and fractions is not None:
                 record = dataclasses.replace(record, split=hash_split(record.id, fractions))
-            problem = None
             if record.split is None:
-                problem = "split: missing; write one, or give fractions by which to make one"
-            elif not os.path.isabs(record.image):
-                problem = f"image: {record.image!r} is relative; rode_food.read_records makes it absolute"
-            if problem is not None:
-                raise RecordError(f"record {record.id!r}: {problem}")
+                raise RecordError(
+                    f"record {record.id!r}: split: missing; write one, or give fractions by which to make one"
+                )
+            if not os.path.isabs(record.image):
+                raise RecordError(
+                    f"record {record.id!r}: image: {record.image!r} is relative; rode_food.read_records makes it absolute"
+                )
             line = record_line(record, seen).encode() + b"\n"
             out.write(line)
             digest.update(line)
@@ -238,8 +239,8 @@ def _write_shard(folder: Path, format: str, on_bad_image: str, part: Mapping[str
                 if picture is not None:
                     obj = record_to_json(record)
                     del obj["image"]
-                    text = json.dumps(obj, ensure_ascii=False).encode()
-                    shard.add(safe_key(record.id), obj, text, picture)
+                    line = json.dumps(obj, ensure_ascii=False).encode()
+                    shard.add(safe_key(record.id), obj, line, picture)
                     answers = dict.fromkeys(TASKS, 0) | {e.task: len(e.answer) for e in make_examples(record)}
                     rows.append((stable_hash("fraction", record.id), [answers[task] for task in TASKS]))
             places = shard.close()

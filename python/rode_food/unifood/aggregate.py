@@ -82,7 +82,7 @@ def total(ingredients: tuple[Ingredient, ...], coverage: float = 1.0) -> Nutriti
         ingredient.nutrition or Nutrition(mass=ingredient.mass)  # the mass may be all that is known
         for ingredient in ingredients
     ]
-    sums: dict[str, Any] = {}
+    sums: dict[str, float | None] = {}
     for name in NUTRITION_FIELDS:
         values = [getattr(part, name) for part in parts]
         # fsum: rounded once, so 0.1 + 0.2 + 0.3 is 0.6

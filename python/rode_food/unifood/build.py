@@ -54,7 +54,7 @@ class StageResult:
         return f"{self.name}: {'' if self.fresh else 'done already; '}{text}"
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if isinstance(value, dict):
         return "(" + (", ".join(f"{_show(v)} {k}" for k, v in value.items()) or "none") + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -159,7 +159,7 @@ def _run(
             _forget(folder, name)
     parts_key = hashlib.sha256(json.dumps([key, outside]).encode()).hexdigest()
     stage = Stage(name, folder, source, settings, engine, progress, dry_run, parts_key)
-    report = import_module(f"rode_food.unifood.{_MODULES.get(name, name)}").run(stage)
+    report: dict[str, Any] = import_module(f"rode_food.unifood.{_MODULES.get(name, name)}").run(stage)
     if not dry_run:
         if name == "golden":  # what later stages write is the same in another form
             write_records(out / "records.jsonl", read_records(stage.output))
@@ -211,28 +211,30 @@ def _key(settings: UnifoodSettings, name: str, out: Path, source: Path | None) -
 def _outside(settings: UnifoodSettings, name: str) -> dict[str, Any]:
     """What a stage reads outside of the build, path -> its state: name, size and time of each file or folder in it. Pictures
     deeper down are not looked at; those that are chosen are decoded."""
-    paths = {"select": [source.path for source in settings.sources], "golden": [settings.golden.usda]}.get(
-        name, []
-    )
-    return {str(path): _state(path) for path in paths if path}
+    paths: dict[str, list[str | None]] = {
+        "select": [source.path for source in settings.sources],
+        "golden": [settings.golden.usda],
+    }
+    return {path: _state(path) for path in paths.get(name, []) if path}
 
 
-def _state(path: str) -> Any:
+def _state(path: str) -> list[int] | list[list[object]] | None:
     try:
         if not os.path.isdir(path):
             found = os.stat(path)
             return [found.st_size, found.st_mtime_ns]
         with os.scandir(path) as entries:
             # of a folder the time alone: it changes with the names in it
-            return sorted(
-                [entry.name, 0 if entry.is_dir() else entry.stat().st_size, entry.stat().st_mtime_ns]
+            states = sorted(
+                (entry.name, 0 if entry.is_dir() else entry.stat().st_size, entry.stat().st_mtime_ns)
                 for entry in entries
             )
+        return [[name, size, changed] for name, size, changed in states]  # lists, as JSON gives them back
     except OSError:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from rode_food.records import record_from_json, record_to_json, write_records
+from rode_food.records import FoodRecord, record_from_json, record_to_json, write_records
 from rode_food.unifood.categories import Categories
 from rode_food.unifood.stage import Stage
 
@@ -20,7 +21,7 @@ def run(stage: Stage) -> dict[str, Any]:
     rows = stage.in_parts("records", partial(categorise, categories), lines)
     stated = found = 0
 
-    def records() -> Any:
+    def records() -> Iterator[FoodRecord]:
         nonlocal stated, found
         for record, row in zip(stage.records(), rows, strict=True):
             done = record_from_json(json.loads(row))

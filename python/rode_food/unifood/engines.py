@@ -16,10 +16,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
-from typing import Any
+from multiprocessing.context import BaseContext
+from types import ModuleType
+from typing import Any, TypeVar
 
 ENGINES = ("local", "ray")
 Function = Callable[[list[str]], list[str]]
+Key = TypeVar("Key")
 
 
 def _die_with_parent() -> None:
@@ -35,7 +38,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _context() -> Any:
+def _context() -> BaseContext:
     """How workers start. Not by a plain fork: this process may have threads (a progress bar's, a database's). A server that
     has imported this package once forks them without; where there is none each imports it for itself."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
@@ -56,8 +59,8 @@ class LocalEngine:
     workers: int = 1
 
     def map(
-        self, function: Function, parts: Iterable[tuple[Any, list[str]]]
-    ) -> Iterator[tuple[Any, list[str]]]:
+        self, function: Function, parts: Iterable[tuple[Key, list[str]]]
+    ) -> Iterator[tuple[Key, list[str]]]:
         """(key, function(lines)) for every (key, lines), in the order in which they are done."""
         rest = iter(parts)
         first = list(itertools.islice(rest, 2))
@@ -66,7 +69,7 @@ class LocalEngine:
             yield from ((key, function(lines)) for key, lines in rest)
             return
         with ProcessPoolExecutor(self.workers, _context(), initializer=_die_with_parent) as pool:
-            running: dict[Future[list[str]], Any] = {}
+            running: dict[Future[list[str]], Key] = {}
             try:
                 while True:
                     for key, lines in itertools.islice(rest, 2 * self.workers - len(running)):
@@ -104,8 +107,8 @@ class RayEngine:
     workers: int = 1
 
     def map(
-        self, function: Function, parts: Iterable[tuple[Any, list[str]]]
-    ) -> Iterator[tuple[Any, list[str]]]:
+        self, function: Function, parts: Iterable[tuple[Key, list[str]]]
+    ) -> Iterator[tuple[Key, list[str]]]:
         """(key, function(lines)) for every (key, lines); order within a window of parts is Ray's."""
         rest = iter(parts)
         window = list(itertools.islice(rest, 8 * self.workers))
@@ -124,7 +127,7 @@ class RayEngine:
             window = list(itertools.islice(rest, 8 * self.workers))
 
 
-def start_ray(workers: int) -> Any:
+def start_ray(workers: int) -> ModuleType:
     """The `ray` module, connected; Ray stays up until the process ends.
 
     Raises:
@@ -138,8 +141,12 @@ def start_ray(workers: int) -> Any:
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # a plan and its end for every window of parts
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        here = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here)
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
         ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 

@@ -12,8 +12,10 @@ _PAIRS = 4_000_000  # compared at a time: 100 MB
 
 def _count_bits(values: np.ndarray) -> np.ndarray:
     if hasattr(np, "bitwise_count"):  # NumPy 2
-        return np.bitwise_count(values)
-    return np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+        counts: np.ndarray = np.bitwise_count(values)
+    else:
+        counts = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
+    return counts
 
 
 def near_any(hashes: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:

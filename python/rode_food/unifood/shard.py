@@ -35,8 +35,8 @@ def run(stage: Stage) -> dict[str, Any]:
         return {"records": dict(splits), "shards": shards, "bytes_of_pictures": size}
 
     def spread(
-        function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Any, list[str]]]
-    ) -> Iterator[tuple[Any, list[str]]]:
+        function: Callable[[list[str]], list[str]], parts: Iterable[tuple[str, list[str]]]
+    ) -> Iterator[tuple[str, list[str]]]:
         parts = list(parts)
         yield from tqdm(
             stage.engine.map(function, parts),

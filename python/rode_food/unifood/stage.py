@@ -7,13 +7,17 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from rode_food.atomic import replacing
 from rode_food.records import FoodRecord, read_records
 
+if TYPE_CHECKING:
+    from rode_food.unifood.settings import UnifoodSettings
+
+Key = TypeVar("Key")
 PART = 200
 """Lines of one part: what a killed stage does again at most, for each worker."""
 
@@ -22,8 +26,8 @@ class Engine(Protocol):
     """Where work on single records runs; see `rode_food.unifood.engines`."""
 
     def map(
-        self, function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Any, list[str]]]
-    ) -> Iterator[tuple[Any, list[str]]]:
+        self, function: Callable[[list[str]], list[str]], parts: Iterable[tuple[Key, list[str]]]
+    ) -> Iterator[tuple[Key, list[str]]]:
         """`function` over the lines of each part, in processes; results as they come, with the part's key."""
         ...
 
@@ -50,7 +54,7 @@ class Stage:
     name: str
     folder: Path
     source: Path | None
-    settings: Any
+    settings: UnifoodSettings
     engine: Engine
     progress: bool = True
     dry_run: bool = False
@@ -106,8 +110,8 @@ class Stage:
                     out.writelines(f"{row}\n" for row in rows)
                 bar.update(size)
         for number in range(total):
-            with path(number).open(encoding="utf-8", newline="\n") as rows:
-                for row in rows:
+            with path(number).open(encoding="utf-8", newline="\n") as results:
+                for row in results:
                     yield row.rstrip("\n")
 
     def drop_parts(self, name: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rode_food.records import FoodRecord
+from rode_food.records import FoodRecord, Ingredient
 from rode_food.usda.compare import Comparison, Limits, compare, disagreements
-from rode_food.usda.estimate import Estimator
+from rode_food.usda.estimate import Estimate, Estimator
 from rode_food.usda.tables import NUTRIENTS
 
 _NOT_TOLD = "(no trusted food)"
@@ -96,7 +96,7 @@ class Audit:
             return
         self._add_dish(comparison)
 
-    def _add_ingredient(self, ingredient: Any, estimate: Any) -> None:
+    def _add_ingredient(self, ingredient: Ingredient, estimate: Estimate) -> None:
         nutrition, mass = ingredient.nutrition, ingredient.mass
         if nutrition is None or mass is None or any(getattr(nutrition, n) is None for n in NUTRIENTS):
             return

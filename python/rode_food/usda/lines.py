@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rode_food.ingredient_lines import parse_ingredient_line
 from rode_food.records import Ingredient
 from rode_food.usda.names import singular
 from rode_food.usda.units import GRAMS, MILLILITRES, unit_name
+
+if TYPE_CHECKING:
+    from ingredient_parser.dataclasses import CompositeIngredientAmount, IngredientAmount, ParsedIngredient
 
 _COUNTED_WORDS = "clove stalk stick slice sprig leaf root bulb head rib fillet ear wedge floret cube"
 _COUNTED = frozenset(_COUNTED_WORDS.split())
@@ -57,7 +62,7 @@ class Line:
     words: str = ""
 
 
-def _import_parser() -> Any:
+def _import_parser() -> ModuleType:
     try:
         import ingredient_parser  # slow: a model and NLTK
     except ImportError as error:
@@ -78,14 +83,15 @@ def _no_tagger() -> OSError:
 
 
 @functools.cache
-def _parser() -> Any:
+def _parser() -> Callable[[str], ParsedIngredient]:
     """`parse_ingredient`, after a look whether NLTK's data is there: without it the first line would fail."""
     module = _import_parser()
     try:
         module.parse_ingredient("1 cup water")
     except LookupError as error:
         raise _no_tagger() from error
-    return module.parse_ingredient
+    parse: Callable[[str], ParsedIngredient] = module.parse_ingredient
+    return parse
 
 
 def line_of(ingredient: Ingredient) -> Line:
@@ -119,6 +125,8 @@ def read_line(text: str) -> Line:
         OSError: without NLTK's tagger; says which download.
     """
     parsed = _parser()(_plain(text))
+    from ingredient_parser.dataclasses import IngredientAmount  # it is there now
+
     names = [_with_state(clean, text) for name in parsed.name if (clean := _clean(name.text))]
     own = parse_ingredient_line(text)
     if own is not None:
@@ -133,7 +141,9 @@ def read_line(text: str) -> Line:
         # "2 garlic cloves" are 2 cloves, "Scallion: 2 stalks" may be read as a name of its own
         last = [singular(name.lower().split()[-1]) for name in names]
         last += [
-            unit_name(str(entry.unit)) for entry in parsed.amount if getattr(entry, "quantity", None) == ""
+            unit_name(str(entry.unit))
+            for entry in parsed.amount
+            if isinstance(entry, IngredientAmount) and entry.quantity == ""
         ]
         counted = next((word for word in last if word in _COUNTED), None)
         if counted:
@@ -166,12 +176,12 @@ def _clean(name: str) -> str:
     )
 
 
-def _amount(entry: Any) -> Amount | None:
-    parts = getattr(entry, "amounts", None)
-    if (
-        parts is not None
-    ):  # "1 lb 2 oz", "1 cup plus 1 tbsp": one amount if the units agree, else in the first unit
-        inner = [amount for part in parts if (amount := _amount(part)) is not None]
+def _amount(entry: IngredientAmount | CompositeIngredientAmount) -> Amount | None:
+    from ingredient_parser.dataclasses import CompositeIngredientAmount
+
+    if isinstance(entry, CompositeIngredientAmount):
+        # "1 lb 2 oz", "1 cup plus 1 tbsp": one amount if the units agree, else in the first unit
+        inner = [amount for part in entry.amounts if (amount := _amount(part)) is not None]
         same = len({amount.unit for amount in inner}) == 1
         if not inner or entry.subtractive:
             return None
@@ -184,7 +194,7 @@ def _amount(entry: Any) -> Amount | None:
         return None
     if low < 0 or high <= 0:
         return None
-    return Amount(low, high, unit_name(str(entry.unit)), bool(getattr(entry, "SINGULAR", False)))
+    return Amount(low, high, unit_name(str(entry.unit)), entry.SINGULAR)
 
 
 def _sum(amounts: list[Amount]) -> Amount | None:

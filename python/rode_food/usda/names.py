@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -101,10 +102,9 @@ class CommonFood:
 @functools.cache
 def common_foods() -> dict[str, CommonFood]:
     """Normal form of a name -> food, chosen by hand for the commonest names of recipes and weighed plates."""
-    path = resources.files("rode_food.usda") / "common_foods.csv"
-    with path.open(encoding="utf-8", newline="") as lines:
-        rows = [
-            CommonFood(r["name"], r["ndb_no"], r["served_ndb_no"] or r["ndb_no"], r["expect"], r["note"])
-            for r in csv.DictReader(lines)
-        ]
+    text = (resources.files("rode_food.usda") / "common_foods.csv").read_text(encoding="utf-8")
+    rows = [
+        CommonFood(r["name"], r["ndb_no"], r["served_ndb_no"] or r["ndb_no"], r["expect"], r["note"])
+        for r in csv.DictReader(io.StringIO(text))
+    ]
     return {normalise(row.name): row for row in rows}

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from rode.training.side_inputs import Routes
 from rode.tuner import GateStatistics
 from rode.tuner.statistics import IGNORE, ExampleGates
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator
+from rode.vlm.collator import PictureSource
 from rode_food import TASKS, Example
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 ANSWERS = ("truth", "generated")
 
@@ -36,15 +41,15 @@ class TaskGates:
 @torch.inference_mode()
 def measure(
     model: Any,
-    processor: Any,
+    processor: LlavaProcessor,
     examples: Sequence[Example],
     *,
     prompt: str = "auto",
     batch_size: int = 8,
     answers: str = "truth",
     max_new_tokens: int = 256,
-    source: Any = None,
-    routes: Any = None,
+    source: PictureSource | None = None,
+    routes: Routes | None = None,
     progress: bool = False,
 ) -> dict[str, TaskGates]:
     """Run the model over each example's picture, question and answer, and keep its gates.
@@ -108,13 +113,13 @@ def measure(
 
 def _with_own_answers(
     model: Any,
-    processor: Any,
+    processor: LlavaProcessor,
     examples: Sequence[Example],
     prompt: str,
     batch_size: int,
     max_new_tokens: int,
-    source: Any,
-    routes: Any,
+    source: PictureSource,
+    routes: Routes | None,
     progress: bool,
 ) -> list[Example]:
     from rode.evaluation.generate import answer

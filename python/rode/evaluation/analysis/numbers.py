@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
@@ -34,10 +35,11 @@ class _Sums:
         self.gates = _with_all(torch.cat([layer.gates for layer in layers], -1))  # (E, K, U)
         # (K, 5): tokens, gates, and what `ExampleGates` sums, over examples and layers
         self.mixing = {
-            name: _with_all(sum(getattr(layer, name) for layer in layers)).sum(0)
+            name: _with_all(reduce(torch.add, (getattr(layer, name) for layer in layers))).sum(0)
             for name in ("tokens", "zeros", "effective", "carriers", "closed")
         }
-        self.mixing["gates"] = _with_all(sum(layer.tokens * len(layer.ranks) for layer in layers)).sum(0)
+        gates = reduce(torch.add, (layer.tokens * len(layer.ranks) for layer in layers))
+        self.mixing["gates"] = _with_all(gates).sum(0)
 
     def mean(self, value: str) -> Tensor:
         """(K, U) open rates or mean gates over all tokens of a kind; NaN where there were none."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rode.evaluation.analysis import figures, text
 from rode_food.atomic import write_json, write_text
 from rode_food.html import bullets, drawing, page, table
+
+if TYPE_CHECKING:
+    pass
 
 SHOWN = 40
 """Experts named in one list; analysis.json has them all."""

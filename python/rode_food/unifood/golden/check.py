@@ -8,10 +8,10 @@ import json
 from typing import Any
 
 from rode_food.images import ImageError, decode_picture
-from rode_food.records import NUTRITION_FIELDS, FoodRecord, record_from_json
+from rode_food.records import NUTRITION_FIELDS, FoodRecord, Ingredient, record_from_json
 from rode_food.unifood.golden.settings import GoldenSettings
 from rode_food.usda.compare import Comparison, compare, disagreements
-from rode_food.usda.estimate import shared_estimator
+from rode_food.usda.estimate import Estimator, shared_estimator
 from rode_food.usda.tables import NUTRIENTS
 
 THUMBNAIL = 256
@@ -31,7 +31,7 @@ def check_lines(lines: list[str], settings: GoldenSettings) -> list[str]:
     return [_check(record_from_json(json.loads(line)), settings, estimator) for line in lines]
 
 
-def _check(record: FoodRecord, settings: GoldenSettings, estimator: Any) -> str:
+def _check(record: FoodRecord, settings: GoldenSettings, estimator: Estimator) -> str:
     comparison = compare(record, estimator)
     fields: list[str] = []
     if comparison is None:
@@ -74,7 +74,7 @@ def page_lines(lines: list[str], settings: GoldenSettings) -> list[str]:
     ]
 
 
-def _entry(record: FoodRecord, estimator: Any) -> dict[str, Any]:
+def _entry(record: FoodRecord, estimator: Estimator) -> dict[str, Any]:
     comparison = compare(record, estimator)
     rows = []
     for part in comparison.parts if comparison else ():
@@ -109,7 +109,7 @@ def _entry(record: FoodRecord, estimator: Any) -> dict[str, Any]:
     }
 
 
-def _stated(ingredient: Any) -> str:
+def _stated(ingredient: Ingredient) -> str:
     amount = "" if ingredient.amount is None else f"{ingredient.amount:.4g}"
     return " ".join(part for part in (amount, ingredient.unit, ingredient.name) if part)
 

@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.decisions = decisions
         self._answer(HTTPStatus.OK, {"decided": len(decisions)})
 
-    def _answer(self, status: HTTPStatus, value: Any) -> None:
+    def _answer(self, status: HTTPStatus, value: object) -> None:
         body = json.dumps(value, ensure_ascii=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rode_food.atomic import replacing
 from rode_food.unifood.label.answers import Misses, change_by_fault, change_by_reply, make_reply
@@ -27,6 +28,11 @@ from rode_food.unifood.label.price import Budget
 from rode_food.unifood.label.prompt import encode_picture, request_body
 from rode_food.unifood.label.settings import LabelSettings
 from rode_food.unifood.label.work import Item, Verdict, Work, judge
+
+if TYPE_CHECKING:
+    from openai.types import Batch, FileObject
+
+T = TypeVar("T")
 
 _TOKEN = "rode_label"
 """Key of the metadata that holds our token."""
@@ -115,11 +121,7 @@ class Batches:
             if asked:
                 self.ledger.new_batch(token, size, asked)
                 try:
-                    file = self._call(
-                        lambda path=path: self.endpoint.client.files.create(
-                            file=(path.name, path.read_bytes()), purpose="batch"
-                        )
-                    )
+                    file = self._call(partial(self._upload, path))
                 except LabelError:
                     self.ledger.drop_batch(token)  # a file alone asks nothing
                     raise
@@ -154,7 +156,10 @@ class Batches:
                     else:
                         yield item, verdict, made
 
-    def _call(self, send: Callable[[], Any]) -> Any:
+    def _upload(self, path: Path) -> FileObject:
+        return self.endpoint.client.files.create(file=(path.name, path.read_bytes()), purpose="batch")
+
+    def _call(self, send: Callable[[], T]) -> T:
         try:
             return self.endpoint.call(send)
         except RequestFailed as error:
@@ -164,7 +169,7 @@ class Batches:
     def _create(self, token: str, file: str) -> None:
         tried = False
 
-        def send() -> Any:
+        def send() -> Batch:
             nonlocal tried
             # the answer to an earlier try may have got lost: a batch made twice is paid for twice
             known = self._find(token) if tried else None
@@ -184,7 +189,7 @@ class Batches:
             raise
         self.ledger.batch_created(token, batch.id, file)
 
-    def _find(self, token: str) -> Any:
+    def _find(self, token: str) -> Batch | None:
         return next(
             (
                 batch
@@ -214,7 +219,7 @@ class Batches:
         """Takes in every batch that has ended; whether that left something to be asked."""
         something_open = False
         for row in self.ledger.batches():
-            batch = self._call(lambda row=row: self.endpoint.client.batches.retrieve(row.id))
+            batch = self._call(partial(self._retrieve, row))
             if batch.status in _WORKING:
                 continue
             if batch.status == "failed":
@@ -224,7 +229,11 @@ class Batches:
             something_open = True
         return something_open
 
-    def _failed(self, row: BatchRow, batch: Any) -> None:
+    def _retrieve(self, row: BatchRow) -> Batch:
+        assert row.id is not None, "a batch without the server's id was found again, or dropped, before"
+        return self.endpoint.client.batches.retrieve(row.id)
+
+    def _failed(self, row: BatchRow, batch: Batch) -> None:
         """Nothing of it was asked."""
         errors = (batch.errors.data if batch.errors else None) or []
         told = "; ".join(f"{error.code}: {error.message}" for error in errors[:3]) or "no reason given"
@@ -248,10 +257,11 @@ class Batches:
         """The pictures at the server; its storage is limited."""
         import openai
 
+        assert row.file is not None, "a batch that was made has its file"
         with suppress(openai.OpenAIError):  # costs nothing but room there
             self.endpoint.client.files.delete(row.file)
 
-    def _take_in(self, row: BatchRow, batch: Any) -> None:
+    def _take_in(self, row: BatchRow, batch: Batch) -> None:
         """All its answers and the batch's end in one transaction."""
         members = dict(self.ledger.members(row.token))
         items = {
@@ -261,22 +271,23 @@ class Batches:
         faults: list[Fault | None] = []
         spent = 0.0
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            content = self._call(lambda file=file: self.endpoint.client.files.content(file).read())
+            content = self._call(partial(self._download, file))
             for line in content.split(b"\n"):
                 if not line.strip():
                     continue
-                key, raw, fault = _read_line(line, f"batch {row.id}, file {file}")
+                key, answer = _read_line(line, f"batch {row.id}, file {file}")
                 item = items.get(key)
                 if item is None or key in changes:
                     continue  # not of these records, or not asked
-                faults.append(fault)
-                if raw is not None:
+                if isinstance(answer, Fault):
+                    faults.append(answer)
+                    changes[key] = self._change(item, answer)
+                else:
+                    faults.append(None)
                     verdict = judge(self.ledger.get(key), item.ingredients, self.settings)
-                    reply = make_reply(raw, item.estimate(verdict, self.settings), self.settings)
+                    reply = make_reply(answer, item.estimate(verdict, self.settings), self.settings)
                     spent += reply.price
                     changes[key] = change_by_reply(self.ledger, item, reply, self.settings)
-                else:
-                    changes[key] = self._change(item, fault)
         unheard = Fault("retry", f"batch {row.id} ended as {batch.status} without an answer")
         for key, item in items.items():
             if key not in changes:
@@ -292,6 +303,9 @@ class Batches:
         for fault in faults:
             self._misses.count(fault)
 
+    def _download(self, file: str) -> bytes:
+        return self.endpoint.client.files.content(file).read()
+
     def _change(self, item: Item, fault: Fault) -> Change:
         self._tries[item.key] += 1
         if fault.kind == "retry" and self._tries[item.key] <= self.settings.retries:
@@ -303,8 +317,8 @@ def _nothing() -> None:
     pass
 
 
-def _read_line(line: bytes, where: str) -> tuple[str, dict[str, Any] | None, Fault | None]:
-    """(key, completion or None, fault or None) of one line of an output or error file."""
+def _read_line(line: bytes, where: str) -> tuple[str, dict[str, Any] | Fault]:
+    """Key of one line of an output or error file, and its completion or why there is none."""
     try:
         entry = json.loads(line)
         key, response, error = entry["custom_id"], entry.get("response"), entry.get("error")
@@ -313,11 +327,11 @@ def _read_line(line: bytes, where: str) -> tuple[str, dict[str, Any] | None, Fau
         raise LabelError(f"{where}: not a line of a batch's output: {line[:80]!r} ({problem})") from None
     if status == 200:
         try:
-            return key, check_completion(response["body"]), None
+            return key, check_completion(response["body"])
         except RequestFailed as failed:
-            return key, None, failed.fault
+            return key, failed.fault
     if status is not None:
         body = response.get("body") or {}
-        return key, None, fault_of_status(status, body.get("error", body) if isinstance(body, dict) else body)
+        return key, fault_of_status(status, body.get("error", body) if isinstance(body, dict) else body)
     told = error.get("message") or error.get("code") if isinstance(error, dict) else error
-    return key, None, Fault("retry", f"batch: {told}")
+    return key, Fault("retry", f"batch: {told}")

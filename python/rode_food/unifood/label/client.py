@@ -10,13 +10,17 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from rode_food.unifood.label.errors import LabelError
 from rode_food.unifood.label.settings import LabelSettings
+
+if TYPE_CHECKING:
+    import openai
 
 T = TypeVar("T")
 
@@ -96,7 +100,7 @@ class Stopped(Exception):
     """The job ends; this request was not sent."""
 
 
-def fault_of_status(status: int, error: Any, pause: float | None = None) -> Fault:
+def fault_of_status(status: int, error: object, pause: float | None = None) -> Fault:
     """What an HTTP status with the server's `error` object (or text) means."""
     error = error if isinstance(error, dict) else {"message": error}
     code = str(error.get("code") or "")
@@ -139,7 +143,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
     return max(0.0, date.timestamp() - (time.time() if now is None else now))
 
 
-def make_client(settings: LabelSettings) -> Any:
+def make_client(settings: LabelSettings) -> openai.OpenAI:
     """The official client.
 
     Raises:
@@ -178,7 +182,7 @@ class Endpoint:
         self._random = random.Random()
 
     @cached_property
-    def client(self) -> Any:
+    def client(self) -> openai.OpenAI:
         """Made at first use: a full ledger needs neither key nor server. Raises as `make_client` does."""
         return make_client(self.settings)
 
@@ -262,10 +266,9 @@ def as_arguments(body: dict[str, Any]) -> dict[str, Any]:
 
 def check_completion(text: str | dict[str, Any]) -> dict[str, Any]:
     """The completion out of a body with status 200. Raises RequestFailed."""
-    try:
+    raw: Any = None
+    with suppress(ValueError):
         raw = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
-        raw = None
     if isinstance(raw, dict) and raw.get("error"):  # some proxies answer 200 with an error inside
         error = raw["error"]
         code = error.get("code") if isinstance(error, dict) else None
@@ -274,7 +277,7 @@ def check_completion(text: str | dict[str, Any]) -> dict[str, Any]:
         choice = raw["choices"][0]
         message = choice["message"]
         strings = (message.get("content"), message.get("refusal"), choice.get("finish_reason"))
-        if all(value is None or isinstance(value, str) for value in strings):
+        if isinstance(raw, dict) and all(value is None or isinstance(value, str) for value in strings):
             return raw
     except (TypeError, KeyError, IndexError, AttributeError):
         pass

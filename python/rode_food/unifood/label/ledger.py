@@ -76,7 +76,8 @@ class Reply:
 
     @property
     def _choice(self) -> dict[str, Any]:
-        return self.raw["choices"][0]
+        choice: dict[str, Any] = self.raw["choices"][0]
+        return choice
 
     @property
     def finish_reason(self) -> str | None:
@@ -195,7 +196,7 @@ class Ledger:
             raise LabelError(f"ledger {self.path}: closed")
         return self._connection
 
-    def _transaction(self, write: Callable[[sqlite3.Connection], None]) -> None:
+    def _transaction(self, write: Callable[[sqlite3.Connection], object]) -> None:
         try:
             self._db.execute("BEGIN IMMEDIATE")
             write(self._db)
@@ -223,6 +224,7 @@ class Ledger:
             ).fetchone()
             if row is None:
                 return None
+            status, reason, detail = row
             rows = self._db.execute(
                 "SELECT raw, prompt_tokens, answer_tokens, estimated, price, max_tokens, turn FROM replies"
                 " WHERE key = ? ORDER BY turn",
@@ -231,7 +233,7 @@ class Ledger:
             replies = tuple(Reply(json.loads(r[0]), r[1], r[2], bool(r[3]), *r[4:]) for r in rows)
         except sqlite3.Error as error:
             raise self._error(error) from error
-        return Content(*row, replies)
+        return Content(status, reason, detail, replies)
 
     def totals(self) -> dict[str, Any]:
         """Over all that the ledger holds: `answers`, `input_tokens`, `output_tokens`, `estimated` (answers whose tokens

@@ -81,7 +81,7 @@ def ask_live(
         try:
             within_budget = True
             while True:
-                starting = []
+                starting: list[tuple[Item, Verdict]] = []
                 while len(flying) + len(starting) < settings.concurrency:
                     next_one = again.popleft() if again else next(work, None)
                     if next_one is None:

@@ -83,9 +83,14 @@ def usage_of(
     """Tokens of prompt and answer as the reply counts them, else estimated; and whether they are estimated."""
     usage = raw.get("usage")
     if isinstance(usage, dict):
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if all(isinstance(count, int) and count >= 0 for count in counts) and any(counts):
-            return counts[0], counts[1], False
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if (
+            isinstance(prompt, int)
+            and isinstance(completion, int)
+            and min(prompt, completion) >= 0
+            and max(prompt, completion) > 0
+        ):
+            return prompt, completion, False
     return asked.prompt, min(math.ceil(len(answer.encode()) / _BYTES_PER_TOKEN), settings.max_tokens), True
 
 

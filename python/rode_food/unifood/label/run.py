@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rode_food.atomic import replacing
-from rode_food.records import FoodRecord, write_records
+from rode_food.records import FoodRecord, Nutrition, write_records
 from rode_food.unifood.label.batch import Batches
 from rode_food.unifood.label.client import Endpoint
 from rode_food.unifood.label.errors import LabelError, Unfinished
@@ -21,6 +21,9 @@ from rode_food.unifood.label.price import Budget, price, price_at_most
 from rode_food.unifood.label.settings import LabelSettings
 from rode_food.unifood.label.work import Item, Work, judge
 from rode_food.unifood.stage import Stage
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def _ledger_path(stage: Stage) -> Path:
     return Path(settings.ledger) if settings.ledger else stage.folder / "ledger.sqlite"
 
 
-def _bar(stage: Stage) -> Any:
+def _bar(stage: Stage) -> tqdm[NoReturn]:
     from tqdm import tqdm
 
     total = None
@@ -194,7 +197,7 @@ def _write(stage: Stage, work: Work, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _labelled(record: FoodRecord, nutrition: tuple[Any, ...]) -> FoodRecord:
+def _labelled(record: FoodRecord, nutrition: tuple[Nutrition, ...]) -> FoodRecord:
     ingredients = tuple(
         replace(ingredient, mass=answer.mass, nutrition=answer)
         for ingredient, answer in zip(record.ingredients, nutrition, strict=True)

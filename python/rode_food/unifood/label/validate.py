@@ -159,7 +159,7 @@ def _not_finite(name: str) -> float:
     raise _Bad("not finite", f"{name} is not a number")
 
 
-def _number_of(entry: Any, count: int, seen: set[int]) -> int:
+def _number_of(entry: object, count: int, seen: set[int]) -> int:
     number = entry.get("number") if isinstance(entry, dict) else None
     if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number // 1:
         raise _Bad("wrong form", f"number: expected the ingredient's number, got {_show(number)}")
@@ -170,11 +170,11 @@ def _number_of(entry: Any, count: int, seen: set[int]) -> int:
     return int(number)
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     return json.dumps(value)[:40]
 
 
-def _quantity(value: Any, where: str) -> float:
+def _quantity(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _Bad("wrong form", f"{where}: expected a number, got {_show(value)}")
     try:
