@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "machine.h"
+#include "../emulator/machine.h"
 
 namespace rode::emulator {
 
