@@ -25,7 +25,6 @@ RODE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
 RODE_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 RODE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 RODE_DEVICE Dim block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
-RODE_DEVICE Dim grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
 
 // ---- Memory: addresses that only the functions below follow
 
@@ -40,10 +39,6 @@ class gmem {
   __host__ __device__ gmem(gmem<U> other) : data_(other.data_) {}
   __host__ __device__ explicit operator bool() const { return data_ != nullptr; }
   RODE_DEVICE gmem operator+(int64_t n) const { return gmem(data_ + n, 0); }
-  template <class U>
-  RODE_DEVICE gmem<U> as() const {
-    return gmem<U>(reinterpret_cast<U*>(data_), 0);
-  }
   template <class V>
   RODE_DEVICE V* at() const {  // for this header only
     return reinterpret_cast<V*>(data_);
@@ -64,10 +59,6 @@ class smem {
   RODE_DEVICE explicit smem(unsigned offset) : offset_(offset) {}
   RODE_DEVICE smem operator+(int n) const { return smem(offset_ + static_cast<unsigned>(n) * unsigned{sizeof(T)}); }
   RODE_DEVICE smem operator^(unsigned bytes) const { return smem(offset_ ^ bytes); }
-  template <class U>
-  RODE_DEVICE smem<U> as() const {
-    return smem<U>(offset_);
-  }
   template <class V>
   RODE_DEVICE V* at() const {  // for this header only
     return reinterpret_cast<V*>(dynamic_shared + offset_);
@@ -194,45 +185,20 @@ RODE_DEVICE bool sync_threads_or(bool mine) { return __syncthreads_or(mine) != 0
 RODE_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
-RODE_DEVICE T shuffle(T value, int from_lane) {
-  static_assert(sizeof(T) == 4);
-  return __shfl_sync(0xffffffffu, value, from_lane);
-}
-template <class T>
 RODE_DEVICE T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) == 4);
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 RODE_DEVICE unsigned ballot(bool mine) { return __ballot_sync(0xffffffffu, mine); }
 
-// ---- Order between blocks: stores, sync_threads, then one thread: thread_fence, take_ticket, thread_fence
-
-RODE_DEVICE void thread_fence() { __threadfence(); }
-// 0, 1, ... last, and round again: a counter that is left at 0 needs no launch to clear it.
-RODE_DEVICE unsigned take_ticket(gmem<unsigned> counter, unsigned last) {
-  return atomicInc(counter.template at<unsigned>(), last);
-}
-
 // ---- Tensor cores
 
 // N 8x8 matrices of 16-bit values; lane 8 i + j holds the address of row j of matrix i.
 template <int N, bool kTranspose = false, class T>
 RODE_DEVICE void ldmatrix(uint32_t (&r)[N], smem<T> row) {
-  static_assert(N == 1 || N == 2 || N == 4);
-  if constexpr (N == 1 && !kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(row.address()) : "memory");
-  } else if constexpr (N == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(row.address())
-                 : "memory");
-  } else if constexpr (N == 2 && !kTranspose) {
+  static_assert(N == 4 || (N == 2 && !kTranspose), "what kernels use");
+  if constexpr (N == 2) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(row.address())
-                 : "memory");
-  } else if constexpr (N == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
                  : "r"(row.address())
                  : "memory");
