@@ -242,7 +242,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   Scratch<Column> shared_A(own ? 0 : size_of_A);
   Scratch<C> shared_router(own ? 0 : size_of_router);
   Scratch<C> t(few ? p.tokens * p.total_rank : 0);
-  Occurrences<T> open(p, a.dA != nullptr, out);
+  OpenTokens<T> open(p, a.dA != nullptr, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Team team = Team::here(), layers = own ? Team{0, 1} : team;

@@ -14,16 +14,16 @@ constexpr int kOuterRows = 6, kOuterVectors = 4;  // 6 x 4 sums in flight, 4 + 1
 constexpr int kOuterRows = 2, kOuterVectors = 4;
 #endif
 
-// Of each block of kSumTokens tokens: which have an expert open, and their coefficients side by side; in pairs of tokens where
-// Path<T> has pairs, the last one's second being 0.
+// For each block of kSumTokens tokens and each expert: the tokens that have it open, and their coefficients side by side. Where Path<T>
+// has pairs of tokens, the second of the last pair may be 0.
 template <class T>
-class Occurrences {
+class OpenTokens {
   using C = typename AccumulationOf<T>::type;
   using Column = typename Path<T>::Column;
   static constexpr int kTerm = Path<T>::kTerm;
 
  public:
-  Occurrences(const rode::Problem& problem, bool with_x, bool with_dy)
+  OpenTokens(const rode::Problem& problem, bool with_x, bool with_dy)
       : p(problem),
         tokens_(blocks() * kSumTokens * p.experts),
         counts_(blocks() * p.experts),

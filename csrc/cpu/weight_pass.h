@@ -15,7 +15,7 @@ class WeightPass {
   static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
 
  public:
-  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const Occurrences<T>& open)
+  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
       : p(problem),
         a(arrays),
         open_(open),
@@ -176,7 +176,7 @@ class WeightPass {
 
   const rode::Problem& p;
   const rode::Backward& a;
-  const Occurrences<T>& open_;
+  const OpenTokens<T>& open_;
   bool paired_ = false;
   Scratch<Row> rows_;
   Scratch<uint32_t> pairs_;
