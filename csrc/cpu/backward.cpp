@@ -27,7 +27,7 @@ struct IntoInputGradient {
   int64_t m0, first;  // of the chunk
   const C* router_chunk;
 
-  void lines(int64_t i, int64_t c, Lines& lines) const { lines.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
+  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const { prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
 
   template <int TM, int V>
   RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {

@@ -15,7 +15,7 @@ constexpr int kMostTokens = 4, kMostRows = 2;
 constexpr int64_t kStepBytes = 2048;
 
 // sums[m * width + r] = (or += unless `first`) products of elements [0, n) of TM rows of tokens from k on with TR rows of weights.
-// Meanwhile as many elements from `ahead` on are brought near.
+// Meanwhile as many elements from `ahead` on are prefetched.
 template <class E, int TM, int TR>
 void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride, int64_t n, bool first,
               Vector<typename Operand<E>::C>* sums, int64_t width, const E* ahead) {
@@ -165,7 +165,7 @@ Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, boo
   return {out, count};
 }
 
-// Rows that will be read later: with each tile one of them is brought near.
+// Rows that will be read later: each tile prefetches one of them.
 template <class E>
 struct Upcoming {
   const E* const* rows = nullptr;

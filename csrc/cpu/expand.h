@@ -29,9 +29,9 @@ inline int64_t unit_tokens(const rode::Problem& p) {
   return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
 }
 
-// Memory that sums will be added to and stored in, brought near a few lines at a time while others are computed: the processor
-// waits where more are asked for at once than it keeps track of.
-class Lines {
+// Prefetches memory that sums will be added to and stored in, a few cache lines at a time while others are computed: a processor that
+// is asked for more lines at once than it can keep track of waits.
+class RowPrefetcher {
  public:
   void clear(int64_t bytes) { bytes_ = bytes, count_ = 0; }
   // Where a token's `bytes` bytes begin.
@@ -131,22 +131,22 @@ class Expansion {
   }
 
   // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(who, c, n, sums)` gets sums of tokens
-  // who[0 .. TM), n columns of V vectors; `finish.lines(i, c, lines)` adds what it will touch for a token.
+  // who[0 .. TM), n columns of V vectors; `finish.prefetch(i, c, prefetcher)` adds what it will touch for a token.
   template <class Finish>
   void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
-    Lines lines;
+    RowPrefetcher prefetcher;
     for (int64_t i = 0; i < groups_; ++i) {
-      lines.clear(n * static_cast<int64_t>(sizeof(T)));
+      prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
       if (i + 1 < groups_)
-        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.lines(order_[starts_[i + 1] + k], c, lines);
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.prefetch(order_[starts_[i + 1] + k], c, prefetcher);
       const int64_t* who = order_ + starts_[i];
-      lines.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
-      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish, lines);
-      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish, lines);
+      prefetcher.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
+      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish, prefetcher);
+      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish, prefetcher);
       if constexpr (kTogether == 4) {
-        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish, lines);
-        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish, lines);
+        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish, prefetcher);
+        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish, prefetcher);
       }
     }
   }
@@ -208,32 +208,32 @@ class Expansion {
   }
 
   template <int TM, int V, class Finish>
-  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
+  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     int64_t k = 0;
-    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish, lines);
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish, prefetcher);
     if constexpr (V > kTileVectors)
       for (; k + kTileVectors * lanes <= n; k += kTileVectors * lanes)
-        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish, lines);
-    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, lines);
+        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish, prefetcher);
+    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, prefetcher);
   }
 
   template <int TM, int V, class Finish>
-  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
+  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, RowPrefetcher& prefetcher) {
     Vector<C> sums[TM][V];
     RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
-    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums, lines);
+    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums, prefetcher);
     finish.template add<TM, V>(who, c, n, sums);
   }
 
   template <int TM, int V>
   RODE_INLINE void accumulate(const int64_t* who, const Column* B, int64_t width, const int32_t* terms, int64_t count,
-                              Vector<C> (&sums)[TM][V], Lines& lines) {
+                              Vector<C> (&sums)[TM][V], RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     const Column* v[TM];
     RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * all_terms_;
     for (int64_t j = 0; j < count; ++j) {
-      lines.step();
+      prefetcher.step();
       const int64_t term = terms[j];
       const Column* row = B + term * width;
       if constexpr (kTerm == 1) {
@@ -269,22 +269,22 @@ class Expansion {
   // The same sums in the same order, in memory between a token's experts.
   template <class Finish>
   void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    Lines lines;
-    lines.clear(n * static_cast<int64_t>(sizeof(T)));
+    RowPrefetcher prefetcher;
+    prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
     for (int64_t i = 0; i < groups_; ++i)
-      for (int64_t k = 0; k < sizes_[i]; ++k) finish.lines(order_[starts_[i] + k], c, lines);
-    lines.begin(steps(kTileVectors, width, all_terms_));
+      for (int64_t k = 0; k < sizes_[i]; ++k) finish.prefetch(order_[starts_[i] + k], c, prefetcher);
+    prefetcher.begin(steps(kTileVectors, width, all_terms_));
     int32_t done[kGroupTokens] = {};
     for (int64_t e = 0; e < p.experts; ++e) {
       const int32_t* open = open_.get() + e * kGroupTokens;
       const Parts parts(open_counts_.get()[e], kTogether);
       for (int64_t k = 0; k < parts.count; open += parts.size(k++)) {
         const int64_t size = parts.size(k);
-        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, lines);
-        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, lines);
+        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, prefetcher);
+        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, prefetcher);
         if constexpr (kTogether == 4) {
-          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, lines);
-          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, lines);
+          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, prefetcher);
+          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, prefetcher);
         }
       }
     }
@@ -301,7 +301,7 @@ class Expansion {
   // A token's first expert starts its sums, the last one ends them.
   template <int TM, class Finish>
   void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
-              Lines& lines) {
+              RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
     int64_t who[TM];
@@ -317,7 +317,7 @@ class Expansion {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(at[m] + v * lanes);
         }
       }
-      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums, lines);
+      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums, prefetcher);
       RODE_UNROLL for (int m = 0; m < TM; ++m) {
         if (done[open[m]] + 1 < experts_of_[open[m]]) {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) store(at[m] + v * lanes, sums[m][v]);

@@ -24,9 +24,9 @@ struct IntoOutput {
   const T* base_at(int64_t m, int64_t c) const { return static_cast<const T*>(a.base.data) + m * a.base.row + c * a.base.column; }
   T* y_at(int64_t m, int64_t c) const { return static_cast<T*>(a.y.data) + m * a.y.row + c * a.y.column; }
 
-  void lines(int64_t i, int64_t c, Lines& lines) const {
-    if (a.base && a.base.column == 1) lines.add(base_at(m0 + i, c));
-    if (a.y.data != a.base.data && a.y.column == 1) lines.add(y_at(m0 + i, c));
+  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const {
+    if (a.base && a.base.column == 1) prefetcher.add(base_at(m0 + i, c));
+    if (a.y.data != a.base.data && a.y.column == 1) prefetcher.add(y_at(m0 + i, c));
   }
 
   template <int TM, int V>

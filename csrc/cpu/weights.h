@@ -60,9 +60,9 @@ bool stands_as_rows(const rode::Weight& w, int64_t columns) {
   return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
 }
 
-// Columns [c, c + n) of row r, which will be read before long.
+// Brings columns [c, c + n) of row r, which will be read soon, into the cache.
 template <class T>
-void bring_near(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
+void prefetch(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
   const int64_t element = w.wide ? sizeof(typename AccumulationOf<T>::type) : sizeof(T);
   const char* first = static_cast<const char*>(w.data) + (r * w.row + c * w.column) * element;
   for (int64_t at = 0; at < n * w.column * element; at += 64) __builtin_prefetch(first + at, 0, 2);
@@ -302,14 +302,14 @@ void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t ro
   }
 }
 
-// Rows `wanted` of chunk i of a matrix. The next chunk's are brought near.
+// Rows `wanted` of chunk i of a matrix. The next chunk's are prefetched.
 template <class T, class Out>
 void pack_rows(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t columns, Out* out) {
   const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
   for (const Range& range : wanted)
     for (int64_t j = range.begin; j < range.end; ++j) {
       Out* to = out + j * chunks.width;
-      bring_near<T>(w, j, first + chunks.width, columns - first - chunks.width < n ? columns - first - chunks.width : n);
+      prefetch<T>(w, j, first + chunks.width, columns - first - chunks.width < n ? columns - first - chunks.width : n);
       copy_row<T>(w, j, first, n, to);
       for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
     }
@@ -329,7 +329,7 @@ void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t
     each_pair(p, [&](int64_t term, int64_t j, int64_t end) {
       while (range != wanted.end() && range->end <= term) ++range;
       if (range == wanted.end() || term < range->begin) return;
-      for (int64_t rank = j; rank < end && rank < j + 2; ++rank) bring_near<T>(w, rank, first + chunks.width, left < n ? left : n);
+      for (int64_t rank = j; rank < end && rank < j + 2; ++rank) prefetch<T>(w, rank, first + chunks.width, left < n ? left : n);
       for (int64_t c = 0; c < chunks.width; c += lanes) {
         const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
         const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already
