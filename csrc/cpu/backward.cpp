@@ -30,13 +30,13 @@ struct IntoInputGradient {
   void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const { prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
 
   template <int TM, int V>
-  RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
+  RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
     constexpr int64_t lanes = kLanes<C>;
-    const C* g = static_cast<const C*>(a.g) + (m0 + who[0]) * p.experts;  // open experts are the same for all of them
+    const C* g = static_cast<const C*>(a.g) + (m0 + tokens[0]) * p.experts;  // open experts are the same for all of them
     if (p.dropout.on && any_open(g, p.experts)) RODE_UNROLL for (int m = 0; m < TM; ++m) {
         C kept[V * lanes];  // sums themselves stay in registers
         RODE_UNROLL for (int i = 0; i < V; ++i) store(kept + i * lanes, sums[m][i]);
-        drop(p.dropout, static_cast<uint64_t>(m0 + who[m]) * p.in_features + c, n, kept, kept);
+        drop(p.dropout, static_cast<uint64_t>(m0 + tokens[m]) * p.in_features + c, n, kept, kept);
         RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
       }
     if (a.router) {
@@ -46,13 +46,13 @@ struct IntoInputGradient {
         Vector<C> of_row[V];
         RODE_UNROLL for (int i = 0; i < V; ++i) of_row[i] = load(router + e * w.chunks.width + i * lanes);
         RODE_UNROLL for (int m = 0; m < TM; ++m) {
-          const C dh = static_cast<const C*>(a.dh)[(m0 + who[m]) * p.experts + e];
+          const C dh = static_cast<const C*>(a.dh)[(m0 + tokens[m]) * p.experts + e];
           RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] += dh * of_row[i];
         }
       }
     }
     RODE_UNROLL for (int m = 0; m < TM; ++m) {
-      T* dx = static_cast<T*>(a.dx.data) + (m0 + who[m]) * a.dx.row + c;
+      T* dx = static_cast<T*>(a.dx.data) + (m0 + tokens[m]) * a.dx.row + c;
       RODE_UNROLL for (int i = 0; i < V; ++i) if ((i + 1) * lanes <= n) { store_narrow<T>(dx + i * lanes, sums[m][i]); }
       else {
         T last[lanes];

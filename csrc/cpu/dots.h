@@ -123,9 +123,9 @@ inline Range within(const rode::Problem& p, int64_t e, Range ranks) {
   return {ranks.begin > begin ? ranks.begin : begin, ranks.end < end ? ranks.end : end};
 }
 
-// How many of the tokens want expert e: those that have it open, or all if `dense`.
+// The number of tokens that want expert e: those that have it open, or all if `dense`.
 template <class C>
-int64_t who_want(const rode::Problem& p, const C* gates, int64_t tokens, int64_t e, bool dense) {
+int64_t count_wanting(const rode::Problem& p, const C* gates, int64_t tokens, int64_t e, bool dense) {
   if (dense) return tokens;
   int64_t count = 0;
   for (int64_t i = 0; i < tokens; ++i) count += gates[i * p.experts + e] != 0;
@@ -136,12 +136,12 @@ int64_t who_want(const rode::Problem& p, const C* gates, int64_t tokens, int64_t
 template <class C>
 Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
   int64_t all = 0;
-  for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * who_want(p, gates, tokens, e, p.dense);
+  for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * count_wanting(p, gates, tokens, e, p.dense);
   const auto first_of = [&](int64_t thread) {
     if (thread == 0) return int64_t{0};
     int64_t before = thread * all / team.threads;
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t width = p.offsets[e + 1] - p.offsets[e], each = who_want(p, gates, tokens, e, p.dense);
+      const int64_t width = p.offsets[e + 1] - p.offsets[e], each = count_wanting(p, gates, tokens, e, p.dense);
       if (before < width * each) return p.offsets[e] + before / each;
       before -= width * each;
     }
@@ -156,7 +156,7 @@ Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, boo
   int64_t count = 0;
   for (int64_t e = 0; e < p.experts; ++e) {
     const Range range = range_of(e);
-    if (range.begin >= range.end || who_want(p, gates, tokens, e, dense) == 0) continue;
+    if (range.begin >= range.end || count_wanting(p, gates, tokens, e, dense) == 0) continue;
     if (count > 0 && out[count - 1].end == range.begin)
       out[count - 1].end = range.end;
     else

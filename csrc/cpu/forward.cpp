@@ -30,8 +30,8 @@ struct IntoOutput {
   }
 
   template <int TM, int V>
-  RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
-    RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + who[m], c, n, sums[m]);
+  RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
+    RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + tokens[m], c, n, sums[m]);
   }
 
   // Columns [c, c + kQuadRows) of a token, as far as there are n.

@@ -62,7 +62,7 @@ bool any_open(const C* gates, int64_t experts) {
   return false;
 }
 
-// Of a parallel region: who runs this, of how many. These may be fewer than were asked for.
+// A thread of a parallel region, and the number of its threads, which may be fewer than were asked for.
 struct Team {
   int64_t thread, threads;
 
