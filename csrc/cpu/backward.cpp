@@ -224,24 +224,24 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
   const int64_t terms = terms_of<T>(p);
 
-  // Few tokens are one group, whose dx threads share by columns: each lays out the weights of its own.
-  const bool few = p.tokens > 0 && p.tokens <= kGroupTokens;
-  const int64_t unit = unit_tokens(p), token_units = few ? 0 : (p.tokens + unit - 1) / unit;
+  // Few tokens are one group: threads share dx by columns, and each lays out the weights of its own.
+  const bool one_group = p.tokens > 0 && p.tokens <= kGroupTokens;
+  const int64_t unit = unit_tokens(p), token_units = one_group ? 0 : (p.tokens + unit - 1) / unit;
   const Range all_ranks{0, p.total_rank}, all_terms{0, terms}, experts{0, p.experts};
   const int64_t parts = parts_of(in_columns) + parts_of(out_columns);
-  const int64_t units = few ? parts_of(p.in_features) + parts_of(p.out_features) : token_units;
+  const int64_t units = one_group ? parts_of(p.in_features) + parts_of(p.out_features) : token_units;
   const int threads = thread_count(p, units > parts ? units : parts);
   const Chunks of_B = row_chunks<Row>(p.out_features),
-               chunks = column_chunks<T>(p.in_features, terms, few && threads > 1 ? 4 * threads : 1);
-  const int64_t block = few && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
+               chunks = column_chunks<T>(p.in_features, terms, one_group && threads > 1 ? 4 * threads : 1);
+  const int64_t block = one_group && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
-  const int64_t size_of_B = a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0;
-  const int64_t size_of_A = a.dx && !few ? chunks.count * chunks.width * terms : 0;
-  const int64_t size_of_router = a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0;
+  const int64_t size_of_B = a.dy && !one_group ? of_B.count * of_B.width * p.total_rank : 0;
+  const int64_t size_of_A = a.dx && !one_group ? chunks.count * chunks.width * terms : 0;
+  const int64_t size_of_router = a.dx && a.router && !one_group ? chunks.count * chunks.width * p.experts : 0;
   Scratch<Row> shared_B(own ? 0 : size_of_B);
   Scratch<Column> shared_A(own ? 0 : size_of_A);
   Scratch<C> shared_router(own ? 0 : size_of_router);
-  Scratch<C> t(few ? p.tokens * p.total_rank : 0);
+  Scratch<C> t(one_group ? p.tokens * p.total_rank : 0);
   OpenTokens<T> open(p, a.dA != nullptr, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -260,14 +260,14 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
         pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A + i * chunks.width * terms);
         if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router + i * chunks.width * p.experts);
       });
-      if (!own && !few) {
+      if (!own && !one_group) {
 #pragma omp barrier
       }
       const BackwardWeights<T> weights = {
-          {few ? nullptr : B, p.total_rank, p.out_features, of_B.width}, few ? nullptr : A, router, chunks, terms};
+          {one_group ? nullptr : B, p.total_rank, p.out_features, of_B.width}, one_group ? nullptr : A, router, chunks, terms};
       TokenPass<T> pass(p, a, weights, block);
       const int64_t of_dx = a.dx ? chunks.count : 0;
-      if (few) {
+      if (one_group) {
         pass.project(team, t.get());
 #pragma omp barrier
 #pragma omp for schedule(static)

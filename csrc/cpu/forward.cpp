@@ -213,8 +213,8 @@ class ForwardPass {
 
 constexpr int64_t kLeastTokens = 4;  // fewer are not worth a thread
 
-// Tokens that a thread takes down where all of them together are one group.
-inline int64_t few_tokens(const rode::Problem& p) {
+// Tokens that a thread takes down where all tokens together are one group.
+inline int64_t tokens_per_thread(const rode::Problem& p) {
   const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
   return share < kLeastTokens ? kLeastTokens : share > most ? most : share;
 }
@@ -226,24 +226,24 @@ template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
-  // Few tokens are one group, whose y threads share by columns: each lays out the weights of its own.
-  const bool few = p.tokens <= kGroupTokens;
-  const int64_t unit = few ? few_tokens(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
+  // Few tokens are one group: threads share y by columns, and each lays out the weights of its own.
+  const bool one_group = p.tokens <= kGroupTokens;
+  const int64_t unit = one_group ? tokens_per_thread(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
   const int64_t kept_busy = weight_bytes<T>(p) / kBytesOfThread;
   const bool by_rank = p.tokens > 0 && p.tokens < 2 * kLeastTokens && p.threads > 1 && kept_busy > 1;
   const int threads = thread_count(p, by_rank ? kept_busy : units);
   const int64_t terms = terms_of<T>(p);
   const Range all_terms{0, terms};
-  const Chunks chunks = column_chunks<T>(p.out_features, terms, few && threads > 1 ? 4 * threads : 1);
+  const Chunks chunks = column_chunks<T>(p.out_features, terms, one_group && threads > 1 ? 4 * threads : 1);
   // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
-  const bool stands = stands_as_rows<T>(a.A, p.in_features), hardly_any = p.tokens < 2 * kLeastTokens;
-  const bool copies = !hardly_any && (!few || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
+  const bool stands = stands_as_rows<T>(a.A, p.in_features), few_tokens = p.tokens < 2 * kLeastTokens;
+  const bool copies = !few_tokens && (!one_group || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
   const Chunks of_rows = copies || !stands ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
   const int64_t of_A = copies ? p.total_rank * of_rows.width * of_rows.count : 0,
                 of_router = copies_router ? p.experts * p.in_features : 0;
-  const int64_t of_B = few ? 0 : chunks.count * chunks.width * terms;
+  const int64_t of_B = one_group ? 0 : chunks.count * chunks.width * terms;
   Scratch<Row> shared_A(own ? 0 : of_A), shared_router(own ? 0 : of_router);
   Scratch<Column> shared_B(own ? 0 : of_B);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -256,7 +256,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
     layers.each(copies ? p.total_rank : 0, [&](int64_t r) { pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A); });
     layers.each(copies_router ? p.experts : 0,
                 [&](int64_t r) { copy_row<T>(a.router, r, 0, p.in_features, router + r * p.in_features); });
-    layers.each(few ? 0 : chunks.count,
+    layers.each(one_group ? 0 : chunks.count,
                 [&](int64_t i) { pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B + i * chunks.width * terms); });
     const ForwardWeights<T> weights = {
         {copies   ? A
@@ -264,7 +264,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
                   : nullptr,
          p.total_rank, p.in_features, of_rows.width},
         {copies_router ? router : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
-        few ? nullptr : B,
+        one_group ? nullptr : B,
         chunks,
         terms};
     ForwardPass<T> pass(p, a, weights);
@@ -275,7 +275,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
       pass.down_together(team);
 #pragma omp barrier
     }
-    if (few) {
+    if (one_group) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < (by_rank ? 0 : units); ++b)
         pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);

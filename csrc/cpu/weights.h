@@ -173,13 +173,14 @@ void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t wor
   transpose_words(i, chunks, wanted, words, columns, data, row, put, [](int64_t) {});
 }
 
-// Of A and B, in x's dtype.
+// Bytes of A and B in x's dtype.
 template <class T>
 int64_t weight_bytes(const rode::Problem& p) {
   return p.total_rank * (p.in_features + p.out_features) * static_cast<int64_t>(sizeof(T));
 }
 
-// Where they are hardly any, each thread lays them out for itself: lines that another core wrote may be as far as memory is.
+// Where weights have at most so many bytes, each thread lays them out for itself: lines that another core wrote may be as far as
+// memory is.
 constexpr int64_t kOwnBytes = 256 * 1024;
 
 // How many of Path's columns an expert takes, all of them together.
