@@ -1,7 +1,7 @@
 // The backward pass. Compiled once per instruction set; RODE_ISA names the namespace.
 //
-// First over tokens, a group of them at a time: t = dy B, then v, du, dh, and dx = drop'(du A) + dh Wr. Then over columns of the
-// weight gradients.
+// First over tokens, a group of them at a time: t = dy B (grad_output_pass), then v, du and dh (gate_backward), then
+// dx = drop'(du A) + dh Wr (grad_input_pass). Then over columns of the weight gradients.
 #include "expand.h"
 #include "weight_pass.h"
 
@@ -64,12 +64,12 @@ struct IntoInputGradient {
 };
 
 template <class T>
-class TokenPass {
+class TokenGradients {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
 
  public:
-  TokenPass(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
+  TokenGradients(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
       : p(problem),
         a(arrays),
         w(weights),
@@ -83,13 +83,13 @@ class TokenPass {
         dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
 
-  // v, du and dh of tokens [m0, m0 + tokens).
-  void down(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
+  // t, then v, du and dh of tokens [m0, m0 + tokens).
+  void grad_output_pass(int64_t m0, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; i += block_) grad_output_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
   }
 
-  // Of all tokens, of the ranks that are the team member's: t, (M, R).
-  void project(Team team, C* t) {
+  // t (M, R) of all tokens, for the team member's share of ranks.
+  void grad_output_pass(Team team, C* t) {
     const C* g = static_cast<const C*>(a.g);
     const Range mine = share_of_ranks(p, g, p.tokens, team);
     for (int64_t i = 0; i < p.tokens; ++i)
@@ -110,11 +110,11 @@ class TokenPass {
   }
 
   // v, du and dh of token m from its t.
-  void derive(int64_t m, const C* t) const {
-    gates_and_coefficients(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
+  void gate_backward(int64_t m, const C* t) const {
+    gate_backward(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
   }
 
-  // Takes du of them, for `up`.
+  // Takes du of these tokens, for `grad_input_pass`.
   void take(int64_t m0, int64_t tokens) {
     m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
@@ -125,7 +125,7 @@ class TokenPass {
   }
 
   // Chunk i of dx.
-  void up(int64_t i) {
+  void grad_input_pass(int64_t i) {
     const int64_t first = i * w.chunks.width;
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
     const C* router = w.A == nullptr ? router_.get() : a.router ? w.router + first * p.experts : nullptr;
@@ -139,7 +139,7 @@ class TokenPass {
   }
 
  private:
-  void down_block(int64_t m0, int64_t tokens) {
+  void grad_output_block(int64_t m0, int64_t tokens) {
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     C* t = t_.get();
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
@@ -151,10 +151,10 @@ class TokenPass {
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
       dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, {next, direct ? of_next : 0});
     }
-    for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
+    for (int64_t i = 0; i < tokens; ++i) gate_backward(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }
 
-  void gates_and_coefficients(int64_t m, const C* g, const C* t) const {
+  void gate_backward(int64_t m, const C* g, const C* t) const {
     const C* u = static_cast<const C*>(a.u) + m * p.total_rank;
     C* du = static_cast<C*>(a.du) + m * p.total_rank;
     C* v = a.v == nullptr ? nullptr : static_cast<C*>(a.v) + m * p.total_rank;
@@ -265,31 +265,31 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
       }
       const BackwardWeights<T> weights = {
           {one_group ? nullptr : B, p.total_rank, p.out_features, of_B.width}, one_group ? nullptr : A, router, chunks, terms};
-      TokenPass<T> pass(p, a, weights, block);
+      TokenGradients<T> pass(p, a, weights, block);
       const int64_t of_dx = a.dx ? chunks.count : 0;
       if (one_group) {
-        pass.project(team, t.get());
+        pass.grad_output_pass(team, t.get());
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < p.tokens; ++m) pass.derive(m, t.get());
+        for (int64_t m = 0; m < p.tokens; ++m) pass.gate_backward(m, t.get());
         if (of_dx > 0) pass.take(0, p.tokens);
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+        for (int64_t i = 0; i < of_dx; ++i) pass.grad_input_pass(i);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < token_units; ++b) {
         const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
-        pass.down(m0, tokens);
+        pass.grad_output_pass(m0, tokens);
         if (of_dx == 0) continue;
         pass.take(m0, tokens);
-        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+        for (int64_t i = 0; i < of_dx; ++i) pass.grad_input_pass(i);
       }
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < (parts > 0 ? open.blocks() : 0); ++b)
       open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
                    out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
-    WeightPass<T> pass(p, a, open);
+    WeightGradients<T> pass(p, a, open);
     // Neighbouring columns are a thread's: what the processor reads ahead would else be lines that another thread writes.
     pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
     pass.output_columns(share(out_columns, team.thread, team.threads, false),

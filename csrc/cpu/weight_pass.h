@@ -9,13 +9,13 @@ constexpr int64_t kColumns = 128;                // columns of a weight gradient
 constexpr int64_t kLeastColumns = kColumns / 2;  // of which a thread has a multiple
 
 template <class T>
-class WeightPass {
+class WeightGradients {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
 
  public:
-  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
+  WeightGradients(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
       : p(problem),
         a(arrays),
         open_(open),
