@@ -100,11 +100,11 @@ class ForwardPass {
   void down_together(Team team) { down_block(0, p.tokens, team); }
 
   // Makes v of them, for `up`.
-  void weigh(int64_t m0, int64_t tokens) {
+  void apply_gates(int64_t m0, int64_t tokens) {
     m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     for (int64_t i = 0; i < tokens; ++i) {
-      weigh_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
+      apply_gates_to_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
       up_.token(i, g + i * p.experts, v_.get());
     }
     up_.group(tokens, g, in_place());
@@ -187,7 +187,7 @@ class ForwardPass {
   }
 
   // v of one token's open experts.
-  void weigh_token(const C* g, const C* u) {
+  void apply_gates_to_token(const C* g, const C* u) {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
       const C factor = static_cast<C>(p.scaling[e]) * g[e];
@@ -279,7 +279,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < (by_rank ? 0 : units); ++b)
         pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);
-      pass.weigh(0, p.tokens);
+      pass.apply_gates(0, p.tokens);
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
     } else {
@@ -287,7 +287,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
       for (int64_t b = 0; b < units; ++b) {
         const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
         pass.down(m0, tokens);
-        pass.weigh(m0, tokens);
+        pass.apply_gates(m0, tokens);
         for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
       }
     }
