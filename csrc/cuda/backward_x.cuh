@@ -256,7 +256,7 @@ backward_x(BackwardParams<T> p) {
         if (!warp_any(bits)) continue;
         const Left<T> a = left_operand<T>(bits, p.fast);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) multiply(part[j], a, here(w[step][j][0]), here(w[step][j][1]), p.fast);
+        for (int j = 0; j < kTiles; ++j) multiply(part[j], a, no_hoist(w[step][j][0]), no_hoist(w[step][j][1]), p.fast);
       }
     });
   };

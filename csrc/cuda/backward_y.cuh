@@ -160,7 +160,7 @@ backward_y(BackwardParams<T> p) {
         uint32_t bits[4];
         left_plain<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
         const Left<T> a = left_operand<T>(bits, p.fast);
-        for_open([&](int j) { multiply(t[j], a, here(weight[step][j][0]), here(weight[step][j][1]), p.fast); });
+        for_open([&](int j) { multiply(t[j], a, no_hoist(weight[step][j][0]), no_hoist(weight[step][j][1]), p.fast); });
       }
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});

@@ -276,8 +276,8 @@ RODE_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
-// What is computed from x is computed here, not once before a loop: registers are scarcer than instructions.
-RODE_DEVICE uint32_t here(uint32_t x) {
+// Keeps the compiler from computing what follows from x once before a loop: registers are scarcer than instructions.
+RODE_DEVICE uint32_t no_hoist(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }

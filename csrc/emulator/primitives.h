@@ -163,7 +163,7 @@ inline unsigned ballot(bool mine, At at = At::current()) {
 
 // ---- Conversions
 
-inline uint32_t here(uint32_t x) { return x; }
+inline uint32_t no_hoist(uint32_t x) { return x; }
 inline uint32_t halves(uint32_t low, uint32_t high, bool upper) {
   return upper ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
 }
