@@ -64,7 +64,7 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
 
 // Clears what was dropped, row by row of the mask: from right operands of x (rows run along the sum), and from sums that become dx.
 template <class T, int kCount>
-RODE_DEVICE void drop_right(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words, int row0, int column0) {
+RODE_DEVICE void drop_b(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words, int row0, int column0) {
   const int t = lane_index() % 4;
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
@@ -186,7 +186,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if constexpr (!kAligned) {
-          right_values<T>(to[step][j], [&](int k, int n) {
+          gather_b<T>(to[step][j], [&](int k, int n) {
             const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
             const int column = k0 + warp_k + dx_column<kTiles>(j, n);
             return load(row.at + column, row.inside && column < p.K);
@@ -223,19 +223,19 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll 1
     for (int row0 = 0; row0 < Shape::kTokens; row0 += kStepRows<T>) {
       uint32_t b[kTiles][2], kept[kTiles][2];
-      right_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
+      load_b_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) kept[j][0] = b[j][0], kept[j][1] = b[j][1];
-      if constexpr (kDrop) drop_right<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+      if constexpr (kDrop) drop_b<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const bool of_experts = !kDrop || group0 + group < p.expert_groups;
         if (!(wanted >> group & 1)) continue;
         const int at = group * 16 * kSize / kChunk;
         uint32_t bits[4];
-        left_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
+        load_a_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
         if (!warp_any(bits)) continue;  // nothing open
-        const Left<T> a = left_operand<T>(bits, p.fast);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
           multiply(c[group][j], a, of_experts ? kept[j][0] : b[j][0], of_experts ? kept[j][1] : b[j][1], p.fast);
@@ -252,9 +252,9 @@ backward_x(BackwardParams<T> p) {
       for (int step = 0; step < kSteps; ++step) {
         const int at = (i * kSteps + step) * 2;
         uint32_t bits[4];
-        left_plain<T>(bits, D_tile(stage, at / 8), row0, at % 8);
+        load_a<T>(bits, D_tile(stage, at / 8), row0, at % 8);
         if (!warp_any(bits)) continue;
-        const Left<T> a = left_operand<T>(bits, p.fast);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) multiply(part[j], a, no_hoist(w[step][j][0]), no_hoist(w[step][j][1]), p.fast);
       }

@@ -49,7 +49,7 @@ backward_y(BackwardParams<T> p) {
   for (int step = 0; step < kSteps; ++step)
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      right_values<T>(weight[step][j], [&](int k, int n) {
+      gather_b<T>(weight[step][j], [&](int k, int n) {
         const int o = o0 + warp_o + step * 32 / static_cast<int>(sizeof(T)) + k, r = 8 * (tile0 + j) + n;
         return load(p.B + (offset(o, p.ld_B) + r), p.need_t && o < o_end && r < p.R);
       });
@@ -158,8 +158,8 @@ backward_y(BackwardParams<T> p) {
       for (int step = 0; step < kSteps; ++step) {
         const int chunk = chunk_of(step * 32);
         uint32_t bits[4];
-        left_plain<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
-        const Left<T> a = left_operand<T>(bits, p.fast);
+        load_a<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
         for_open([&](int j) { multiply(t[j], a, no_hoist(weight[step][j][0]), no_hoist(weight[step][j][1]), p.fast); });
       }
 #pragma unroll
@@ -173,7 +173,7 @@ backward_y(BackwardParams<T> p) {
 #pragma unroll
         for (int tile = 0; tile < Shape::kWeightedTiles; ++tile) {
           uint32_t part[kOfTile][2];
-          right_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
+          load_b_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
 #pragma unroll
           for (int j = 0; j < kOfTile; ++j)
             v[pair][tile * kOfTile + j][0] = part[j][0], v[pair][tile * kOfTile + j][1] = part[j][1];
@@ -186,8 +186,8 @@ backward_y(BackwardParams<T> p) {
           for (int pair = 0; pair < kPairs; ++pair) {
             const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));
             uint32_t bits[4];
-            left_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
-            const Left<T> a = left_operand<T>(bits, p.fast);
+            load_a_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
+            const FragmentA<T> a = fragment_a<T>(bits, p.fast);
             for_open([&](int j) { multiply(c[j], a, v[pair][j][0], v[pair][j][1], p.fast); });
           }
         });

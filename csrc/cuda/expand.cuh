@@ -219,7 +219,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
 #pragma unroll
         for (int step = part * kRowSteps; step < kCount && step < (part + 1) * kRowSteps; ++step) {
           if (!(v.open >> step & 1)) continue;
-          const Left<T> a = left_operand<T>(v.a[step], p.fast);
+          const FragmentA<T> a = fragment_a<T>(v.a[step], p.fast);
           const smem<T> tile = B_tile(stage, part);
 #pragma unroll
           for (int j = 0; j < kTiles; j += 2) {

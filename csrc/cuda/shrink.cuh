@@ -69,11 +69,11 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       const unsigned flip = static_cast<unsigned>(step) * 2 * kChunk;
       uint32_t bits[4];
       ldmatrix<4>(bits, (x_tile(stage) + of_lane / static_cast<int>(sizeof(T))) ^ flip);
-      const Left<T> a = left_operand<T>(bits, p.fast);
-      Left<T> kept = a;  // the experts' x
+      const FragmentA<T> a = fragment_a<T>(bits, p.fast);
+      FragmentA<T> kept = a;  // the experts' x
       if constexpr (kDrop) {
         drop<T>(bits, mask_of(tile), row0, step);
-        kept = left_operand<T>(bits, p.fast);
+        kept = fragment_a<T>(bits, p.fast);
       }
       const auto add = [&](int j, uint32_t b0, uint32_t b1) {
         if (!kDrop || kWhole || (kExpertTiles < 0 ? tile0 + j < p.expert_tiles : j < kExpertTiles)) {

@@ -183,9 +183,10 @@ RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
   }
 }
 
-// A left operand (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without the low one.
+// The left operand of an mma (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without
+// the low one.
 template <class T>
-struct Left {
+struct FragmentA {
   uint32_t high[4], low[4];
 };
 
@@ -197,8 +198,8 @@ RODE_DEVICE void split(uint32_t bits, uint32_t& high, uint32_t& low) {
 }
 
 template <class T>
-RODE_DEVICE Left<T> left_operand(const uint32_t (&bits)[4], bool fast) {
-  Left<T> a;
+RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
+  FragmentA<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (!is_wide<T>) {
@@ -216,7 +217,7 @@ RODE_DEVICE Left<T> left_operand(const uint32_t (&bits)[4], bool fast) {
 
 // c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
 template <class T>
-RODE_DEVICE void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1, bool fast) {
+RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uint32_t b1, bool fast) {
   if constexpr (!is_wide<T>) {
     mma<T>(c, a.high, b0, b1);
   } else if (fast) {

@@ -18,7 +18,7 @@ RODE_DEVICE unsigned tile_key(unsigned row) {
 
 // Rows row0 .. of 16 columns from chunk `chunk` on, as a left operand with these columns as its rows.
 template <class T>
-RODE_DEVICE void left_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_a_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
   if constexpr (is_wide<T>) {
 #pragma unroll
@@ -34,7 +34,7 @@ RODE_DEVICE void left_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int c
 
 // Rows row0 .. of 8 kCount columns from chunk `chunk` on, as right operands of 8 columns each.
 template <class T, int kCount>
-RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_b_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
   if constexpr (is_wide<T>) {
 #pragma unroll
@@ -61,14 +61,14 @@ RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int ro
 
 // The plain left operand: 16 rows, and 32 bytes of columns from chunk `chunk` on.
 template <class T>
-RODE_DEVICE void left_plain(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_a(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
   const int row = row0 + lane_index() % 16;
   ldmatrix<4>(a, at_chunk(tile, row, tile_key<T>(row), chunk + lane_index() / 16));
 }
 
 // A right operand of one mma, read from where `value(k, n)` says.
 template <class T, class Value>
-RODE_DEVICE void right_values(uint32_t (&b)[2], Value value) {
+RODE_DEVICE void gather_b(uint32_t (&b)[2], Value value) {
   const int t = lane_index() % 4, n = lane_index() / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
