@@ -56,7 +56,7 @@ backward_y(BackwardParams<T> p) {
   sync_threads();
 
   const auto dy_row = [&](int i) { return Row<T>{p.dy + i * p.ld_dy, true}; };
-  const Pieces<T, 16, kTokens, kRowBytes, kThreads> of_dy(dy_row, tile_key<T>);
+  const Pieces<T, 16, kTokens, kRowBytes, kThreads> of_dy(dy_row, tile_swizzle<T>);
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
@@ -72,19 +72,19 @@ backward_y(BackwardParams<T> p) {
       for (int j = 0; j < Shape::kRowTiles; j += Shape::kThreadsY / kThreads) {
         const int i = j + thread / kThreads;
         if (Shape::kRowTiles % 2 == 0 || i < Shape::kRowTiles)
-          of_dy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_key<T>);
+          of_dy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_swizzle<T>);
       }
     } else if (p.dy_column == 1) {
       const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
       for (int i = thread / kThreads; i < Shape::kRowTiles; i += Shape::kThreadsY / kThreads)
-        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
+        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_swizzle<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
     } else {
       for (int i = thread; i < kTokens * Shape::kSlab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
         const int token = i / Shape::kSlab, column = i % Shape::kSlab;
         const int chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
         const bool inside = m0 + token < p.M && o0 + column < o_end;
         const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), inside);
-        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
+        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_swizzle<T>(token), chunk) +
                   column % (kChunk / static_cast<int>(sizeof(T))),
               value);
       }
@@ -114,7 +114,8 @@ backward_y(BackwardParams<T> p) {
     for (int i = 0; i < kEach; ++i) {
       const T v = from_float<T>(my_gate[i] != 0.0f ? p.scaling[expert] * my_gate[i] * my_u[i] : 0.0f);
       const int token = token_of(i), column = my_column % kDepth<T>;
-      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_key<T>(token), column / kPerChunk) + column % kPerChunk, v);
+      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_swizzle<T>(token), column / kPerChunk) + column % kPerChunk,
+            v);
     }
   };
   const auto corner = [&](int from, int j) {

@@ -111,14 +111,14 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
            piece * kLane;
   };
   // Different for the 8 rows of an ldmatrix; rows 2 i and 2 i + 1 in different halves, for rows that are 64 bytes long.
-  const auto key = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
+  const auto swizzle = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
   // Where this lane's columns of output tile 0 stand, in the first of its tokens; the second is 8 rows on.
   const int lane_o = warp_o + lane % 4 * kLane, token = m0 + warp_m * 16 + lane / 4;
   const gmem<const T> base_at = p.base + (offset(token, p.ld_base) + lane_o);
   const gmem<T> y_at = p.y + (offset(token, p.ld_y) + lane_o);
   const auto B_row = [&](int i) { return Row<T>{p.B + offset(i, p.ld_B), true}; };
-  const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, key);
-  const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, key);
+  const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, swizzle);
+  const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, swizzle);
   const auto issue = [&](int tile, int chunk, int stage) {
     const int o0 = tile * kDepth<T>;
     if (block_open) {
@@ -128,7 +128,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         const int64_t distance = offset(o0, p.ld_B) + column;
         const auto copy = [&](const auto& pieces) {
           const unsigned inside = o0 + kDepth<T> <= p.O ? pieces.inside() : pieces.below(p.O - o0);
-          pieces.copy(B_tile(stage, part), distance, inside, p.ld_B - column, key, p.ld_B);
+          pieces.copy(B_tile(stage, part), distance, inside, p.ld_B - column, swizzle, p.ld_B);
         };
         if constexpr (kAligned) {
           if (p.copy_B == 16) {
@@ -138,7 +138,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
           }
         } else {
           const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };
-          load_tile<kDepth<T>, Stages::kUsed, kFilling>(B_tile(stage, part), row, key, column, p.ld_B, p.copy_B);
+          load_tile<kDepth<T>, Stages::kUsed, kFilling>(B_tile(stage, part), row, swizzle, column, p.ld_B, p.copy_B);
         }
       }
     }
@@ -189,7 +189,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     const int mine = kTiles > 1 ? j + lane / 16 : j, n = lane % 8;
     const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + n / 2 * kLane + n % 2;
     const unsigned chunk = static_cast<unsigned>(2 * (step % kRowSteps)) ^ static_cast<unsigned>(lane / 8 % 2);
-    return (row * kRowBytes + static_cast<int>(chunk ^ key(static_cast<unsigned>(row))) * kChunk) / kSize;
+    return (row * kRowBytes + static_cast<int>(chunk ^ swizzle(static_cast<unsigned>(row))) * kChunk) / kSize;
   };
 
   struct Place {

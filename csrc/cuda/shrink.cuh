@@ -42,17 +42,17 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     return router < 0 ? Row<T>{p.A + offset(column, p.ld_A), column < p.R}
                       : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
   };
-  const auto key = [](unsigned row) { return row % 8; };
-  const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, key);
-  const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, key);
+  const auto swizzle = [](unsigned row) { return row % 8; };
+  const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, swizzle);
+  const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, swizzle);
   const auto issue = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     if constexpr (kAligned) {
-      of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, key);
-      of_weights.copy(weight_tile(stage), k, of_weights.inside(), p.K - k, key);
+      of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, swizzle);
+      of_weights.copy(weight_tile(stage), k, of_weights.inside(), p.K - k, swizzle);
     } else {
-      load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, key, k, p.K, p.copy_x);
-      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, key, k, p.K, p.copy_weights);
+      load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, swizzle, k, p.K, p.copy_x);
+      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, swizzle, k, p.K, p.copy_weights);
     }
   };
   // Where this lane's rows for ldmatrix stand in a stage, but for the step, which is a flip of bits that are 0 there.

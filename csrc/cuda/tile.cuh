@@ -33,10 +33,10 @@ struct Row {
 };
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
-// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads
-// meet all banks.
-template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Key>
-RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
+// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ swizzle(row), so that the rows which one ldmatrix
+// reads meet all banks.
+template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Swizzle>
+RODE_DEVICE void load_pieces(smem<T> tile, Source source, Swizzle swizzle, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kFilling / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kFilling % kPerRow == 0, "so a thread's pieces all stand in the same columns");
@@ -48,7 +48,7 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   const unsigned chunk = thread % kPerRow * kCopy / kChunk, rest = thread % kPerRow * kCopy % kChunk;
   const auto at = [&](int row) {
     const unsigned r = static_cast<unsigned>(row);
-    return tile + static_cast<int>((r * kRowBytes + (chunk ^ key(r)) * kChunk + rest) / unsigned{kSize});
+    return tile + static_cast<int>((r * kRowBytes + (chunk ^ swizzle(r)) * kChunk + rest) / unsigned{kSize});
   };
   if constexpr (kCopy < 4) {  // no asynchronous copy moves 2 bytes: some loads, then their stores, so that they overlap
     constexpr int kBatch = 4;
@@ -78,20 +78,20 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
 }
 
 // `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value.
-template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Key>
-RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int columns, int copy) {
+template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Swizzle>
+RODE_DEVICE void load_tile(smem<T> tile, Source source, Swizzle swizzle, int k, int columns, int copy) {
   if (copy == 16) {
-    load_pieces<16, kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_pieces<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else if (is_wide<T> || copy == 4) {
-    load_pieces<4, kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_pieces<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else {
-    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   }
 }
 
 // What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in
-// each, so they are worked out once: a copy then costs few instructions beside itself. `key` must be linear: key(a ^ b) is
-// key(a) ^ key(b).
+// each, so they are worked out once: a copy then costs few instructions beside itself. `swizzle` must be linear: swizzle(a ^ b) is
+// swizzle(a) ^ swizzle(b).
 // kAffine: rows are equally far apart, and one address is kept instead of one for each piece.
 template <class T, int kCopy, int kRows, int kUsed, int kFilling, bool kAffine = false>
 class Pieces {
@@ -100,12 +100,12 @@ class Pieces {
   static_assert(kFilling % kPerRow == 0 && (kStep & (kStep - 1)) == 0 && kCopy % kSize == 0);
 
  public:
-  template <class Source, class Key>
-  RODE_DEVICE Pieces(Source source, Key key) {
+  template <class Source, class Swizzle>
+  RODE_DEVICE Pieces(Source source, Swizzle swizzle) {
     const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling, byte = thread % kPerRow * kCopy;
     row_ = static_cast<int>(thread / kPerRow);
     column_ = static_cast<int>(byte / kSize);
-    const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ key(row);
+    const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ swizzle(row);
     place_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -124,15 +124,15 @@ class Pieces {
   }
   // What stands `distance` elements on, or zeros where `inside` has no bit or the matrix, of which this tile has `columns` columns
   // left, has none. `stride`: elements from row to row, if kAffine.
-  template <class Key>
-  RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Key key, int stride = 0) const {
+  template <class Swizzle>
+  RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Swizzle swizzle, int stride = 0) const {
     const smem<T> to = tile + place_;
     const bool exists = column_ < columns;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (kRows % kStep != 0 && i == kCount - 1 && row_ + i * kStep >= kRows) break;
       const gmem<const T> from = kAffine ? at_[0] + (distance + offset(i * kStep, stride)) : at_[kAffine ? 0 : i] + distance;
-      cp_async<kCopy>((to ^ key(static_cast<unsigned>(i * kStep)) * kChunk) + i * kStep * (kRowBytes / kSize), from,
+      cp_async<kCopy>((to ^ swizzle(static_cast<unsigned>(i * kStep)) * kChunk) + i * kStep * (kRowBytes / kSize), from,
                       (inside >> i & 1) && exists ? kCopy : 0);
     }
   }
@@ -144,8 +144,8 @@ class Pieces {
 };
 
 template <class T>
-RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned key, int chunk) {
-  const unsigned place = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ key) * kChunk;
+RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned swizzle, int chunk) {
+  const unsigned place = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ swizzle) * kChunk;
   return tile + static_cast<int>(place / unsigned{sizeof(T)});
 }
 
