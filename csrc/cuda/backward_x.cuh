@@ -132,7 +132,7 @@ backward_x(BackwardParams<T> p) {
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
   const auto D_row = [&](int i) { return Row<T>{p.D + offset(i, pitch), true}; };
   const Pieces<T, 16, Shape::kTokens, kRowBytes, kThreads, true> of_x(x_row, swizzle), of_D(D_row, swizzle);
-  const auto issue = [&](int turn, int stage) {
+  const auto load_stage = [&](int turn, int stage) {
     const int m0 = first + turn / turns * Shape::kTokens, group = group0 + turn % turns * kGroups;
     const unsigned inside = m0 + Shape::kTokens <= p.M ? of_D.inside() : of_D.below(p.M - m0);
     if (sums_up) {
@@ -260,7 +260,7 @@ backward_x(BackwardParams<T> p) {
       }
     });
   };
-  const auto finish = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
+  const auto epilogue = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
     if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
     store_dx<T, kAligned, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
@@ -269,7 +269,7 @@ backward_x(BackwardParams<T> p) {
   const auto is_open = [&](int turn) { return load(flags + turn / turns) != 0; };
   const int all = count * turns;
   for (int turn = 0; turn < Shape::kStages - 1; ++turn) {
-    if (turn < all && is_open(turn)) issue(turn, turn);
+    if (turn < all && is_open(turn)) load_stage(turn, turn);
     cp_async_commit();
   }
   mask(0);
@@ -278,7 +278,7 @@ backward_x(BackwardParams<T> p) {
     const int tile = turn / turns, step = turn % turns, ahead = turn + Shape::kStages - 1, m0 = first + tile * Shape::kTokens;
     cp_async_wait<Shape::kStages - 2>();
     sync_threads();
-    if (ahead < all && is_open(ahead)) issue(ahead, free);
+    if (ahead < all && is_open(ahead)) load_stage(ahead, free);
     cp_async_commit();
     if (step == turns - 1) mask(tile + 1);
     const bool open = is_open(turn);
@@ -317,7 +317,7 @@ backward_x(BackwardParams<T> p) {
         }
         if (step == turns - 1) {
 #pragma unroll
-          for (int rows = 0; rows < 4; ++rows) finish(tile, 16 * rows, m0, open, dx[rows]);
+          for (int rows = 0; rows < 4; ++rows) epilogue(tile, 16 * rows, m0, open, dx[rows]);
         }
       }
     } else if (writes) {
@@ -327,7 +327,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group)
           if (open) go_back(stage, tile, row0, group, group, weight[group], c);
-        finish(tile, row0, m0, open, c);
+        epilogue(tile, row0, m0, open, c);
       }
     }
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;

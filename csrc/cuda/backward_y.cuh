@@ -62,7 +62,7 @@ backward_y(BackwardParams<T> p) {
   const auto dy_tile = [&](int stage, int tile) {
     return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes), kTokens * kDepth<T>);
   };
-  const auto issue = [&](int tile, int stage) {
+  const auto load_stage = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
     // Columns from the slab's end on become zeros, so that no product has to ask for them.
     if constexpr (kAligned) {
@@ -127,9 +127,9 @@ backward_y(BackwardParams<T> p) {
   // Three tiles are under way: `at`, `coming`, and the one after it, which takes the place that is free.
   static_assert(Shape::kStages == 3);
   int at = next(0), coming = next(at + 1);
-  if (at < count) issue(at, 0);
+  if (at < count) load_stage(at, 0);
   cp_async_commit();
-  if (coming < count) issue(coming, 1);
+  if (coming < count) load_stage(coming, 1);
   cp_async_commit();
   fetch(at);
   weigh(0);
@@ -138,7 +138,7 @@ backward_y(BackwardParams<T> p) {
     cp_async_wait<Shape::kStages - 2>();
     sync_threads();
     const int then = next(coming + 1);
-    if (then < count) issue(then, stage == 0 ? Shape::kStages - 1 : stage - 1);
+    if (then < count) load_stage(then, stage == 0 ? Shape::kStages - 1 : stage - 1);
     cp_async_commit();
     const uint32_t open = everywhere ? all_open : load(flags + at);
     // A branch for each product costs more than most products: none where all of them are wanted.

@@ -119,7 +119,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   const auto B_row = [&](int i) { return Row<T>{p.B + offset(i, p.ld_B), true}; };
   const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, swizzle);
   const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, swizzle);
-  const auto issue = [&](int tile, int chunk, int stage) {
+  const auto load_stage = [&](int tile, int chunk, int stage) {
     const int o0 = tile * kDepth<T>;
     if (block_open) {
 #pragma unroll
@@ -153,7 +153,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         }
     }
   };
-  const auto finish = [&](int tile, int stage, const float (&sums)[kTiles][4]) {
+  const auto epilogue = [&](int tile, int stage, const float (&sums)[kTiles][4]) {
     const auto sum = [&](int group, int half, int i) { return sums[group * kGroup + i / 2][half * 2 + i % 2]; };
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
@@ -198,7 +198,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   const auto after = [&](Place at) { return at.chunk + 1 == chunks ? Place{at.tile + 1, 0} : Place{at.tile, at.chunk + 1}; };
   Place ahead{first, 0};
   for (int i = 0; i < Stages::kCount - 1; ++i, ahead = after(ahead)) {
-    if (ahead.tile < last) issue(ahead.tile, ahead.chunk, i);
+    if (ahead.tile < last) load_stage(ahead.tile, ahead.chunk, i);
     cp_async_commit();
   }
   int stage = 0, free = Stages::kCount - 1;
@@ -207,7 +207,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     if (chunks > 1) form(at.chunk, v);
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
-    if (ahead.tile < last) issue(ahead.tile, ahead.chunk, free);
+    if (ahead.tile < last) load_stage(ahead.tile, ahead.chunk, free);
     cp_async_commit();
     if (at.chunk == 0) {
       for (int j = 0; j < kTiles; ++j)
@@ -236,7 +236,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
           }
         }
       });
-    if (at.chunk == chunks - 1 && active) finish(at.tile, stage, sums);
+    if (at.chunk == chunks - 1 && active) epilogue(at.tile, stage, sums);
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;
   }

@@ -45,7 +45,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   const auto swizzle = [](unsigned row) { return row % 8; };
   const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, swizzle);
   const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, swizzle);
-  const auto issue = [&](int tile, int stage) {
+  const auto load_stage = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     if constexpr (kAligned) {
       of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, swizzle);
@@ -107,7 +107,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   };
 
   for (int tile = 0; tile < Stages::kCount - 1; ++tile) {
-    if (tile < count) issue(tile, tile);
+    if (tile < count) load_stage(tile, tile);
     cp_async_commit();
   }
   mask(0);
@@ -115,7 +115,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   for (int tile = 0, stage = 0, free = Stages::kCount - 1; tile < count; ++tile) {
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
-    if (tile + Stages::kCount - 1 < count) issue(tile + Stages::kCount - 1, free);
+    if (tile + Stages::kCount - 1 < count) load_stage(tile + Stages::kCount - 1, free);
     cp_async_commit();
     mask(tile + 1);  // beside the products
     accumulate<T, kMine>(sums, [&](float (&c)[kMine][4]) {

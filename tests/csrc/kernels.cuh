@@ -72,7 +72,7 @@ product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
   const auto w_tile = [](int stage) {
     return shared_array<T>(static_cast<unsigned>(stage) * kStageBytes + kStageBytes / 2, kTile * kDepth);
   };
-  const auto issue = [&](int tile) {
+  const auto load_stage = [&](int tile) {
     const int stage = bug == Bug::shared_array_out_of_bounds ? tile : tile % kStages;
     const int k = tile * kDepth;
     load_tile<T, kCopy>(x_tile(stage), x, m0, p.M, k, p.K, bug);
@@ -82,7 +82,7 @@ product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
   if (bug == Bug::early_return && n0 + n >= p.N) return;
   float c[2][4] = {};
   for (int tile = 0; tile < kStages - 1; ++tile) {
-    if (tile < tiles) issue(tile);
+    if (tile < tiles) load_stage(tile);
     cp_async_commit();
   }
   for (int tile = 0; tile < tiles; ++tile) {
@@ -93,7 +93,7 @@ product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
     }
     if (bug != Bug::missing_barrier) sync_threads();
     const int next = tile + kStages - 1;
-    if (next < tiles || bug == Bug::exit_in_flight) issue(next);
+    if (next < tiles || bug == Bug::exit_in_flight) load_stage(next);
     if (bug == Bug::early_wait) cp_async_wait<kStages - 2>();
     cp_async_commit();
     const int stage = (tile + (bug == Bug::wrong_stage ? 1 : 0)) % kStages;
