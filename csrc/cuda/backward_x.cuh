@@ -131,17 +131,17 @@ backward_x(BackwardParams<T> p) {
   const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
   const auto D_row = [&](int i) { return Row<T>{p.D + offset(i, pitch), true}; };
-  const Pieces<T, 16, Shape::kTokens, kRowBytes, kThreads, true> of_x(x_row, swizzle), of_D(D_row, swizzle);
+  const TileCopy<T, 16, Shape::kTokens, kRowBytes, kThreads, true> x_copy(x_row, swizzle), D_copy(D_row, swizzle);
   const auto load_stage = [&](int turn, int stage) {
     const int m0 = first + turn / turns * Shape::kTokens, group = group0 + turn % turns * kGroups;
-    const unsigned inside = m0 + Shape::kTokens <= p.M ? of_D.inside() : of_D.below(p.M - m0);
+    const unsigned inside = m0 + Shape::kTokens <= p.M ? D_copy.inside() : D_copy.below(p.M - m0);
     if (sums_up) {
       const int64_t distance = offset(m0, p.ld_x);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int k = k0 + i * kDepth<T>;
         if constexpr (kAligned) {
-          of_x.copy(x_tile(stage, i), distance + k, inside, p.K - k, swizzle, p.ld_x);
+          x_copy.copy(x_tile(stage, i), distance + k, inside, p.K - k, swizzle, p.ld_x);
         } else {
           const auto row = [&](int r) { return Row<T>{p.x + offset(m0 + r, p.ld_x), m0 + r < p.M}; };
           load_tile<Shape::kTokens, kRowBytes>(x_tile(stage, i), row, swizzle, k, p.K, p.copy_x);
@@ -152,7 +152,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
     for (int i = 0; i < Shape::kParts; ++i) {
       const int column = 16 * group + i * kDepth<T>;
-      of_D.copy(D_tile(stage, i), distance + column, inside, pitch - column, swizzle, pitch);
+      D_copy.copy(D_tile(stage, i), distance + column, inside, pitch - column, swizzle, pitch);
     }
   };
   const auto mask = [&](int tile) {

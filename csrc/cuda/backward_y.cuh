@@ -56,7 +56,7 @@ backward_y(BackwardParams<T> p) {
   sync_threads();
 
   const auto dy_row = [&](int i) { return Row<T>{p.dy + i * p.ld_dy, true}; };
-  const Pieces<T, 16, kTokens, kRowBytes, kThreads> of_dy(dy_row, tile_swizzle<T>);
+  const TileCopy<T, 16, kTokens, kRowBytes, kThreads> dy_copy(dy_row, tile_swizzle<T>);
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
@@ -66,13 +66,13 @@ backward_y(BackwardParams<T> p) {
     const int m0 = first + tile * kTokens;
     // Columns from the slab's end on become zeros, so that no product has to ask for them.
     if constexpr (kAligned) {
-      const unsigned inside = m0 + kTokens <= p.M ? of_dy.inside() : of_dy.below(p.M - m0);
+      const unsigned inside = m0 + kTokens <= p.M ? dy_copy.inside() : dy_copy.below(p.M - m0);
       const int64_t distance = m0 * p.ld_dy + o0;
 #pragma unroll 1
       for (int j = 0; j < Shape::kRowTiles; j += Shape::kThreadsY / kThreads) {
         const int i = j + thread / kThreads;
         if (Shape::kRowTiles % 2 == 0 || i < Shape::kRowTiles)
-          of_dy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_swizzle<T>);
+          dy_copy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_swizzle<T>);
       }
     } else if (p.dy_column == 1) {
       const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };

@@ -117,8 +117,8 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   const gmem<const T> base_at = p.base + (offset(token, p.ld_base) + lane_o);
   const gmem<T> y_at = p.y + (offset(token, p.ld_y) + lane_o);
   const auto B_row = [&](int i) { return Row<T>{p.B + offset(i, p.ld_B), true}; };
-  const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, swizzle);
-  const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, swizzle);
+  const TileCopy<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> B_copy_16(B_row, swizzle);
+  const TileCopy<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> B_copy_4(B_row, swizzle);
   const auto load_stage = [&](int tile, int chunk, int stage) {
     const int o0 = tile * kDepth<T>;
     if (block_open) {
@@ -126,15 +126,15 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
       for (int part = 0; part < Stages::kParts; ++part) {
         const int column = (chunk * Stages::kParts + part) * kDepth<T>;
         const int64_t distance = offset(o0, p.ld_B) + column;
-        const auto copy = [&](const auto& pieces) {
-          const unsigned inside = o0 + kDepth<T> <= p.O ? pieces.inside() : pieces.below(p.O - o0);
-          pieces.copy(B_tile(stage, part), distance, inside, p.ld_B - column, swizzle, p.ld_B);
+        const auto copy = [&](const auto& rows) {
+          const unsigned inside = o0 + kDepth<T> <= p.O ? rows.inside() : rows.below(p.O - o0);
+          rows.copy(B_tile(stage, part), distance, inside, p.ld_B - column, swizzle, p.ld_B);
         };
         if constexpr (kAligned) {
           if (p.copy_B == 16) {
-            copy(wide_B);
+            copy(B_copy_16);
           } else {
-            copy(narrow_B);
+            copy(B_copy_4);
           }
         } else {
           const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };

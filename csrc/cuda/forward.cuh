@@ -11,7 +11,7 @@
 // leaves partial sums of K in memory, and forward_expand adds them up in order and goes on. No atomics: the same bits on every run.
 //
 // What takes time is not memory alone, but instructions and waiting: a block of 64 tokens has two warps for each 16 of them, what a
-// thread copies is worked out once (`Pieces`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at once.
+// thread copies is worked out once (`TileCopy`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at once.
 //
 // Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB of shared
 // memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).

@@ -43,13 +43,13 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
                       : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
   };
   const auto swizzle = [](unsigned row) { return row % 8; };
-  const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, swizzle);
-  const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, swizzle);
+  const TileCopy<T, 16, kRows, kRowBytes, kBlock<kRows>> x_copy(x_row, swizzle);
+  const TileCopy<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> weights_copy(weight_row, swizzle);
   const auto load_stage = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     if constexpr (kAligned) {
-      of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, swizzle);
-      of_weights.copy(weight_tile(stage), k, of_weights.inside(), p.K - k, swizzle);
+      x_copy.copy(x_tile(stage), k, x_copy.inside(), p.K - k, swizzle);
+      weights_copy.copy(weight_tile(stage), k, weights_copy.inside(), p.K - k, swizzle);
     } else {
       load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, swizzle, k, p.K, p.copy_x);
       load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, swizzle, k, p.K, p.copy_weights);

@@ -36,7 +36,7 @@ struct Row {
 // are copied at once by kFilling threads. Chunk c of a row stands at place c ^ swizzle(row), so that the rows which one ldmatrix
 // reads meet all banks.
 template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Swizzle>
-RODE_DEVICE void load_pieces(smem<T> tile, Source source, Swizzle swizzle, int k, int columns) {
+RODE_DEVICE void load_tile_by(smem<T> tile, Source source, Swizzle swizzle, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kFilling / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kFilling % kPerRow == 0, "so a thread's pieces all stand in the same columns");
@@ -81,27 +81,27 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Swizzle swizzle, int k
 template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Swizzle>
 RODE_DEVICE void load_tile(smem<T> tile, Source source, Swizzle swizzle, int k, int columns, int copy) {
   if (copy == 16) {
-    load_pieces<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
+    load_tile_by<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else if (is_wide<T> || copy == 4) {
-    load_pieces<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
+    load_tile_by<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else {
-    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
+    load_tile_by<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   }
 }
 
-// What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in
+// A thread's part of copying tile after tile of one matrix, kCopy bytes at once. Its rows and its offsets in a tile are the same in
 // each, so they are worked out once: a copy then costs few instructions beside itself. `swizzle` must be linear: swizzle(a ^ b) is
 // swizzle(a) ^ swizzle(b).
 // kAffine: rows are equally far apart, and one address is kept instead of one for each piece.
 template <class T, int kCopy, int kRows, int kUsed, int kFilling, bool kAffine = false>
-class Pieces {
+class TileCopy {
   static constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy, kStep = kFilling / kPerRow;
   static constexpr int kCount = (kRows + kStep - 1) / kStep;
   static_assert(kFilling % kPerRow == 0 && (kStep & (kStep - 1)) == 0 && kCopy % kSize == 0);
 
  public:
   template <class Source, class Swizzle>
-  RODE_DEVICE Pieces(Source source, Swizzle swizzle) {
+  RODE_DEVICE TileCopy(Source source, Swizzle swizzle) {
     const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling, byte = thread % kPerRow * kCopy;
     row_ = static_cast<int>(thread / kPerRow);
     column_ = static_cast<int>(byte / kSize);
