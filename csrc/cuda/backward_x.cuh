@@ -28,8 +28,8 @@ RODE_DEVICE Row<T> weight_row(const BackwardParams<T>& p, int row) {
                     : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
 }
 
-// In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only the places of weights in their
-// registers know about it.
+// In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only which weights stand in which
+// registers depends on it.
 template <int kTiles>
 RODE_DEVICE int dx_column(int j, int n) {
   return n / 2 * 2 * kTiles + 2 * j + n % 2;
@@ -180,7 +180,7 @@ backward_x(BackwardParams<T> p) {
         }
     }
   };
-  const auto place_weights = [&](uint32_t (&to)[kSteps][kTiles][2], const Raw& raw, int group) {
+  const auto arrange_weights = [&](uint32_t (&to)[kSteps][kTiles][2], const Raw& raw, int group) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -210,7 +210,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) fetch_weights(raw[group], group);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) place_weights(weight[group], raw[group], group);
+      for (int group = 0; group < kGroups; ++group) arrange_weights(weight[group], raw[group], group);
     }
   }
 
@@ -242,7 +242,7 @@ backward_x(BackwardParams<T> p) {
       }
     }
   };
-  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its place in D's
+  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its index in D's
   // tile.
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
@@ -310,7 +310,7 @@ backward_x(BackwardParams<T> p) {
         for (int i = 0; i < kGroups && open && step * kGroups + i < groups; ++i) {
           const int group = step * kGroups + i, next = group + 1 == groups ? 0 : group + 1;
           if (fetched != group) fetch_weights(ahead_weights, group);
-          place_weights(weight[0], ahead_weights, group);
+          arrange_weights(weight[0], ahead_weights, group);
           if (next > 0 || tile + 1 < count) fetch_weights(ahead_weights, fetched = next);
 #pragma unroll
           for (int rows = 0; rows < 4; ++rows) go_back(stage, tile, 16 * rows, i, group, weight[0], dx[rows]);

@@ -17,8 +17,8 @@ struct SlabShape {
   static constexpr int kRowTiles = kSlab / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
   static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
   static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
-  static constexpr int kCorners = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
-  static constexpr int kFlags = kCorners + kWarpsY * kTiles * 512;
+  static constexpr int kPartials = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
+  static constexpr int kFlags = kPartials + kWarpsY * kTiles * 512;
 };
 
 // grid (slabs, ranges of tokens, chunks of kTiles column tiles)
@@ -118,13 +118,13 @@ backward_y(BackwardParams<T> p) {
             v);
     }
   };
-  const auto corner = [&](int from, int j) {
-    return shared_array<float>(Shape::kCorners, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
+  const auto partials = [&](int from, int j) {
+    return shared_array<float>(Shape::kPartials, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
   };
 
   const uint32_t all_open = (1u << tiles) - 1;
   float sums[kMTiles][kTiles][4] = {};  // dB
-  // Three tiles are under way: `at`, `coming`, and the one after it, which takes the place that is free.
+  // Three tiles are under way: `at`, `coming`, and the one after it, which takes the free stage.
   static_assert(Shape::kStages == 3);
   int at = next(0), coming = next(at + 1);
   if (at < count) load_stage(at, 0);
@@ -164,7 +164,7 @@ backward_y(BackwardParams<T> p) {
         for_open([&](int j) { multiply(t[j], a, no_hoist(weight[step][j][0]), no_hoist(weight[step][j][1]), p.fast); });
       }
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
+      for (int j = 0; j < kTiles; ++j) store(partials(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
     }
     if (p.need_B) {
       uint32_t v[kPairs][kTiles][2];
@@ -202,7 +202,7 @@ backward_y(BackwardParams<T> p) {
         if (!(open >> j & 1)) continue;
         vec<float, 4> total{};
         for (int from = 0; from < Shape::kWarpsY; ++from) {
-          const vec<float, 4> part = load<vec<float, 4>>(corner(from, j));
+          const vec<float, 4> part = load<vec<float, 4>>(partials(from, j));
           for (int i = 0; i < 4; ++i) total.v[i] += part.v[i];
         }
         store(p.t + (((static_cast<int64_t>(slab) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);

@@ -107,8 +107,8 @@ forward_weigh(WeighParams<T> p) {
   }
 }
 
-// Shared memory of backward_weigh: gates of 8 tokens, then for each of them scaling t u. Every 16 columns one more place, so that
-// threads that add up experts of rank 16 meet different banks.
+// Shared memory of backward_weigh: gates of 8 tokens, then for each of them scaling t u. One more value follows every 16 columns,
+// so that threads that add up experts of rank 16 meet different banks.
 RODE_HOST_DEVICE constexpr int product_pitch(int pitch_R) { return pitch_R + pitch_R / 16 + 1; }
 RODE_HOST_DEVICE constexpr int backward_weigh_bytes(int experts, int pitch_R) {
   return kWeighed * (experts + product_pitch(pitch_R)) * 4;

@@ -44,7 +44,7 @@ struct Weighted {
   uint32_t open = 0;
 };
 
-// A tile of u, at column 8 tile, becomes v in place `j` of `v`, and goes to memory if `keep`: zeros where closed, unless dense.
+// A tile of u, at column 8 tile, becomes tile `j` of `v`, and goes to memory if `keep`: zeros where closed, unless dense.
 template <class T, int kCount>
 RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile, int j, int m0, smem<float> gates, bool keep,
                        Weighted<kCount>& v) {
@@ -184,7 +184,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         }
       }
   };
-  // The row of B that this lane points to for tiles j, j + 1 of an ldmatrix: its place but for the step.
+  // The row of B that this lane points to for tiles j, j + 1 of an ldmatrix: its offset but for the step.
   const auto B_at = [&](int j, int step) {
     const int mine = kTiles > 1 ? j + lane / 16 : j, n = lane % 8;
     const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + n / 2 * kLane + n % 2;
@@ -192,18 +192,18 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     return (row * kRowBytes + static_cast<int>(chunk ^ swizzle(static_cast<unsigned>(row))) * kChunk) / kSize;
   };
 
-  struct Place {
+  struct Turn {
     int tile, chunk;
   };
-  const auto after = [&](Place at) { return at.chunk + 1 == chunks ? Place{at.tile + 1, 0} : Place{at.tile, at.chunk + 1}; };
-  Place ahead{first, 0};
+  const auto after = [&](Turn at) { return at.chunk + 1 == chunks ? Turn{at.tile + 1, 0} : Turn{at.tile, at.chunk + 1}; };
+  Turn ahead{first, 0};
   for (int i = 0; i < Stages::kCount - 1; ++i, ahead = after(ahead)) {
     if (ahead.tile < last) load_stage(ahead.tile, ahead.chunk, i);
     cp_async_commit();
   }
   int stage = 0, free = Stages::kCount - 1;
   float sums[kTiles][4];
-  for (Place at{first, 0}; at.tile < last; at = after(at), ahead = after(ahead)) {
+  for (Turn at{first, 0}; at.tile < last; at = after(at), ahead = after(ahead)) {
     if (chunks > 1) form(at.chunk, v);
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();

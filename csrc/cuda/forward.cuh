@@ -153,9 +153,9 @@ struct ExpandShared {
   static constexpr int kSharing = kBlock<kRows> / 32 / (kRows / 16);  // warps that have the same tokens
   static constexpr int kParts = kRows == 16 ? kSharing : 1;           // of the splits, each added up by another warp
   // Before the pipeline starts: sums of the column tiles of a pass, of all of them if it is the only one, else at most 8.
-  RODE_HOST_DEVICE static constexpr int corners(int tiles) { return kParts * kRows / 16 * tiles * 512; }
+  RODE_HOST_DEVICE static constexpr int partials_bytes(int tiles) { return kParts * kRows / 16 * tiles * 512; }
   RODE_HOST_DEVICE static constexpr int pipeline(int tiles) {
-    const int bytes = corners(kPasses == Passes::kOne ? tiles : 8);
+    const int bytes = partials_bytes(kPasses == Passes::kOne ? tiles : 8);
     return bytes > kPipeline ? bytes : kPipeline;
   }
 };
@@ -194,8 +194,8 @@ forward_expand(ForwardParams<T> p) {
     const bool has_router = kOne || pass < 0;
     const int begin = pass < 0 ? p.expert_tiles : pass * kExpertTiles, above = begin + kExpertTiles,
               end = has_router ? tiles : above < p.expert_tiles ? above : p.expert_tiles;
-    const auto corner = [&](int part, int tile) {
-      return shared_array<float>(0, Shared::corners(end - begin) / 4) +
+    const auto partials = [&](int part, int tile) {
+      return shared_array<float>(0, Shared::partials_bytes(end - begin) / 4) +
              (((part * kWarpsM + warp_m) * (end - begin) + tile - begin) * 32 + lane) * 4;
     };
     // Warps that have the same tokens share the tiles; with few tokens, and then many splits, these.
@@ -203,14 +203,14 @@ forward_expand(ForwardParams<T> p) {
     for (int tile = begin + (kParts == 1 ? share : 0); tile < end; tile += kParts == 1 ? kSharing : 1) {
       float c[4];
       add_splits(p, tile, warp_m0, kParts == 1 ? 0 : share, kParts, c);
-      store(corner(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
+      store(partials(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
     }
     sync_threads();
     const auto sums = [&](int tile, float (&c)[4]) {
       for (int i = 0; i < 4; ++i) c[i] = 0.0f;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const vec<float, 4> some = load<vec<float, 4>>(corner(part, tile));
+        const vec<float, 4> some = load<vec<float, 4>>(partials(part, tile));
         for (int i = 0; i < 4; ++i) c[i] += some.v[i];
       }
     };
@@ -242,7 +242,7 @@ forward_expand(ForwardParams<T> p) {
           store(kept(pass, step), vec<uint32_t, 4>{{v.a[step][0], v.a[step][1], v.a[step][2], v.a[step][3]}});
       }
     }
-    sync_threads();  // the corners are free
+    sync_threads();  // partials are free
   }
   if (!block_open && p.in_place) return;
   const auto form = [&](int chunk, Weighted<kCount>& w) {

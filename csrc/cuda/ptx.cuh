@@ -91,7 +91,7 @@ RODE_DEVICE moved<V, T> load(gmem<T> from) {
   return *from.template at<const R>();
 }
 // Zero unless `when`. A predicate on the load itself: of an if the compiler makes a branch, and then loads wait for one another.
-// Kernels read nothing that they have written, so its place among stores does not matter.
+// Kernels read nothing that they have written, so its order among stores does not matter.
 template <class V = void, class T>
 RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
   using R = moved<V, T>;

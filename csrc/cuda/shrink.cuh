@@ -13,8 +13,8 @@ struct ShrinkStages {
   static constexpr int kCount = kTiles <= 5 ? 7 : kTiles <= 10 ? 4 : 3;
   static constexpr int kWarpsM = kRows / 16, kSharing = kBlock<kRows> / 32 / kWarpsM;
   static constexpr int kWarpsK = kTiles == 16 ? 1 : kSharing, kMine = kTiles / (kSharing / kWarpsK);  // tiles of a warp
-  static constexpr int kCorners = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
-  static constexpr int kPipeline = kBytes * kCount > kCorners ? kBytes * kCount : kCorners;
+  static constexpr int kPartials = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
+  static constexpr int kPipeline = kBytes * kCount > kPartials ? kBytes * kCount : kPartials;
 };
 
 // sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on; with 16 tiles, those of this
@@ -137,12 +137,12 @@ RODE_DEVICE void add_up(int first, int by, float (&sums)[kTiles][4]) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   static_assert(Stages::kMine == kTiles);
   const int warp = warp_index(), warp_m = warp % Stages::kWarpsM, lane = lane_index();
-  const auto corner = [&](int from, int j) {
-    return shared_array<float>(0, Stages::kCorners / 4) + ((from * kTiles + j) * 32 + lane) * 4;
+  const auto partials = [&](int from, int j) {
+    return shared_array<float>(0, Stages::kPartials / 4) + ((from * kTiles + j) * 32 + lane) * 4;
   };
   sync_threads();
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
+  for (int j = 0; j < kTiles; ++j) store(partials(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
   sync_threads();
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -150,7 +150,7 @@ RODE_DEVICE void add_up(int first, int by, float (&sums)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) sums[j][i] = 0.0f;
 #pragma unroll
     for (int k = 0; k < Stages::kWarpsK; ++k) {
-      const vec<float, 4> part = load<vec<float, 4>>(corner(k * Stages::kWarpsM + warp_m, j));
+      const vec<float, 4> part = load<vec<float, 4>>(partials(k * Stages::kWarpsM + warp_m, j));
       for (int i = 0; i < 4; ++i) sums[j][i] += part.v[i];
     }
   }

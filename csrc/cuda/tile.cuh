@@ -33,7 +33,7 @@ struct Row {
 };
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
-// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ swizzle(row), so that the rows which one ldmatrix
+// are copied at once by kFilling threads. Chunk c of a row stands at chunk c ^ swizzle(row), so that the rows which one ldmatrix
 // reads meet all banks.
 template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Swizzle>
 RODE_DEVICE void load_tile_by(smem<T> tile, Source source, Swizzle swizzle, int k, int columns) {
@@ -106,7 +106,7 @@ class TileCopy {
     row_ = static_cast<int>(thread / kPerRow);
     column_ = static_cast<int>(byte / kSize);
     const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ swizzle(row);
-    place_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
+    smem_offset_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Row<T> from = source(row_ + i * kStep);
@@ -126,7 +126,7 @@ class TileCopy {
   // left, has none. `stride`: elements from row to row, if kAffine.
   template <class Swizzle>
   RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Swizzle swizzle, int stride = 0) const {
-    const smem<T> to = tile + place_;
+    const smem<T> to = tile + smem_offset_;
     const bool exists = column_ < columns;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -140,13 +140,13 @@ class TileCopy {
  private:
   gmem<const T> at_[kAffine ? 1 : kCount];
   unsigned inside_ = 0;
-  int row_, column_, place_;
+  int row_, column_, smem_offset_;
 };
 
 template <class T>
 RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned swizzle, int chunk) {
-  const unsigned place = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ swizzle) * kChunk;
-  return tile + static_cast<int>(place / unsigned{sizeof(T)});
+  const unsigned smem_offset = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ swizzle) * kChunk;
+  return tile + static_cast<int>(smem_offset / unsigned{sizeof(T)});
 }
 
 // ---- Fragments. An accumulator's four values stand at rows fragment_row(0, 0, 1, 1) of 16 and columns fragment_column(0..3) of 8.
