@@ -20,8 +20,8 @@ BackwardParams<T> sizes(const Problem& p, bool routed, const BackwardPlan& plan)
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.expert_groups = divide_up(p.total_rank, 16);
   k.router_groups = routed ? divide_up(p.experts, 16) : 0;
-  k.slabs = plan.slabs;
-  k.slab = plan.slab;
+  k.o_tiles = plan.slabs;
+  k.o_tile_columns = plan.slab;
   k.share_y = plan.share_y;
   k.share_x = plan.share_x;
   k.share_dx = plan.share_dx;
@@ -71,8 +71,8 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
 
 template <class T, int kTiles, bool kAligned, class Go>
 Status through_y(const BackwardParams<T>& k, Go go) {
-  using Shape = SlabShape<T, kTiles>;
-  const Dim blocks = grid(k.slabs, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
+  using Shape = OTileShape<T, kTiles>;
+  const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
   const int shared = Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16;
   return go("backward_y", blocks, Shape::kThreadsY, shared, backward_y<T, kTiles, kAligned>, k);
 }

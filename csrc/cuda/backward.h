@@ -10,7 +10,7 @@ namespace rode::cuda {
 
 // The kernels of a call; the caller chooses them from shapes alone.
 //   wide      64 packed columns share a reading of dy, not 32
-//   slabs     of O
+//   slabs     tiles of O
 //   slab      columns of one, in whole rows of 128 bytes
 //   share_y   tokens of a range of backward_y
 //   groups    of 16 columns of D that a block of backward_x has: 3 or 5, all of them; or 4, as often as it takes

@@ -49,9 +49,9 @@ backward_v(BackwardParams<T> p) {
         u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted);
       }
 #pragma unroll 8
-      for (int slab = 0; slab < p.slabs; ++slab) {
+      for (int o_tile = 0; o_tile < p.o_tiles; ++o_tile) {
         const vec<float, 4> part =
-            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(slab) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
+            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(o_tile) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
 #pragma unroll
         for (int i = 0; i < 4; ++i) t[i] += part.v[i];
       }

@@ -1,4 +1,4 @@
-// backward_y reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a slab of O, and dB = dy^T v, over a range of
+// backward_y reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a tile of O, and dB = dy^T v, over a range of
 // tokens.
 #pragma once
 
@@ -6,30 +6,31 @@
 
 namespace rode::gpu {
 
-// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits
-// and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others
+// 8 warps share a tile of O: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16
+// bits and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others
 // beside them.
 template <class T, int kTiles>
-struct SlabShape {
+struct OTileShape {
   static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
   static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
-  static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kSlab = kWarpsY * kColumns;
-  static constexpr int kRowTiles = kSlab / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
+  static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kOTile = kWarpsY * kColumns;
+  static constexpr int kRowTiles = kOTile / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
   static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
   static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
   static constexpr int kPartials = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
   static constexpr int kFlags = kPartials + kWarpsY * kTiles * 512;
 };
 
-// grid (slabs, ranges of tokens, chunks of kTiles column tiles)
+// grid (tiles of O, ranges of tokens, chunks of kTiles column tiles)
 template <class T, int kTiles, bool kAligned>
-RODE_KERNEL(256, (kAligned ? SlabShape<T, kTiles>::kBlocks : 1))
+RODE_KERNEL(256, (kAligned ? OTileShape<T, kTiles>::kBlocks : 1))
 backward_y(BackwardParams<T> p) {
-  using Shape = SlabShape<T, kTiles>;
+  using Shape = OTileShape<T, kTiles>;
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
   constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;
   const int lane = lane_index(), warp = warp_index(), thread = thread_index();
-  const int slab = static_cast<int>(block_index().x), o0 = slab * p.slab, o_end = p.O - o0 < p.slab ? p.O : o0 + p.slab;
+  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.o_tile_columns,
+            o_end = p.O - o0 < p.o_tile_columns ? p.O : o0 + p.o_tile_columns;
   const int first = static_cast<int>(block_index().y) * p.share_y, left = p.M - first;
   const int count = ((left < p.share_y ? left : p.share_y) + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(block_index().z) * kTiles,
@@ -64,7 +65,7 @@ backward_y(BackwardParams<T> p) {
   };
   const auto load_stage = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
-    // Columns from the slab's end on become zeros, so that no product has to ask for them.
+    // Columns from the tile's end on become zeros, so that no product has to ask for them.
     if constexpr (kAligned) {
       const unsigned inside = m0 + kTokens <= p.M ? dy_copy.inside() : dy_copy.below(p.M - m0);
       const int64_t distance = m0 * p.ld_dy + o0;
@@ -79,8 +80,8 @@ backward_y(BackwardParams<T> p) {
       for (int i = thread / kThreads; i < Shape::kRowTiles; i += Shape::kThreadsY / kThreads)
         load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_swizzle<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
     } else {
-      for (int i = thread; i < kTokens * Shape::kSlab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
-        const int token = i / Shape::kSlab, column = i % Shape::kSlab;
+      for (int i = thread; i < kTokens * Shape::kOTile; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
+        const int token = i / Shape::kOTile, column = i % Shape::kOTile;
         const int chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
         const bool inside = m0 + token < p.M && o0 + column < o_end;
         const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), inside);
@@ -205,7 +206,7 @@ backward_y(BackwardParams<T> p) {
           const vec<float, 4> part = load<vec<float, 4>>(partials(from, j));
           for (int i = 0; i < 4; ++i) total.v[i] += part.v[i];
         }
-        store(p.t + (((static_cast<int64_t>(slab) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);
+        store(p.t + (((static_cast<int64_t>(o_tile) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);
       }
     }
     at = coming;
