@@ -106,12 +106,12 @@ void define_pack(py::module_& m) {
 void define_gates(py::module_& m) {
   Class<rode::cuda::GatesLayout> c(m, "Weigh", py::module_local());
   {
-    using Owner = rode::cuda::Weigh;
+    using Owner = rode::cuda::ApplyGates;
     rode::define_init(c RODE_GATES_LAYOUT(RODE_KEYWORD));
-    rode::define_call<Owner>(c, "forward", RODE_LAUNCH(weigh) RODE_WEIGH_CALL(RODE_MEMBER));
+    rode::define_call<Owner>(c, "forward", RODE_LAUNCH(apply_gates) RODE_APPLY_GATES_CALL(RODE_MEMBER));
   }
-  using Owner = rode::cuda::WeighBack;
-  rode::define_call<Owner>(c, "backward", RODE_LAUNCH(weigh_back) RODE_WEIGH_BACK_CALL(RODE_MEMBER));
+  using Owner = rode::cuda::ApplyGatesBackward;
+  rode::define_call<Owner>(c, "backward", RODE_LAUNCH(apply_gates_backward) RODE_APPLY_GATES_BACKWARD_CALL(RODE_MEMBER));
 }
 
 template <class T>

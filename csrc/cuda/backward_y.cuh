@@ -15,9 +15,9 @@ struct OTileShape {
   static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
   static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kOTile = kWarpsY * kColumns;
   static constexpr int kRowTiles = kOTile / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
-  static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
-  static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
-  static constexpr int kPartials = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
+  static constexpr int kGatedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
+  static constexpr int kGatedV = kStages * kStageBytes;                     // two tiles of v
+  static constexpr int kPartials = kGatedV + 2 * kGatedTiles * kTileBytes;  // t of every warp
   static constexpr int kFlags = kPartials + kWarpsY * kTiles * 512;
 };
 
@@ -106,10 +106,10 @@ backward_y(BackwardParams<T> p) {
     }
   };
   const auto v_tile = [&](int buffer, int tile) {
-    return shared_array<T>(static_cast<unsigned>(Shape::kWeighted + (buffer * Shape::kWeightedTiles + tile) * Shape::kTileBytes),
+    return shared_array<T>(static_cast<unsigned>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes),
                            kTokens * kDepth<T>);
   };
-  const auto weigh = [&](int buffer) {
+  const auto apply_gates = [&](int buffer) {
     constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -133,7 +133,7 @@ backward_y(BackwardParams<T> p) {
   if (coming < count) load_stage(coming, 1);
   cp_async_commit();
   fetch(at);
-  weigh(0);
+  apply_gates(0);
   fetch(coming);
   for (int stage = 0, buffer = 0; at < count; buffer ^= 1) {
     cp_async_wait<Shape::kStages - 2>();
@@ -171,9 +171,9 @@ backward_y(BackwardParams<T> p) {
       uint32_t v[kPairs][kTiles][2];
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
-        constexpr int kOfTile = kTiles / Shape::kWeightedTiles;
+        constexpr int kOfTile = kTiles / Shape::kGatedTiles;
 #pragma unroll
-        for (int tile = 0; tile < Shape::kWeightedTiles; ++tile) {
+        for (int tile = 0; tile < Shape::kGatedTiles; ++tile) {
           uint32_t part[kOfTile][2];
           load_b_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
 #pragma unroll
@@ -194,7 +194,7 @@ backward_y(BackwardParams<T> p) {
           }
         });
     }
-    weigh(buffer ^ 1);  // of `coming`
+    apply_gates(buffer ^ 1);  // of `coming`
     fetch(then);
     if (p.need_t) {
       sync_threads();

@@ -24,8 +24,8 @@ Given<T> given(const void* data, bool wide, int64_t count) {
 
 // The parameters of both directions.
 template <class T>
-WeighParams<T> parameters(const Problem& p, const GatesLayout& layout) {
-  WeighParams<T> k{};
+GateParams<T> parameters(const Problem& p, const GatesLayout& layout) {
+  GateParams<T> k{};
   set_sizes(p, k);
   set_experts(p, k);
   k.columns = static_cast<int>(layout.columns);
@@ -61,23 +61,23 @@ Status pack_parameters<Type>(const Problem& p, const Pack& a) {
 }
 
 template <>
-Status weigh<Type>(const Problem& p, const Weigh& a) {
+Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  WeighParams<Type> k = parameters<Type>(p, a);
+  GateParams<Type> k = parameters<Type>(p, a);
   k.sums = array<float>(a.sums, p.tokens * a.columns);
   k.bias = array<float>(a.bias, p.experts);
   k.gates = array<float>(a.gates, p.tokens * p.experts);
   k.u = output<float>(a.u, p.tokens * p.total_rank);
   k.g = output<float>(a.g, p.tokens * p.experts);
   k.v = output<Type>(a.v, p.tokens * a.pitch_R);
-  const Dim blocks = grid(divide_up(p.tokens, kWeighed));
+  const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("forward_weigh", blocks, kThreads, forward_weigh_bytes(k.N), forward_weigh<Type>, k);
 }
 
 template <>
-Status weigh_back<Type>(const Problem& p, const WeighBack& a) {
+Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  WeighParams<Type> k = parameters<Type>(p, a);
+  GateParams<Type> k = parameters<Type>(p, a);
   k.t = array<float>(a.t, p.tokens * a.pitch_R);
   k.old_u = array<float>(a.u, p.tokens * p.total_rank);
   k.old_g = array<float>(a.g, p.tokens * p.experts);
@@ -85,7 +85,7 @@ Status weigh_back<Type>(const Problem& p, const WeighBack& a) {
   k.v = output<Type>(a.v, p.tokens * a.pitch_R);
   k.D = output<Type>(a.D, p.tokens * a.columns);
   k.dh = output<float>(a.dh, p.tokens * p.experts);
-  const Dim blocks = grid(divide_up(p.tokens, kWeighed));
+  const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("backward_weigh", blocks, kThreads, backward_weigh_bytes(k.N, k.pitch_R), backward_weigh<Type>, k);
 }
 

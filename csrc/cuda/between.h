@@ -31,28 +31,28 @@ struct GatesLayout {
 // Forward, between sums = x [A; Wr]^T (M, columns) and v B^T: gates, u and v (M, pitch_R), which goes on with zeros.
 //   bias, gates  (N); (M, N), without a router
 //   u, g         (M, R), and with a router (M, N)
-#define RODE_WEIGH_CALL(X)                                                                                             \
+#define RODE_APPLY_GATES_CALL(X)                                                                                             \
   X(const float*, sums) X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(void*, v) X(void*, stream)
-struct Weigh : GatesLayout {
-  RODE_WEIGH_CALL(RODE_DECLARE)
+struct ApplyGates : GatesLayout {
+  RODE_APPLY_GATES_CALL(RODE_DECLARE)
 };
 
 // Backward, between t = dy B (M, pitch_R), null where no gradient comes, and the products that follow: v as above, D (M, columns),
 // which is du, then the logits' gradients, then zeros, and dh (M, N). v and D: null where not asked for.
-#define RODE_WEIGH_BACK_CALL(X)                                                                                          \
+#define RODE_APPLY_GATES_BACKWARD_CALL(X)                                                                                          \
   X(const float*, t) X(const float*, u) X(const float*, g) X(const float*, dgates) X(void*, v) X(void*, D) X(float*, dh) \
   X(void*, stream)
-struct WeighBack : GatesLayout {
-  RODE_WEIGH_BACK_CALL(RODE_DECLARE)
+struct ApplyGatesBackward : GatesLayout {
+  RODE_APPLY_GATES_BACKWARD_CALL(RODE_DECLARE)
 };
 // clang-format on
 
 template <class T>
 Status pack_parameters(const Problem& p, const Pack& a);
 template <class T>
-Status weigh(const Problem& p, const Weigh& a);
+Status apply_gates(const Problem& p, const ApplyGates& a);
 template <class T>
-Status weigh_back(const Problem& p, const WeighBack& a);
+Status apply_gates_backward(const Problem& p, const ApplyGatesBackward& a);
 template <class T>
 Status load_between_kernels(int device);
 

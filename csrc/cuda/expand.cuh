@@ -1,4 +1,4 @@
-// weigh: sums become gates, u and v, in registers. expand: v times rows of B, added to base.
+// apply_gates: sums become gates, u and v, in registers. expand: v times rows of B, added to base.
 #pragma once
 
 #include "params.cuh"
@@ -6,7 +6,7 @@
 
 namespace rode::gpu {
 
-// ---- weigh
+// ---- apply_gates
 
 // A tile of logits becomes gates: if `share`, in shared memory (16 tokens, N), and if `keep`, in g. True if any is open.
 template <class T>
@@ -39,16 +39,16 @@ RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gate
 
 // v of 16 tokens as left operands of kCount steps, and a bit for each step in which anything is open.
 template <int kCount>
-struct Weighted {
+struct GatedV {
   uint32_t a[kCount][4];
   uint32_t open = 0;
 };
 
 // A tile of u, at column 8 tile, becomes tile `j` of `v`, and goes to memory if `keep`: zeros where closed, unless dense.
 template <class T, int kCount>
-RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile, int j, int m0, smem<float> gates, bool keep,
-                       Weighted<kCount>& v) {
-  float weighted[4];
+RODE_DEVICE void apply_gates(const ForwardParams<T>& p, const float (&u)[4], int tile, int j, int m0, smem<float> gates, bool keep,
+                             GatedV<kCount>& v) {
+  float gated[4];
   bool any = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -58,19 +58,19 @@ RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile,
     const float gate = load(gates + (row * p.N + expert), inside);
     const bool open = gate != 0.0f;
     any |= open;
-    weighted[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
+    gated[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
     store(p.u + (offset(m0 + row, p.R) + column), open || p.dense ? u[i] : 0.0f, inside && keep);
   }
   const int step = is_wide<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
   if constexpr (is_wide<T>) {
-    v.a[step][0] = float_to_bits(weighted[0]);
-    v.a[step][1] = float_to_bits(weighted[2]);
-    v.a[step][2] = float_to_bits(weighted[1]);
-    v.a[step][3] = float_to_bits(weighted[3]);
+    v.a[step][0] = float_to_bits(gated[0]);
+    v.a[step][1] = float_to_bits(gated[2]);
+    v.a[step][2] = float_to_bits(gated[1]);
+    v.a[step][3] = float_to_bits(gated[3]);
   } else {
-    v.a[step][j % 2 * 2] = pack2<T>(weighted[0], weighted[1]);
-    v.a[step][j % 2 * 2 + 1] = pack2<T>(weighted[2], weighted[3]);
+    v.a[step][j % 2 * 2] = pack2<T>(gated[0], gated[1]);
+    v.a[step][j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
   }
 }
 
@@ -90,7 +90,7 @@ struct ExpandStages {
 // where the whole block has nothing open, B is not read. Warps share the rows, then the columns of a tile.
 template <class T, int kRows, int kExpertTiles, int kStages, bool kAligned, int kCount, class Form>
 RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, int chunks, bool warp_open, bool block_open,
-                        Weighted<kCount>& v, Form form) {
+                        GatedV<kCount>& v, Form form) {
   using Stages = ExpandStages<T, kRows, kExpertTiles, kStages>;
   constexpr int kSize = static_cast<int>(sizeof(T)), kFilling = kBlock<kRows>;
   constexpr int kWarpsM = kRows / 16, kWarpsO = kFilling / 32 / kWarpsM;

@@ -4,7 +4,7 @@
 // all u = drop(x) A^T: the columns of that product are the experts' R, rounded up to tiles of 8, then the router's N.
 //
 //   shrink   multiplies a tile of x by tiles of columns, over a part of K
-//   weigh    makes gates, u and v = scaling g u of its sums, in registers; v is then the left operand of
+//   apply_gates    makes gates, u and v = scaling g u of its sums, in registers; v is then the left operand of
 //   expand   which adds v B^T to base, 128 bytes of y's rows at a time, and leaves out what is closed
 //
 // Where token tiles fill the device one kernel does all three (forward_fused); for few tokens, or many columns, forward_shrink
@@ -63,13 +63,13 @@ forward_fused(ForwardParams<T> p) {
   }
   const bool block_open = sync_threads_or(any);  // and the gates are there
   constexpr int kCount = kExpertTiles / (is_wide<T> ? 1 : 2);
-  Weighted<kCount> v;
+  GatedV<kCount> v;
 #pragma unroll
-  for (int j = 0; j < kExpertTiles; ++j) weigh(p, sums[j], j, j, warp_m0, gates, keep, v);
+  for (int j = 0; j < kExpertTiles; ++j) apply_gates(p, sums[j], j, j, warp_m0, gates, keep, v);
   if (!block_open && p.in_place) return;
   const int outs = (p.O + kDepth<T> - 1) / kDepth<T>;
   expand<T, 64, kExpertTiles, Shared::kStages, kAligned>(p, m0, 0, outs, 1, ballot(any) != 0, block_open, v,
-                                                         [](int, Weighted<kCount>&) {});
+                                                         [](int, GatedV<kCount>&) {});
 }
 
 // grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours.
@@ -188,7 +188,7 @@ forward_expand(ForwardParams<T> p) {
   };
   // The only pass, or one for the router and one for every chunk of experts. Their code stands here once: a block is over before
   // much more of it could be fetched.
-  Weighted<kCount> v;
+  GatedV<kCount> v;
   bool any = false, block_open = false;
   for (int pass = kOne ? 0 : -1; pass < chunks; ++pass) {
     const bool has_router = kOne || pass < 0;
@@ -233,7 +233,7 @@ forward_expand(ForwardParams<T> p) {
       for (int j = 0; j < kExpertTiles; ++j) {
         float u[4] = {};
         if (begin + j < p.expert_tiles) sums(begin + j, u);
-        weigh(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
+        apply_gates(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
       }
       if constexpr (kPasses == Passes::kKept) {
         store(kept_open(pass), v.open, lane == 0);
@@ -245,7 +245,7 @@ forward_expand(ForwardParams<T> p) {
     sync_threads();  // partials are free
   }
   if (!block_open && p.in_place) return;
-  const auto form = [&](int chunk, Weighted<kCount>& w) {
+  const auto form = [&](int chunk, GatedV<kCount>& w) {
     if constexpr (kPasses == Passes::kAgain) {
       w.open = 0;
 #pragma unroll
@@ -253,7 +253,7 @@ forward_expand(ForwardParams<T> p) {
         const int tile = chunk * kExpertTiles + j;
         float u[4] = {};
         if (tile < p.expert_tiles) add_splits(p, tile, warp_m0, 0, 1, u);
-        weigh(p, u, tile, j, warp_m0, gates, false, w);
+        apply_gates(p, u, tile, j, warp_m0, gates, false, w);
       }
     } else if constexpr (kPasses == Passes::kKept) {
       w.open = load(kept_open(chunk));
