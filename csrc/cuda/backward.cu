@@ -49,9 +49,9 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.dh = output<float>(a.dh, M * N);
   k.open = output<uint32_t>(a.open, divide_up(M, 16));
   k.t = output<float>(a.t, a.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
-  k.of_B = output<float>(a.of_B, ranges_y * O * 8 * k.expert_tiles);
-  k.of_A = output<float>(a.of_A, ranges_x * 16 * groups * k.pitch);
-  k.of_bias = output<float>(a.of_bias, divide_up(M, 16) * N);
+  k.dB_partial = output<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
+  k.dA_partial = output<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
+  k.dbias_partial = output<float>(a.dbias_partial, divide_up(M, 16) * N);
   k.ld_dy = a.ld_dy[0];
   k.dy_column = a.ld_dy[1];
   k.ld_x = static_cast<int>(a.ld_x);
@@ -61,7 +61,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.copy_x = copy_width<T>(a.x, a.ld_x);
   k.fast = a.fast;
   k.need_t = a.t != nullptr;
-  k.need_B = a.of_B != nullptr;
+  k.need_B = a.dB_partial != nullptr;
   k.need_A = a.dA != nullptr;
   k.need_W = a.dW != nullptr;
   k.need_x = a.dx != nullptr;
@@ -119,9 +119,9 @@ Status by_x(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
 template <class T>
 Status add(const BackwardParams<T>& k, const Backward& a) {
   AddParams<T> s{};
-  s.of_B = k.of_B;
-  s.of_A = k.of_A;
-  s.of_bias = k.of_bias;
+  s.dB_partial = k.dB_partial;
+  s.dA_partial = k.dA_partial;
+  s.dbias_partial = k.dbias_partial;
   const int64_t R = k.R, K = k.K, N = k.N, O = k.O;
   const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int& size) {
     if (!data) return;

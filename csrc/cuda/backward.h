@@ -38,12 +38,12 @@ struct BackwardLayout : BackwardPlan {
 //   dbias, dh       (N), (M, N): of the logits, or of given gates
 //   D               (M, 16 groups): du and dh in x's type
 //   open            (M / 16), with dh
-//   t, of_B, of_A, of_bias: sums over parts, as in `BackwardParams`
-#define RODE_BACKWARD_CALL(X)                                                                                                    \
-  X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router) X(const void*, B) X(const float*, u)             \
-  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, dW) X(void*, dB)         \
-  X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, of_B) X(float*, of_A) X(float*, of_bias) \
-  X(bool, fast) X(void*, stream)
+//   t, dB_partial, dA_partial, dbias_partial: sums over parts, as in `BackwardParams`
+#define RODE_BACKWARD_CALL(X)                                                                                            \
+  X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router) X(const void*, B) X(const float*, u)     \
+  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, dW) X(void*, dB) \
+  X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, dB_partial)                       \
+  X(float*, dA_partial) X(float*, dbias_partial) X(bool, fast) X(void*, stream)
 struct Backward : BackwardLayout {
   RODE_BACKWARD_CALL(RODE_DECLARE)
 };

@@ -38,7 +38,8 @@ struct BackwardParams {
   gmem<float> dh;                   // (M, N): of the logits, or of given gates
   gmem<uint32_t> open;              // (M / 16): whether any gate of these tokens is
   gmem<float> t;                    // (o_tiles, M / 16, expert_tiles, 32 lanes, 4): parts over tiles of O, as fragments have them
-  gmem<float> of_B, of_A, of_bias;  // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
+  gmem<float> dB_partial, dA_partial,
+      dbias_partial;                // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
   int64_t ld_dy, dy_column;         // distances of dy, in elements
   int ld_x, ld_A, ld_B, pitch;
   uint32_t threshold;

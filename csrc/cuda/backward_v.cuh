@@ -100,12 +100,12 @@ backward_v(BackwardParams<T> p) {
     store(of_warp(0) + (row * p.N + n), value, inside);
     if (p.routed) store(p.D + (offset(m0 + row, pitch) + 16 * p.expert_groups + n), from_float<T>(value));
   }
-  if (!p.of_bias) return;
+  if (!p.dbias_partial) return;
   sync_threads();
   for (int n = thread_index(); n < p.N; n += kThreads) {
     float total = 0.0f;
     for (int row = 0; row < rows; ++row) total += load(of_warp(0) + (row * p.N + n));
-    store(p.of_bias + (offset(tile16, p.N) + n), total);
+    store(p.dbias_partial + (offset(tile16, p.N) + n), total);
   }
 }
 

@@ -338,7 +338,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * (group0 + group) + fragment_row(2 * half);
-      const gmem<float> to = p.of_A + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
+      const gmem<float> to = p.dA_partial + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
       const bool exists = sums_up && weight_row(p, row).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_W);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -351,7 +351,7 @@ backward_x(BackwardParams<T> p) {
 // Sums of ranges, in order, in the parameters' types: dB (O, R), dA (R, K), dWr (N, K), dbr (N), those that are asked for.
 template <class T>
 struct AddParams {
-  gmem<const float> of_B, of_A, of_bias;
+  gmem<const float> dB_partial, dA_partial, dbias_partial;
   gmem<T> dB, dA, dW;
   gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
   int size_B, size_A, size_W, size_bias;         // 0: not asked for
@@ -378,15 +378,16 @@ backward_add(AddParams<T> p) {
   };
   if (i < p.size_B) {
     const int row = i / p.R, column = i % p.R;
-    return put(p.dB, p.wide_dB, sum(p.of_B, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
+    return put(p.dB, p.wide_dB,
+               sum(p.dB_partial, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
   }
   i -= p.size_B;
-  const int64_t of_A = static_cast<int64_t>(p.rows_A) * p.pitch_A;
+  const int64_t range_size = static_cast<int64_t>(p.rows_A) * p.pitch_A;
   if (i < p.size_A + p.size_W) {
     const bool router = i >= p.size_A;
     if (router) i -= p.size_A;
     const int row = i / p.K + (router ? p.first_router : 0), column = i % p.K;
-    const float value = sum(p.of_A, offset(row, p.pitch_A) + column, of_A, p.ranges_x);
+    const float value = sum(p.dA_partial, offset(row, p.pitch_A) + column, range_size, p.ranges_x);
     return router ? put(p.dW, p.wide_dW, value) : put(p.dA, p.wide_dA, value);
   }
   // dbr by whole warps, from where one begins: there are many parts, and few sums.
@@ -395,7 +396,7 @@ backward_add(AddParams<T> p) {
   if (i < 0 || n >= p.size_bias) return;
   float total = 0.0f;
 #pragma unroll 4
-  for (int part = lane_index(); part < p.parts_bias; part += 32) total += load(p.of_bias + (offset(part, p.N) + n));
+  for (int part = lane_index(); part < p.parts_bias; part += 32) total += load(p.dbias_partial + (offset(part, p.N) + n));
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
   store(p.dbias + n, total, lane_index() == 0);

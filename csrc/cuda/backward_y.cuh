@@ -222,7 +222,7 @@ backward_y(BackwardParams<T> p) {
       for (int half = 0; half < 2; ++half) {
         const int o = o0 + warp_o + i * 16 + fragment_row(2 * half);
         const int64_t row = static_cast<int64_t>(block_index().y) * p.O + o;
-        store(p.of_B + (row * 8 * p.expert_tiles + 8 * (tile0 + j) + sum_column(0)),
+        store(p.dB_partial + (row * 8 * p.expert_tiles + 8 * (tile0 + j) + sum_column(0)),
               vec<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}}, o < o_end && j < tiles);
       }
 }
