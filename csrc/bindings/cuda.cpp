@@ -1,5 +1,5 @@
-// pybind11 for the CUDA kernels: pointers in, nothing else. With RODE_EMULATE they run on the emulator, whose counts it shows as
-// well.
+// Bindings of the CUDA kernels, which take pointers and sizes. With RODE_EMULATE the kernels run on the emulator, and its counts
+// are bound too.
 #include <stdexcept>
 #include <string>
 

@@ -1,4 +1,4 @@
-// pybind11 for the CPU core: pointers in, nothing else. The callers in rode_kernels have checked every argument.
+// Bindings of the CPU core, which takes pointers and sizes. The callers in rode_kernels have checked every argument.
 #include <tuple>
 #include <vector>
 

@@ -10,8 +10,8 @@ namespace {
 template <class T>
 struct BackwardWeights {
   using C = typename AccumulationOf<T>::type;
-  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: laid out by whoever needs it
-  const typename Path<T>::Column* A;  // in chunks; null: likewise
+  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: the thread that needs it lays it out
+  const typename Path<T>::Column* A;  // in chunks; null: the same
   const C* router;                    // in chunks of the same width; with A
   Chunks chunks;
   int64_t terms;
@@ -27,7 +27,9 @@ struct IntoInputGradient {
   int64_t m0, first;  // of the chunk
   const C* router_chunk;
 
-  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const { prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
+  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const {
+    prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c);
+  }
 
   template <int TM, int V>
   RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
@@ -207,7 +209,7 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   }
 }
 
-// Whom columns of weight gradients belong to: each thread a share, those of dA cut up where those of dB are cut down.
+// Columns of weight gradients that belong to a thread: shares of dA are rounded up, those of dB down.
 inline int64_t parts_of(int64_t columns) { return (columns + kLeastColumns - 1) / kLeastColumns; }
 inline int64_t share(int64_t columns, int64_t thread, int64_t threads, bool up) {
   const int64_t at = (thread * parts_of(columns) + (up ? threads - 1 : 0)) / threads * kLeastColumns;
@@ -290,7 +292,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
       open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
                    out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
     WeightGradients<T> pass(p, a, open);
-    // Neighbouring columns are a thread's: what the processor reads ahead would else be lines that another thread writes.
+    // A thread has neighbouring columns: otherwise the processor would read ahead into lines that another thread writes.
     pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
     pass.output_columns(share(out_columns, team.thread, team.threads, false),
                         share(out_columns, team.thread + 1, team.threads, false));

@@ -11,7 +11,7 @@ constexpr int kMostTokens = 6, kMostRows = 4;  // 6 x 4 sums in flight, 6 + 1 op
 #else
 constexpr int kMostTokens = 4, kMostRows = 2;
 #endif
-// Of a row at a time: an expert's rows of it and those of a few tokens stay in the first cache.
+// Bytes of a row at a time: an expert's rows and those of a few tokens then stay in the first cache.
 constexpr int64_t kStepBytes = 2048;
 
 // sums[m * width + r] = (or += unless `first`) products of elements [0, n) of TM rows of tokens from k on with TR rows of weights.
@@ -90,7 +90,7 @@ struct RowsOf {
   const E* chunk(int64_t i) const { return data + i * width * rows; }
 };
 
-// The same, of which only one chunk exists at a time: `make(i, out)` writes it.
+// The same with one chunk in memory at a time: `make(i, out)` writes it.
 template <class E, class Make>
 struct RowsMade {
   Make make;
@@ -102,7 +102,7 @@ struct RowsMade {
   }
 };
 
-// Elements of a row at a time, in whole vectors; about kStepBytes, and no short last step.
+// The number of a row's elements at a time, in whole vectors: about kStepBytes, and no short last step.
 template <class E>
 int64_t step_of(int64_t length) {
   constexpr int64_t lanes = Operand<E>::lanes, most = kStepBytes / sizeof(E);
@@ -117,7 +117,7 @@ Chunks row_chunks(int64_t length) {
   return {width, (length + width - 1) / width};
 }
 
-// Those of expert e.
+// The ranks of expert e among `ranks`.
 inline Range within(const rode::Problem& p, int64_t e, Range ranks) {
   const int64_t begin = p.offsets[e], end = p.offsets[e + 1];
   return {ranks.begin > begin ? ranks.begin : begin, ranks.end < end ? ranks.end : end};
@@ -132,7 +132,7 @@ int64_t count_wanting(const rode::Problem& p, const C* gates, int64_t tokens, in
   return count;
 }
 
-// The ranks of a thread, which have an even share in those that tokens want.
+// The ranks of a thread: an even share of those that tokens want.
 template <class C>
 Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
   int64_t all = 0;
@@ -150,7 +150,7 @@ Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Tea
   return {first_of(team.thread), team.thread + 1 == team.threads ? p.total_rank : first_of(team.thread + 1)};
 }
 
-// Of `range_of(e)`, for each expert that tokens want, what is not empty; neighbours are one range.
+// The ranges range_of(e) of the experts that tokens want. Empty ranges are left out, and neighbours become one range.
 template <class C, class Of>
 Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, bool dense, Of range_of, Range* out) {
   int64_t count = 0;

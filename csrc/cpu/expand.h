@@ -14,7 +14,7 @@ constexpr int kTogether = 2;
 constexpr int kAlone = 4;
 #endif
 constexpr int kTileVectors = 4;
-constexpr int64_t kGroupTokens = 128;  // among how many tokens those with the same open experts are looked for
+constexpr int64_t kGroupTokens = 128;  // tokens among which those with the same open experts are found
 
 // Chunks of weights that sums of `terms` rows read; `least` of them if columns are enough.
 template <class T>
@@ -23,14 +23,14 @@ Chunks column_chunks(int64_t columns, int64_t terms, int64_t least = 1) {
   return chunks_of(columns, terms, sizeof(typename Path<T>::Column), kTileVectors * kLanes<C>, least);
 }
 
-// Tokens of a unit of work: as many as can be grouped, but enough units for every thread.
+// The number of tokens in a unit of work: as many as can be grouped, but enough units for every thread.
 inline int64_t unit_tokens(const rode::Problem& p) {
   const int64_t block = block_tokens(p), share = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
   return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
 }
 
-// Prefetches memory that sums will be added to and stored in, a few cache lines at a time while others are computed: a processor that
-// is asked for more lines at once than it can keep track of waits.
+// Prefetches memory that sums will be added to and stored in, a few cache lines at a time while others are computed: a processor
+// that is asked for more lines at once than it can keep track of waits.
 class RowPrefetcher {
  public:
   void clear(int64_t bytes) { bytes_ = bytes, count_ = 0; }
@@ -109,7 +109,7 @@ class Expansion {
     return wanted_ranges(p, g, tokens, false, [&](int64_t e) { return Range{starts[e], starts[e + 1]}; }, ranges_.get());
   }
 
-  // Decides which of tokens [0, tokens) are computed together. Those without an open expert are left out if `skip_closed`.
+  // Decides which of tokens [0, tokens) are computed together. Tokens without an open expert are left out if `skip_closed`.
   void group(int64_t tokens, const C* g, bool skip_closed) {
     sort(tokens);
     groups_ = 0;
@@ -154,7 +154,7 @@ class Expansion {
 
  private:
   static constexpr int64_t kTile = kTileVectors * kLanes<C>;
-  static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
+  static constexpr int64_t kFewTerms = 96;  // a chunk of so many fits the first cache
 
   // n ranks of an expert.
   static void coefficients(const C* values, int64_t n, Column* out) {
@@ -196,7 +196,7 @@ class Expansion {
     for (int64_t i = 0; i < tokens; ++i) order_[starts[of_token[i]]++] = i;
   }
 
-  // How often sums of so many vectors over so many terms are added to.
+  // The number of additions to sums of so many vectors over so many terms.
   static int64_t steps(int64_t vectors, int64_t n, int64_t terms) {
     const int64_t tile = vectors * kLanes<C>, tiles = (n + tile - 1) / tile;
     return tiles * (terms > 0 ? terms : 1);
@@ -254,7 +254,7 @@ class Expansion {
     }
   }
 
-  // For `chunk_by_expert`: where in the order tokens stand that have an expert open.
+  // For `chunk_by_expert`: positions in the order of the tokens that have each expert open.
   void list_open(int64_t tokens, const C* g) {
     for (int64_t k = 0; k < tokens; ++k) experts_of_[k] = 0;
     for (int64_t e = 0; e < p.experts; ++e) {

@@ -1,15 +1,15 @@
 // The forward pass. Compiled once per instruction set; RODE_ISA names the namespace.
 //
-// A group of tokens at a time. Down, a block of them after the other: each expert's rows of A against the tokens that have it open.
-// Up, a chunk of B after the other: tokens with the same open experts together.
+// One group of tokens at a time. The way down takes blocks of tokens: each expert's rows of A against the tokens that have it open.
+// The way up takes chunks of B: tokens with the same open experts are computed together.
 #include "expand.h"
 
 namespace {
 
 template <class T>
 struct ForwardWeights {
-  RowsOf<typename Path<T>::Row> A, router;  // A without data: laid out by whoever needs some of it
-  const typename Path<T>::Column* B;        // in chunks; null: packed by whoever needs one
+  RowsOf<typename Path<T>::Row> A, router;  // A without data: the thread that needs it lays it out
+  const typename Path<T>::Column* B;        // in chunks; null: the thread that needs one packs it
   Chunks chunks;
   int64_t terms;
 };
@@ -96,7 +96,7 @@ class ForwardPass {
     for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_, {0, 1});
   }
 
-  // The same of all tokens, no more than a block, whose ranks threads share.
+  // The same for all tokens, at most one block: threads share their ranks.
   void down_together(Team team) { down_block(0, p.tokens, team); }
 
   // Makes v of them, for `up`.
@@ -113,7 +113,7 @@ class ForwardPass {
 
   // Chunk i of y.
   void up(int64_t i) {
-    if (w.B == nullptr && wanted_.count == 0 && in_place()) return;  // y is what it shall be
+    if (w.B == nullptr && wanted_.count == 0 && in_place()) return;  // y is already right
     IntoOutput<T> output{a, m0_};
     if constexpr (std::is_same_v<T, float>) {
       if (p.tokens == 1 && w.B == nullptr && a.B.column == 1) return up_alone(i, output);
@@ -126,7 +126,7 @@ class ForwardPass {
  private:
   bool in_place() const { return a.base && a.base.data == a.y.data; }
 
-  // The same of a single token, which needs no layout of B: the same sums, in registers.
+  // The same for a single token, which needs no layout of B: the same sums, in registers.
   void up_alone(int64_t i, const IntoOutput<T>& output) {
     const C* const v = v_.get();
     const int64_t first = i * w.chunks.width;
@@ -147,7 +147,7 @@ class ForwardPass {
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
     if (a.router) {
-      if (team.thread > 0) g = gates_.get();  // rather computed twice than waited for
+      if (team.thread > 0) g = gates_.get();  // computing them twice beats waiting
       gate(rows, tokens, g);
     }
     if (p.dropout.on) {
@@ -219,7 +219,7 @@ inline int64_t tokens_per_thread(const rode::Problem& p) {
   return share < kLeastTokens ? kLeastTokens : share > most ? most : share;
 }
 
-// Of still fewer, threads share the weights: each has at least so many bytes of A and B, or it is not worth waking.
+// With fewer tokens still, threads share the weights: a thread is not worth waking for fewer bytes of A and B.
 constexpr int64_t kBytesOfThread = 192 * 1024;
 
 template <class T>
@@ -235,7 +235,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
   const int64_t terms = terms_of<T>(p);
   const Range all_terms{0, terms};
   const Chunks chunks = column_chunks<T>(p.out_features, terms, one_group && threads > 1 ? 4 * threads : 1);
-  // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
+  // Rows at strides of a power of two collide in the first cache: they are copied where there are enough tokens to pay for it.
   const bool stands = stands_as_rows<T>(a.A, p.in_features), few_tokens = p.tokens < 2 * kLeastTokens;
   const bool copies = !few_tokens && (!one_group || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);

@@ -1,12 +1,12 @@
-// Sums over tokens: dA = du^T x, dB = dy^T v, dWr = dh^T x. Lanes run along the columns; whoever owns columns walks all tokens in
-// order, so the bits do not depend on the number of threads.
+// Sums over tokens: dA = du^T x, dB = dy^T v, dWr = dh^T x. Lanes run along the columns; the thread that owns columns walks all
+// tokens in order, so the bits do not depend on the number of threads.
 #pragma once
 
 #include "dots.h"
 
 namespace {
 
-constexpr int64_t kSumTokens = 256;  // tokens whose contributions are summed before they join the total: long sums stay accurate
+constexpr int64_t kSumTokens = 256;  // tokens that are summed before they join the total: long sums stay accurate
 
 #if defined(__AVX512F__)
 constexpr int kOuterRows = 6, kOuterVectors = 4;  // 6 x 4 sums in flight, 4 + 1 operands
@@ -14,8 +14,8 @@ constexpr int kOuterRows = 6, kOuterVectors = 4;  // 6 x 4 sums in flight, 4 + 1
 constexpr int kOuterRows = 2, kOuterVectors = 4;
 #endif
 
-// For each block of kSumTokens tokens and each expert: the tokens that have it open, and their coefficients side by side. Where Path<T>
-// has pairs of tokens, the second of the last pair may be 0.
+// For each block of kSumTokens tokens and each expert: the tokens that have it open, and their coefficients side by side. Where
+// Path<T> has pairs of tokens, the second of the last pair may be 0.
 template <class T>
 class OpenTokens {
   using C = typename AccumulationOf<T>::type;
@@ -137,7 +137,7 @@ void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int6
 }
 
 #if defined(__AVX512BF16__)
-// Of 32 columns of two tokens the pairs, 16 at a time.
+// Pairs from 32 columns of two tokens, 16 pairs at a time.
 RODE_INLINE void interleave(__m512i first, __m512i second, __m512i* pairs) {
   alignas(64) static const struct Order {
     uint16_t low[32], high[32];
@@ -152,8 +152,8 @@ RODE_INLINE void interleave(__m512i first, __m512i second, __m512i* pairs) {
   pairs[1] = _mm512_permutex2var_epi16(first, _mm512_load_si512(order.high), second);
 }
 
-// The same from pairs of tokens, whose rows come one after the other: of bfloat16, or interleaved already, then every second one
-// is not looked at. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
+// The same from pairs of tokens, whose rows come one after the other: rows of bfloat16, or interleaved already, in which case every
+// second one is ignored. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
 template <int TR, int V, class E>
 void outer_tile(const uint32_t* coefficients, int64_t width, const E* const* rows, int64_t pairs, int64_t c, int64_t some,
                 float* out, int64_t stride, MatrixPrefetcher& prefetcher) {
@@ -210,12 +210,14 @@ void outer_columns(const Column* coefficients, int64_t width, const E* const* ro
     for (; c + wide <= n; c += wide)
       outer_tile<TR, kOuterVectors>(coefficients, width, rows, (count + 1) / 2, c, 0, out, stride, prefetcher);
     for (; c < n; c += 2 * lanes)
-      outer_tile<TR, 2>(coefficients, width, rows, (count + 1) / 2, c, n - c < 2 * lanes ? n - c : 2 * lanes, out, stride, prefetcher);
+      outer_tile<TR, 2>(coefficients, width, rows, (count + 1) / 2, c, n - c < 2 * lanes ? n - c : 2 * lanes, out, stride,
+                        prefetcher);
     return;
   } else
 #endif
   {
-    for (; c + wide <= n; c += wide) outer_tile<C, TR, kOuterVectors>(coefficients, width, rows, count, c, 0, out, stride, prefetcher);
+    for (; c + wide <= n; c += wide)
+      outer_tile<C, TR, kOuterVectors>(coefficients, width, rows, count, c, 0, out, stride, prefetcher);
     for (; c < n; c += lanes)
       outer_tile<C, TR, 1>(coefficients, width, rows, count, c, n - c < lanes ? n - c : lanes, out, stride, prefetcher);
   }

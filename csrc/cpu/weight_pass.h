@@ -1,4 +1,5 @@
-// The second half of the backward pass: whoever owns columns of dA and the router's gradient, or rows of dB, walks all tokens.
+// The second half of the backward pass: the thread that owns columns of dA and the router's gradient, or rows of dB, walks all
+// tokens.
 #pragma once
 
 #include "outer.h"
@@ -6,13 +7,13 @@
 namespace {
 
 constexpr int64_t kColumns = 128;                // columns of a weight gradient at a time
-constexpr int64_t kLeastColumns = kColumns / 2;  // of which a thread has a multiple
+constexpr int64_t kLeastColumns = kColumns / 2;  // a thread has a multiple of it
 
 template <class T>
 class WeightGradients {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
-  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
+  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // for fewer, pairs are interleaved as they are read
 
  public:
   WeightGradients(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
@@ -121,11 +122,12 @@ class WeightGradients {
     outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, prefetcher);
   }
 
-  // dh is not rounded, so what it multiplies is not in pairs.
-  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out, MatrixPrefetcher& prefetcher) {
+  // dh is not rounded, so the rows that it multiplies are not in pairs.
+  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out,
+                      MatrixPrefetcher& prefetcher) {
     int64_t open = 0;
     for (int64_t e = 0; e < p.experts; ++e) open += open_.count(block, e);
-    // Where many gates are open it takes less time to multiply closed ones' zeros too, unless a product is not finite.
+    // Where many gates are open, multiplying the zeros of closed ones too is faster. A product that is not finite forbids it.
     if (4 * open >= tokens * p.experts) {
       for (int64_t e = 0; e < p.experts; ++e)
         for (int64_t i = 0; i < n; ++i) dense_.get()[e * kColumns + i] = C(0);

@@ -1,4 +1,4 @@
-// Weights as the kernels read them: rounded to x's dtype once, and where that pays laid out anew.
+// Weights as the kernels read them: rounded to x's dtype once, and laid out anew where that pays.
 #pragma once
 
 #include "rows.h"
@@ -13,7 +13,7 @@ typename AccumulationOf<T>::type weight_at(const rode::Weight& w, int64_t r, int
   return w.wide ? round_to<T>(static_cast<const C*>(w.data)[at]) : widen(static_cast<const T*>(w.data)[at]);
 }
 
-// What the products read: the accumulation type, or where there are dot products of bfloat16 pairs those.
+// The types that products read: the accumulation type, or pairs of bfloat16 where the processor has dot products of them.
 template <class T>
 struct Path {
   using Row = typename AccumulationOf<T>::type;     // of x, A and the router
@@ -54,7 +54,7 @@ Vector<typename AccumulationOf<T>::type> weights_at(const rode::Weight& w, int64
   return load_wide<T>(some);
 }
 
-// Whether its rows can be used where they stand.
+// Whether the rows of a weight can be used in place.
 template <class T>
 bool stands_as_rows(const rode::Weight& w, int64_t columns) {
   return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
@@ -90,8 +90,7 @@ struct Chunks {
   int64_t columns(int64_t i, int64_t all) const { return all - i * width < width ? all - i * width : width; }
 };
 
-// As many columns at a time as leave a chunk of `rows` rows small, in steps of `step`; `least` chunks where there are as many
-// steps.
+// Chunks of as many columns as keep `rows` rows small, in steps of `step`; at least `least` chunks where there are so many steps.
 inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t step, int64_t least) {
   constexpr int64_t kBytes = 24 * 1024;
   int64_t width = kBytes / (rows * element) / step * step;
@@ -102,7 +101,7 @@ inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t 
   return {width, (columns + width - 1) / width};
 }
 
-// Rows that somebody will read, as ranges in ascending order.
+// Rows that will be read, as ranges in ascending order.
 struct Range {
   int64_t begin, end;
 };
@@ -183,7 +182,7 @@ int64_t weight_bytes(const rode::Problem& p) {
 // memory is.
 constexpr int64_t kOwnBytes = 256 * 1024;
 
-// How many of Path's columns an expert takes, all of them together.
+// The number of Path's columns that all experts take together.
 template <class T>
 int64_t terms_of(const rode::Problem& p) {
   int64_t terms = 0;
@@ -210,7 +209,7 @@ inline bool ranks_are_even(const rode::Problem& p) {
 }
 #endif
 
-// Rows `wanted` of chunk i of B^T; w is B, (O, R). A neighbour of theirs may be written too.
+// Rows `wanted` of chunk i of B^T; w is B, (O, R). A neighbouring row may be written too.
 template <class T, class Out>
 void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
                      Out* out) {

@@ -5,8 +5,8 @@
 //
 //   backward_y     reads dy: t, summed over a tile of O, and dB of a range of tokens. One reading of 16 tokens serves both; B's
 //                  part stands in registers, and so do dB's sums.
-//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It says which
-//                  tokens have anything open.
+//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It also records
+//                  which tokens have anything open.
 //   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
 //   backward_add   adds up the ranges in order.
 //
@@ -28,7 +28,7 @@
 
 namespace rode::gpu {
 
-// What every kernel is given. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
+// Parameters of every kernel. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
 template <class T>
 struct BackwardParams {
   gmem<const T> dy, x, A, router, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)

@@ -10,8 +10,9 @@
 // Where token tiles fill the device one kernel does all three (forward_fused); for few tokens, or many columns, forward_shrink
 // leaves partial sums of K in memory, and forward_expand adds them up in order and goes on. No atomics: the same bits on every run.
 //
-// What takes time is not memory alone, but instructions and waiting: a block of 64 tokens has two warps for each 16 of them, what a
-// thread copies is worked out once (`TileCopy`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at once.
+// Memory is not all that takes time, instructions and waiting do too: a block of 64 tokens has two warps for each 16 of them, a
+// thread works out once what it copies (`TileCopy`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at
+// once.
 //
 // Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB of shared
 // memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
@@ -111,8 +112,8 @@ forward_shrink(ForwardParams<T> p) {
   }
 }
 
-// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are asked for before
-// the first one is added, for each of them is a way to memory.
+// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are loaded before the
+// first one is added, to overlap their latencies.
 template <class T>
 RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int first, int by, float (&c)[4]) {
   constexpr int kBatch = 8;
@@ -143,7 +144,7 @@ RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int fir
   }
 }
 
-// How v is come by: in one pass; in several, and kept in shared memory between output tiles; or made again for each of them.
+// The source of v: one pass; several, whose v stays in shared memory between output tiles; or several again for each output tile.
 enum class Passes { kOne, kKept, kAgain };
 
 template <class T, int kRows, Passes kPasses>

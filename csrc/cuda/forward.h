@@ -20,7 +20,7 @@ struct Plan {
   RODE_FORWARD_PLAN(RODE_DECLARE)
 };
 
-// Elements from row to row, and the device. A and the router share a row length; a row of B that is longer than R goes on with zeros.
+// Elements from row to row, and the device. A and the router share a row length; a longer row of B goes on with zeros.
 #define RODE_FORWARD_LAYOUT(X) \
   X(int64_t, ld_x) X(int64_t, ld_base) X(int64_t, ld_y) X(int64_t, ld_A) X(int64_t, ld_B) X(int, device)
 struct ForwardLayout : Plan {

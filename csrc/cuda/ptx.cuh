@@ -77,7 +77,7 @@ RODE_DEVICE smem<T> shared_array(unsigned offset, int /*count*/) {
   return smem<T>(offset);
 }
 
-// What a load or store of V through an address of T moves: a T, or a vec that is several of them.
+// The type that a load or store of V through an address of T moves: a T, or a vec of several.
 template <class V, class T>
 using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
 template <class V, class T>
@@ -90,8 +90,8 @@ RODE_DEVICE moved<V, T> load(gmem<T> from) {
   static_assert(movable<R, std::remove_const_t<T>>);
   return *from.template at<const R>();
 }
-// Zero unless `when`. A predicate on the load itself: of an if the compiler makes a branch, and then loads wait for one another.
-// Kernels read nothing that they have written, so its order among stores does not matter.
+// Zero unless `when`. The load itself has the predicate: the compiler turns an if into a branch, and then loads wait for one
+// another. Kernels read nothing that they have written, so its order among stores does not matter.
 template <class V = void, class T>
 RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
   using R = moved<V, T>;
@@ -310,8 +310,8 @@ inline int max_shared(int device, int& bytes) {
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Has the driver load a kernel on the current device, now and not at its first launch, which a stream capture may surround; and lets
-// it ask for as much shared memory as there is. Set once, not at each launch: threads launch at the same time.
+// Makes the driver load a kernel on the current device now, because its first launch may be inside a stream capture, and lets the
+// kernel ask for as much shared memory as there is. This is set once, because threads launch at the same time.
 template <class... P>
 int load_kernel(void (*kernel)(P...), int device) {
   int bytes = 0;

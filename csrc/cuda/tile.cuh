@@ -10,7 +10,7 @@
 namespace rode::gpu {
 
 constexpr int kThreads = 128, kWarps = 4;
-// Of a block that takes kRows tokens forward: two warps for each 16 of 64 tokens, four for 16.
+// Threads of a forward block of kRows tokens: two warps for each 16 of 64 tokens, four warps for 16 tokens.
 template <int kRows>
 inline constexpr int kBlock = kRows == 64 ? 256 : 128;
 constexpr int kRowBytes = 128, kChunk = 16, kRowSteps = 4;
@@ -122,8 +122,8 @@ class TileCopy {
     for (int i = 0; i < kCount; ++i) found |= row_ + i * kStep < rows ? 1u << i : 0u;
     return found;
   }
-  // What stands `distance` elements on, or zeros where `inside` has no bit or the matrix, of which this tile has `columns` columns
-  // left, has none. `stride`: elements from row to row, if kAffine.
+  // Copies the elements `distance` further on, or zeros where `inside` has no bit or the matrix ends: it has `columns` columns
+  // left. `stride`: elements from row to row, if kAffine.
   template <class Swizzle>
   RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Swizzle swizzle, int stride = 0) const {
     const smem<T> to = tile + smem_offset_;

@@ -1,4 +1,4 @@
-// Scheduling: which thread runs next, what a warp or block does together, and how a failure leaves the kernel.
+// Scheduling: the next thread to run, collectives of warps and blocks, and the way out of a kernel after a failure.
 #include "machine.h"
 
 #include <sys/mman.h>

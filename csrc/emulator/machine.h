@@ -1,4 +1,4 @@
-// The emulated machine: threads as fibers, warps, one block at a time, and what is known about every byte they share.
+// The emulated machine: threads as fibers, warps, one block at a time, and the state of every byte that they share.
 //
 // Time is one counter, `clock`, that steps at every event that orders memory. Each warp remembers when it was last
 // synchronised, the block when its last barrier was; a byte remembers the stamps of its last write and read. Two accesses
@@ -26,14 +26,14 @@ using At = std::source_location;
 inline constexpr int kWarp = 32;
 inline constexpr uint32_t kAll = 0xffffffffu;
 
-// What a kernel did wrong; the message names kernel, block, thread and source line.
+// A mistake of a kernel; the message names kernel, block, thread and source line.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 // ---- Memory
 
-// What is known about two bytes, the smallest unit that kernels may touch.
+// The state of two bytes, the smallest unit that kernels may touch.
 struct Cell {
   uint32_t written = 0, read = 0;            // stamps
   uint16_t writer = 0, reader = 0;           // thread, or one of the codes below
@@ -71,7 +71,7 @@ struct SharedTraffic {
 
 enum class Space : uint8_t { global, shared };
 
-// What one warp asked for at one place in the source: lane by lane, completed by the next synchronisation.
+// Accesses of one warp at one line of the source, lane by lane; the next synchronisation completes them.
 struct Request {
   uintptr_t address[kWarp];
   uint8_t bytes[kWarp];  // 0: predicated off
@@ -123,7 +123,8 @@ unsigned max_shared(int architecture);
 
 class Machine {
  public:
-  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes, the architecture what a launch may ask for.
+  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes, the architecture how much shared memory
+  // a launch may ask for.
   void reset(uint64_t seed, int architecture = kLeastArchitecture);
   // [data, data + bytes) holds garbage: a read before a write is an error. The bytes are poisoned.
   void undefined(void* data, size_t bytes);

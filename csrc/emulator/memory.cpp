@@ -1,4 +1,4 @@
-// Memory: bounds, alignment, races, copies on their way, and what was moved.
+// Memory: bounds, alignment, races, copies on their way, and counts of traffic.
 #include <algorithm>
 #include <bit>
 #include <cstring>

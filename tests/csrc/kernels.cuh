@@ -8,13 +8,14 @@ namespace rode::trial {
 using namespace rode::gpu;
 
 // Mistakes in the product; Python gets the names.
-#define RODE_TRIAL_BUGS(X)                                                                                                      \
-  X(none)                                                                                                                       \
-  X(missing_wait) X(early_wait) X(off_by_one_wait) X(missing_barrier) X(wrong_stage) X(missing_sync_warp)                       \
-      X(global_load_out_of_bounds) X(global_store_out_of_bounds) X(shared_array_out_of_bounds) X(shared_load_out_of_bounds)     \
-          X(misaligned_copy) X(misaligned_store) X(undefined_shared_read) X(undefined_global_read) X(divergent_barrier)         \
-              X(barrier_by_part_of_a_warp) X(early_return) X(divergent_collective) X(race_between_warps) X(race_between_blocks) \
-                  X(dropped_swizzle) X(exit_in_flight)
+// clang-format off
+#define RODE_TRIAL_BUGS(X)                                                                                           \
+  X(none) X(missing_wait) X(early_wait) X(off_by_one_wait) X(missing_barrier) X(wrong_stage) X(missing_sync_warp)    \
+  X(global_load_out_of_bounds) X(global_store_out_of_bounds) X(shared_array_out_of_bounds)                           \
+  X(shared_load_out_of_bounds) X(misaligned_copy) X(misaligned_store) X(undefined_shared_read)                       \
+  X(undefined_global_read) X(divergent_barrier) X(barrier_by_part_of_a_warp) X(early_return)                         \
+  X(divergent_collective) X(race_between_warps) X(race_between_blocks) X(dropped_swizzle) X(exit_in_flight)
+// clang-format on
 #define RODE_NAME(name) name,
 enum class Bug : int { RODE_TRIAL_BUGS(RODE_NAME) };
 #undef RODE_NAME
