@@ -118,7 +118,7 @@ template <class T>
 void load_kernels(int device) {
   check(rode::cuda::load_kernels<T>(device));
   check(rode::cuda::load_backward_kernels<T>(device));
-  check(rode::cuda::load_between_kernels<T>(device));
+  check(rode::cuda::load_gate_kernels<T>(device));
 }
 
 }  // namespace

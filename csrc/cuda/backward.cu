@@ -70,7 +70,7 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
 }
 
 template <class T, int kTiles, bool kAligned, class Go>
-Status through_y(const BackwardParams<T>& k, Go go) {
+Status launch_grad_output(const BackwardParams<T>& k, Go go) {
   using Shape = OTileShape<T, kTiles>;
   const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
   const int shared = Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16;
@@ -78,12 +78,12 @@ Status through_y(const BackwardParams<T>& k, Go go) {
 }
 
 template <class T, class Go>
-Status through_v(const BackwardParams<T>& k, Go go) {
+Status launch_gate_backward(const BackwardParams<T>& k, Go go) {
   return go("backward_v", grid(divide_up(k.M, 16)), kThreads, backward_v_bytes(k.N), backward_v<T>, k);
 }
 
 template <class T, int kGroups, bool kWide, bool kAligned, class Go>
-Status through_x(const BackwardParams<T>& k, Go go) {
+Status launch_grad_input(const BackwardParams<T>& k, Go go) {
   using Shape = ColumnShape<T, kGroups>;
   const bool sums = k.need_A || k.need_W;
   const int chunks = kWide ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
@@ -106,19 +106,19 @@ bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
 }
 
 template <class T, bool kAligned, class Go>
-Status by_y(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
-  return plan.wide ? through_y<T, 8, kAligned>(k, go) : through_y<T, 4, kAligned>(k, go);
+Status grad_output(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
+  return plan.wide ? launch_grad_output<T, 8, kAligned>(k, go) : launch_grad_output<T, 4, kAligned>(k, go);
 }
 template <class T, bool kAligned, class Go>
-Status by_x(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
-  return plan.groups == 3   ? through_x<T, 3, false, kAligned>(k, go)
-         : plan.groups == 5 ? through_x<T, 5, false, kAligned>(k, go)
-                            : through_x<T, 4, true, kAligned>(k, go);
+Status grad_input(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
+  return plan.groups == 3   ? launch_grad_input<T, 3, false, kAligned>(k, go)
+         : plan.groups == 5 ? launch_grad_input<T, 5, false, kAligned>(k, go)
+                            : launch_grad_input<T, 4, true, kAligned>(k, go);
 }
 
 template <class T>
-Status add(const BackwardParams<T>& k, const Backward& a) {
-  AddParams<T> s{};
+Status reduce(const BackwardParams<T>& k, const Backward& a) {
+  ReduceParams<T> s{};
   s.dB_partial = k.dB_partial;
   s.dA_partial = k.dA_partial;
   s.dbias_partial = k.dbias_partial;
@@ -162,11 +162,11 @@ Status backward<Type>(const Problem& p, const Backward& a) {
   const BackwardParams<Type> k = parameters<Type>(p, a);
   const Start start{a.stream};
   Status status;
-  if (k.need_t || k.need_B) status = aligned_y(k) ? by_y<Type, true>(k, a, start) : by_y<Type, false>(k, a, start);
-  if (!status.error && k.dh) status = through_v<Type>(k, start);
+  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<Type, true>(k, a, start) : grad_output<Type, false>(k, a, start);
+  if (!status.error && k.dh) status = launch_gate_backward<Type>(k, start);
   if (!status.error && (k.need_A || k.need_W || k.need_x))
-    status = aligned_x(k, a) ? by_x<Type, true>(k, a, start) : by_x<Type, false>(k, a, start);
-  return status.error ? status : add(k, a);
+    status = aligned_x(k, a) ? grad_input<Type, true>(k, a, start) : grad_input<Type, false>(k, a, start);
+  return status.error ? status : reduce(k, a);
 }
 
 template <>
@@ -175,9 +175,9 @@ unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& p
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
-  by_y<Type, true>(k, plan, ask);
-  through_v<Type>(k, ask);
-  by_x<Type, true>(k, plan, ask);
+  grad_output<Type, true>(k, plan, ask);
+  launch_gate_backward<Type>(k, ask);
+  grad_input<Type, true>(k, plan, ask);
   return most;
 }
 

@@ -350,7 +350,7 @@ backward_x(BackwardParams<T> p) {
 
 // Sums of ranges, in order, in the parameters' types: dB (O, R), dA (R, K), dWr (N, K), dbr (N), those that are asked for.
 template <class T>
-struct AddParams {
+struct ReduceParams {
   gmem<const float> dB_partial, dA_partial, dbias_partial;
   gmem<T> dB, dA, dW;
   gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
@@ -361,7 +361,7 @@ struct AddParams {
 
 template <class T>
 RODE_KERNEL(kThreads, 8)
-backward_add(AddParams<T> p) {
+backward_add(ReduceParams<T> p) {
   int i = static_cast<int>(block_index().x) * kThreads + thread_index();
   const auto sum = [&](gmem<const float> from, int64_t at, int64_t stride, int ranges) {
     float total = 0.0f;

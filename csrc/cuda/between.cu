@@ -90,7 +90,7 @@ Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a)
 }
 
 template <>
-Status load_between_kernels<Type>(int device) {
+Status load_gate_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     load("pack_parameters", gpu::pack_parameters<Type>);
     load("forward_weigh", forward_weigh<Type>);

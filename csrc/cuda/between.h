@@ -54,6 +54,6 @@ Status apply_gates(const Problem& p, const ApplyGates& a);
 template <class T>
 Status apply_gates_backward(const Problem& p, const ApplyGatesBackward& a);
 template <class T>
-Status load_between_kernels(int device);
+Status load_gate_kernels(int device);
 
 }  // namespace rode::cuda
