@@ -4,7 +4,7 @@
 #include <string>
 
 #include "../cuda/backward.h"
-#include "../cuda/between.h"
+#include "../cuda/gates.h"
 #include "../cuda/types.cuh"
 #include "prepared.h"
 

@@ -3,7 +3,7 @@
 // First over tokens, a group of them at a time: t = dy B (grad_output_pass), then v, du and dh (gate_backward), then
 // dx = drop'(du A) + dh Wr (grad_input_pass). Then over columns of the weight gradients.
 #include "expand.h"
-#include "weight_pass.h"
+#include "weight_gradients.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // Host side of the backward pass for one type, RODE_TYPE: parameters, launches.
 #include "backward.h"
-#include "backward_v.cuh"
-#include "backward_x.cuh"
-#include "backward_y.cuh"
+#include "gate_backward.cuh"
+#include "grad_input_pass.cuh"
+#include "grad_output_pass.cuh"
 #include "host.h"
 
 namespace rode::cuda {

@@ -1,6 +1,6 @@
 // Host side of the kernels around library products, for one type, RODE_TYPE: parameters, launches.
-#include "between.cuh"
-#include "between.h"
+#include "gates.cuh"
+#include "gates.h"
 #include "host.h"
 
 namespace rode::cuda {
