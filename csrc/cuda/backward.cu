@@ -74,12 +74,12 @@ Status launch_grad_output(const BackwardParams<T>& k, Go go) {
   using Shape = OTileShape<T, kTiles>;
   const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
   const int shared = Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16;
-  return go("backward_y", blocks, Shape::kThreadsY, shared, backward_y<T, kTiles, kAligned>, k);
+  return go("grad_output_pass", blocks, Shape::kThreadsY, shared, grad_output_pass<T, kTiles, kAligned>, k);
 }
 
 template <class T, class Go>
 Status launch_gate_backward(const BackwardParams<T>& k, Go go) {
-  return go("backward_v", grid(divide_up(k.M, 16)), kThreads, backward_v_bytes(k.N), backward_v<T>, k);
+  return go("gate_backward", grid(divide_up(k.M, 16)), kThreads, gate_backward_bytes(k.N), gate_backward<T>, k);
 }
 
 template <class T, int kGroups, bool kWide, bool kAligned, class Go>
@@ -91,7 +91,7 @@ Status launch_grad_input(const BackwardParams<T>& k, Go go) {
   const int longest = kWide && k.share_dx > k.share_x ? k.share_dx : k.share_x;
   const unsigned shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u);
   const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, share), chunks);
-  return go("backward_x", blocks, kThreads, shared, backward_x<T, kGroups, kWide, kAligned>, k);
+  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<T, kGroups, kWide, kAligned>, k);
 }
 
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
@@ -151,7 +151,7 @@ Status reduce(const BackwardParams<T>& k, const Backward& a) {
   s.parts_bias = divide_up(k.M, 16);
   const int count = divide_up(s.size_B + s.size_A + s.size_W, 32) * 32 + 32 * s.size_bias;  // at most 2^27
   if (count == 0) return {};
-  return Start{a.stream}("backward_add", grid(divide_up(count, kThreads)), kThreads, 0, backward_add<T>, s);
+  return Start{a.stream}("reduce_partials", grid(divide_up(count, kThreads)), kThreads, 0, reduce_partials<T>, s);
 }
 
 }  // namespace
@@ -185,14 +185,14 @@ template <>
 Status load_backward_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     const auto load_all = [&]<bool kAligned>() {
-      load("backward_y", backward_y<Type, 4, kAligned>, backward_y<Type, 8, kAligned>);
-      load("backward_x", backward_x<Type, 3, false, kAligned>, backward_x<Type, 4, true, kAligned>,
-           backward_x<Type, 5, false, kAligned>);
+      load("grad_output_pass", grad_output_pass<Type, 4, kAligned>, grad_output_pass<Type, 8, kAligned>);
+      load("grad_input_pass", grad_input_pass<Type, 3, false, kAligned>, grad_input_pass<Type, 4, true, kAligned>,
+           grad_input_pass<Type, 5, false, kAligned>);
     };
     load_all.template operator()<true>();
     load_all.template operator()<false>();
-    load("backward_v", backward_v<Type>);
-    load("backward_add", backward_add<Type>);
+    load("gate_backward", gate_backward<Type>);
+    load("reduce_partials", reduce_partials<Type>);
   });
 }
 

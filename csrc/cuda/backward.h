@@ -12,9 +12,9 @@ namespace rode::cuda {
 //   wide      64 packed columns share a reading of dy, not 32
 //   slabs     tiles of O
 //   slab      columns of one, in whole rows of 128 bytes
-//   share_y   tokens of a range of backward_y
-//   groups    of 16 columns of D that a block of backward_x has: 3 or 5, all of them; or 4, as often as it takes
-//   share_x   tokens of a range of backward_x
+//   share_y   tokens of a range of grad_output_pass
+//   groups    of 16 columns of D that a block of grad_input_pass has: 3 or 5, all of them; or 4, as often as it takes
+//   share_x   tokens of a range of grad_input_pass
 //   share_dx  tokens of a range of its dx, with 4 groups
 #define RODE_BACKWARD_PLAN(X) \
   X(bool, wide) X(int, slabs) X(int, slab) X(int, share_y) X(int, groups) X(int, share_x) X(int, share_dx)

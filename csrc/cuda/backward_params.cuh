@@ -3,24 +3,24 @@
 //   t = dy B      du = scaling g t     dg_i = scaling_i <t_i, u_i>     dh = (dg + dgates) [g != 0]
 //   dB = dy^T v   dA = du^T drop(x)    dWr = dh^T x, dbr = sum dh      dx = drop'(du A) + dh Wr
 //
-//   backward_y     reads dy: t, summed over a tile of O, and dB of a range of tokens. One reading of 16 tokens serves both; B's
-//                  part stands in registers, and so do dB's sums.
-//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It also records
-//                  which tokens have anything open.
-//   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
-//   backward_add   adds up the ranges in order.
+//   grad_output_pass  reads dy: t, summed over a tile of O, and dB of a range of tokens. One reading of 16 tokens serves both;
+//                     B's part stands in registers, and so do dB's sums.
+//   gate_backward     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It also
+//                     records which tokens have anything open.
+//   grad_input_pass   reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
+//   reduce_partials   adds up the ranges in order.
 //
 // Tiles of O are wide, so that t has few parts; those of K are narrow, so that ranges are few. No atomics: the same bits on every
 // run. Where 16 tokens (64 of x) have nothing open, dy (x) is not read; where 8 columns (16 of du) have not, products are left out.
 //
 // Blocks that a multiprocessor holds at once, at least, for any type and without dropout, as in forward.cuh:
-//   backward_y 4: 1, 1
-//   backward_y 8: 1, 1
-//   backward_v: 4, 4
-//   backward_x 3: 1, 1
-//   backward_x 4: 1, 1
-//   backward_x 5: 1, 1
-//   backward_add: 8, 8
+//   grad_output_pass 4: 1, 1
+//   grad_output_pass 8: 1, 1
+//   gate_backward: 4, 4
+//   grad_input_pass 3: 1, 1
+//   grad_input_pass 4: 1, 1
+//   grad_input_pass 5: 1, 1
+//   reduce_partials: 8, 8
 #pragma once
 
 #include "params.cuh"

@@ -9,7 +9,7 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
-static_assert(forward_weigh_bytes(kMaxExperts) <= kMaxShared && backward_weigh_bytes(kMaxExperts, kMaxRank) <= kMaxShared);
+static_assert(apply_gates_bytes(kMaxExperts) <= kMaxShared && apply_gates_backward_bytes(kMaxExperts, kMaxRank) <= kMaxShared);
 
 template <class T>
 Given<T> given(const void* data, bool wide, int64_t count) {
@@ -71,7 +71,7 @@ Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
   k.g = output<float>(a.g, p.tokens * p.experts);
   k.v = output<Type>(a.v, p.tokens * a.pitch_R);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
-  return Start{a.stream}("forward_weigh", blocks, kThreads, forward_weigh_bytes(k.N), forward_weigh<Type>, k);
+  return Start{a.stream}("apply_gates", blocks, kThreads, apply_gates_bytes(k.N), gpu::apply_gates<Type>, k);
 }
 
 template <>
@@ -86,15 +86,16 @@ Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a)
   k.D = output<Type>(a.D, p.tokens * a.columns);
   k.dh = output<float>(a.dh, p.tokens * p.experts);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
-  return Start{a.stream}("backward_weigh", blocks, kThreads, backward_weigh_bytes(k.N, k.pitch_R), backward_weigh<Type>, k);
+  return Start{a.stream}("apply_gates_backward", blocks, kThreads, apply_gates_backward_bytes(k.N, k.pitch_R),
+                         gpu::apply_gates_backward<Type>, k);
 }
 
 template <>
 Status load_gate_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     load("pack_parameters", gpu::pack_parameters<Type>);
-    load("forward_weigh", forward_weigh<Type>);
-    load("backward_weigh", backward_weigh<Type>);
+    load("apply_gates", gpu::apply_gates<Type>);
+    load("apply_gates_backward", gpu::apply_gates_backward<Type>);
   });
 }
 

@@ -1,13 +1,14 @@
-// pack_parameters puts parameters side by side, in x's type. forward_weigh and backward_weigh stand between products that a library
-// computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
+// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between products that a
+// library computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
 //
-//   forward    sums = x [A; Wr]^T (library)   forward_weigh: g, u, v               y = base + v B^T (library)
-//   backward   t = dy B (library)             backward_weigh: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x, dx = D [A; Wr]
+//   forward    sums = x [A; Wr]^T (library)   apply_gates: g, u, v                       y = base + v B^T (library)
+//   backward   t = dy B (library)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
+//                                                                                        dx = D [A; Wr] (library)
 //
 // Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
 //   pack_parameters: 8, 8
-//   forward_weigh: 8, 8
-//   backward_weigh: 4, 2
+//   apply_gates: 8, 8
+//   apply_gates_backward: 4, 2
 #pragma once
 
 #include "params.cuh"
@@ -56,8 +57,8 @@ pack_parameters(PackParams<T> p) {
 }
 
 constexpr int kGateTokens = 8;  // tokens of a block
-// Shared memory of forward_weigh: their gates.
-RODE_HOST_DEVICE constexpr int forward_weigh_bytes(int experts) { return kGateTokens * experts * 4; }
+// Shared memory of apply_gates: their gates.
+RODE_HOST_DEVICE constexpr int apply_gates_bytes(int experts) { return kGateTokens * experts * 4; }
 
 template <class T>
 struct GateParams {
@@ -74,7 +75,7 @@ struct GateParams {
 // grid (8 tokens). A thread has a column, of all tokens, so that their loads are under way together.
 template <class T>
 RODE_KERNEL(kThreads, 8)
-forward_weigh(GateParams<T> p) {
+apply_gates(GateParams<T> p) {
   const int m0 = static_cast<int>(block_index().x) * kGateTokens, rows = p.M - m0 < kGateTokens ? p.M - m0 : kGateTokens;
   const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   for (int i = thread_index(); i < rows * p.N; i += kThreads) {
@@ -107,16 +108,16 @@ forward_weigh(GateParams<T> p) {
   }
 }
 
-// Shared memory of backward_weigh: gates of 8 tokens, then for each of them scaling t u. One more value follows every 16 columns,
-// so that threads that add up experts of rank 16 meet different banks.
+// Shared memory of apply_gates_backward: gates of 8 tokens, then for each of them scaling t u. One more value follows every 16
+// columns, so that threads that add up experts of rank 16 meet different banks.
 RODE_HOST_DEVICE constexpr int product_pitch(int pitch_R) { return pitch_R + pitch_R / 16 + 1; }
-RODE_HOST_DEVICE constexpr int backward_weigh_bytes(int experts, int pitch_R) {
+RODE_HOST_DEVICE constexpr int apply_gates_backward_bytes(int experts, int pitch_R) {
   return kGateTokens * (experts + product_pitch(pitch_R)) * 4;
 }
 
 template <class T>
 RODE_KERNEL(kThreads, 4)
-backward_weigh(GateParams<T> p) {
+apply_gates_backward(GateParams<T> p) {
   const int m0 = static_cast<int>(block_index().x) * kGateTokens, rows = p.M - m0 < kGateTokens ? p.M - m0 : kGateTokens;
   const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   const auto product_at = [&](int row, int column) {

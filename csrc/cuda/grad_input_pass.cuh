@@ -1,4 +1,5 @@
-// backward_x reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. backward_add adds up ranges.
+// grad_input_pass reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. reduce_partials adds up
+// ranges.
 #pragma once
 
 #include "backward_params.cuh"
@@ -95,7 +96,7 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words
 // ranges of its own, the first ones, for they have the most to do.
 template <class T, int kGroups, bool kWide, bool kAligned>
 RODE_KERNEL(kThreads, kGroups == 3 ? 3 : 2)
-backward_x(BackwardParams<T> p) {
+grad_input_pass(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
   constexpr int kTiles = Shape::kTiles, kSteps = Shape::kSteps, kSize = Shape::kSize;
   const int warp = warp_index(), range = static_cast<int>(block_index().y);
@@ -361,7 +362,7 @@ struct ReduceParams {
 
 template <class T>
 RODE_KERNEL(kThreads, 8)
-backward_add(ReduceParams<T> p) {
+reduce_partials(ReduceParams<T> p) {
   int i = static_cast<int>(block_index().x) * kThreads + thread_index();
   const auto sum = [&](gmem<const float> from, int64_t at, int64_t stride, int ranges) {
     float total = 0.0f;

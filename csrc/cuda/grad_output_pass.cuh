@@ -1,5 +1,5 @@
-// backward_y reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a tile of O, and dB = dy^T v, over a range of
-// tokens.
+// grad_output_pass reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a tile of O, and dB = dy^T v, over a
+// range of tokens.
 #pragma once
 
 #include "backward_params.cuh"
@@ -24,7 +24,7 @@ struct OTileShape {
 // grid (tiles of O, ranges of tokens, chunks of kTiles column tiles)
 template <class T, int kTiles, bool kAligned>
 RODE_KERNEL(256, (kAligned ? OTileShape<T, kTiles>::kBlocks : 1))
-backward_y(BackwardParams<T> p) {
+grad_output_pass(BackwardParams<T> p) {
   using Shape = OTileShape<T, kTiles>;
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
   constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;

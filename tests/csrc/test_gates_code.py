@@ -14,7 +14,7 @@ from rode_kernels.backends.cuda.emulated import machine, native
 from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-KERNELS = {"pack_parameters", "forward_weigh", "backward_weigh"}
+KERNELS = {"pack_parameters", "apply_gates", "apply_gates_backward"}
 
 
 def shared_bytes(kind: str) -> dict[str, int]:
