@@ -97,12 +97,12 @@ Status launch_grad_input(const BackwardParams<T>& k, Go go) {
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
 template <class T>
 bool aligned_y(const BackwardParams<T>& k) {
-  return k.dy_column == 1 && k.copy_dy == 16 && k.O % (16 / static_cast<int>(sizeof(T))) == 0;
+  return k.dy_column == 1 && k.copy_dy == 16 && k.O % kChunkValues<T> == 0;
 }
 template <class T>
 bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
-  return k.copy_x == 16 && k.K % (16 / static_cast<int>(sizeof(T))) == 0 && copy_width<T>(a.dx, k.K) == 16 &&
-         copy_width<T>(a.A, k.ld_A) == 16 && copy_width<T>(a.router, k.ld_A) == 16;
+  return k.copy_x == 16 && k.K % kChunkValues<T> == 0 && copy_width<T>(a.dx, k.K) == 16 && copy_width<T>(a.A, k.ld_A) == 16 &&
+         copy_width<T>(a.router, k.ld_A) == 16;
 }
 
 template <class T, bool kAligned, class Go>

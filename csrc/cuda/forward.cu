@@ -57,8 +57,7 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
 // Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
 template <class T>
 bool aligned(const Forward& a, const ForwardParams<T>& k) {
-  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
-  return k.K % kEach == 0 && k.O % kEach == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
+  return k.K % kChunkValues<T> == 0 && k.O % kChunkValues<T> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
          copy_width<T>(a.y, a.ld_y) == 16 && (!a.base || copy_width<T>(a.base, a.ld_base) == 16);
 }
 

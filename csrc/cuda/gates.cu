@@ -54,8 +54,7 @@ Status pack_parameters<Type>(const Problem& p, const Pack& a) {
   k.rows = a.to_W ? static_cast<int>(a.rows) : 0;
   k.pitch_K = static_cast<int>(a.pitch_K);
   k.pitch_R = static_cast<int>(a.pitch_R);
-  constexpr int kEach = 16 / static_cast<int>(sizeof(Type));
-  const int64_t pieces = k.rows * (a.pitch_K / kEach) + k.O * (a.pitch_R / kEach);
+  const int64_t pieces = (k.rows * a.pitch_K + k.O * a.pitch_R) / kChunkValues<Type>;  // pitches are multiples of 8
   if (pieces == 0) return {};
   return Start{a.stream}("pack_parameters", grid(divide_up(pieces, kThreads)), kThreads, 0, gpu::pack_parameters<Type>, k);
 }

@@ -38,7 +38,7 @@ struct PackParams {
 template <class T>
 RODE_KERNEL(kThreads, 8)
 pack_parameters(PackParams<T> p) {
-  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+  constexpr int kEach = kChunkValues<T>;
   const int64_t of_W = static_cast<int64_t>(p.rows) * (p.pitch_K / kEach);
   const int64_t pieces = of_W + static_cast<int64_t>(p.O) * (p.pitch_R / kEach);
   int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();

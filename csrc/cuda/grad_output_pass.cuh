@@ -85,9 +85,7 @@ grad_output_pass(BackwardParams<T> p) {
         const int chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
         const bool inside = m0 + token < p.M && o0 + column < o_end;
         const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), inside);
-        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_swizzle<T>(token), chunk) +
-                  column % (kChunk / static_cast<int>(sizeof(T))),
-              value);
+        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_swizzle<T>(token), chunk) + column % kChunkValues<T>, value);
       }
     }
   };
@@ -110,12 +108,12 @@ grad_output_pass(BackwardParams<T> p) {
                            kTokens * kDepth<T>);
   };
   const auto apply_gates = [&](int buffer) {
-    constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(T));
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const T v = from_float<T>(my_gate[i] != 0.0f ? p.scaling[expert] * my_gate[i] * my_u[i] : 0.0f);
       const int token = token_of(i), column = my_column % kDepth<T>;
-      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_swizzle<T>(token), column / kPerChunk) + column % kPerChunk,
+      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_swizzle<T>(token), column / kChunkValues<T>) +
+                column % kChunkValues<T>,
             v);
     }
   };

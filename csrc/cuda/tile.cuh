@@ -19,6 +19,8 @@ template <class T>
 inline constexpr bool is_wide = sizeof(T) == 4;
 template <class T>
 inline constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // values of a tile's row
+template <class T>
+inline constexpr int kChunkValues = kChunk / static_cast<int>(sizeof(T));
 
 // Neither is negative.
 RODE_DEVICE int64_t offset(int row, int distance) {
