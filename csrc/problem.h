@@ -12,7 +12,7 @@ namespace rode {
 
 enum class DType : int { float64 = 0, float32 = 1, float16 = 2, bfloat16 = 3 };
 
-// Memory that somebody else owns: element (m, c) stands at data + m * row + c * column, counted in elements.
+// Memory of the caller: element (m, c) is at data + m * row + c * column, counted in elements.
 struct Matrix {
   void* data = nullptr;
   int64_t row = 0;
@@ -20,7 +20,7 @@ struct Matrix {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Philox4x32-10: element e = m K + k of x uses word e & 3 of counter e >> 2; it stays where word >= threshold.
+// Philox4x32-10: element e = m K + k of x uses word e & 3 of counter e >> 2; it is kept where word >= threshold.
 struct Dropout {
   bool on = false;
   uint64_t seed = 0;
@@ -38,7 +38,7 @@ struct Problem {
   int threads = 1;
 };
 
-// A weight as its owner holds it: in dtype, or in C (float32 beside 16-bit x), to be rounded to dtype once.
+// A weight as the caller holds it: in dtype, or in C (float32 beside 16-bit x); the core rounds it to dtype once.
 struct Weight : Matrix {
   bool wide = false;
 };
@@ -57,7 +57,7 @@ struct Backward {
   const void* dgates;        // (M, N): gradient that reaches the returned gates
   const void *u, *g;         // as forward left them
   Weight A, B, router;       // (R, K), (O, R), (N, K)
-  void *v, *du, *dh;         // (M, R), (M, R), (M, N) out: what the weight gradients are sums of; v null: no dB
+  void *v, *du, *dh;         // (M, R), (M, R), (M, N) out, from which weight gradients are summed; v null: no dB
   void *dA, *dB, *drouter;   // (R, K), (O, R), (N, K) out, each in its weight's type
   void* dbias;               // (N) out
 };

@@ -1,9 +1,9 @@
-// What Python asks the emulated machine: orders by seed, limits by architecture, what memory holds garbage, what moved.
+// Bindings of the emulated machine: its seed and architecture, undefined memory, and the counts of traffic and launches.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include "machine.h"
+#include "../emulator/machine.h"
 
 namespace rode::emulator {
 

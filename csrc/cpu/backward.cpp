@@ -1,17 +1,17 @@
 // The backward pass. Compiled once per instruction set; RODE_ISA names the namespace.
 //
-// First over tokens, a group of them at a time: t = dy B, then v, du, dh, and dx = drop'(du A) + dh Wr. Then over columns of the
-// weight gradients.
+// First over tokens, a group of them at a time: t = dy B (grad_output_pass), then v, du and dh (gate_backward), then
+// dx = drop'(du A) + dh Wr (grad_input_pass). Then over columns of the weight gradients.
 #include "expand.h"
-#include "weight_pass.h"
+#include "weight_gradients.h"
 
 namespace {
 
 template <class T>
 struct BackwardWeights {
   using C = typename AccumulationOf<T>::type;
-  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: laid out by whoever needs it
-  const typename Path<T>::Column* A;  // in chunks; null: likewise
+  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: the thread that needs it lays it out
+  const typename Path<T>::Column* A;  // in chunks; null: the same
   const C* router;                    // in chunks of the same width; with A
   Chunks chunks;
   int64_t terms;
@@ -27,16 +27,18 @@ struct IntoInputGradient {
   int64_t m0, first;  // of the chunk
   const C* router_chunk;
 
-  void lines(int64_t i, int64_t c, Lines& lines) const { lines.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c); }
+  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const {
+    prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c);
+  }
 
   template <int TM, int V>
-  RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
+  RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
     constexpr int64_t lanes = kLanes<C>;
-    const C* g = static_cast<const C*>(a.g) + (m0 + who[0]) * p.experts;  // open experts are the same for all of them
+    const C* g = static_cast<const C*>(a.g) + (m0 + tokens[0]) * p.experts;  // open experts are the same for all of them
     if (p.dropout.on && any_open(g, p.experts)) RODE_UNROLL for (int m = 0; m < TM; ++m) {
         C kept[V * lanes];  // sums themselves stay in registers
         RODE_UNROLL for (int i = 0; i < V; ++i) store(kept + i * lanes, sums[m][i]);
-        drop(p.dropout, static_cast<uint64_t>(m0 + who[m]) * p.in_features + c, n, kept, kept);
+        drop(p.dropout, static_cast<uint64_t>(m0 + tokens[m]) * p.in_features + c, n, kept, kept);
         RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
       }
     if (a.router) {
@@ -46,13 +48,13 @@ struct IntoInputGradient {
         Vector<C> of_row[V];
         RODE_UNROLL for (int i = 0; i < V; ++i) of_row[i] = load(router + e * w.chunks.width + i * lanes);
         RODE_UNROLL for (int m = 0; m < TM; ++m) {
-          const C dh = static_cast<const C*>(a.dh)[(m0 + who[m]) * p.experts + e];
+          const C dh = static_cast<const C*>(a.dh)[(m0 + tokens[m]) * p.experts + e];
           RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] += dh * of_row[i];
         }
       }
     }
     RODE_UNROLL for (int m = 0; m < TM; ++m) {
-      T* dx = static_cast<T*>(a.dx.data) + (m0 + who[m]) * a.dx.row + c;
+      T* dx = static_cast<T*>(a.dx.data) + (m0 + tokens[m]) * a.dx.row + c;
       RODE_UNROLL for (int i = 0; i < V; ++i) if ((i + 1) * lanes <= n) { store_narrow<T>(dx + i * lanes, sums[m][i]); }
       else {
         T last[lanes];
@@ -64,12 +66,12 @@ struct IntoInputGradient {
 };
 
 template <class T>
-class TokenPass {
+class TokenGradients {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
 
  public:
-  TokenPass(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
+  TokenGradients(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
       : p(problem),
         a(arrays),
         w(weights),
@@ -83,13 +85,13 @@ class TokenPass {
         dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
 
-  // v, du and dh of tokens [m0, m0 + tokens).
-  void down(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
+  // t, then v, du and dh of tokens [m0, m0 + tokens).
+  void grad_output_pass(int64_t m0, int64_t tokens) {
+    for (int64_t i = 0; i < tokens; i += block_) grad_output_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
   }
 
-  // Of all tokens, of the ranks that are the team member's: t, (M, R).
-  void project(Team team, C* t) {
+  // t (M, R) of all tokens, for the team member's share of ranks.
+  void grad_output_pass(Team team, C* t) {
     const C* g = static_cast<const C*>(a.g);
     const Range mine = share_of_ranks(p, g, p.tokens, team);
     for (int64_t i = 0; i < p.tokens; ++i)
@@ -110,11 +112,11 @@ class TokenPass {
   }
 
   // v, du and dh of token m from its t.
-  void derive(int64_t m, const C* t) const {
-    gates_and_coefficients(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
+  void gate_backward(int64_t m, const C* t) const {
+    gate_backward(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
   }
 
-  // Takes du of them, for `up`.
+  // Takes du of these tokens, for `grad_input_pass`.
   void take(int64_t m0, int64_t tokens) {
     m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
@@ -125,7 +127,7 @@ class TokenPass {
   }
 
   // Chunk i of dx.
-  void up(int64_t i) {
+  void grad_input_pass(int64_t i) {
     const int64_t first = i * w.chunks.width;
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
     const C* router = w.A == nullptr ? router_.get() : a.router ? w.router + first * p.experts : nullptr;
@@ -139,7 +141,7 @@ class TokenPass {
   }
 
  private:
-  void down_block(int64_t m0, int64_t tokens) {
+  void grad_output_block(int64_t m0, int64_t tokens) {
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     C* t = t_.get();
     for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
@@ -151,10 +153,10 @@ class TokenPass {
       if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
       dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, {next, direct ? of_next : 0});
     }
-    for (int64_t i = 0; i < tokens; ++i) gates_and_coefficients(m0 + i, g + i * p.experts, t + i * p.total_rank);
+    for (int64_t i = 0; i < tokens; ++i) gate_backward(m0 + i, g + i * p.experts, t + i * p.total_rank);
   }
 
-  void gates_and_coefficients(int64_t m, const C* g, const C* t) const {
+  void gate_backward(int64_t m, const C* g, const C* t) const {
     const C* u = static_cast<const C*>(a.u) + m * p.total_rank;
     C* du = static_cast<C*>(a.du) + m * p.total_rank;
     C* v = a.v == nullptr ? nullptr : static_cast<C*>(a.v) + m * p.total_rank;
@@ -207,7 +209,7 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   }
 }
 
-// Whom columns of weight gradients belong to: each thread a share, those of dA cut up where those of dB are cut down.
+// Columns of weight gradients that belong to a thread: shares of dA are rounded up, those of dB down.
 inline int64_t parts_of(int64_t columns) { return (columns + kLeastColumns - 1) / kLeastColumns; }
 inline int64_t share(int64_t columns, int64_t thread, int64_t threads, bool up) {
   const int64_t at = (thread * parts_of(columns) + (up ? threads - 1 : 0)) / threads * kLeastColumns;
@@ -224,25 +226,25 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
   const int64_t terms = terms_of<T>(p);
 
-  // Few tokens are one group, whose dx threads share by columns: each lays out the weights of its own.
-  const bool few = p.tokens > 0 && p.tokens <= kGroupTokens;
-  const int64_t unit = unit_tokens(p), token_units = few ? 0 : (p.tokens + unit - 1) / unit;
+  // Few tokens are one group: threads share dx by columns, and each lays out the weights of its own.
+  const bool one_group = p.tokens > 0 && p.tokens <= kGroupTokens;
+  const int64_t unit = unit_tokens(p), token_units = one_group ? 0 : (p.tokens + unit - 1) / unit;
   const Range all_ranks{0, p.total_rank}, all_terms{0, terms}, experts{0, p.experts};
   const int64_t parts = parts_of(in_columns) + parts_of(out_columns);
-  const int64_t units = few ? parts_of(p.in_features) + parts_of(p.out_features) : token_units;
+  const int64_t units = one_group ? parts_of(p.in_features) + parts_of(p.out_features) : token_units;
   const int threads = thread_count(p, units > parts ? units : parts);
   const Chunks of_B = row_chunks<Row>(p.out_features),
-               chunks = column_chunks<T>(p.in_features, terms, few && threads > 1 ? 4 * threads : 1);
-  const int64_t block = few && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
+               chunks = column_chunks<T>(p.in_features, terms, one_group && threads > 1 ? 4 * threads : 1);
+  const int64_t block = one_group && is_direct<T, Row>(a.dy) ? p.tokens : block_tokens(p);
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
-  const int64_t size_of_B = a.dy && !few ? of_B.count * of_B.width * p.total_rank : 0;
-  const int64_t size_of_A = a.dx && !few ? chunks.count * chunks.width * terms : 0;
-  const int64_t size_of_router = a.dx && a.router && !few ? chunks.count * chunks.width * p.experts : 0;
+  const int64_t size_of_B = a.dy && !one_group ? of_B.count * of_B.width * p.total_rank : 0;
+  const int64_t size_of_A = a.dx && !one_group ? chunks.count * chunks.width * terms : 0;
+  const int64_t size_of_router = a.dx && a.router && !one_group ? chunks.count * chunks.width * p.experts : 0;
   Scratch<Row> shared_B(own ? 0 : size_of_B);
   Scratch<Column> shared_A(own ? 0 : size_of_A);
   Scratch<C> shared_router(own ? 0 : size_of_router);
-  Scratch<C> t(few ? p.tokens * p.total_rank : 0);
-  Occurrences<T> open(p, a.dA != nullptr, out);
+  Scratch<C> t(one_group ? p.tokens * p.total_rank : 0);
+  OpenTokens<T> open(p, a.dA != nullptr, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Team team = Team::here(), layers = own ? Team{0, 1} : team;
@@ -260,37 +262,37 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
         pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A + i * chunks.width * terms);
         if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router + i * chunks.width * p.experts);
       });
-      if (!own && !few) {
+      if (!own && !one_group) {
 #pragma omp barrier
       }
       const BackwardWeights<T> weights = {
-          {few ? nullptr : B, p.total_rank, p.out_features, of_B.width}, few ? nullptr : A, router, chunks, terms};
-      TokenPass<T> pass(p, a, weights, block);
+          {one_group ? nullptr : B, p.total_rank, p.out_features, of_B.width}, one_group ? nullptr : A, router, chunks, terms};
+      TokenGradients<T> pass(p, a, weights, block);
       const int64_t of_dx = a.dx ? chunks.count : 0;
-      if (few) {
-        pass.project(team, t.get());
+      if (one_group) {
+        pass.grad_output_pass(team, t.get());
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < p.tokens; ++m) pass.derive(m, t.get());
+        for (int64_t m = 0; m < p.tokens; ++m) pass.gate_backward(m, t.get());
         if (of_dx > 0) pass.take(0, p.tokens);
 #pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+        for (int64_t i = 0; i < of_dx; ++i) pass.grad_input_pass(i);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < token_units; ++b) {
         const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
-        pass.down(m0, tokens);
+        pass.grad_output_pass(m0, tokens);
         if (of_dx == 0) continue;
         pass.take(m0, tokens);
-        for (int64_t i = 0; i < of_dx; ++i) pass.up(i);
+        for (int64_t i = 0; i < of_dx; ++i) pass.grad_input_pass(i);
       }
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < (parts > 0 ? open.blocks() : 0); ++b)
       open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
                    out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
-    WeightPass<T> pass(p, a, open);
-    // Neighbouring columns are a thread's: what the processor reads ahead would else be lines that another thread writes.
+    WeightGradients<T> pass(p, a, open);
+    // A thread has neighbouring columns: otherwise the processor would read ahead into lines that another thread writes.
     pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
     pass.output_columns(share(out_columns, team.thread, team.threads, false),
                         share(out_columns, team.thread + 1, team.threads, false));

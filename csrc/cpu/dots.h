@@ -11,11 +11,11 @@ constexpr int kMostTokens = 6, kMostRows = 4;  // 6 x 4 sums in flight, 6 + 1 op
 #else
 constexpr int kMostTokens = 4, kMostRows = 2;
 #endif
-// Of a row at a time: an expert's rows of it and those of a few tokens stay in the first cache.
+// Bytes of a row at a time: an expert's rows and those of a few tokens then stay in the first cache.
 constexpr int64_t kStepBytes = 2048;
 
 // sums[m * width + r] = (or += unless `first`) products of elements [0, n) of TM rows of tokens from k on with TR rows of weights.
-// Meanwhile as many elements from `ahead` on are brought near.
+// Meanwhile as many elements from `ahead` on are prefetched.
 template <class E, int TM, int TR>
 void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride, int64_t n, bool first,
               Vector<typename Operand<E>::C>* sums, int64_t width, const E* ahead) {
@@ -90,7 +90,7 @@ struct RowsOf {
   const E* chunk(int64_t i) const { return data + i * width * rows; }
 };
 
-// The same, of which only one chunk exists at a time: `make(i, out)` writes it.
+// The same with one chunk in memory at a time: `make(i, out)` writes it.
 template <class E, class Make>
 struct RowsMade {
   Make make;
@@ -102,7 +102,7 @@ struct RowsMade {
   }
 };
 
-// Elements of a row at a time, in whole vectors; about kStepBytes, and no short last step.
+// The number of a row's elements at a time, in whole vectors: about kStepBytes, and no short last step.
 template <class E>
 int64_t step_of(int64_t length) {
   constexpr int64_t lanes = Operand<E>::lanes, most = kStepBytes / sizeof(E);
@@ -117,31 +117,31 @@ Chunks row_chunks(int64_t length) {
   return {width, (length + width - 1) / width};
 }
 
-// Those of expert e.
+// The ranks of expert e among `ranks`.
 inline Range within(const rode::Problem& p, int64_t e, Range ranks) {
   const int64_t begin = p.offsets[e], end = p.offsets[e + 1];
   return {ranks.begin > begin ? ranks.begin : begin, ranks.end < end ? ranks.end : end};
 }
 
-// How many of the tokens want expert e: those that have it open, or all if `dense`.
+// The number of tokens that want expert e: those that have it open, or all if `dense`.
 template <class C>
-int64_t who_want(const rode::Problem& p, const C* gates, int64_t tokens, int64_t e, bool dense) {
+int64_t count_wanting(const rode::Problem& p, const C* gates, int64_t tokens, int64_t e, bool dense) {
   if (dense) return tokens;
   int64_t count = 0;
   for (int64_t i = 0; i < tokens; ++i) count += gates[i * p.experts + e] != 0;
   return count;
 }
 
-// The ranks of a thread, which have an even share in those that tokens want.
+// The ranks of a thread: an even share of those that tokens want.
 template <class C>
 Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
   int64_t all = 0;
-  for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * who_want(p, gates, tokens, e, p.dense);
+  for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * count_wanting(p, gates, tokens, e, p.dense);
   const auto first_of = [&](int64_t thread) {
     if (thread == 0) return int64_t{0};
     int64_t before = thread * all / team.threads;
     for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t width = p.offsets[e + 1] - p.offsets[e], each = who_want(p, gates, tokens, e, p.dense);
+      const int64_t width = p.offsets[e + 1] - p.offsets[e], each = count_wanting(p, gates, tokens, e, p.dense);
       if (before < width * each) return p.offsets[e] + before / each;
       before -= width * each;
     }
@@ -150,13 +150,13 @@ Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Tea
   return {first_of(team.thread), team.thread + 1 == team.threads ? p.total_rank : first_of(team.thread + 1)};
 }
 
-// Of `range_of(e)`, for each expert that tokens want, what is not empty; neighbours are one range.
+// The ranges range_of(e) of the experts that tokens want. Empty ranges are left out, and neighbours become one range.
 template <class C, class Of>
 Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, bool dense, Of range_of, Range* out) {
   int64_t count = 0;
   for (int64_t e = 0; e < p.experts; ++e) {
     const Range range = range_of(e);
-    if (range.begin >= range.end || who_want(p, gates, tokens, e, dense) == 0) continue;
+    if (range.begin >= range.end || count_wanting(p, gates, tokens, e, dense) == 0) continue;
     if (count > 0 && out[count - 1].end == range.begin)
       out[count - 1].end = range.end;
     else
@@ -165,7 +165,7 @@ Ranges wanted_ranges(const rode::Problem& p, const C* gates, int64_t tokens, boo
   return {out, count};
 }
 
-// Rows that will be read later: with each tile one of them is brought near.
+// Rows that will be read later: each tile prefetches one of them.
 template <class E>
 struct Upcoming {
   const E* const* rows = nullptr;

@@ -14,7 +14,7 @@ constexpr int kTogether = 2;
 constexpr int kAlone = 4;
 #endif
 constexpr int kTileVectors = 4;
-constexpr int64_t kGroupTokens = 128;  // among how many tokens those with the same open experts are looked for
+constexpr int64_t kGroupTokens = 128;  // tokens among which those with the same open experts are found
 
 // Chunks of weights that sums of `terms` rows read; `least` of them if columns are enough.
 template <class T>
@@ -23,15 +23,15 @@ Chunks column_chunks(int64_t columns, int64_t terms, int64_t least = 1) {
   return chunks_of(columns, terms, sizeof(typename Path<T>::Column), kTileVectors * kLanes<C>, least);
 }
 
-// Tokens of a unit of work: as many as can be grouped, but enough units for every thread.
+// The number of tokens in a unit of work: as many as can be grouped, but enough units for every thread.
 inline int64_t unit_tokens(const rode::Problem& p) {
   const int64_t block = block_tokens(p), share = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
   return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
 }
 
-// Memory that sums will be added to and stored in, brought near a few lines at a time while others are computed: the processor
-// waits where more are asked for at once than it keeps track of.
-class Lines {
+// Prefetches memory that sums will be added to and stored in, a few cache lines at a time while others are computed: a processor
+// that is asked for more lines at once than it can keep track of waits.
+class RowPrefetcher {
  public:
   void clear(int64_t bytes) { bytes_ = bytes, count_ = 0; }
   // Where a token's `bytes` bytes begin.
@@ -109,13 +109,13 @@ class Expansion {
     return wanted_ranges(p, g, tokens, false, [&](int64_t e) { return Range{starts[e], starts[e + 1]}; }, ranges_.get());
   }
 
-  // Decides, of tokens [0, tokens), who is computed together. Those without an open expert are left out if `skip_closed`.
+  // Decides which of tokens [0, tokens) are computed together. Tokens without an open expert are left out if `skip_closed`.
   void group(int64_t tokens, const C* g, bool skip_closed) {
     sort(tokens);
     groups_ = 0;
     for (int64_t i = 0; i < tokens;) {
       int64_t run = 1;
-      while (i + run < tokens && alike(order_[i], order_[i + run])) ++run;
+      while (i + run < tokens && same_experts(order_[i], order_[i + run])) ++run;
       if (!skip_closed || counts_[order_[i]] != 0) {
         const Parts parts(run, kTogether);
         for (int64_t k = 0, at = i; k < parts.count; at += parts.size(k++)) {
@@ -125,35 +125,36 @@ class Expansion {
       }
       i += run;
     }
-    // Where hardly any are alike and the weights do not fit the first cache, an expert at a time is better: its weights do.
+    // Where few have the same experts open and the weights do not fit the first cache, an expert at a time is better: its weights
+    // do.
     by_expert_ = tokens >= 2 * kTogether && 2 * groups_ > tokens && all_terms_ > kFewTerms;
     if (by_expert_) list_open(tokens, g);
   }
 
-  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(who, c, n, sums)` gets sums of tokens
-  // who[0 .. TM), n columns of V vectors; `finish.lines(i, c, lines)` adds what it will touch for a token.
+  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(tokens, c, n, sums)` gets sums of tokens
+  // tokens[0 .. TM), n columns of V vectors; `finish.prefetch(i, c, prefetcher)` adds what it will touch for a token.
   template <class Finish>
   void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
     if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
-    Lines lines;
+    RowPrefetcher prefetcher;
     for (int64_t i = 0; i < groups_; ++i) {
-      lines.clear(n * static_cast<int64_t>(sizeof(T)));
+      prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
       if (i + 1 < groups_)
-        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.lines(order_[starts_[i + 1] + k], c, lines);
-      const int64_t* who = order_ + starts_[i];
-      lines.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*who]));
-      if (sizes_[i] == 1) tile<1, kAlone>(who, B, width, c, n, finish, lines);
-      if (sizes_[i] == 2) tile<2, kTileVectors>(who, B, width, c, n, finish, lines);
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.prefetch(order_[starts_[i + 1] + k], c, prefetcher);
+      const int64_t* tokens = order_ + starts_[i];
+      prefetcher.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*tokens]));
+      if (sizes_[i] == 1) tile<1, kAlone>(tokens, B, width, c, n, finish, prefetcher);
+      if (sizes_[i] == 2) tile<2, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
       if constexpr (kTogether == 4) {
-        if (sizes_[i] == 3) tile<3, kTileVectors>(who, B, width, c, n, finish, lines);
-        if (sizes_[i] == 4) tile<4, kTileVectors>(who, B, width, c, n, finish, lines);
+        if (sizes_[i] == 3) tile<3, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
+        if (sizes_[i] == 4) tile<4, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
       }
     }
   }
 
  private:
   static constexpr int64_t kTile = kTileVectors * kLanes<C>;
-  static constexpr int64_t kFewTerms = 96;  // of them a chunk fits the first cache
+  static constexpr int64_t kFewTerms = 96;  // a chunk of so many fits the first cache
 
   // n ranks of an expert.
   static void coefficients(const C* values, int64_t n, Column* out) {
@@ -195,45 +196,47 @@ class Expansion {
     for (int64_t i = 0; i < tokens; ++i) order_[starts[of_token[i]]++] = i;
   }
 
-  // How often sums of so many vectors over so many terms are added to.
+  // The number of additions to sums of so many vectors over so many terms.
   static int64_t steps(int64_t vectors, int64_t n, int64_t terms) {
     const int64_t tile = vectors * kLanes<C>, tiles = (n + tile - 1) / tile;
     return tiles * (terms > 0 ? terms : 1);
   }
 
-  // Hashes decide who may stand together; whether they are alike is seen here.
-  bool alike(int64_t i, int64_t k) const {
+  // Hashes decide which tokens may stand together; this decides whether they have the same experts open.
+  bool same_experts(int64_t i, int64_t k) const {
     return patterns_[i] == patterns_[k] && counts_[i] == counts_[k] &&
            std::memcmp(terms_.get() + i * all_terms_, terms_.get() + k * all_terms_, counts_[i] * sizeof(int32_t)) == 0;
   }
 
   template <int TM, int V, class Finish>
-  void tile(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
+  void tile(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
+            RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     int64_t k = 0;
-    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(who, B + k, width, c + k, V * lanes, finish, lines);
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(tokens, B + k, width, c + k, V * lanes, finish, prefetcher);
     if constexpr (V > kTileVectors)
       for (; k + kTileVectors * lanes <= n; k += kTileVectors * lanes)
-        columns<TM, kTileVectors>(who, B + k, width, c + k, kTileVectors * lanes, finish, lines);
-    for (; k < n; k += lanes) columns<TM, 1>(who, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, lines);
+        columns<TM, kTileVectors>(tokens, B + k, width, c + k, kTileVectors * lanes, finish, prefetcher);
+    for (; k < n; k += lanes) columns<TM, 1>(tokens, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, prefetcher);
   }
 
   template <int TM, int V, class Finish>
-  void columns(const int64_t* who, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish, Lines& lines) {
+  void columns(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
+               RowPrefetcher& prefetcher) {
     Vector<C> sums[TM][V];
     RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
-    accumulate<TM, V>(who, B, width, terms_.get() + who[0] * all_terms_, counts_[who[0]], sums, lines);
-    finish.template add<TM, V>(who, c, n, sums);
+    accumulate<TM, V>(tokens, B, width, terms_.get() + tokens[0] * all_terms_, counts_[tokens[0]], sums, prefetcher);
+    finish.template add<TM, V>(tokens, c, n, sums);
   }
 
   template <int TM, int V>
-  RODE_INLINE void accumulate(const int64_t* who, const Column* B, int64_t width, const int32_t* terms, int64_t count,
-                              Vector<C> (&sums)[TM][V], Lines& lines) {
+  RODE_INLINE void accumulate(const int64_t* tokens, const Column* B, int64_t width, const int32_t* terms, int64_t count,
+                              Vector<C> (&sums)[TM][V], RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     const Column* v[TM];
-    RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + who[m] * all_terms_;
+    RODE_UNROLL for (int m = 0; m < TM; ++m) v[m] = v_.get() + tokens[m] * all_terms_;
     for (int64_t j = 0; j < count; ++j) {
-      lines.step();
+      prefetcher.step();
       const int64_t term = terms[j];
       const Column* row = B + term * width;
       if constexpr (kTerm == 1) {
@@ -251,7 +254,7 @@ class Expansion {
     }
   }
 
-  // For `chunk_by_expert`: where in the order tokens stand that have an expert open.
+  // For `chunk_by_expert`: positions in the order of the tokens that have each expert open.
   void list_open(int64_t tokens, const C* g) {
     for (int64_t k = 0; k < tokens; ++k) experts_of_[k] = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
@@ -269,26 +272,26 @@ class Expansion {
   // The same sums in the same order, in memory between a token's experts.
   template <class Finish>
   void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    Lines lines;
-    lines.clear(n * static_cast<int64_t>(sizeof(T)));
+    RowPrefetcher prefetcher;
+    prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
     for (int64_t i = 0; i < groups_; ++i)
-      for (int64_t k = 0; k < sizes_[i]; ++k) finish.lines(order_[starts_[i] + k], c, lines);
-    lines.begin(steps(kTileVectors, width, all_terms_));
+      for (int64_t k = 0; k < sizes_[i]; ++k) finish.prefetch(order_[starts_[i] + k], c, prefetcher);
+    prefetcher.begin(steps(kTileVectors, width, all_terms_));
     int32_t done[kGroupTokens] = {};
     for (int64_t e = 0; e < p.experts; ++e) {
       const int32_t* open = open_.get() + e * kGroupTokens;
       const Parts parts(open_counts_.get()[e], kTogether);
       for (int64_t k = 0; k < parts.count; open += parts.size(k++)) {
         const int64_t size = parts.size(k);
-        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, lines);
-        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, lines);
+        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, prefetcher);
+        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, prefetcher);
         if constexpr (kTogether == 4) {
-          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, lines);
-          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, lines);
+          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, prefetcher);
+          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, prefetcher);
         }
       }
     }
-    for (int64_t i = 0; i < groups_; ++i)  // who has none
+    for (int64_t i = 0; i < groups_; ++i)  // tokens with no open expert
       for (int64_t k = 0; k < sizes_[i]; ++k) {
         const int64_t at = starts_[i] + k;
         if (experts_of_[at] != 0) continue;
@@ -301,11 +304,11 @@ class Expansion {
   // A token's first expert starts its sums, the last one ends them.
   template <int TM, class Finish>
   void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
-              Lines& lines) {
+              RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
-    int64_t who[TM];
-    RODE_UNROLL for (int m = 0; m < TM; ++m) who[m] = order_[open[m]];
+    int64_t tokens[TM];
+    RODE_UNROLL for (int m = 0; m < TM; ++m) tokens[m] = order_[open[m]];
     for (int64_t k = 0; k < n; k += kTile) {
       C* at[TM];
       RODE_UNROLL for (int m = 0; m < TM; ++m) at[m] = sums_.get() + open[m] * width + k;
@@ -317,14 +320,14 @@ class Expansion {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) sums[m][v] = load(at[m] + v * lanes);
         }
       }
-      accumulate<TM, kTileVectors>(who, B + k, width, identity_.get() + begin, count, sums, lines);
+      accumulate<TM, kTileVectors>(tokens, B + k, width, identity_.get() + begin, count, sums, prefetcher);
       RODE_UNROLL for (int m = 0; m < TM; ++m) {
         if (done[open[m]] + 1 < experts_of_[open[m]]) {
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) store(at[m] + v * lanes, sums[m][v]);
         } else {
           Vector<C> all[1][kTileVectors];
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) all[0][v] = sums[m][v];
-          finish.template add<1, kTileVectors>(who + m, c + k, n - k < kTile ? n - k : kTile, all);
+          finish.template add<1, kTileVectors>(tokens + m, c + k, n - k < kTile ? n - k : kTile, all);
         }
       }
     }

@@ -1,15 +1,15 @@
 // The forward pass. Compiled once per instruction set; RODE_ISA names the namespace.
 //
-// A group of tokens at a time. Down, a block of them after the other: each expert's rows of A against the tokens that have it open.
-// Up, a chunk of B after the other: tokens with the same open experts together.
+// One group of tokens at a time. The way down takes blocks of tokens: each expert's rows of A against the tokens that have it open.
+// The way up takes chunks of B: tokens with the same open experts are computed together.
 #include "expand.h"
 
 namespace {
 
 template <class T>
 struct ForwardWeights {
-  RowsOf<typename Path<T>::Row> A, router;  // A without data: laid out by whoever needs some of it
-  const typename Path<T>::Column* B;        // in chunks; null: packed by whoever needs one
+  RowsOf<typename Path<T>::Row> A, router;  // A without data: the thread that needs it lays it out
+  const typename Path<T>::Column* B;        // in chunks; null: the thread that needs one packs it
   Chunks chunks;
   int64_t terms;
 };
@@ -24,14 +24,14 @@ struct IntoOutput {
   const T* base_at(int64_t m, int64_t c) const { return static_cast<const T*>(a.base.data) + m * a.base.row + c * a.base.column; }
   T* y_at(int64_t m, int64_t c) const { return static_cast<T*>(a.y.data) + m * a.y.row + c * a.y.column; }
 
-  void lines(int64_t i, int64_t c, Lines& lines) const {
-    if (a.base && a.base.column == 1) lines.add(base_at(m0 + i, c));
-    if (a.y.data != a.base.data && a.y.column == 1) lines.add(y_at(m0 + i, c));
+  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const {
+    if (a.base && a.base.column == 1) prefetcher.add(base_at(m0 + i, c));
+    if (a.y.data != a.base.data && a.y.column == 1) prefetcher.add(y_at(m0 + i, c));
   }
 
   template <int TM, int V>
-  RODE_INLINE void add(const int64_t* who, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
-    RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + who[m], c, n, sums[m]);
+  RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
+    RODE_UNROLL for (int m = 0; m < TM; ++m) one<V>(m0 + tokens[m], c, n, sums[m]);
   }
 
   // Columns [c, c + kQuadRows) of a token, as far as there are n.
@@ -96,15 +96,15 @@ class ForwardPass {
     for (int64_t i = 0; i < tokens; i += block_) down_block(m0 + i, tokens - i < block_ ? tokens - i : block_, {0, 1});
   }
 
-  // The same of all tokens, no more than a block, whose ranks threads share.
+  // The same for all tokens, at most one block: threads share their ranks.
   void down_together(Team team) { down_block(0, p.tokens, team); }
 
   // Makes v of them, for `up`.
-  void weigh(int64_t m0, int64_t tokens) {
+  void apply_gates(int64_t m0, int64_t tokens) {
     m0_ = m0;
     const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
     for (int64_t i = 0; i < tokens; ++i) {
-      weigh_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
+      apply_gates_to_token(g + i * p.experts, static_cast<const C*>(a.u) + (m0 + i) * p.total_rank);
       up_.token(i, g + i * p.experts, v_.get());
     }
     up_.group(tokens, g, in_place());
@@ -113,7 +113,7 @@ class ForwardPass {
 
   // Chunk i of y.
   void up(int64_t i) {
-    if (w.B == nullptr && wanted_.count == 0 && in_place()) return;  // y is what it shall be
+    if (w.B == nullptr && wanted_.count == 0 && in_place()) return;  // y is already right
     IntoOutput<T> output{a, m0_};
     if constexpr (std::is_same_v<T, float>) {
       if (p.tokens == 1 && w.B == nullptr && a.B.column == 1) return up_alone(i, output);
@@ -126,7 +126,7 @@ class ForwardPass {
  private:
   bool in_place() const { return a.base && a.base.data == a.y.data; }
 
-  // The same of a single token, which needs no layout of B: the same sums, in registers.
+  // The same for a single token, which needs no layout of B: the same sums, in registers.
   void up_alone(int64_t i, const IntoOutput<T>& output) {
     const C* const v = v_.get();
     const int64_t first = i * w.chunks.width;
@@ -147,7 +147,7 @@ class ForwardPass {
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
     if (a.router) {
-      if (team.thread > 0) g = gates_.get();  // rather computed twice than waited for
+      if (team.thread > 0) g = gates_.get();  // computing them twice beats waiting
       gate(rows, tokens, g);
     }
     if (p.dropout.on) {
@@ -187,7 +187,7 @@ class ForwardPass {
   }
 
   // v of one token's open experts.
-  void weigh_token(const C* g, const C* u) {
+  void apply_gates_to_token(const C* g, const C* u) {
     for (int64_t e = 0; e < p.experts; ++e) {
       if (g[e] == 0) continue;
       const C factor = static_cast<C>(p.scaling[e]) * g[e];
@@ -213,37 +213,37 @@ class ForwardPass {
 
 constexpr int64_t kLeastTokens = 4;  // fewer are not worth a thread
 
-// Tokens that a thread takes down where all of them together are one group.
-inline int64_t few_tokens(const rode::Problem& p) {
+// Tokens that a thread takes down where all tokens together are one group.
+inline int64_t tokens_per_thread(const rode::Problem& p) {
   const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
   return share < kLeastTokens ? kLeastTokens : share > most ? most : share;
 }
 
-// Of still fewer, threads share the weights: each has at least so many bytes of A and B, or it is not worth waking.
+// With fewer tokens still, threads share the weights: a thread is not worth waking for fewer bytes of A and B.
 constexpr int64_t kBytesOfThread = 192 * 1024;
 
 template <class T>
 void forward(const rode::Problem& p, const rode::Forward& a) {
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
-  // Few tokens are one group, whose y threads share by columns: each lays out the weights of its own.
-  const bool few = p.tokens <= kGroupTokens;
-  const int64_t unit = few ? few_tokens(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
+  // Few tokens are one group: threads share y by columns, and each lays out the weights of its own.
+  const bool one_group = p.tokens <= kGroupTokens;
+  const int64_t unit = one_group ? tokens_per_thread(p) : unit_tokens(p), units = (p.tokens + unit - 1) / unit;
   const int64_t kept_busy = weight_bytes<T>(p) / kBytesOfThread;
   const bool by_rank = p.tokens > 0 && p.tokens < 2 * kLeastTokens && p.threads > 1 && kept_busy > 1;
   const int threads = thread_count(p, by_rank ? kept_busy : units);
   const int64_t terms = terms_of<T>(p);
   const Range all_terms{0, terms};
-  const Chunks chunks = column_chunks<T>(p.out_features, terms, few && threads > 1 ? 4 * threads : 1);
-  // Rows at strides of a power of two meet in the first cache; where tokens pay for it they are laid out anew.
-  const bool stands = stands_as_rows<T>(a.A, p.in_features), hardly_any = p.tokens < 2 * kLeastTokens;
-  const bool copies = !hardly_any && (!few || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
+  const Chunks chunks = column_chunks<T>(p.out_features, terms, one_group && threads > 1 ? 4 * threads : 1);
+  // Rows at strides of a power of two collide in the first cache: they are copied where there are enough tokens to pay for it.
+  const bool stands = stands_as_rows<T>(a.A, p.in_features), few_tokens = p.tokens < 2 * kLeastTokens;
+  const bool copies = !few_tokens && (!one_group || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
   const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
   const Chunks of_rows = copies || !stands ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
   const int64_t of_A = copies ? p.total_rank * of_rows.width * of_rows.count : 0,
                 of_router = copies_router ? p.experts * p.in_features : 0;
-  const int64_t of_B = few ? 0 : chunks.count * chunks.width * terms;
+  const int64_t of_B = one_group ? 0 : chunks.count * chunks.width * terms;
   Scratch<Row> shared_A(own ? 0 : of_A), shared_router(own ? 0 : of_router);
   Scratch<Column> shared_B(own ? 0 : of_B);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -256,7 +256,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
     layers.each(copies ? p.total_rank : 0, [&](int64_t r) { pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A); });
     layers.each(copies_router ? p.experts : 0,
                 [&](int64_t r) { copy_row<T>(a.router, r, 0, p.in_features, router + r * p.in_features); });
-    layers.each(few ? 0 : chunks.count,
+    layers.each(one_group ? 0 : chunks.count,
                 [&](int64_t i) { pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B + i * chunks.width * terms); });
     const ForwardWeights<T> weights = {
         {copies   ? A
@@ -264,7 +264,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
                   : nullptr,
          p.total_rank, p.in_features, of_rows.width},
         {copies_router ? router : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
-        few ? nullptr : B,
+        one_group ? nullptr : B,
         chunks,
         terms};
     ForwardPass<T> pass(p, a, weights);
@@ -275,11 +275,11 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
       pass.down_together(team);
 #pragma omp barrier
     }
-    if (few) {
+    if (one_group) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < (by_rank ? 0 : units); ++b)
         pass.down(b * unit, p.tokens - b * unit < unit ? p.tokens - b * unit : unit);
-      pass.weigh(0, p.tokens);
+      pass.apply_gates(0, p.tokens);
 #pragma omp for schedule(static) nowait
       for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
     } else {
@@ -287,7 +287,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
       for (int64_t b = 0; b < units; ++b) {
         const int64_t m0 = b * unit, tokens = p.tokens - m0 < unit ? p.tokens - m0 : unit;
         pass.down(m0, tokens);
-        pass.weigh(m0, tokens);
+        pass.apply_gates(m0, tokens);
         for (int64_t i = 0; i < chunks.count; ++i) pass.up(i);
       }
     }

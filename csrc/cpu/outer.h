@@ -1,12 +1,12 @@
-// Sums over tokens: dA = du^T x, dB = dy^T v, dWr = dh^T x. Lanes run along the columns; whoever owns columns walks all tokens in
-// order, so the bits do not depend on the number of threads.
+// Sums over tokens: dA = du^T x, dB = dy^T v, dWr = dh^T x. Lanes run along the columns; the thread that owns columns walks all
+// tokens in order, so the bits do not depend on the number of threads.
 #pragma once
 
 #include "dots.h"
 
 namespace {
 
-constexpr int64_t kSumTokens = 256;  // tokens whose contributions are summed before they join the total: long sums stay accurate
+constexpr int64_t kSumTokens = 256;  // tokens that are summed before they join the total: long sums stay accurate
 
 #if defined(__AVX512F__)
 constexpr int kOuterRows = 6, kOuterVectors = 4;  // 6 x 4 sums in flight, 4 + 1 operands
@@ -14,16 +14,16 @@ constexpr int kOuterRows = 6, kOuterVectors = 4;  // 6 x 4 sums in flight, 4 + 1
 constexpr int kOuterRows = 2, kOuterVectors = 4;
 #endif
 
-// Of each block of kSumTokens tokens: which have an expert open, and their coefficients side by side; in pairs of tokens where
-// Path<T> has pairs, the last one's second being 0.
+// For each block of kSumTokens tokens and each expert: the tokens that have it open, and their coefficients side by side. Where
+// Path<T> has pairs of tokens, the second of the last pair may be 0.
 template <class T>
-class Occurrences {
+class OpenTokens {
   using C = typename AccumulationOf<T>::type;
   using Column = typename Path<T>::Column;
   static constexpr int kTerm = Path<T>::kTerm;
 
  public:
-  Occurrences(const rode::Problem& problem, bool with_x, bool with_dy)
+  OpenTokens(const rode::Problem& problem, bool with_x, bool with_dy)
       : p(problem),
         tokens_(blocks() * kSumTokens * p.experts),
         counts_(blocks() * p.experts),
@@ -82,14 +82,14 @@ class Occurrences {
   Scratch<C> of_router_;
 };
 
-// What will be read next, brought near a line at a time while something else is computed.
-struct Ahead {
+// Prefetches rows of a matrix that will be read next, a cache line at a time while something else is computed.
+struct MatrixPrefetcher {
   const char* data = nullptr;
   int64_t row_bytes = 0, rows = 0, bytes = 0;
   int64_t row = 0, at = 0;
 
   // Columns [c, c + n) of rows [m, m + tokens).
-  Ahead(const rode::Matrix& matrix, int64_t element, int64_t m, int64_t tokens, int64_t c, int64_t n)
+  MatrixPrefetcher(const rode::Matrix& matrix, int64_t element, int64_t m, int64_t tokens, int64_t c, int64_t n)
       : data(static_cast<const char*>(matrix.data) + (m * matrix.row + c) * element),
         row_bytes(matrix.row * element),
         rows(matrix.column == 1 ? tokens : 0),
@@ -107,13 +107,13 @@ struct Ahead {
 // of them where V is 1. Rows are of C, or narrower.
 template <class C, int TR, int V, class E>
 void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int64_t count, int64_t c, int64_t some, C* out,
-                int64_t stride, Ahead& next) {
+                int64_t stride, MatrixPrefetcher& prefetcher) {
   constexpr int64_t lanes = kLanes<C>;
   Vector<C> sums[TR][V];
   RODE_UNROLL for (int r = 0; r < TR; ++r) RODE_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = Vector<C>{};
-  Ahead ahead = next;  // in registers
+  MatrixPrefetcher mine = prefetcher;  // in registers
   for (int64_t i = 0; i < count; ++i) {
-    ahead.step();
+    mine.step();
     Vector<C> x[V];
     if (V > 1 || some == lanes) {
       RODE_UNROLL for (int v = 0; v < V; ++v) x[v] = load_wide<E>(rows[i] + c + v * lanes);
@@ -125,7 +125,7 @@ void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int6
     RODE_UNROLL for (int r = 0; r < TR; ++r) RODE_UNROLL for (int v = 0; v < V; ++v) sums[r][v] +=
         coefficients[i * width + r] * x[v];
   }
-  next = ahead;
+  prefetcher = mine;
   for (int r = 0; r < TR; ++r)
     for (int v = 0; v < V; ++v) {
       C* to = out + r * stride + c + v * lanes;
@@ -137,7 +137,7 @@ void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int6
 }
 
 #if defined(__AVX512BF16__)
-// Of 32 columns of two tokens the pairs, 16 at a time.
+// Pairs from 32 columns of two tokens, 16 pairs at a time.
 RODE_INLINE void interleave(__m512i first, __m512i second, __m512i* pairs) {
   alignas(64) static const struct Order {
     uint16_t low[32], high[32];
@@ -152,18 +152,18 @@ RODE_INLINE void interleave(__m512i first, __m512i second, __m512i* pairs) {
   pairs[1] = _mm512_permutex2var_epi16(first, _mm512_load_si512(order.high), second);
 }
 
-// The same from pairs of tokens, whose rows come one after the other: of bfloat16, or interleaved already, then every second one
-// is not looked at. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
+// The same from pairs of tokens, whose rows come one after the other: rows of bfloat16, or interleaved already, in which case every
+// second one is ignored. V vectors of sums are V / 2 of what is loaded; `some` where V is 2.
 template <int TR, int V, class E>
 void outer_tile(const uint32_t* coefficients, int64_t width, const E* const* rows, int64_t pairs, int64_t c, int64_t some,
-                float* out, int64_t stride, Ahead& next) {
+                float* out, int64_t stride, MatrixPrefetcher& prefetcher) {
   constexpr int64_t lanes = kLanes<float>;
   static_assert(V % 2 == 0);
   Vector<float> sums[TR][V];
   RODE_UNROLL for (int r = 0; r < TR; ++r) RODE_UNROLL for (int v = 0; v < V; ++v) sums[r][v] = Vector<float>{};
-  Ahead ahead = next;  // in registers
+  MatrixPrefetcher mine = prefetcher;  // in registers
   for (int64_t i = 0; i < pairs; ++i) {
-    ahead.step();
+    mine.step();
     __m512i x[V];
     if constexpr (sizeof(E) == sizeof(uint32_t)) {
       RODE_UNROLL for (int v = 0; v < V; ++v) x[v] = _mm512_loadu_si512(rows[2 * i] + c + v * lanes);
@@ -181,7 +181,7 @@ void outer_tile(const uint32_t* coefficients, int64_t width, const E* const* row
       RODE_UNROLL for (int v = 0; v < V; ++v) Operand<BFloat16>::add(sums[r][v], k, (__m512bh)x[v]);
     }
   }
-  next = ahead;
+  prefetcher = mine;
   for (int r = 0; r < TR; ++r)
     for (int v = 0; v < V; ++v) {
       float* to = out + r * stride + c + v * lanes;
@@ -202,42 +202,44 @@ inline constexpr bool is_float<uint32_t> = false;  // pairs
 // The tile of TR rows over columns [0, n), of `rows` and coefficients as they come: elements, or pairs of them.
 template <int TR, class Column, class E, class C>
 void outer_columns(const Column* coefficients, int64_t width, const E* const* rows, int64_t count, int64_t n, C* out,
-                   int64_t stride, Ahead& next) {
+                   int64_t stride, MatrixPrefetcher& prefetcher) {
   constexpr int64_t lanes = kLanes<C>, wide = kOuterVectors * lanes;
   int64_t c = 0;
 #if defined(__AVX512BF16__)
   if constexpr (!is_float<Column>) {
     for (; c + wide <= n; c += wide)
-      outer_tile<TR, kOuterVectors>(coefficients, width, rows, (count + 1) / 2, c, 0, out, stride, next);
+      outer_tile<TR, kOuterVectors>(coefficients, width, rows, (count + 1) / 2, c, 0, out, stride, prefetcher);
     for (; c < n; c += 2 * lanes)
-      outer_tile<TR, 2>(coefficients, width, rows, (count + 1) / 2, c, n - c < 2 * lanes ? n - c : 2 * lanes, out, stride, next);
+      outer_tile<TR, 2>(coefficients, width, rows, (count + 1) / 2, c, n - c < 2 * lanes ? n - c : 2 * lanes, out, stride,
+                        prefetcher);
     return;
   } else
 #endif
   {
-    for (; c + wide <= n; c += wide) outer_tile<C, TR, kOuterVectors>(coefficients, width, rows, count, c, 0, out, stride, next);
+    for (; c + wide <= n; c += wide)
+      outer_tile<C, TR, kOuterVectors>(coefficients, width, rows, count, c, 0, out, stride, prefetcher);
     for (; c < n; c += lanes)
-      outer_tile<C, TR, 1>(coefficients, width, rows, count, c, n - c < lanes ? n - c : lanes, out, stride, next);
+      outer_tile<C, TR, 1>(coefficients, width, rows, count, c, n - c < lanes ? n - c : lanes, out, stride, prefetcher);
   }
 }
 
 // out[r * stride + c] += sum over `count` tokens of coefficients (token, r) * rows[token][c], for r in [0, width), c in [0, n).
 template <class Column, class E, class C>
 void outer(const Column* coefficients, int64_t width, const E* const* rows, int64_t count, int64_t n, C* out, int64_t stride,
-           Ahead& next) {
+           MatrixPrefetcher& prefetcher) {
   if (count == 0) return;
   const Parts parts(width, kOuterRows);
   for (int64_t k = 0, r = 0; k < parts.count; r += parts.size(k++)) {
     const Column* from = coefficients + r;
     C* to = out + r * stride;
     const int64_t size = parts.size(k);
-    if (size == 1) outer_columns<1>(from, width, rows, count, n, to, stride, next);
-    if (size == 2) outer_columns<2>(from, width, rows, count, n, to, stride, next);
+    if (size == 1) outer_columns<1>(from, width, rows, count, n, to, stride, prefetcher);
+    if (size == 2) outer_columns<2>(from, width, rows, count, n, to, stride, prefetcher);
     if constexpr (kOuterRows == 6) {
-      if (size == 3) outer_columns<3>(from, width, rows, count, n, to, stride, next);
-      if (size == 4) outer_columns<4>(from, width, rows, count, n, to, stride, next);
-      if (size == 5) outer_columns<5>(from, width, rows, count, n, to, stride, next);
-      if (size == 6) outer_columns<6>(from, width, rows, count, n, to, stride, next);
+      if (size == 3) outer_columns<3>(from, width, rows, count, n, to, stride, prefetcher);
+      if (size == 4) outer_columns<4>(from, width, rows, count, n, to, stride, prefetcher);
+      if (size == 5) outer_columns<5>(from, width, rows, count, n, to, stride, prefetcher);
+      if (size == 6) outer_columns<6>(from, width, rows, count, n, to, stride, prefetcher);
     }
   }
 }

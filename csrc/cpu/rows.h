@@ -62,7 +62,7 @@ bool any_open(const C* gates, int64_t experts) {
   return false;
 }
 
-// Of a parallel region: who runs this, of how many. These may be fewer than were asked for.
+// A thread of a parallel region, and the number of its threads, which may be fewer than were asked for.
 struct Team {
   int64_t thread, threads;
 
@@ -74,20 +74,20 @@ struct Team {
 #endif
   }
 
-  // This one's share of n.
+  // Runs this thread's share of n.
   template <class Run>
   void each(int64_t n, Run run) const {
     for (int64_t i = thread * n / threads; i < (thread + 1) * n / threads; ++i) run(i);
   }
 };
 
-// No thread is woken for nothing.
+// Never more threads than units of work.
 inline int thread_count(const rode::Problem& p, int64_t units) {
   const int64_t threads = units < p.threads ? units : p.threads;
   return threads < 1 ? 1 : static_cast<int>(threads);
 }
 
-// Tokens of a block that stay in cache while all experts are computed for them: more where the experts are what fills it.
+// The number of tokens that stay in cache while all experts are computed for them: more where the experts fill it.
 constexpr int64_t kBlockTokens = 32;
 inline int64_t block_tokens(const rode::Problem& p) { return p.total_rank > 96 ? kBlockTokens : kBlockTokens / 2; }
 

@@ -1,4 +1,4 @@
-// Weights as the kernels read them: rounded to x's dtype once, and where that pays laid out anew.
+// Weights as the kernels read them: rounded to x's dtype once, and laid out anew where that pays.
 #pragma once
 
 #include "rows.h"
@@ -13,7 +13,7 @@ typename AccumulationOf<T>::type weight_at(const rode::Weight& w, int64_t r, int
   return w.wide ? round_to<T>(static_cast<const C*>(w.data)[at]) : widen(static_cast<const T*>(w.data)[at]);
 }
 
-// What the products read: the accumulation type, or where there are dot products of bfloat16 pairs those.
+// The types that products read: the accumulation type, or pairs of bfloat16 where the processor has dot products of them.
 template <class T>
 struct Path {
   using Row = typename AccumulationOf<T>::type;     // of x, A and the router
@@ -54,15 +54,15 @@ Vector<typename AccumulationOf<T>::type> weights_at(const rode::Weight& w, int64
   return load_wide<T>(some);
 }
 
-// Whether its rows can be used where they stand.
+// Whether the rows of a weight can be used in place.
 template <class T>
 bool stands_as_rows(const rode::Weight& w, int64_t columns) {
   return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
 }
 
-// Columns [c, c + n) of row r, which will be read before long.
+// Brings columns [c, c + n) of row r, which will be read soon, into the cache.
 template <class T>
-void bring_near(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
+void prefetch(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
   const int64_t element = w.wide ? sizeof(typename AccumulationOf<T>::type) : sizeof(T);
   const char* first = static_cast<const char*>(w.data) + (r * w.row + c * w.column) * element;
   for (int64_t at = 0; at < n * w.column * element; at += 64) __builtin_prefetch(first + at, 0, 2);
@@ -90,8 +90,7 @@ struct Chunks {
   int64_t columns(int64_t i, int64_t all) const { return all - i * width < width ? all - i * width : width; }
 };
 
-// As many columns at a time as leave a chunk of `rows` rows small, in steps of `step`; `least` chunks where there are as many
-// steps.
+// Chunks of as many columns as keep `rows` rows small, in steps of `step`; at least `least` chunks where there are so many steps.
 inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t step, int64_t least) {
   constexpr int64_t kBytes = 24 * 1024;
   int64_t width = kBytes / (rows * element) / step * step;
@@ -102,7 +101,7 @@ inline Chunks chunks_of(int64_t columns, int64_t rows, int64_t element, int64_t 
   return {width, (columns + width - 1) / width};
 }
 
-// Rows that somebody will read, as ranges in ascending order.
+// Rows that will be read, as ranges in ascending order.
 struct Range {
   int64_t begin, end;
 };
@@ -173,16 +172,17 @@ void transpose_words(int64_t i, const Chunks& chunks, Ranges wanted, int64_t wor
   transpose_words(i, chunks, wanted, words, columns, data, row, put, [](int64_t) {});
 }
 
-// Of A and B, in x's dtype.
+// Bytes of A and B in x's dtype.
 template <class T>
 int64_t weight_bytes(const rode::Problem& p) {
   return p.total_rank * (p.in_features + p.out_features) * static_cast<int64_t>(sizeof(T));
 }
 
-// Where they are hardly any, each thread lays them out for itself: lines that another core wrote may be as far as memory is.
+// Where weights have at most so many bytes, each thread lays them out for itself: lines that another core wrote may be as far as
+// memory is.
 constexpr int64_t kOwnBytes = 256 * 1024;
 
-// How many of Path's columns an expert takes, all of them together.
+// The number of Path's columns that all experts take together.
 template <class T>
 int64_t terms_of(const rode::Problem& p) {
   int64_t terms = 0;
@@ -209,7 +209,7 @@ inline bool ranks_are_even(const rode::Problem& p) {
 }
 #endif
 
-// Rows `wanted` of chunk i of B^T; w is B, (O, R). A neighbour of theirs may be written too.
+// Rows `wanted` of chunk i of B^T; w is B, (O, R). A neighbouring row may be written too.
 template <class T, class Out>
 void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t rows, int64_t columns,
                      Out* out) {
@@ -302,14 +302,14 @@ void pack_row(const rode::Weight& w, int64_t j, const Chunks& chunks, int64_t ro
   }
 }
 
-// Rows `wanted` of chunk i of a matrix. The next chunk's are brought near.
+// Rows `wanted` of chunk i of a matrix. The next chunk's are prefetched.
 template <class T, class Out>
 void pack_rows(const rode::Weight& w, int64_t i, const Chunks& chunks, Ranges wanted, int64_t columns, Out* out) {
   const int64_t first = i * chunks.width, n = chunks.columns(i, columns);
   for (const Range& range : wanted)
     for (int64_t j = range.begin; j < range.end; ++j) {
       Out* to = out + j * chunks.width;
-      bring_near<T>(w, j, first + chunks.width, columns - first - chunks.width < n ? columns - first - chunks.width : n);
+      prefetch<T>(w, j, first + chunks.width, columns - first - chunks.width < n ? columns - first - chunks.width : n);
       copy_row<T>(w, j, first, n, to);
       for (int64_t c = n; c < chunks.width; ++c) to[c] = Out{};
     }
@@ -329,7 +329,7 @@ void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t
     each_pair(p, [&](int64_t term, int64_t j, int64_t end) {
       while (range != wanted.end() && range->end <= term) ++range;
       if (range == wanted.end() || term < range->begin) return;
-      for (int64_t rank = j; rank < end && rank < j + 2; ++rank) bring_near<T>(w, rank, first + chunks.width, left < n ? left : n);
+      for (int64_t rank = j; rank < end && rank < j + 2; ++rank) prefetch<T>(w, rank, first + chunks.width, left < n ? left : n);
       for (int64_t c = 0; c < chunks.width; c += lanes) {
         const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
         const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already

@@ -1,8 +1,8 @@
 // Host side of the backward pass for one type, RODE_TYPE: parameters, launches.
 #include "backward.h"
-#include "backward_v.cuh"
-#include "backward_x.cuh"
-#include "backward_y.cuh"
+#include "gate_backward.cuh"
+#include "grad_input_pass.cuh"
+#include "grad_output_pass.cuh"
 #include "host.h"
 
 namespace rode::cuda {
@@ -11,38 +11,32 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
-// What grids and shared memory follow from.
+// The parameters from which grids and shared memory follow.
 template <class T>
 BackwardParams<T> sizes(const Problem& p, bool routed, const BackwardPlan& plan) {
   BackwardParams<T> k{};
-  k.M = static_cast<int>(p.tokens);
-  k.K = static_cast<int>(p.in_features);
-  k.O = static_cast<int>(p.out_features);
-  k.R = static_cast<int>(p.total_rank);
-  k.N = static_cast<int>(p.experts);
+  set_sizes(p, k);
   k.routed = routed;
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.expert_groups = divide_up(p.total_rank, 16);
   k.router_groups = routed ? divide_up(p.experts, 16) : 0;
-  k.slabs = plan.slabs;
-  k.slab = plan.slab;
+  k.o_tiles = plan.slabs;
+  k.o_tile_columns = plan.slab;
   k.share_y = plan.share_y;
   k.share_x = plan.share_x;
   k.share_dx = plan.share_dx;
   k.chunks = divide_up(k.expert_groups + k.router_groups, plan.groups);
-  k.dropout = p.dropout.on;
   return k;
 }
 
 template <class T>
 BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  BackwardParams<T> k = sizes<T>(p, a.router != nullptr, a.plan);
-  const int64_t groups = k.expert_groups + k.router_groups, ranges_y = divide_up(M, a.plan.share_y),
-                ranges_x = divide_up(M, a.plan.share_x);
+  BackwardParams<T> k = sizes<T>(p, a.router != nullptr, a);
+  const int64_t groups = k.expert_groups + k.router_groups, ranges_y = divide_up(M, a.share_y), ranges_x = divide_up(M, a.share_x);
   k.pitch = divide_up(K, 8) * 8;
-  k.dy = array<T>(a.dy.data, a.dy.data ? (M - 1) * a.dy.row + (O - 1) * a.dy.column + 1 : 0);
-  k.x = matrix<T>(a.x, M, K);
+  k.dy = array<T>(a.dy, a.dy ? (M - 1) * a.ld_dy[0] + (O - 1) * a.ld_dy[1] + 1 : 0);
+  k.x = array<T>(a.x, extent(M, a.ld_x, K));
   k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
   k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
   k.B = array<T>(a.B, (O - 1) * a.ld_B + R);
@@ -54,102 +48,80 @@ BackwardParams<T> parameters(const Problem& p, const Backward& a) {
   k.dx = output<T>(a.dx, M * K);
   k.dh = output<float>(a.dh, M * N);
   k.open = output<uint32_t>(a.open, divide_up(M, 16));
-  k.t = output<float>(a.t, a.plan.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
-  k.of_B = output<float>(a.of_B, ranges_y * O * 8 * k.expert_tiles);
-  k.of_A = output<float>(a.of_A, ranges_x * 16 * groups * k.pitch);
-  k.of_bias = output<float>(a.of_bias, divide_up(M, 16) * N);
-  k.ld_dy = a.dy.row;
-  k.dy_column = a.dy.column;
-  k.ld_x = static_cast<int>(a.x.row);
+  k.t = output<float>(a.t, a.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
+  k.dB_partial = output<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
+  k.dA_partial = output<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
+  k.dbias_partial = output<float>(a.dbias_partial, divide_up(M, 16) * N);
+  k.ld_dy = a.ld_dy[0];
+  k.dy_column = a.ld_dy[1];
+  k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
   k.ld_B = static_cast<int>(a.ld_B);
-  k.threshold = static_cast<uint32_t>(p.dropout.threshold);
-  k.drop_all = p.dropout.threshold >> 32 != 0;
-  k.copy_dy = copy_width<T>(a.dy.data, a.dy.row);
-  k.copy_x = copy_width<T>(a.x.data, a.x.row);
-  k.dense = p.dense;
+  k.copy_dy = copy_width<T>(a.dy, a.ld_dy[0]);
+  k.copy_x = copy_width<T>(a.x, a.ld_x);
   k.fast = a.fast;
   k.need_t = a.t != nullptr;
-  k.need_B = a.of_B != nullptr;
+  k.need_B = a.dB_partial != nullptr;
   k.need_A = a.dA != nullptr;
   k.need_W = a.dW != nullptr;
   k.need_x = a.dx != nullptr;
-  for (int64_t i = 0; i < N; ++i) {
-    k.scaling[i] = static_cast<float>(p.scaling[i]);
-    k.offset[i] = static_cast<uint16_t>(p.offsets[i]);
-    for (int64_t c = p.offsets[i]; c < p.offsets[i + 1]; ++c) k.expert[c] = static_cast<uint8_t>(i);
-  }
-  k.offset[N] = static_cast<uint16_t>(R);
+  set_experts(p, k);
   return k;
 }
 
 template <class T, int kTiles, bool kAligned, class Go>
-Status through_y(const BackwardParams<T>& k, void* stream, Go go) {
-  using Shape = SlabShape<T, kTiles>;
-  const unsigned ranges = static_cast<unsigned>(divide_up(k.M, k.share_y)),
-                 chunks = static_cast<unsigned>(divide_up(k.expert_tiles, kTiles));
-  const Launch l{"backward_y",
-                 {static_cast<unsigned>(k.slabs), ranges, chunks},
-                 Shape::kThreadsY,
-                 static_cast<unsigned>(Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16),
-                 stream};
-  return {go(l, backward_y<T, kTiles, kAligned>, k), l.kernel};
+Status launch_grad_output(const BackwardParams<T>& k, Go go) {
+  using Shape = OTileShape<T, kTiles>;
+  const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
+  const int shared = Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16;
+  return go("grad_output_pass", blocks, Shape::kThreadsY, shared, grad_output_pass<T, kTiles, kAligned>, k);
 }
 
 template <class T, class Go>
-Status through_v(const BackwardParams<T>& k, void* stream, Go go) {
-  const Launch l{"backward_v",
-                 {static_cast<unsigned>(divide_up(k.M, 16))},
-                 kThreads,
-                 static_cast<unsigned>(backward_v_bytes(k.N)),
-                 stream};
-  return {go(l, backward_v<T>, k), l.kernel};
+Status launch_gate_backward(const BackwardParams<T>& k, Go go) {
+  return go("gate_backward", grid(divide_up(k.M, 16)), kThreads, gate_backward_bytes(k.N), gate_backward<T>, k);
 }
 
 template <class T, int kGroups, bool kWide, bool kAligned, class Go>
-Status through_x(const BackwardParams<T>& k, void* stream, Go go) {
+Status launch_grad_input(const BackwardParams<T>& k, Go go) {
   using Shape = ColumnShape<T, kGroups>;
   const bool sums = k.need_A || k.need_W;
   const int chunks = kWide ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
   const int share = !kWide || !k.need_x ? k.share_x : !sums ? k.share_dx : k.share_x < k.share_dx ? k.share_x : k.share_dx;
   const int longest = kWide && k.share_dx > k.share_x ? k.share_dx : k.share_x;
-  const Launch l{"backward_x",
-                 {static_cast<unsigned>(divide_up(k.K, Shape::kColumns)), static_cast<unsigned>(divide_up(k.M, share)),
-                  static_cast<unsigned>(chunks)},
-                 kThreads,
-                 Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u),
-                 stream};
-  return {go(l, backward_x<T, kGroups, kWide, kAligned>, k), l.kernel};
+  const unsigned shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u);
+  const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, share), chunks);
+  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<T, kGroups, kWide, kAligned>, k);
 }
 
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
 template <class T>
 bool aligned_y(const BackwardParams<T>& k) {
-  return k.dy_column == 1 && k.copy_dy == 16 && k.O % (16 / static_cast<int>(sizeof(T))) == 0;
+  return k.dy_column == 1 && k.copy_dy == 16 && k.O % kChunkValues<T> == 0;
 }
 template <class T>
 bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
-  return k.copy_x == 16 && k.K % (16 / static_cast<int>(sizeof(T))) == 0 && copy_width<T>(a.dx, k.K) == 16 &&
-         copy_width<T>(a.A, k.ld_A) == 16 && copy_width<T>(a.router, k.ld_A) == 16;
+  return k.copy_x == 16 && k.K % kChunkValues<T> == 0 && copy_width<T>(a.dx, k.K) == 16 && copy_width<T>(a.A, k.ld_A) == 16 &&
+         copy_width<T>(a.router, k.ld_A) == 16;
 }
 
 template <class T, bool kAligned, class Go>
-Status by_y(const BackwardParams<T>& k, const BackwardPlan& plan, void* stream, Go go) {
-  return plan.wide ? through_y<T, 8, kAligned>(k, stream, go) : through_y<T, 4, kAligned>(k, stream, go);
+Status grad_output(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
+  return plan.wide ? launch_grad_output<T, 8, kAligned>(k, go) : launch_grad_output<T, 4, kAligned>(k, go);
 }
 template <class T, bool kAligned, class Go>
-Status by_x(const BackwardParams<T>& k, const BackwardPlan& plan, void* stream, Go go) {
-  return plan.groups == 3   ? through_x<T, 3, false, kAligned>(k, stream, go)
-         : plan.groups == 5 ? through_x<T, 5, false, kAligned>(k, stream, go)
-                            : through_x<T, 4, true, kAligned>(k, stream, go);
+Status grad_input(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
+  return plan.groups == 3   ? launch_grad_input<T, 3, false, kAligned>(k, go)
+         : plan.groups == 5 ? launch_grad_input<T, 5, false, kAligned>(k, go)
+                            : launch_grad_input<T, 4, true, kAligned>(k, go);
 }
 
 template <class T>
-Status add(const BackwardParams<T>& k, const Backward& a) {
-  AddParams<T> s{};
-  s.of_B = k.of_B;
-  s.of_A = k.of_A;
-  s.of_bias = k.of_bias;
+Status reduce(const BackwardParams<T>& k, const Backward& a) {
+  ReduceParams<T> s{};
+  s.dB_partial = k.dB_partial;
+  s.dA_partial = k.dA_partial;
+  s.dbias_partial = k.dbias_partial;
   const int64_t R = k.R, K = k.K, N = k.N, O = k.O;
   const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int& size) {
     if (!data) return;
@@ -160,9 +132,10 @@ Status add(const BackwardParams<T>& k, const Backward& a) {
     }
     size = static_cast<int>(count);
   };
-  both(a.dB, a.wide_B, O * R, s.dB, s.wide_dB, s.size_B);
-  both(a.dA, a.wide_A, R * K, s.dA, s.wide_dA, s.size_A);
-  both(a.dW, a.wide_W, N * K, s.dW, s.wide_dW, s.size_W);
+  const auto [wide_A, wide_W, wide_B] = a.wide_parameters;
+  both(a.dB, wide_B, O * R, s.dB, s.wide_dB, s.size_B);
+  both(a.dA, wide_A, R * K, s.dA, s.wide_dA, s.size_A);
+  both(a.dW, wide_W, N * K, s.dW, s.wide_dW, s.size_W);
   s.dbias = output<float>(a.dbias, N);
   s.size_bias = a.dbias ? k.N : 0;
   s.ranges_y = divide_up(k.M, k.share_y);
@@ -178,8 +151,7 @@ Status add(const BackwardParams<T>& k, const Backward& a) {
   s.parts_bias = divide_up(k.M, 16);
   const int count = divide_up(s.size_B + s.size_A + s.size_W, 32) * 32 + 32 * s.size_bias;  // at most 2^27
   if (count == 0) return {};
-  const Launch l{"backward_add", {static_cast<unsigned>(divide_up(count, kThreads))}, kThreads, 0, a.stream};
-  return {launch(l, backward_add<T>, s), l.kernel};
+  return Start{a.stream}("reduce_partials", grid(divide_up(count, kThreads)), kThreads, 0, reduce_partials<T>, s);
 }
 
 }  // namespace
@@ -188,14 +160,13 @@ template <>
 Status backward<Type>(const Problem& p, const Backward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const BackwardParams<Type> k = parameters<Type>(p, a);
+  const Start start{a.stream};
   Status status;
-  const Start start;
-  if (k.need_t || k.need_B)
-    status = aligned_y(k) ? by_y<Type, true>(k, a.plan, a.stream, start) : by_y<Type, false>(k, a.plan, a.stream, start);
-  if (!status.error && k.dh) status = through_v<Type>(k, a.stream, start);
+  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<Type, true>(k, a, start) : grad_output<Type, false>(k, a, start);
+  if (!status.error && k.dh) status = launch_gate_backward<Type>(k, start);
   if (!status.error && (k.need_A || k.need_W || k.need_x))
-    status = aligned_x(k, a) ? by_x<Type, true>(k, a.plan, a.stream, start) : by_x<Type, false>(k, a.plan, a.stream, start);
-  return status.error ? status : add(k, a);
+    status = aligned_x(k, a) ? grad_input<Type, true>(k, a, start) : grad_input<Type, false>(k, a, start);
+  return status.error ? status : reduce(k, a);
 }
 
 template <>
@@ -204,31 +175,25 @@ unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& p
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
-  by_y<Type, true>(k, plan, nullptr, ask);
-  through_v<Type>(k, nullptr, ask);
-  by_x<Type, true>(k, plan, nullptr, ask);
+  grad_output<Type, true>(k, plan, ask);
+  launch_gate_backward<Type>(k, ask);
+  grad_input<Type, true>(k, plan, ask);
   return most;
 }
 
 template <>
 Status load_backward_kernels<Type>(int device) {
-  if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
-  Status status;
-  const auto load = [&](const char* name, auto kernel) {
-    if (!status.error) status = {load_kernel(kernel, device), name};
-  };
-  const auto load_all = [&]<bool kAligned>() {
-    load("backward_y", backward_y<Type, 4, kAligned>);
-    load("backward_y", backward_y<Type, 8, kAligned>);
-    load("backward_x", backward_x<Type, 3, false, kAligned>);
-    load("backward_x", backward_x<Type, 4, true, kAligned>);
-    load("backward_x", backward_x<Type, 5, false, kAligned>);
-  };
-  load_all.template operator()<true>();
-  load_all.template operator()<false>();
-  load("backward_v", backward_v<Type>);
-  load("backward_add", backward_add<Type>);
-  return status;
+  return load_listed(device, [](auto load) {
+    const auto load_all = [&]<bool kAligned>() {
+      load("grad_output_pass", grad_output_pass<Type, 4, kAligned>, grad_output_pass<Type, 8, kAligned>);
+      load("grad_input_pass", grad_input_pass<Type, 3, false, kAligned>, grad_input_pass<Type, 4, true, kAligned>,
+           grad_input_pass<Type, 5, false, kAligned>);
+    };
+    load_all.template operator()<true>();
+    load_all.template operator()<false>();
+    load("gate_backward", gate_backward<Type>);
+    load("reduce_partials", reduce_partials<Type>);
+  });
 }
 
 }  // namespace rode::cuda

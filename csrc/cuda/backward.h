@@ -1,43 +1,57 @@
-// What the CUDA kernels of the backward pass are asked for. No torch, no Python, and no CUDA header.
+// The CUDA kernels of the backward pass: a plan, addresses on one device, and the functions that launch them. No torch, no Python,
+// and no CUDA header.
 #pragma once
 
 #include "forward.h"
 
 namespace rode::cuda {
 
-// Chosen by the caller from shapes alone.
+// clang-format off: lists of fields keep their shape
+
+// The kernels of a call; the caller chooses them from shapes alone.
+//   wide      64 packed columns share a reading of dy, not 32
+//   slabs     tiles of O
+//   slab      columns of one, in whole rows of 128 bytes
+//   share_y   tokens of a range of grad_output_pass
+//   groups    of 16 columns of D that a block of grad_input_pass has: 3 or 5, all of them; or 4, as often as it takes
+//   share_x   tokens of a range of grad_input_pass
+//   share_dx  tokens of a range of its dx, with 4 groups
+#define RODE_BACKWARD_PLAN(X) \
+  X(bool, wide) X(int, slabs) X(int, slab) X(int, share_y) X(int, groups) X(int, share_x) X(int, share_dx)
 struct BackwardPlan {
-  bool wide = false;  // 64 packed columns share a reading of dy, not 32
-  int slabs = 1;      // of O
-  int slab = 64;      // columns of one, in whole rows of 128 bytes
-  int share_y = 16;   // tokens of a range of backward_y
-  int groups = 3;     // of 16 columns of D that a block of backward_x has: 3 or 5, all of them; or 4, as often as it takes
-  int share_x = 64;   // tokens of a range of backward_x
-  int share_dx = 64;  // tokens of a range of its dx, with 4 groups
+  RODE_BACKWARD_PLAN(RODE_DECLARE)
 };
 
-// As `Forward` has them. `dy` has any strides; the outputs are contiguous, and null where they are not asked for.
-struct Backward {
-  Matrix dy, x;  // dy null: no gradient reaches y
-  const void *A, *router, *B;
-  int64_t ld_A, ld_B;
-  const float *u, *g, *dgates;  // (M, R), (M, N), (M, N)
-  const int64_t* seed;
-  void *dx, *dA, *dW, *dB;      // (M, K), (R, K), (N, K), (O, R): dx in x's type
-  bool wide_A, wide_W, wide_B;  // the gradient is float32, not of x's type
-  float *dbias, *dh;            // (N), (M, N): of the logits, or of given gates
-  void* D;                      // (M, 16 groups): du and dh in x's type
-  uint32_t* open;               // (M / 16), with dh
-  float *t, *of_B, *of_A, *of_bias;
-  bool fast;
-  BackwardPlan plan;
-  int device;
-  void* stream;
+// Elements from row to row, of dy also from column to column. wide_parameters: whether the gradients of A, router and B are float32
+// beside a 16-bit x.
+#define RODE_BACKWARD_LAYOUT(X) \
+  X(int64_t, ld_x) X(Strides, ld_dy) X(int64_t, ld_A) X(int64_t, ld_B) X(ThreeFlags, wide_parameters) X(int, device)
+struct BackwardLayout : BackwardPlan {
+  RODE_BACKWARD_LAYOUT(RODE_DECLARE)
 };
+
+// Null where absent or not asked for; the outputs are contiguous.
+//   dy, x           (M, O), (M, K); dy null: no gradient reaches y
+//   A, router, B    as in `Forward`
+//   u, g, dgates    (M, R), (M, N), (M, N)
+//   dx, dA, dW, dB  (M, K) in x's type, (R, K), (N, K), (O, R)
+//   dbias, dh       (N), (M, N): of the logits, or of given gates
+//   D               (M, 16 groups): du and dh in x's type
+//   open            (M / 16), with dh
+//   t, dB_partial, dA_partial, dbias_partial: sums over parts, as in `BackwardParams`
+#define RODE_BACKWARD_CALL(X)                                                                                            \
+  X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router) X(const void*, B) X(const float*, u)     \
+  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, dW) X(void*, dB) \
+  X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, dB_partial)                       \
+  X(float*, dA_partial) X(float*, dbias_partial) X(bool, fast) X(void*, stream)
+struct Backward : BackwardLayout {
+  RODE_BACKWARD_CALL(RODE_DECLARE)
+};
+// clang-format on
 
 template <class T>
-Status backward(const Problem& p, const Backward& arrays);
-// As forward's, where every gradient is asked for.
+Status backward(const Problem& p, const Backward& a);
+// Like the forward pass's, where every gradient is asked for.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan);
 template <class T>

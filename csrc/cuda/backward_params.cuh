@@ -3,24 +3,24 @@
 //   t = dy B      du = scaling g t     dg_i = scaling_i <t_i, u_i>     dh = (dg + dgates) [g != 0]
 //   dB = dy^T v   dA = du^T drop(x)    dWr = dh^T x, dbr = sum dh      dx = drop'(du A) + dh Wr
 //
-//   backward_y     reads dy: t, summed over a slab of O, and dB of a range of tokens. One reading of 16 tokens serves both; B's
-//                  part stands in registers, and so do dB's sums.
-//   backward_v     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It says which
-//                  tokens have anything open.
-//   backward_x     reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
-//   backward_add   adds up the ranges in order.
+//   grad_output_pass  reads dy: t, summed over a tile of O, and dB of a range of tokens. One reading of 16 tokens serves both;
+//                     B's part stands in registers, and so do dB's sums.
+//   gate_backward     adds up t in order, for du, dg and dh; they go to D, side by side, as x's type. dbr of 16 tokens. It also
+//                     records which tokens have anything open.
+//   grad_input_pass   reads x and D: dA and dWr of a range of tokens, whose sums stand in registers, as [A; Wr] does, and dx.
+//   reduce_partials   adds up the ranges in order.
 //
-// Slabs of O are wide, so that t has few parts; slabs of K narrow, so that ranges are few. No atomics: the same bits on every run.
-// Where 16 tokens (64 of x) have nothing open, dy (x) is not read; where 8 columns (16 of du) have not, products are left out.
+// Tiles of O are wide, so that t has few parts; those of K are narrow, so that ranges are few. No atomics: the same bits on every
+// run. Where 16 tokens (64 of x) have nothing open, dy (x) is not read; where 8 columns (16 of du) have not, products are left out.
 //
 // Blocks that a multiprocessor holds at once, at least, for any type and without dropout, as in forward.cuh:
-//   backward_y 4: 1, 1
-//   backward_y 8: 1, 1
-//   backward_v: 4, 4
-//   backward_x 3: 1, 1
-//   backward_x 4: 1, 1
-//   backward_x 5: 1, 1
-//   backward_add: 8, 8
+//   grad_output_pass 4: 1, 1
+//   grad_output_pass 8: 1, 1
+//   gate_backward: 4, 4
+//   grad_input_pass 3: 1, 1
+//   grad_input_pass 4: 1, 1
+//   grad_input_pass 5: 1, 1
+//   reduce_partials: 8, 8
 #pragma once
 
 #include "params.cuh"
@@ -28,7 +28,7 @@
 
 namespace rode::gpu {
 
-// What every kernel is given. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
+// Parameters of every kernel. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
 template <class T>
 struct BackwardParams {
   gmem<const T> dy, x, A, router, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)
@@ -37,15 +37,16 @@ struct BackwardParams {
   gmem<T> D, dx;                    // (M, 16 groups), (M, K)
   gmem<float> dh;                   // (M, N): of the logits, or of given gates
   gmem<uint32_t> open;              // (M / 16): whether any gate of these tokens is
-  gmem<float> t;                    // (slabs, M / 16, expert_tiles, 32 lanes, 4): parts over slabs of O, as fragments have them
-  gmem<float> of_B, of_A, of_bias;  // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
+  gmem<float> t;                    // (o_tiles, M / 16, expert_tiles, 32 lanes, 4): parts over tiles of O, as fragments have them
+  gmem<float> dB_partial, dA_partial,
+      dbias_partial;                // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
   int64_t ld_dy, dy_column;         // distances of dy, in elements
   int ld_x, ld_A, ld_B, pitch;
   uint32_t threshold;
   int M, K, O, R, N;
   int expert_tiles;                  // of 8 columns
   int expert_groups, router_groups;  // of 16 columns
-  int slabs, slab, share_y;          // of O, how wide; tokens of a range
+  int o_tiles, o_tile_columns, share_y;  // of O, how wide; tokens of a range
   int share_x, share_dx, chunks;     // tokens of a range of dA and dWr, of dx; chunks of groups that a block has
   int copy_dy, copy_x;
   bool routed, dropout, drop_all, dense, fast;

@@ -1,4 +1,4 @@
-// What the runtime says about itself and about a device.
+// Versions of CUDA, texts of its errors, and limits of a device.
 #include "forward.h"
 #include "ptx.cuh"
 

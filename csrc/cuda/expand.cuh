@@ -1,4 +1,4 @@
-// weigh: sums become gates, u and v, in registers. expand: v times rows of B, added to base.
+// apply_gates: sums become gates, u and v, in registers. expand: v times rows of B, added to base.
 #pragma once
 
 #include "params.cuh"
@@ -6,7 +6,7 @@
 
 namespace rode::gpu {
 
-// ---- weigh
+// ---- apply_gates
 
 // A tile of logits becomes gates: if `share`, in shared memory (16 tokens, N), and if `keep`, in g. True if any is open.
 template <class T>
@@ -39,16 +39,16 @@ RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gate
 
 // v of 16 tokens as left operands of kCount steps, and a bit for each step in which anything is open.
 template <int kCount>
-struct Weighted {
+struct GatedV {
   uint32_t a[kCount][4];
   uint32_t open = 0;
 };
 
-// A tile of u, at column 8 tile, becomes v in place `j` of `v`, and goes to memory if `keep`: zeros where closed, unless dense.
+// A tile of u, at column 8 tile, becomes tile `j` of `v`, and goes to memory if `keep`: zeros where closed, unless dense.
 template <class T, int kCount>
-RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile, int j, int m0, smem<float> gates, bool keep,
-                       Weighted<kCount>& v) {
-  float weighted[4];
+RODE_DEVICE void apply_gates(const ForwardParams<T>& p, const float (&u)[4], int tile, int j, int m0, smem<float> gates, bool keep,
+                             GatedV<kCount>& v) {
+  float gated[4];
   bool any = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -58,19 +58,19 @@ RODE_DEVICE void weigh(const ForwardParams<T>& p, const float (&u)[4], int tile,
     const float gate = load(gates + (row * p.N + expert), inside);
     const bool open = gate != 0.0f;
     any |= open;
-    weighted[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
+    gated[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
     store(p.u + (offset(m0 + row, p.R) + column), open || p.dense ? u[i] : 0.0f, inside && keep);
   }
   const int step = is_wide<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
   if constexpr (is_wide<T>) {
-    v.a[step][0] = float_to_bits(weighted[0]);
-    v.a[step][1] = float_to_bits(weighted[2]);
-    v.a[step][2] = float_to_bits(weighted[1]);
-    v.a[step][3] = float_to_bits(weighted[3]);
+    v.a[step][0] = float_to_bits(gated[0]);
+    v.a[step][1] = float_to_bits(gated[2]);
+    v.a[step][2] = float_to_bits(gated[1]);
+    v.a[step][3] = float_to_bits(gated[3]);
   } else {
-    v.a[step][j % 2 * 2] = pack2<T>(weighted[0], weighted[1]);
-    v.a[step][j % 2 * 2 + 1] = pack2<T>(weighted[2], weighted[3]);
+    v.a[step][j % 2 * 2] = pack2<T>(gated[0], gated[1]);
+    v.a[step][j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
   }
 }
 
@@ -90,7 +90,7 @@ struct ExpandStages {
 // where the whole block has nothing open, B is not read. Warps share the rows, then the columns of a tile.
 template <class T, int kRows, int kExpertTiles, int kStages, bool kAligned, int kCount, class Form>
 RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, int chunks, bool warp_open, bool block_open,
-                        Weighted<kCount>& v, Form form) {
+                        GatedV<kCount>& v, Form form) {
   using Stages = ExpandStages<T, kRows, kExpertTiles, kStages>;
   constexpr int kSize = static_cast<int>(sizeof(T)), kFilling = kBlock<kRows>;
   constexpr int kWarpsM = kRows / 16, kWarpsO = kFilling / 32 / kWarpsM;
@@ -111,34 +111,34 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
            piece * kLane;
   };
   // Different for the 8 rows of an ldmatrix; rows 2 i and 2 i + 1 in different halves, for rows that are 64 bytes long.
-  const auto key = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
+  const auto swizzle = [](unsigned row) { return row % 2 * 4 + row / unsigned{kLane} % 4; };
   // Where this lane's columns of output tile 0 stand, in the first of its tokens; the second is 8 rows on.
   const int lane_o = warp_o + lane % 4 * kLane, token = m0 + warp_m * 16 + lane / 4;
   const gmem<const T> base_at = p.base + (offset(token, p.ld_base) + lane_o);
   const gmem<T> y_at = p.y + (offset(token, p.ld_y) + lane_o);
   const auto B_row = [&](int i) { return Row<T>{p.B + offset(i, p.ld_B), true}; };
-  const Pieces<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> wide_B(B_row, key);
-  const Pieces<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> narrow_B(B_row, key);
-  const auto issue = [&](int tile, int chunk, int stage) {
+  const TileCopy<T, 16, kDepth<T>, Stages::kUsed, kFilling, true> B_copy_16(B_row, swizzle);
+  const TileCopy<T, 4, kDepth<T>, Stages::kUsed, kFilling, true> B_copy_4(B_row, swizzle);
+  const auto load_stage = [&](int tile, int chunk, int stage) {
     const int o0 = tile * kDepth<T>;
     if (block_open) {
 #pragma unroll
       for (int part = 0; part < Stages::kParts; ++part) {
         const int column = (chunk * Stages::kParts + part) * kDepth<T>;
         const int64_t distance = offset(o0, p.ld_B) + column;
-        const auto copy = [&](const auto& pieces) {
-          const unsigned inside = o0 + kDepth<T> <= p.O ? pieces.inside() : pieces.below(p.O - o0);
-          pieces.copy(B_tile(stage, part), distance, inside, p.ld_B - column, key, p.ld_B);
+        const auto copy = [&](const auto& rows) {
+          const unsigned inside = o0 + kDepth<T> <= p.O ? rows.inside() : rows.below(p.O - o0);
+          rows.copy(B_tile(stage, part), distance, inside, p.ld_B - column, swizzle, p.ld_B);
         };
         if constexpr (kAligned) {
           if (p.copy_B == 16) {
-            copy(wide_B);
+            copy(B_copy_16);
           } else {
-            copy(narrow_B);
+            copy(B_copy_4);
           }
         } else {
           const auto row = [&](int i) { return Row<T>{p.B + offset(o0 + i, p.ld_B), o0 + i < p.O}; };
-          load_tile<kDepth<T>, Stages::kUsed, kFilling>(B_tile(stage, part), row, key, column, p.ld_B, p.copy_B);
+          load_tile<kDepth<T>, Stages::kUsed, kFilling>(B_tile(stage, part), row, swizzle, column, p.ld_B, p.copy_B);
         }
       }
     }
@@ -153,7 +153,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         }
     }
   };
-  const auto finish = [&](int tile, int stage, const float (&sums)[kTiles][4]) {
+  const auto epilogue = [&](int tile, int stage, const float (&sums)[kTiles][4]) {
     const auto sum = [&](int group, int half, int i) { return sums[group * kGroup + i / 2][half * 2 + i % 2]; };
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
@@ -184,30 +184,30 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         }
       }
   };
-  // The row of B that this lane points to for tiles j, j + 1 of an ldmatrix: its place but for the step.
+  // The row of B that this lane points to for tiles j, j + 1 of an ldmatrix: its offset but for the step.
   const auto B_at = [&](int j, int step) {
     const int mine = kTiles > 1 ? j + lane / 16 : j, n = lane % 8;
     const int row = warp_o + mine / kGroup * 8 * kGroup + mine % kGroup * 2 + n / 2 * kLane + n % 2;
     const unsigned chunk = static_cast<unsigned>(2 * (step % kRowSteps)) ^ static_cast<unsigned>(lane / 8 % 2);
-    return (row * kRowBytes + static_cast<int>(chunk ^ key(static_cast<unsigned>(row))) * kChunk) / kSize;
+    return (row * kRowBytes + static_cast<int>(chunk ^ swizzle(static_cast<unsigned>(row))) * kChunk) / kSize;
   };
 
-  struct Place {
+  struct Turn {
     int tile, chunk;
   };
-  const auto after = [&](Place at) { return at.chunk + 1 == chunks ? Place{at.tile + 1, 0} : Place{at.tile, at.chunk + 1}; };
-  Place ahead{first, 0};
+  const auto after = [&](Turn at) { return at.chunk + 1 == chunks ? Turn{at.tile + 1, 0} : Turn{at.tile, at.chunk + 1}; };
+  Turn ahead{first, 0};
   for (int i = 0; i < Stages::kCount - 1; ++i, ahead = after(ahead)) {
-    if (ahead.tile < last) issue(ahead.tile, ahead.chunk, i);
+    if (ahead.tile < last) load_stage(ahead.tile, ahead.chunk, i);
     cp_async_commit();
   }
   int stage = 0, free = Stages::kCount - 1;
   float sums[kTiles][4];
-  for (Place at{first, 0}; at.tile < last; at = after(at), ahead = after(ahead)) {
+  for (Turn at{first, 0}; at.tile < last; at = after(at), ahead = after(ahead)) {
     if (chunks > 1) form(at.chunk, v);
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
-    if (ahead.tile < last) issue(ahead.tile, ahead.chunk, free);
+    if (ahead.tile < last) load_stage(ahead.tile, ahead.chunk, free);
     cp_async_commit();
     if (at.chunk == 0) {
       for (int j = 0; j < kTiles; ++j)
@@ -219,7 +219,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
 #pragma unroll
         for (int step = part * kRowSteps; step < kCount && step < (part + 1) * kRowSteps; ++step) {
           if (!(v.open >> step & 1)) continue;
-          const Left<T> a = left_operand<T>(v.a[step], p.fast);
+          const FragmentA<T> a = fragment_a<T>(v.a[step], p.fast);
           const smem<T> tile = B_tile(stage, part);
 #pragma unroll
           for (int j = 0; j < kTiles; j += 2) {
@@ -236,7 +236,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
           }
         }
       });
-    if (at.chunk == chunks - 1 && active) finish(at.tile, stage, sums);
+    if (at.chunk == chunks - 1 && active) epilogue(at.tile, stage, sums);
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;
   }

@@ -9,21 +9,16 @@ namespace {
 using namespace rode::gpu;
 using Type = RODE_TYPE;
 
-// What grids and shared memory follow from.
+// The parameters from which grids and shared memory follow.
 template <class T>
 ForwardParams<T> sizes(const Problem& p, bool routed, const Plan& plan) {
   ForwardParams<T> k{};
-  k.M = static_cast<int>(p.tokens);
-  k.K = static_cast<int>(p.in_features);
-  k.O = static_cast<int>(p.out_features);
-  k.R = static_cast<int>(p.total_rank);
-  k.N = static_cast<int>(p.experts);
+  set_sizes(p, k);
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.router_tiles = routed ? divide_up(p.experts, 8) : 0;
   k.splits = plan.splits;
   k.out_tiles = plan.out_tiles;
   k.routed = routed;
-  k.dropout = p.dropout.on;
   return k;
 }
 
@@ -31,100 +26,83 @@ template <class T>
 ForwardParams<T> parameters(const Problem& p, const Forward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
   const bool routed = a.router != nullptr;
-  ForwardParams<T> k = sizes<T>(p, routed, a.plan);
-  k.x = matrix<T>(a.x, M, K);
+  ForwardParams<T> k = sizes<T>(p, routed, a);
+  k.x = array<T>(a.x, extent(M, a.ld_x, K));
   k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
   k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
   k.B = array<T>(a.B, O * a.ld_B);
-  k.base = matrix<T>(a.base, M, O);
+  k.base = array<T>(a.base, extent(M, a.ld_base, O));
   k.bias = array<float>(a.bias, N);
   k.gates = array<float>(a.gates, M * N);
-  k.y = output<T>(a.y.data, (M - 1) * a.y.row + O);
+  k.y = output<T>(a.y, (M - 1) * a.ld_y + O);
   k.u = output<float>(a.u, M * R);
   k.g = output<float>(a.g, M * N);
-  k.partial = output<float>(a.partial, a.plan.splits * M * 8 * column_tiles(p, routed));
+  k.partial = output<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
   k.seed = array<int64_t>(a.seed, 1);
-  k.ld_x = static_cast<int>(a.x.row);
+  k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
   k.ld_B = static_cast<int>(a.ld_B);
-  k.ld_base = static_cast<int>(a.base.row);
-  k.ld_y = static_cast<int>(a.y.row);
-  k.threshold = static_cast<uint32_t>(p.dropout.threshold);
-  k.drop_all = p.dropout.threshold >> 32 != 0;
-  k.copy_x = copy_width<T>(a.x.data, a.x.row);
+  k.ld_base = static_cast<int>(a.ld_base);
+  k.ld_y = static_cast<int>(a.ld_y);
+  k.copy_x = copy_width<T>(a.x, a.ld_x);
   const int of_A = copy_width<T>(a.A, a.ld_A), of_router = copy_width<T>(a.router, a.ld_A);
   k.copy_weights = of_A < of_router ? of_A : of_router;
   k.copy_B = copy_width<T>(a.B, a.ld_B);
-  k.dense = p.dense;
-  k.in_place = a.base && a.base.data == a.y.data && a.base.row == a.y.row;
+  k.in_place = a.base && a.base == a.y && a.ld_base == a.ld_y;
   k.fast = a.fast;
-  for (int64_t i = 0; i < N; ++i) {
-    k.scaling[i] = static_cast<float>(p.scaling[i]);
-    for (int64_t c = p.offsets[i]; c < p.offsets[i + 1]; ++c) k.expert[c] = static_cast<uint8_t>(i);
-  }
+  set_experts(p, k);
   return k;
 }
 
 // Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
 template <class T>
 bool aligned(const Forward& a, const ForwardParams<T>& k) {
-  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
-  return k.K % kEach == 0 && k.O % kEach == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
-         copy_width<T>(a.y.data, a.y.row) == 16 && (!a.base || copy_width<T>(a.base.data, a.base.row) == 16);
+  return k.K % kChunkValues<T> == 0 && k.O % kChunkValues<T> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
+         copy_width<T>(a.y, a.ld_y) == 16 && (!a.base || copy_width<T>(a.base, a.ld_base) == 16);
 }
 
 template <class T, bool kAligned, int kExpertTiles, int kRouterTiles, class Go>
-Status fused(ForwardParams<T> k, void* stream, Go go) {
+Status fused(ForwardParams<T> k, Go go) {
   k.expert_tiles = kExpertTiles;  // where the kernel looks for the router
   k.router_tiles = kRouterTiles;
-  const unsigned shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
-  const Launch l{"forward_fused", {static_cast<unsigned>(divide_up(k.M, 64))}, kBlock<64>, shared, stream};
-  return {go(l, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>, k), l.kernel};
+  const int shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
+  return go("forward_fused", grid(divide_up(k.M, 64)), kBlock<64>, shared, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>,
+            k);
 }
 
 template <class T, bool kAligned, int kRows, int kTiles, class Go>
-Status shrunk(const ForwardParams<T>& k, void* stream, Go go) {
-  using Stages = ShrinkStages<T, kRows, kTiles>;
-  const Launch l{"forward_shrink",
-                 {static_cast<unsigned>(divide_up(k.expert_tiles + k.router_tiles, kTiles)),
-                  static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(k.splits)},
-                 kBlock<kRows>,
-                 static_cast<unsigned>(Stages::kPipeline + masks_bytes(k.dropout)),
-                 stream};
-  return {go(l, forward_shrink<T, kRows, kTiles, kAligned>, k), l.kernel};
+Status shrunk(const ForwardParams<T>& k, Go go) {
+  const Dim blocks = grid(divide_up(k.expert_tiles + k.router_tiles, kTiles), divide_up(k.M, kRows), k.splits);
+  const int shared = ShrinkStages<T, kRows, kTiles>::kPipeline + masks_bytes(k.dropout);
+  return go("forward_shrink", blocks, kBlock<kRows>, shared, forward_shrink<T, kRows, kTiles, kAligned>, k);
 }
 
 template <class T, bool kAligned, int kRows, Passes kPasses, class Go>
-Status expanded(const ForwardParams<T>& k, void* stream, Go go) {
+Status expanded(const ForwardParams<T>& k, Go go) {
   const int outs = divide_up(k.O, kDepth<T>), chunks = divide_up(k.expert_tiles, ExpandShared<T, kRows, kPasses>::kExpertTiles);
   const int kept = kPasses == Passes::kKept ? kept_bytes(chunks) : 0;
   const int shared = ExpandShared<T, kRows, kPasses>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N) + kept;
-  const Launch l{"forward_expand",
-                 {static_cast<unsigned>(divide_up(k.M, kRows)), static_cast<unsigned>(divide_up(outs, k.out_tiles))},
-                 kBlock<kRows>,
-                 static_cast<unsigned>(shared),
-                 stream};
-  return {go(l, forward_expand<T, kRows, kAligned, kPasses>, k), l.kernel};
+  const Dim blocks = grid(divide_up(k.M, kRows), divide_up(outs, k.out_tiles));
+  return go("forward_expand", blocks, kBlock<kRows>, shared, forward_expand<T, kRows, kAligned, kPasses>, k);
 }
 
 template <class T, bool kAligned, class Go>
-Status in_two_launches(const ForwardParams<T>& k, const Plan& plan, void* stream, Go go) {
+Status in_two_launches(const ForwardParams<T>& k, const Plan& plan, Go go) {
   const int tiles = k.expert_tiles + k.router_tiles;
-  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, stream, go)
-                  : tiles <= 5                  ? shrunk<T, kAligned, 64, 5>(k, stream, go)
-                                                : shrunk<T, kAligned, 64, 16>(k, stream, go);
+  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, go)
+                  : tiles <= 5                  ? shrunk<T, kAligned, 64, 5>(k, go)
+                                                : shrunk<T, kAligned, 64, 16>(k, go);
   if (status.error) return status;
-  if (plan.rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, stream, go);
-  if (8 * k.expert_tiles <= kDepth<T>) return expanded<T, kAligned, 64, Passes::kOne>(k, stream, go);
-  return plan.keep_v ? expanded<T, kAligned, 64, Passes::kKept>(k, stream, go)
-                     : expanded<T, kAligned, 64, Passes::kAgain>(k, stream, go);
+  if (plan.rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, go);
+  if (8 * k.expert_tiles <= kDepth<T>) return expanded<T, kAligned, 64, Passes::kOne>(k, go);
+  return plan.keep_v ? expanded<T, kAligned, 64, Passes::kKept>(k, go) : expanded<T, kAligned, 64, Passes::kAgain>(k, go);
 }
 
 template <class T, bool kAligned, class Go>
-Status run(const ForwardParams<T>& k, const Plan& plan, void* stream, Go go) {
-  if (!plan.fused) return in_two_launches<T, kAligned>(k, plan, stream, go);
+Status run(const ForwardParams<T>& k, const Plan& plan, Go go) {
+  if (!plan.fused) return in_two_launches<T, kAligned>(k, plan, go);
   const bool small = k.R <= 32 && (!k.routed || k.N <= 8);
-  return small ? fused<T, kAligned, 4, 1>(k, stream, go) : fused<T, kAligned, 8, 2>(k, stream, go);
+  return small ? fused<T, kAligned, 4, 1>(k, go) : fused<T, kAligned, 8, 2>(k, go);
 }
 
 }  // namespace
@@ -133,37 +111,29 @@ template <>
 Status forward<Type>(const Problem& p, const Forward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters<Type>(p, a);
-  return aligned(a, k) ? run<Type, true>(k, a.plan, a.stream, Start{}) : run<Type, false>(k, a.plan, a.stream, Start{});
+  return aligned(a, k) ? run<Type, true>(k, a, Start{a.stream}) : run<Type, false>(k, a, Start{a.stream});
 }
 
 template <>
 unsigned shared_bytes<Type>(const Problem& p, bool routed, const Plan& plan) {
   unsigned most = 0;
-  run<Type, true>(sizes<Type>(p, routed, plan), plan, nullptr, MostShared{most});
+  run<Type, true>(sizes<Type>(p, routed, plan), plan, MostShared{most});
   return most;
 }
 
 template <>
 Status load_kernels<Type>(int device) {
-  if (const int error = enter_device(device)) return {error, "cudaSetDevice"};
-  Status status;
-  const auto load = [&](const char* name, auto kernel) {
-    if (!status.error) status = {load_kernel(kernel, device), name};
-  };
-  const auto load_all = [&]<bool kAligned>() {
-    load("forward_fused", forward_fused<Type, 4, 1, kAligned>);
-    load("forward_fused", forward_fused<Type, 8, 2, kAligned>);
-    load("forward_shrink", forward_shrink<Type, 16, 5, kAligned>);
-    load("forward_shrink", forward_shrink<Type, 64, 5, kAligned>);
-    load("forward_shrink", forward_shrink<Type, 64, 16, kAligned>);
-    load("forward_expand", forward_expand<Type, 16, kAligned, Passes::kOne>);
-    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kOne>);
-    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kKept>);
-    load("forward_expand", forward_expand<Type, 64, kAligned, Passes::kAgain>);
-  };
-  load_all.template operator()<true>();
-  load_all.template operator()<false>();
-  return status;
+  return load_listed(device, [](auto load) {
+    const auto load_all = [&]<bool kAligned>() {
+      load("forward_fused", forward_fused<Type, 4, 1, kAligned>, forward_fused<Type, 8, 2, kAligned>);
+      load("forward_shrink", forward_shrink<Type, 16, 5, kAligned>, forward_shrink<Type, 64, 5, kAligned>,
+           forward_shrink<Type, 64, 16, kAligned>);
+      load("forward_expand", forward_expand<Type, 16, kAligned, Passes::kOne>, forward_expand<Type, 64, kAligned, Passes::kOne>,
+           forward_expand<Type, 64, kAligned, Passes::kKept>, forward_expand<Type, 64, kAligned, Passes::kAgain>);
+    };
+    load_all.template operator()<true>();
+    load_all.template operator()<false>();
+  });
 }
 
 }  // namespace rode::cuda

@@ -4,14 +4,15 @@
 // all u = drop(x) A^T: the columns of that product are the experts' R, rounded up to tiles of 8, then the router's N.
 //
 //   shrink   multiplies a tile of x by tiles of columns, over a part of K
-//   weigh    makes gates, u and v = scaling g u of its sums, in registers; v is then the left operand of
+//   apply_gates    makes gates, u and v = scaling g u of its sums, in registers; v is then the left operand of
 //   expand   which adds v B^T to base, 128 bytes of y's rows at a time, and leaves out what is closed
 //
 // Where token tiles fill the device one kernel does all three (forward_fused); for few tokens, or many columns, forward_shrink
 // leaves partial sums of K in memory, and forward_expand adds them up in order and goes on. No atomics: the same bits on every run.
 //
-// What takes time is not memory alone, but instructions and waiting: a block of 64 tokens has two warps for each 16 of them, what a
-// thread copies is worked out once (`Pieces`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at once.
+// Memory is not all that takes time, instructions and waiting do too: a block of 64 tokens has two warps for each 16 of them, a
+// thread works out once what it copies (`TileCopy`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at
+// once.
 //
 // Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB of shared
 // memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
@@ -63,13 +64,13 @@ forward_fused(ForwardParams<T> p) {
   }
   const bool block_open = sync_threads_or(any);  // and the gates are there
   constexpr int kCount = kExpertTiles / (is_wide<T> ? 1 : 2);
-  Weighted<kCount> v;
+  GatedV<kCount> v;
 #pragma unroll
-  for (int j = 0; j < kExpertTiles; ++j) weigh(p, sums[j], j, j, warp_m0, gates, keep, v);
+  for (int j = 0; j < kExpertTiles; ++j) apply_gates(p, sums[j], j, j, warp_m0, gates, keep, v);
   if (!block_open && p.in_place) return;
   const int outs = (p.O + kDepth<T> - 1) / kDepth<T>;
   expand<T, 64, kExpertTiles, Shared::kStages, kAligned>(p, m0, 0, outs, 1, ballot(any) != 0, block_open, v,
-                                                         [](int, Weighted<kCount>&) {});
+                                                         [](int, GatedV<kCount>&) {});
 }
 
 // grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours.
@@ -111,8 +112,8 @@ forward_shrink(ForwardParams<T> p) {
   }
 }
 
-// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are asked for before
-// the first one is added, for each of them is a way to memory.
+// The splits' sums for tile `tile` of 16 tokens from m0 on, splits first, first + by, ... in order. Several are loaded before the
+// first one is added, to overlap their latencies.
 template <class T>
 RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int first, int by, float (&c)[4]) {
   constexpr int kBatch = 8;
@@ -143,7 +144,7 @@ RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int fir
   }
 }
 
-// How v is come by: in one pass; in several, and kept in shared memory between output tiles; or made again for each of them.
+// The source of v: one pass; several, whose v stays in shared memory between output tiles; or several again for each output tile.
 enum class Passes { kOne, kKept, kAgain };
 
 template <class T, int kRows, Passes kPasses>
@@ -153,9 +154,9 @@ struct ExpandShared {
   static constexpr int kSharing = kBlock<kRows> / 32 / (kRows / 16);  // warps that have the same tokens
   static constexpr int kParts = kRows == 16 ? kSharing : 1;           // of the splits, each added up by another warp
   // Before the pipeline starts: sums of the column tiles of a pass, of all of them if it is the only one, else at most 8.
-  RODE_HOST_DEVICE static constexpr int corners(int tiles) { return kParts * kRows / 16 * tiles * 512; }
+  RODE_HOST_DEVICE static constexpr int partials_bytes(int tiles) { return kParts * kRows / 16 * tiles * 512; }
   RODE_HOST_DEVICE static constexpr int pipeline(int tiles) {
-    const int bytes = corners(kPasses == Passes::kOne ? tiles : 8);
+    const int bytes = partials_bytes(kPasses == Passes::kOne ? tiles : 8);
     return bytes > kPipeline ? bytes : kPipeline;
   }
 };
@@ -188,14 +189,14 @@ forward_expand(ForwardParams<T> p) {
   };
   // The only pass, or one for the router and one for every chunk of experts. Their code stands here once: a block is over before
   // much more of it could be fetched.
-  Weighted<kCount> v;
+  GatedV<kCount> v;
   bool any = false, block_open = false;
   for (int pass = kOne ? 0 : -1; pass < chunks; ++pass) {
     const bool has_router = kOne || pass < 0;
     const int begin = pass < 0 ? p.expert_tiles : pass * kExpertTiles, above = begin + kExpertTiles,
               end = has_router ? tiles : above < p.expert_tiles ? above : p.expert_tiles;
-    const auto corner = [&](int part, int tile) {
-      return shared_array<float>(0, Shared::corners(end - begin) / 4) +
+    const auto partials = [&](int part, int tile) {
+      return shared_array<float>(0, Shared::partials_bytes(end - begin) / 4) +
              (((part * kWarpsM + warp_m) * (end - begin) + tile - begin) * 32 + lane) * 4;
     };
     // Warps that have the same tokens share the tiles; with few tokens, and then many splits, these.
@@ -203,14 +204,14 @@ forward_expand(ForwardParams<T> p) {
     for (int tile = begin + (kParts == 1 ? share : 0); tile < end; tile += kParts == 1 ? kSharing : 1) {
       float c[4];
       add_splits(p, tile, warp_m0, kParts == 1 ? 0 : share, kParts, c);
-      store(corner(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
+      store(partials(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
     }
     sync_threads();
     const auto sums = [&](int tile, float (&c)[4]) {
       for (int i = 0; i < 4; ++i) c[i] = 0.0f;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const vec<float, 4> some = load<vec<float, 4>>(corner(part, tile));
+        const vec<float, 4> some = load<vec<float, 4>>(partials(part, tile));
         for (int i = 0; i < 4; ++i) c[i] += some.v[i];
       }
     };
@@ -233,7 +234,7 @@ forward_expand(ForwardParams<T> p) {
       for (int j = 0; j < kExpertTiles; ++j) {
         float u[4] = {};
         if (begin + j < p.expert_tiles) sums(begin + j, u);
-        weigh(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
+        apply_gates(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
       }
       if constexpr (kPasses == Passes::kKept) {
         store(kept_open(pass), v.open, lane == 0);
@@ -242,10 +243,10 @@ forward_expand(ForwardParams<T> p) {
           store(kept(pass, step), vec<uint32_t, 4>{{v.a[step][0], v.a[step][1], v.a[step][2], v.a[step][3]}});
       }
     }
-    sync_threads();  // the corners are free
+    sync_threads();  // partials are free
   }
   if (!block_open && p.in_place) return;
-  const auto form = [&](int chunk, Weighted<kCount>& w) {
+  const auto form = [&](int chunk, GatedV<kCount>& w) {
     if constexpr (kPasses == Passes::kAgain) {
       w.open = 0;
 #pragma unroll
@@ -253,7 +254,7 @@ forward_expand(ForwardParams<T> p) {
         const int tile = chunk * kExpertTiles + j;
         float u[4] = {};
         if (tile < p.expert_tiles) add_splits(p, tile, warp_m0, 0, 1, u);
-        weigh(p, u, tile, j, warp_m0, gates, false, w);
+        apply_gates(p, u, tile, j, warp_m0, gates, false, w);
       }
     } else if constexpr (kPasses == Passes::kKept) {
       w.open = load(kept_open(chunk));

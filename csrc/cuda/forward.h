@@ -1,37 +1,48 @@
-// What the CUDA kernels are asked for: addresses on one device and a plan. No torch, no Python, and no CUDA header.
+// The CUDA kernels of the forward pass: a plan, addresses on one device, and the functions that launch them. No torch, no Python,
+// and no CUDA header.
 #pragma once
 
-#include <cstdint>
-
 #include "../problem.h"
+#include "fields.h"
 
 namespace rode::cuda {
 
-// Which kernels do it; chosen by the caller from shapes alone.
+// clang-format off: lists of fields keep their shape
+
+// The kernels of a call; the caller chooses them from shapes alone.
+//   fused      one launch; otherwise two, through `partial`
+//   rows       tokens of a tile: 64, or 16 with two launches and at most 128 bytes in a row of B
+//   splits     of K, with two launches
+//   out_tiles  of 128 bytes of y's rows, that a block of the second launch goes through
+//   keep_v     with two launches and longer rows of B: v stays in shared memory, and is not made again for each output tile
+#define RODE_FORWARD_PLAN(X) X(bool, fused) X(int, rows) X(int, splits) X(int, out_tiles) X(bool, keep_v)
 struct Plan {
-  bool fused = false;   // one launch; otherwise two, through `partial`
-  int rows = 64;        // tokens of a tile: 64, or 16 with two launches and at most 128 bytes in a row of B
-  int splits = 1;       // of K, with two launches
-  int out_tiles = 1;    // of 128 bytes of y's rows, that a block of the second launch goes through
-  bool keep_v = false;  // with two launches and more in a row of B: v stays in shared memory, and is not made again for each of them
+  RODE_FORWARD_PLAN(RODE_DECLARE)
 };
 
-// Contiguous unless it says otherwise. Parameters are in x's dtype, their rows ld_A (A and router) and ld_B elements apart; a row of
-// B that is longer than R goes on with zeros. Only x, base and y may have another distance between rows; their columns are 1 apart.
-// Null where absent.
-struct Forward {
-  Matrix x, base, y;           // (M, K), (M, O), (M, O)
-  const void *A, *router, *B;  // (R, K), (N, K), (O, R)
-  int64_t ld_A, ld_B;
-  const float *bias, *gates;  // (N), (M, N): with a router, or without
-  float *u, *g;               // (M, R) out, and with a router (M, N) out
-  float* partial;             // (splits, M, 8 column_tiles) between two launches
-  const int64_t* seed;        // on the device
-  bool fast;                  // tf32 products for float32
-  Plan plan;
-  int device;
-  void* stream;
+// Elements from row to row, and the device. A and the router share a row length; a longer row of B goes on with zeros.
+#define RODE_FORWARD_LAYOUT(X) \
+  X(int64_t, ld_x) X(int64_t, ld_base) X(int64_t, ld_y) X(int64_t, ld_A) X(int64_t, ld_B) X(int, device)
+struct ForwardLayout : Plan {
+  RODE_FORWARD_LAYOUT(RODE_DECLARE)
 };
+
+// Null where absent. Parameters are in x's dtype, and columns are 1 apart.
+//   x, base, y    (M, K), (M, O), (M, O)
+//   A, router, B  (R, K), (N, K), (O, R)
+//   bias, gates   (N), (M, N): with a router, or without
+//   u, g          (M, R) out, and with a router (M, N) out
+//   partial       (splits, M, 8 column_tiles) between two launches
+//   seed          on the device
+//   fast          tf32 products for float32
+#define RODE_FORWARD_CALL(X)                                                                                        \
+  X(const void*, x) X(const void*, base) X(void*, y) X(const void*, A) X(const void*, router) X(const void*, B)     \
+  X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(float*, partial) X(const int64_t*, seed) \
+  X(bool, fast) X(void*, stream)
+struct Forward : ForwardLayout {
+  RODE_FORWARD_CALL(RODE_DECLARE)
+};
+// clang-format on
 
 struct Status {
   int error = 0;  // a cudaError_t
@@ -40,16 +51,11 @@ struct Status {
 
 // Column tiles of `partial`: the experts', then the router's.
 inline int64_t column_tiles(const Problem& p, bool routed) { return (p.total_rank + 7) / 8 + (routed ? (p.experts + 7) / 8 : 0); }
-// Whether one launch has room for these columns.
-inline bool can_fuse(const Problem& p, bool routed) {
-  const int64_t experts = routed ? p.experts : 0;
-  return (p.total_rank <= 32 && experts <= 8) || (p.total_rank <= 64 && experts <= 16);
-}
 
-// In p, dropout.seed is not looked at. T is gpu::bf16, gpu::f16 or float.
+// p.dropout.seed is ignored: the kernels read `seed`. T is gpu::bf16, gpu::f16 or float.
 template <class T>
-Status forward(const Problem& p, const Forward& arrays);
-// The most bytes of shared memory that a launch of this plan asks for. Of p only sizes and whether there is dropout are looked at.
+Status forward(const Problem& p, const Forward& a);
+// The most bytes of shared memory that a launch of this plan asks for. Only p's sizes and whether there is dropout matter.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan);
 // Loads every kernel of T on the current device, which the driver must not do while a stream is being captured.

@@ -1,4 +1,4 @@
-// What the host sides of both passes have in common.
+// Common to the host sides of all passes: addresses and sizes as kernels take them, and launches.
 #pragma once
 
 #include "forward.h"
@@ -7,10 +7,6 @@
 namespace rode::cuda {
 
 template <class T>
-gpu::gmem<const T> matrix(const Matrix& m, int64_t rows, int64_t columns) {
-  return gpu::gmem<const T>(static_cast<const T*>(m.data), rows > 0 ? (rows - 1) * m.row + columns : 0);
-}
-template <class T>
 gpu::gmem<const T> array(const void* data, int64_t count) {
   return gpu::gmem<const T>(static_cast<const T*>(data), count);
 }
@@ -18,6 +14,9 @@ template <class T>
 gpu::gmem<T> output(void* data, int64_t count) {
   return gpu::gmem<T>(static_cast<T*>(data), count);
 }
+
+// Elements that `rows` rows take.
+inline int64_t extent(int64_t rows, int64_t ld, int64_t columns) { return rows > 0 ? (rows - 1) * ld + columns : 0; }
 
 // Bytes by which rows `ld` elements apart can be copied: 16, 4 or one element.
 template <class T>
@@ -30,20 +29,65 @@ int copy_width(const void* data, int64_t ld) {
 
 inline int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// What becomes of the launches that a pass describes: they are started, or only asked how much shared memory they take.
+// The problem's sizes as kernels take them.
+template <class Params>
+void set_sizes(const Problem& p, Params& k) {
+  k.M = static_cast<int>(p.tokens);
+  k.R = static_cast<int>(p.total_rank);
+  k.N = static_cast<int>(p.experts);
+  if constexpr (requires { k.K; }) {
+    k.K = static_cast<int>(p.in_features);
+    k.O = static_cast<int>(p.out_features);
+    k.dropout = p.dropout.on;
+  }
+}
+
+// The tables that kernels look up by expert or by column, and the flags of a problem.
+template <class Params>
+void set_experts(const Problem& p, Params& k) {
+  k.dense = p.dense;
+  if constexpr (requires { k.threshold; }) {
+    k.threshold = static_cast<uint32_t>(p.dropout.threshold);
+    k.drop_all = p.dropout.threshold >> 32 != 0;
+  }
+  for (int64_t i = 0; i < p.experts; ++i) {
+    k.scaling[i] = static_cast<float>(p.scaling[i]);
+    for (int64_t c = p.offsets[i]; c < p.offsets[i + 1]; ++c) k.expert[c] = static_cast<uint8_t>(i);
+  }
+  if constexpr (requires { k.offset; })
+    for (int64_t i = 0; i <= p.experts; ++i) k.offset[i] = static_cast<uint16_t>(p.offsets[i]);
+}
+
+inline gpu::Dim grid(int64_t x, int64_t y = 1, int64_t z = 1) {
+  return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+}
+
+// `Go` decides what happens to the launches that a pass describes: they are started, or only asked for their shared memory.
 struct Start {
+  void* stream;
   template <class Kernel, class Params>
-  int operator()(const gpu::Launch& l, Kernel kernel, const Params& params) const {
-    return gpu::launch(l, kernel, params);
+  Status operator()(const char* name, gpu::Dim grid, int threads, int64_t shared_bytes, Kernel kernel, const Params& params) const {
+    const gpu::Launch l{name, grid, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes), stream};
+    return {gpu::launch(l, kernel, params), name};
   }
 };
 struct MostShared {
   unsigned& bytes;
   template <class Kernel, class Params>
-  int operator()(const gpu::Launch& l, Kernel, const Params&) const {
-    if (l.shared_bytes > bytes) bytes = l.shared_bytes;
-    return 0;
+  Status operator()(const char*, gpu::Dim, int, int64_t shared_bytes, Kernel, const Params&) const {
+    if (shared_bytes > bytes) bytes = static_cast<unsigned>(shared_bytes);
+    return {};
   }
 };
+
+// Makes `device` current and loads the kernels that list_kernels(load) names.
+template <class List>
+Status load_listed(int device, List list_kernels) {
+  Status status = {gpu::enter_device(device), "cudaSetDevice"};
+  list_kernels([&](const char* name, auto... kernels) {
+    ((status = status.error ? status : Status{gpu::load_kernel(kernels, device), name}), ...);
+  });
+  return status;
+}
 
 }  // namespace rode::cuda

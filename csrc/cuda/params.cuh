@@ -1,4 +1,4 @@
-// What every kernel of the forward pass is given.
+// Parameters of every kernel of the forward pass.
 #pragma once
 
 #include "ptx.cuh"

@@ -25,7 +25,6 @@ RODE_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
 RODE_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 RODE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 RODE_DEVICE Dim block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
-RODE_DEVICE Dim grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
 
 // ---- Memory: addresses that only the functions below follow
 
@@ -40,10 +39,6 @@ class gmem {
   __host__ __device__ gmem(gmem<U> other) : data_(other.data_) {}
   __host__ __device__ explicit operator bool() const { return data_ != nullptr; }
   RODE_DEVICE gmem operator+(int64_t n) const { return gmem(data_ + n, 0); }
-  template <class U>
-  RODE_DEVICE gmem<U> as() const {
-    return gmem<U>(reinterpret_cast<U*>(data_), 0);
-  }
   template <class V>
   RODE_DEVICE V* at() const {  // for this header only
     return reinterpret_cast<V*>(data_);
@@ -64,10 +59,6 @@ class smem {
   RODE_DEVICE explicit smem(unsigned offset) : offset_(offset) {}
   RODE_DEVICE smem operator+(int n) const { return smem(offset_ + static_cast<unsigned>(n) * unsigned{sizeof(T)}); }
   RODE_DEVICE smem operator^(unsigned bytes) const { return smem(offset_ ^ bytes); }
-  template <class U>
-  RODE_DEVICE smem<U> as() const {
-    return smem<U>(offset_);
-  }
   template <class V>
   RODE_DEVICE V* at() const {  // for this header only
     return reinterpret_cast<V*>(dynamic_shared + offset_);
@@ -86,7 +77,7 @@ RODE_DEVICE smem<T> shared_array(unsigned offset, int /*count*/) {
   return smem<T>(offset);
 }
 
-// What a load or store of V through an address of T moves: a T, or a vec that is several of them.
+// The type that a load or store of V through an address of T moves: a T, or a vec of several.
 template <class V, class T>
 using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
 template <class V, class T>
@@ -99,8 +90,8 @@ RODE_DEVICE moved<V, T> load(gmem<T> from) {
   static_assert(movable<R, std::remove_const_t<T>>);
   return *from.template at<const R>();
 }
-// Zero unless `when`. A predicate on the load itself: of an if the compiler makes a branch, and then loads wait for one another.
-// Kernels read nothing that they have written, so its place among stores does not matter.
+// Zero unless `when`. The load itself has the predicate: the compiler turns an if into a branch, and then loads wait for one
+// another. Kernels read nothing that they have written, so its order among stores does not matter.
 template <class V = void, class T>
 RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
   using R = moved<V, T>;
@@ -194,45 +185,20 @@ RODE_DEVICE bool sync_threads_or(bool mine) { return __syncthreads_or(mine) != 0
 RODE_DEVICE void sync_warp() { __syncwarp(); }
 
 template <class T>
-RODE_DEVICE T shuffle(T value, int from_lane) {
-  static_assert(sizeof(T) == 4);
-  return __shfl_sync(0xffffffffu, value, from_lane);
-}
-template <class T>
 RODE_DEVICE T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) == 4);
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 RODE_DEVICE unsigned ballot(bool mine) { return __ballot_sync(0xffffffffu, mine); }
 
-// ---- Order between blocks: stores, sync_threads, then one thread: thread_fence, take_ticket, thread_fence
-
-RODE_DEVICE void thread_fence() { __threadfence(); }
-// 0, 1, ... last, and round again: a counter that is left at 0 needs no launch to clear it.
-RODE_DEVICE unsigned take_ticket(gmem<unsigned> counter, unsigned last) {
-  return atomicInc(counter.template at<unsigned>(), last);
-}
-
 // ---- Tensor cores
 
 // N 8x8 matrices of 16-bit values; lane 8 i + j holds the address of row j of matrix i.
 template <int N, bool kTranspose = false, class T>
 RODE_DEVICE void ldmatrix(uint32_t (&r)[N], smem<T> row) {
-  static_assert(N == 1 || N == 2 || N == 4);
-  if constexpr (N == 1 && !kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(row.address()) : "memory");
-  } else if constexpr (N == 1) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
-                 : "=r"(r[0])
-                 : "r"(row.address())
-                 : "memory");
-  } else if constexpr (N == 2 && !kTranspose) {
+  static_assert(N == 4 || (N == 2 && !kTranspose), "what kernels use");
+  if constexpr (N == 2) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(row.address())
-                 : "memory");
-  } else if constexpr (N == 2) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
                  : "r"(row.address())
                  : "memory");
@@ -310,8 +276,8 @@ RODE_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
-// What is computed from x is computed here, not once before a loop: registers are scarcer than instructions.
-RODE_DEVICE uint32_t here(uint32_t x) {
+// Keeps the compiler from computing what follows from x once before a loop: registers are scarcer than instructions.
+RODE_DEVICE uint32_t no_hoist(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -344,8 +310,8 @@ inline int max_shared(int device, int& bytes) {
   return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Has the driver load a kernel on the current device, now and not at its first launch, which a stream capture may surround; and lets
-// it ask for as much shared memory as there is. Set once, not at each launch: threads launch at the same time.
+// Makes the driver load a kernel on the current device now, because its first launch may be inside a stream capture, and lets the
+// kernel ask for as much shared memory as there is. This is set once, because threads launch at the same time.
 template <class... P>
 int load_kernel(void (*kernel)(P...), int device) {
   int bytes = 0;

@@ -13,8 +13,8 @@ struct ShrinkStages {
   static constexpr int kCount = kTiles <= 5 ? 7 : kTiles <= 10 ? 4 : 3;
   static constexpr int kWarpsM = kRows / 16, kSharing = kBlock<kRows> / 32 / kWarpsM;
   static constexpr int kWarpsK = kTiles == 16 ? 1 : kSharing, kMine = kTiles / (kSharing / kWarpsK);  // tiles of a warp
-  static constexpr int kCorners = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
-  static constexpr int kPipeline = kBytes * kCount > kCorners ? kBytes * kCount : kCorners;
+  static constexpr int kPartials = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
+  static constexpr int kPipeline = kBytes * kCount > kPartials ? kBytes * kCount : kPartials;
 };
 
 // sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on; with 16 tiles, those of this
@@ -42,17 +42,17 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     return router < 0 ? Row<T>{p.A + offset(column, p.ld_A), column < p.R}
                       : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
   };
-  const auto key = [](unsigned row) { return row % 8; };
-  const Pieces<T, 16, kRows, kRowBytes, kBlock<kRows>> of_x(x_row, key);
-  const Pieces<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> of_weights(weight_row, key);
-  const auto issue = [&](int tile, int stage) {
+  const auto swizzle = [](unsigned row) { return row % 8; };
+  const TileCopy<T, 16, kRows, kRowBytes, kBlock<kRows>> x_copy(x_row, swizzle);
+  const TileCopy<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> weights_copy(weight_row, swizzle);
+  const auto load_stage = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     if constexpr (kAligned) {
-      of_x.copy(x_tile(stage), k, of_x.inside(), p.K - k, key);
-      of_weights.copy(weight_tile(stage), k, of_weights.inside(), p.K - k, key);
+      x_copy.copy(x_tile(stage), k, x_copy.inside(), p.K - k, swizzle);
+      weights_copy.copy(weight_tile(stage), k, weights_copy.inside(), p.K - k, swizzle);
     } else {
-      load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, key, k, p.K, p.copy_x);
-      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, key, k, p.K, p.copy_weights);
+      load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, swizzle, k, p.K, p.copy_x);
+      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, swizzle, k, p.K, p.copy_weights);
     }
   };
   // Where this lane's rows for ldmatrix stand in a stage, but for the step, which is a flip of bits that are 0 there.
@@ -69,11 +69,11 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       const unsigned flip = static_cast<unsigned>(step) * 2 * kChunk;
       uint32_t bits[4];
       ldmatrix<4>(bits, (x_tile(stage) + of_lane / static_cast<int>(sizeof(T))) ^ flip);
-      const Left<T> a = left_operand<T>(bits, p.fast);
-      Left<T> kept = a;  // the experts' x
+      const FragmentA<T> a = fragment_a<T>(bits, p.fast);
+      FragmentA<T> kept = a;  // the experts' x
       if constexpr (kDrop) {
         drop<T>(bits, mask_of(tile), row0, step);
-        kept = left_operand<T>(bits, p.fast);
+        kept = fragment_a<T>(bits, p.fast);
       }
       const auto add = [&](int j, uint32_t b0, uint32_t b1) {
         if (!kDrop || kWhole || (kExpertTiles < 0 ? tile0 + j < p.expert_tiles : j < kExpertTiles)) {
@@ -107,7 +107,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   };
 
   for (int tile = 0; tile < Stages::kCount - 1; ++tile) {
-    if (tile < count) issue(tile, tile);
+    if (tile < count) load_stage(tile, tile);
     cp_async_commit();
   }
   mask(0);
@@ -115,7 +115,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   for (int tile = 0, stage = 0, free = Stages::kCount - 1; tile < count; ++tile) {
     cp_async_wait<Stages::kCount - 2>();
     sync_threads();
-    if (tile + Stages::kCount - 1 < count) issue(tile + Stages::kCount - 1, free);
+    if (tile + Stages::kCount - 1 < count) load_stage(tile + Stages::kCount - 1, free);
     cp_async_commit();
     mask(tile + 1);  // beside the products
     accumulate<T, kMine>(sums, [&](float (&c)[kMine][4]) {
@@ -137,12 +137,12 @@ RODE_DEVICE void add_up(int first, int by, float (&sums)[kTiles][4]) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   static_assert(Stages::kMine == kTiles);
   const int warp = warp_index(), warp_m = warp % Stages::kWarpsM, lane = lane_index();
-  const auto corner = [&](int from, int j) {
-    return shared_array<float>(0, Stages::kCorners / 4) + ((from * kTiles + j) * 32 + lane) * 4;
+  const auto partials = [&](int from, int j) {
+    return shared_array<float>(0, Stages::kPartials / 4) + ((from * kTiles + j) * 32 + lane) * 4;
   };
   sync_threads();
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
+  for (int j = 0; j < kTiles; ++j) store(partials(warp, j), vec<float, 4>{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
   sync_threads();
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -150,7 +150,7 @@ RODE_DEVICE void add_up(int first, int by, float (&sums)[kTiles][4]) {
     for (int i = 0; i < 4; ++i) sums[j][i] = 0.0f;
 #pragma unroll
     for (int k = 0; k < Stages::kWarpsK; ++k) {
-      const vec<float, 4> part = load<vec<float, 4>>(corner(k * Stages::kWarpsM + warp_m, j));
+      const vec<float, 4> part = load<vec<float, 4>>(partials(k * Stages::kWarpsM + warp_m, j));
       for (int i = 0; i < 4; ++i) sums[j][i] += part.v[i];
     }
   }

@@ -10,7 +10,7 @@
 namespace rode::gpu {
 
 constexpr int kThreads = 128, kWarps = 4;
-// Of a block that takes kRows tokens forward: two warps for each 16 of 64 tokens, four for 16.
+// Threads of a forward block of kRows tokens: two warps for each 16 of 64 tokens, four warps for 16 tokens.
 template <int kRows>
 inline constexpr int kBlock = kRows == 64 ? 256 : 128;
 constexpr int kRowBytes = 128, kChunk = 16, kRowSteps = 4;
@@ -19,6 +19,8 @@ template <class T>
 inline constexpr bool is_wide = sizeof(T) == 4;
 template <class T>
 inline constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // values of a tile's row
+template <class T>
+inline constexpr int kChunkValues = kChunk / static_cast<int>(sizeof(T));
 
 // Neither is negative.
 RODE_DEVICE int64_t offset(int row, int distance) {
@@ -33,10 +35,10 @@ struct Row {
 };
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
-// are copied at once by kFilling threads. Chunk c of a row stands at place c ^ key(row), so that the rows which one ldmatrix reads
-// meet all banks.
-template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Key>
-RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int columns) {
+// are copied at once by kFilling threads. Chunk c of a row stands at chunk c ^ swizzle(row), so that the rows which one ldmatrix
+// reads meet all banks.
+template <int kCopy, int kRows, int kUsed, int kFilling, class T, class Source, class Swizzle>
+RODE_DEVICE void load_tile_by(smem<T> tile, Source source, Swizzle swizzle, int k, int columns) {
   constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy;
   constexpr int kStep = kFilling / kPerRow, kPieces = (kRows + kStep - 1) / kStep;  // rows between a thread's pieces; how many
   static_assert(kFilling % kPerRow == 0, "so a thread's pieces all stand in the same columns");
@@ -48,7 +50,7 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
   const unsigned chunk = thread % kPerRow * kCopy / kChunk, rest = thread % kPerRow * kCopy % kChunk;
   const auto at = [&](int row) {
     const unsigned r = static_cast<unsigned>(row);
-    return tile + static_cast<int>((r * kRowBytes + (chunk ^ key(r)) * kChunk + rest) / unsigned{kSize});
+    return tile + static_cast<int>((r * kRowBytes + (chunk ^ swizzle(r)) * kChunk + rest) / unsigned{kSize});
   };
   if constexpr (kCopy < 4) {  // no asynchronous copy moves 2 bytes: some loads, then their stores, so that they overlap
     constexpr int kBatch = 4;
@@ -78,35 +80,35 @@ RODE_DEVICE void load_pieces(smem<T> tile, Source source, Key key, int k, int co
 }
 
 // `copy` bytes at once, as the matrix's alignment allows: 16, 4, or one value.
-template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Key>
-RODE_DEVICE void load_tile(smem<T> tile, Source source, Key key, int k, int columns, int copy) {
+template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, class Swizzle>
+RODE_DEVICE void load_tile(smem<T> tile, Source source, Swizzle swizzle, int k, int columns, int copy) {
   if (copy == 16) {
-    load_pieces<16, kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_tile_by<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else if (is_wide<T> || copy == 4) {
-    load_pieces<4, kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_tile_by<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else {
-    load_pieces<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, key, k, columns);
+    load_tile_by<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   }
 }
 
-// What a thread copies of tile after tile of one matrix, kCopy bytes at once. Its rows and its places in a tile are the same in
-// each, so they are worked out once: a copy then costs few instructions beside itself. `key` must be linear: key(a ^ b) is
-// key(a) ^ key(b).
+// A thread's part of copying tile after tile of one matrix, kCopy bytes at once. Its rows and its offsets in a tile are the same in
+// each, so they are worked out once: a copy then costs few instructions beside itself. `swizzle` must be linear: swizzle(a ^ b) is
+// swizzle(a) ^ swizzle(b).
 // kAffine: rows are equally far apart, and one address is kept instead of one for each piece.
 template <class T, int kCopy, int kRows, int kUsed, int kFilling, bool kAffine = false>
-class Pieces {
+class TileCopy {
   static constexpr int kSize = static_cast<int>(sizeof(T)), kPerRow = kUsed / kCopy, kStep = kFilling / kPerRow;
   static constexpr int kCount = (kRows + kStep - 1) / kStep;
   static_assert(kFilling % kPerRow == 0 && (kStep & (kStep - 1)) == 0 && kCopy % kSize == 0);
 
  public:
-  template <class Source, class Key>
-  RODE_DEVICE Pieces(Source source, Key key) {
+  template <class Source, class Swizzle>
+  RODE_DEVICE TileCopy(Source source, Swizzle swizzle) {
     const unsigned thread = static_cast<unsigned>(thread_index()) % kFilling, byte = thread % kPerRow * kCopy;
     row_ = static_cast<int>(thread / kPerRow);
     column_ = static_cast<int>(byte / kSize);
-    const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ key(row);
-    place_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
+    const unsigned row = static_cast<unsigned>(row_), chunk = (byte / kChunk) ^ swizzle(row);
+    smem_offset_ = static_cast<int>((row * kRowBytes + chunk * kChunk + byte % kChunk) / kSize);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Row<T> from = source(row_ + i * kStep);
@@ -122,17 +124,17 @@ class Pieces {
     for (int i = 0; i < kCount; ++i) found |= row_ + i * kStep < rows ? 1u << i : 0u;
     return found;
   }
-  // What stands `distance` elements on, or zeros where `inside` has no bit or the matrix, of which this tile has `columns` columns
-  // left, has none. `stride`: elements from row to row, if kAffine.
-  template <class Key>
-  RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Key key, int stride = 0) const {
-    const smem<T> to = tile + place_;
+  // Copies the elements `distance` further on, or zeros where `inside` has no bit or the matrix ends: it has `columns` columns
+  // left. `stride`: elements from row to row, if kAffine.
+  template <class Swizzle>
+  RODE_DEVICE void copy(smem<T> tile, int64_t distance, unsigned inside, int columns, Swizzle swizzle, int stride = 0) const {
+    const smem<T> to = tile + smem_offset_;
     const bool exists = column_ < columns;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (kRows % kStep != 0 && i == kCount - 1 && row_ + i * kStep >= kRows) break;
       const gmem<const T> from = kAffine ? at_[0] + (distance + offset(i * kStep, stride)) : at_[kAffine ? 0 : i] + distance;
-      cp_async<kCopy>((to ^ key(static_cast<unsigned>(i * kStep)) * kChunk) + i * kStep * (kRowBytes / kSize), from,
+      cp_async<kCopy>((to ^ swizzle(static_cast<unsigned>(i * kStep)) * kChunk) + i * kStep * (kRowBytes / kSize), from,
                       (inside >> i & 1) && exists ? kCopy : 0);
     }
   }
@@ -140,13 +142,13 @@ class Pieces {
  private:
   gmem<const T> at_[kAffine ? 1 : kCount];
   unsigned inside_ = 0;
-  int row_, column_, place_;
+  int row_, column_, smem_offset_;
 };
 
 template <class T>
-RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned key, int chunk) {
-  const unsigned place = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ key) * kChunk;
-  return tile + static_cast<int>(place / unsigned{sizeof(T)});
+RODE_DEVICE smem<T> at_chunk(smem<T> tile, int row, unsigned swizzle, int chunk) {
+  const unsigned smem_offset = static_cast<unsigned>(row) * kRowBytes + (static_cast<unsigned>(chunk) ^ swizzle) * kChunk;
+  return tile + static_cast<int>(smem_offset / unsigned{sizeof(T)});
 }
 
 // ---- Fragments. An accumulator's four values stand at rows fragment_row(0, 0, 1, 1) of 16 and columns fragment_column(0..3) of 8.
@@ -183,9 +185,10 @@ RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
   }
 }
 
-// A left operand (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without the low one.
+// The left operand of an mma (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without
+// the low one.
 template <class T>
-struct Left {
+struct FragmentA {
   uint32_t high[4], low[4];
 };
 
@@ -197,8 +200,8 @@ RODE_DEVICE void split(uint32_t bits, uint32_t& high, uint32_t& low) {
 }
 
 template <class T>
-RODE_DEVICE Left<T> left_operand(const uint32_t (&bits)[4], bool fast) {
-  Left<T> a;
+RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
+  FragmentA<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (!is_wide<T>) {
@@ -216,7 +219,7 @@ RODE_DEVICE Left<T> left_operand(const uint32_t (&bits)[4], bool fast) {
 
 // c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
 template <class T>
-RODE_DEVICE void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1, bool fast) {
+RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uint32_t b1, bool fast) {
   if constexpr (!is_wide<T>) {
     mma<T>(c, a.high, b0, b1);
   } else if (fast) {

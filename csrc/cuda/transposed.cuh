@@ -10,31 +10,31 @@ template <class T>
 inline constexpr int kStepRows = is_wide<T> ? 8 : 16;
 
 // Different for the 8 rows that an ldmatrix reads. float32 has no transposed ldmatrix: there lanes read single values of 4 rows and
-// 8 columns, two chunks, so the keys of rows 0 .. 3 (and 4 .. 7) differ in more than the last bit.
+// 8 columns, two chunks, so the swizzles of rows 0 .. 3 (and 4 .. 7) differ in more than the last bit.
 template <class T>
-RODE_DEVICE unsigned tile_key(unsigned row) {
+RODE_DEVICE unsigned tile_swizzle(unsigned row) {
   return is_wide<T> ? (2 * row + row / 4 % 2) % 8 : row % 8;
 }
 
 // Rows row0 .. of 16 columns from chunk `chunk` on, as a left operand with these columns as its rows.
 template <class T>
-RODE_DEVICE void left_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_a_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
   if constexpr (is_wide<T>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row0 + lane % 4 + i / 2 * 4, column = lane / 4 + i % 2 * 8;
-      a[i] = float_to_bits(load(at_chunk(tile, row, tile_key<T>(row), chunk + column / 4) + column % 4));
+      a[i] = float_to_bits(load(at_chunk(tile, row, tile_swizzle<T>(row), chunk + column / 4) + column % 4));
     }
   } else {
     const int row = row0 + lane % 8 + lane / 16 * 8;
-    ldmatrix<4, true>(a, at_chunk(tile, row, tile_key<T>(row), chunk + lane / 8 % 2));
+    ldmatrix<4, true>(a, at_chunk(tile, row, tile_swizzle<T>(row), chunk + lane / 8 % 2));
   }
 }
 
 // Rows row0 .. of 8 kCount columns from chunk `chunk` on, as right operands of 8 columns each.
 template <class T, int kCount>
-RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_b_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
   if constexpr (is_wide<T>) {
 #pragma unroll
@@ -42,7 +42,7 @@ RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int ro
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = row0 + lane % 4 + i * 4, column = lane / 4;
-        b[j][i] = float_to_bits(load(at_chunk(tile, row, tile_key<T>(row), chunk + 2 * j + column / 4) + column % 4));
+        b[j][i] = float_to_bits(load(at_chunk(tile, row, tile_swizzle<T>(row), chunk + 2 * j + column / 4) + column % 4));
       }
   } else {
     static_assert(kCount % 2 == 0);
@@ -50,7 +50,7 @@ RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int ro
     for (int j = 0; j < kCount; j += 2) {
       const int row = row0 + lane % 8 + lane / 8 % 2 * 8;
       uint32_t r[4];
-      ldmatrix<4, true>(r, at_chunk(tile, row, tile_key<T>(row), chunk + j + lane / 16));
+      ldmatrix<4, true>(r, at_chunk(tile, row, tile_swizzle<T>(row), chunk + j + lane / 16));
       b[j][0] = r[0];
       b[j][1] = r[1];
       b[j + 1][0] = r[2];
@@ -61,14 +61,14 @@ RODE_DEVICE void right_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int ro
 
 // The plain left operand: 16 rows, and 32 bytes of columns from chunk `chunk` on.
 template <class T>
-RODE_DEVICE void left_plain(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_a(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
   const int row = row0 + lane_index() % 16;
-  ldmatrix<4>(a, at_chunk(tile, row, tile_key<T>(row), chunk + lane_index() / 16));
+  ldmatrix<4>(a, at_chunk(tile, row, tile_swizzle<T>(row), chunk + lane_index() / 16));
 }
 
 // A right operand of one mma, read from where `value(k, n)` says.
 template <class T, class Value>
-RODE_DEVICE void right_values(uint32_t (&b)[2], Value value) {
+RODE_DEVICE void gather_b(uint32_t (&b)[2], Value value) {
   const int t = lane_index() % 4, n = lane_index() / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -1,4 +1,4 @@
-// What the device header and its emulation share: values without behaviour.
+// Types that the device header and its emulation share: values without behaviour.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ struct alignas(sizeof(T) * N) vec {
   T v[N];
 };
 
-// Shared memory that a block may ask for on every device of compute capability 8.0 and newer. Kernels for which there is no other
-// plan ask for no more.
+// Shared memory that a block may ask for on every device of compute capability 8.0 and newer. Kernels without an
+// alternative plan ask for no more.
 constexpr int kMaxShared = 99 * 1024;
 
 struct Dim {

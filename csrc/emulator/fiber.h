@@ -1,4 +1,4 @@
-// A stack that can be left and entered again: what a CUDA thread runs on. The switch by hand costs 8 ns where
+// A stack that can be left and entered again, on which a CUDA thread runs. The switch by hand costs 8 ns where
 // swapcontext, which also swaps the signal mask through the kernel, costs 300.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Scheduling: which thread runs next, what a warp or block does together, and how a failure leaves the kernel.
+// Scheduling: the next thread to run, collectives of warps and blocks, and the way out of a kernel after a failure.
 #include "machine.h"
 
 #include <sys/mman.h>
@@ -181,19 +181,13 @@ void Machine::release_barrier() {
     warp->waiting = 0;
     warp->ready = kAll;
     warp->synced = barrier_;
-    for (Lane& lane : warp->lane) {
-      acquired_.insert(acquired_.end(), lane.acquired.begin(), lane.acquired.end());
-      lane.acquired.clear();
-    }
   }
-  std::sort(acquired_.begin(), acquired_.end(), [](auto& a, auto& b) { return a.start < b.start; });
 }
 
 void Machine::run_block() {
   block_start_ = barrier_ = ++clock_;
   std::fill(shared_.begin(), shared_.end(), ~uint64_t{0});  // NaN in every format, and no valid index
   std::fill(shared_cells_.begin(), shared_cells_.end(), Cell{.writer = kUndefined});
-  acquired_.clear();
   votes_ = false;
   for (auto& warp : warps_) {
     warp->ready = kAll;
@@ -204,10 +198,8 @@ void Machine::run_block() {
       unsigned char* stack = stacks_ + static_cast<size_t>(lane.index) * kStack;
       ASAN_UNPOISON_MEMORY_REGION(stack + kGuard, kStack - kGuard);  // frames that a failure left behind
       prepare(lane.fiber, stack + kGuard, kStack - kGuard, lane_main);
-      lane.fence = lane.groups = 0;
+      lane.groups = 0;
       lane.copies.clear();
-      lane.taken.clear();
-      lane.acquired.clear();
     }
     for (Site& site : warp->sites) {
       site.used = 0;
@@ -253,7 +245,6 @@ void Machine::launch(const gpu::Launch& launch, const std::function<void()>& ker
   kernel_ = &kernel;
   lane_ = nullptr;
   failure_.clear();
-  tickets_.clear();
   launches.push_back(launch);
   launch_start_ = ++clock_;
   switching_ = static_cast<int>(random_() % 4);

@@ -1,4 +1,4 @@
-// The emulated machine: threads as fibers, warps, one block at a time, and what is known about every byte they share.
+// The emulated machine: threads as fibers, warps, one block at a time, and the state of every byte that they share.
 //
 // Time is one counter, `clock`, that steps at every event that orders memory. Each warp remembers when it was last
 // synchronised, the block when its last barrier was; a byte remembers the stamps of its last write and read. Two accesses
@@ -26,21 +26,21 @@ using At = std::source_location;
 inline constexpr int kWarp = 32;
 inline constexpr uint32_t kAll = 0xffffffffu;
 
-// What a kernel did wrong; the message names kernel, block, thread and source line.
+// A mistake of a kernel; the message names kernel, block, thread and source line.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
 // ---- Memory
 
-// What is known about two bytes, the smallest unit that kernels may touch.
+// The state of two bytes, the smallest unit that kernels may touch.
 struct Cell {
   uint32_t written = 0, read = 0;            // stamps
   uint16_t writer = 0, reader = 0;           // thread, or one of the codes below
   uint16_t written_line = 0, read_line = 0;  // for the message
 };
-inline constexpr uint16_t kThread = 0x3ff, kAtomic = 0x400, kInFlight = 0x800, kUndefined = 0x1000;      // writer
-inline constexpr uint16_t kSeveralLanes = 0x400, kSeveralWarps = 0x800, kSeveralBlocks = 0x1000;         // reader
+inline constexpr uint16_t kThread = 0x3ff, kInFlight = 0x800, kUndefined = 0x1000;                // writer
+inline constexpr uint16_t kSeveralLanes = 0x400, kSeveralWarps = 0x800, kSeveralBlocks = 0x1000;  // reader
 inline constexpr int kGrain = 2, kSector = 32, kPage = 4096;
 
 // Bytes of one global sector that this launch touched, and when the counts last saw it.
@@ -71,7 +71,7 @@ struct SharedTraffic {
 
 enum class Space : uint8_t { global, shared };
 
-// What one warp asked for at one place in the source: lane by lane, completed by the next synchronisation.
+// Accesses of one warp at one line of the source, lane by lane; the next synchronisation completes them.
 struct Request {
   uintptr_t address[kWarp];
   uint8_t bytes[kWarp];  // 0: predicated off
@@ -95,20 +95,12 @@ struct Copy {  // one cp.async on its way
   At at;
 };
 
-// "Block [start, ...) had done all this before its thread took a ticket."
-struct Release {
-  uint32_t start, barrier, warp_sync, fence;
-  uint16_t thread;
-};
-
 struct Lane {
   Fiber fiber;
   int index = 0;
-  uint32_t fence = 0, fence_barrier = 0, fence_warp_sync = 0;
   uint32_t groups = 0;  // cp.async groups committed so far
   const void* argument = nullptr;  // of the collective it waits in; lives on its stack
   std::vector<Copy> copies;
-  std::vector<Release> taken, acquired;  // seen in a ticket; made visible by a fence
 };
 
 struct Warp {
@@ -131,7 +123,8 @@ unsigned max_shared(int architecture);
 
 class Machine {
  public:
-  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes, the architecture what a launch may ask for.
+  // Forgets all counts and shadows. The seed decides the order of blocks, warps and lanes, the architecture how much shared memory
+  // a launch may ask for.
   void reset(uint64_t seed, int architecture = kLeastArchitecture);
   // [data, data + bytes) holds garbage: a read before a write is an error. The bytes are poisoned.
   void undefined(void* data, size_t bytes);
@@ -158,8 +151,6 @@ class Machine {
   void copy(int64_t to, int64_t low, int64_t high, uintptr_t from, Buffer* buffer, int bytes, int valid, At at);
   void commit();
   void wait(uint32_t pending);
-  void fence();
-  unsigned ticket(uintptr_t address, Buffer* buffer, unsigned last, At at);
   [[noreturn]] void fail(const std::string& what, At at);
 
  private:
@@ -168,7 +159,7 @@ class Machine {
   void next_lane(const char* how, At at);
   void leave_to_scheduler();
   void release_barrier();
-  void check(Cell* cells, int bytes, bool write, uint16_t who, bool atomic, Space space, At at);
+  void check(Cell* cells, int bytes, bool write, uint16_t who, Space space, At at);
   bool ordered(uint32_t stamp, uint16_t who, uint16_t me) const;
   Page& page(uintptr_t address);
   Cell* global_cells(uintptr_t address) { return page(address).cells + address % kPage / kGrain; }
@@ -195,8 +186,6 @@ class Machine {
   size_t stack_count_ = 0;
   std::string failure_;
   bool vote_ = false, votes_ = false;  // of sync_threads_or: the last one's result, the next one's so far
-  std::vector<Release> acquired_;      // by the whole block
-  std::unordered_map<uintptr_t, std::vector<Release>> tickets_;
   std::vector<uint64_t> shared_;  // 64-bit words, for alignment
   std::vector<Cell> shared_cells_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;

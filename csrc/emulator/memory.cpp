@@ -1,4 +1,4 @@
-// Memory: bounds, alignment, races, copies on their way, and what was moved.
+// Memory: bounds, alignment, races, copies on their way, and counts of traffic.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -93,27 +93,14 @@ void Machine::bounds(int64_t address, int64_t bytes, int64_t align, int64_t low,
 // Whether what `who` did at `stamp` comes before what this thread does now.
 bool Machine::ordered(uint32_t stamp, uint16_t who, uint16_t me) const {
   if (stamp < launch_start_) return true;
-  if (who & kSeveralBlocks) return false;
-  if (stamp < block_start_) {  // another block: only through a ticket
-    for (const std::vector<Release>* seen : {&acquired_, static_cast<const std::vector<Release>*>(&lane_->acquired)}) {
-      auto entry = std::upper_bound(seen->begin(), seen->end(), stamp,
-                                    [](uint32_t s, const Release& r) { return s < r.start; });
-      for (const uint32_t start = entry == seen->begin() ? 0 : (entry - 1)->start;
-           entry != seen->begin() && (entry - 1)->start == start; --entry) {
-        const Release& r = entry[-1];
-        const bool one_warp = !(who & kSeveralWarps) && (who & kThread) / kWarp == r.thread / kWarp;
-        if (stamp < r.barrier || (one_warp && stamp < r.warp_sync) || (who == r.thread && stamp < r.fence)) return true;
-      }
-    }
-    return false;
-  }
+  if (who & kSeveralBlocks || stamp < block_start_) return false;  // nothing orders blocks of a launch
   if (stamp < barrier_) return true;
   if (who & kSeveralWarps || (who & kThread) / kWarp != warp_->index) return false;
   return stamp < warp_->synced || who == me;
 }
 
-void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, bool atomic, Space space, At at) {
-  const uint32_t now = std::max(warp_->synced, lane_->fence);
+void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, Space space, At at) {
+  const uint32_t now = warp_->synced;
   const auto line = static_cast<uint16_t>(at.line());
   const char* where = space == Space::shared ? "shared" : "global";
   const auto race = [&](const char* verb, uint32_t stamp, uint16_t who, uint16_t other_line) {
@@ -134,12 +121,12 @@ void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, bool atomic
            at);
     if (cell->writer & kUndefined && !write)
       fail(std::string("read of ") + where + " memory that was never written", at);
-    if (!(atomic && cell->writer & kAtomic) && !ordered(cell->written, cell->writer & kThread, me))
+    if (!ordered(cell->written, cell->writer & kThread, me))
       race("write", cell->written, cell->writer & kThread, cell->written_line);
     if (write) {
       if (!ordered(cell->read, cell->reader, me)) race("read", cell->read, cell->reader, cell->read_line);
       cell->written = now;
-      cell->writer = static_cast<uint16_t>(me | (atomic ? kAtomic : 0));
+      cell->writer = me;
       cell->written_line = line;
       after = *cell;
       continue;
@@ -166,21 +153,20 @@ void Machine::global(uintptr_t address, int bytes, Buffer* buffer, bool write, b
   if (!buffer) fail("access through a null gmem", at);
   bounds(static_cast<int64_t>(address), bytes, bytes, static_cast<int64_t>(buffer->low),
          static_cast<int64_t>(buffer->high), write ? "global store" : "global load", at);
-  check(global_cells(address), bytes, write, static_cast<uint16_t>(thread()), false, Space::global, at);
+  check(global_cells(address), bytes, write, static_cast<uint16_t>(thread()), Space::global, at);
 }
 
 void* Machine::shared(int64_t address, int bytes, int64_t low, int64_t high, bool write, bool when, At at) {
   record(Space::shared, write, static_cast<uintptr_t>(address), when ? bytes : 0, nullptr, at);
   if (!when) return nullptr;
   bounds(address, bytes, bytes, low, high, write ? "shared store" : "shared load", at);
-  check(shared_cells(address), bytes, write, static_cast<uint16_t>(thread()), false, Space::shared, at);
+  check(shared_cells(address), bytes, write, static_cast<uint16_t>(thread()), Space::shared, at);
   return shared_bytes(address);
 }
 
 const void* Machine::matrix_row(int64_t address, int64_t low, int64_t high, At at) {
   bounds(address, 16, 16, low, high, "ldmatrix", at);
-  check(shared_cells(address), 16, false, static_cast<uint16_t>(kSeveralLanes | warp_->index * kWarp), false,
-        Space::shared, at);
+  check(shared_cells(address), 16, false, static_cast<uint16_t>(kSeveralLanes | warp_->index * kWarp), Space::shared, at);
   return shared_bytes(address);
 }
 
@@ -193,13 +179,13 @@ void Machine::copy(int64_t to, int64_t low, int64_t high, uintptr_t from, Buffer
     if (!buffer) fail("cp_async through a null gmem", at);
     bounds(static_cast<int64_t>(from), valid, bytes, static_cast<int64_t>(buffer->low),
            static_cast<int64_t>(buffer->high), "cp_async from global memory", at);
-    check(global_cells(from), valid, false, me, false, Space::global, at);
+    check(global_cells(from), valid, false, me, Space::global, at);
   }
   bounds(to, bytes, bytes, low, high, "cp_async to shared memory", at);
-  check(shared_cells(to), bytes, true, me, false, Space::shared, at);
+  check(shared_cells(to), bytes, true, me, Space::shared, at);
   for (int i = 0; i < bytes / kGrain; ++i) shared_cells(to)[i].writer |= kInFlight;
   std::memset(shared_bytes(to), 0xff, static_cast<size_t>(bytes));
-  lane_->copies.push_back({to, from, bytes, valid, lane_->groups, std::max(warp_->synced, lane_->fence), at});
+  lane_->copies.push_back({to, from, bytes, valid, lane_->groups, warp_->synced, at});
 }
 
 void Machine::commit() { ++lane_->groups; }
@@ -215,43 +201,16 @@ void Machine::wait(uint32_t pending) {
       for (int i = 0; i < (copy->valid + kGrain - 1) / kGrain; ++i)
         if (source[i].written > copy->issued)
           fail("overwritten while this copy was on its way, by " + by(source[i].writer & kThread, source[i].written_line), copy->at);
-      check(global_cells(copy->from), copy->valid, false, static_cast<uint16_t>(thread()), false, Space::global, copy->at);
+      check(global_cells(copy->from), copy->valid, false, static_cast<uint16_t>(thread()), Space::global, copy->at);
     }
     std::memcpy(shared_bytes(copy->to), reinterpret_cast<const void*>(copy->from), static_cast<size_t>(copy->valid));
     std::memset(shared_bytes(copy->to) + copy->valid, 0, static_cast<size_t>(copy->bytes - copy->valid));
     for (int i = 0; i < copy->bytes / kGrain; ++i) {
       shared_cells(copy->to)[i].writer = static_cast<uint16_t>(thread());
-      shared_cells(copy->to)[i].written = std::max(warp_->synced, lane_->fence);
+      shared_cells(copy->to)[i].written = warp_->synced;
     }
   }
   copies.erase(copies.begin(), landed);
-}
-
-void Machine::fence() {
-  Lane& lane = *lane_;
-  lane.fence_barrier = barrier_;
-  lane.fence_warp_sync = warp_->synced;
-  lane.fence = ++clock_;
-  lane.acquired.insert(lane.acquired.end(), lane.taken.begin(), lane.taken.end());
-  lane.taken.clear();
-  std::sort(lane.acquired.begin(), lane.acquired.end(), [](auto& a, auto& b) { return a.start < b.start; });
-}
-
-unsigned Machine::ticket(uintptr_t address, Buffer* buffer, unsigned last, At at) {
-  record(Space::global, true, address, sizeof(unsigned), buffer, at);
-  if (!buffer) fail("ticket through a null gmem", at);
-  bounds(static_cast<int64_t>(address), sizeof(unsigned), sizeof(unsigned), static_cast<int64_t>(buffer->low),
-         static_cast<int64_t>(buffer->high), "ticket", at);
-  check(global_cells(address), sizeof(unsigned), true, static_cast<uint16_t>(thread()), true, Space::global, at);
-  auto& released = tickets_[address];
-  lane_->taken.insert(lane_->taken.end(), released.begin(), released.end());
-  if (lane_->fence)
-    released.push_back({block_start_, lane_->fence_barrier, lane_->fence_warp_sync, lane_->fence,
-                        static_cast<uint16_t>(thread())});
-  unsigned& counter = *reinterpret_cast<unsigned*>(address);
-  const unsigned mine = counter;
-  counter = mine >= last ? 0 : mine + 1;
-  return mine;
 }
 
 // ---- Counts

@@ -22,7 +22,6 @@ inline int lane_index() { return thread_index() % 32; }
 inline int warp_index() { return thread_index() / 32; }
 inline int block_threads() { return static_cast<int>(machine().current().threads); }
 inline Dim block_index() { return machine().block(); }
-inline Dim grid_size() { return machine().current().grid; }
 
 // ---- Memory
 
@@ -37,16 +36,9 @@ class gmem {
     requires std::is_same_v<T, const U>
   gmem(gmem<U> other) : address(other.address), buffer(other.buffer) {}
   explicit operator bool() const { return address != 0; }
-  gmem operator+(int64_t n) const { return moved_to<T>(address + static_cast<uintptr_t>(n) * sizeof(T)); }
-  template <class U>
-  gmem<U> as() const {
-    return moved_to<U>(address);
-  }
-  template <class U>
-  gmem<U> moved_to(uintptr_t to) const {
-    gmem<U> other;
-    other.address = to;
-    other.buffer = buffer;
+  gmem operator+(int64_t n) const {
+    gmem other = *this;
+    other.address += static_cast<uintptr_t>(n) * sizeof(T);
     return other;
   }
 
@@ -60,10 +52,6 @@ class smem {
   smem(int64_t offset, int64_t low, int64_t high) : address(offset), low(low), high(high) {}
   smem operator+(int n) const { return {address + n * static_cast<int64_t>(sizeof(T)), low, high}; }
   smem operator^(unsigned bytes) const { return {address ^ static_cast<int64_t>(bytes), low, high}; }
-  template <class U>
-  smem<U> as() const {
-    return {address, low, high};
-  }
 
   int64_t address, low, high;  // for this header only
 };
@@ -146,26 +134,19 @@ struct Exchange {
   mutable T result;
 };
 template <class T>
-T exchange(const char* what, T value, int from, At at) {
+T shuffle_xor(T value, int mask, At at = At::current()) {
   static_assert(sizeof(T) == 4);
-  if (from < 0 || from > 31) machine().fail(std::string(what) + " from lane " + std::to_string(from), at);
+  const int from = lane_index() ^ mask;
+  if (from < 0 || from > 31) machine().fail("shuffle_xor from lane " + std::to_string(from), at);
   const Exchange<T> mine{value, from, value};
   machine().collect(
-      what, &mine,
+      "shuffle_xor", &mine,
       [](emulator::Warp&, const void* const* lanes) {
         const auto lane = [&](int i) { return static_cast<const Exchange<T>*>(lanes[i]); };
         for (int i = 0; i < 32; ++i) lane(i)->result = lane(lane(i)->from)->value;
       },
       at);
   return mine.result;
-}
-template <class T>
-T shuffle(T value, int from_lane, At at = At::current()) {
-  return exchange("shuffle", value, from_lane, at);
-}
-template <class T>
-T shuffle_xor(T value, int mask, At at = At::current()) {
-  return exchange("shuffle_xor", value, lane_index() ^ mask, at);
 }
 inline unsigned ballot(bool mine, At at = At::current()) {
   const Exchange<unsigned> vote{mine ? 1u << lane_index() : 0u, 0, 0};
@@ -180,14 +161,9 @@ inline unsigned ballot(bool mine, At at = At::current()) {
   return vote.result;
 }
 
-inline void thread_fence() { machine().fence(); }
-inline unsigned take_ticket(gmem<unsigned> counter, unsigned last, At at = At::current()) {
-  return machine().ticket(counter.address, counter.buffer, last, at);
-}
-
 // ---- Conversions
 
-inline uint32_t here(uint32_t x) { return x; }
+inline uint32_t no_hoist(uint32_t x) { return x; }
 inline uint32_t halves(uint32_t low, uint32_t high, bool upper) {
   return upper ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
 }
@@ -232,7 +208,7 @@ inline uint32_t to_tf32(float x) { return std::isfinite(x) ? (float_to_bits(x) +
 
 template <int N, bool kTranspose = false, class T>
 void ldmatrix(uint32_t (&r)[N], smem<T> row, At at = At::current()) {
-  static_assert(N == 1 || N == 2 || N == 4);
+  static_assert(N == 4 || (N == 2 && !kTranspose), "what kernels use");
   static_assert(sizeof(T) == 2 || !kTranspose, "transposing moves 16-bit values");
   struct Mine {
     int64_t address, low, high;

@@ -1,4 +1,4 @@
-// pybind11: runs the trial's kernels on the emulator, on memory that Python owns.
+// Bindings that run the trial's kernels on the emulator, on memory that Python owns.
 #include <pybind11/pybind11.h>
 
 #include "../../csrc/bindings/emulator.h"
@@ -15,16 +15,14 @@ gmem<T> at(uintptr_t address, int64_t count) {
 }
 
 template <class T>
-void run_product(uintptr_t x, uintptr_t w, uintptr_t partial, uintptr_t tickets, uintptr_t y, Shape p, int copy, Bug bug) {
-  const Dim grid{static_cast<unsigned>((p.M + kTile - 1) / kTile), static_cast<unsigned>((p.N + kTile - 1) / kTile),
-                 static_cast<unsigned>(p.splits)};
+void run_product(uintptr_t x, uintptr_t w, uintptr_t y, Shape p, int copy, Bug bug) {
+  const Dim grid{static_cast<unsigned>((p.M + kTile - 1) / kTile), static_cast<unsigned>((p.N + kTile - 1) / kTile)};
   const auto kernel = copy == 16  ? product<T, 16>
                       : copy == 8 ? product<T, 8>
                       : copy == 4 ? product<T, 4>
                                   : product<T, 2>;
   const int64_t M = p.M, N = p.N, K = p.K;
-  launch({"product", grid, kThreads, kSharedBytes}, kernel, at<const T>(x, M * K), at<const T>(w, N * K),
-         at<float>(partial, p.splits * M * N), at<unsigned>(tickets, grid.x * grid.y), at<T>(y, M * N), p, bug);
+  launch({"product", grid, kThreads, kSharedBytes}, kernel, at<const T>(x, M * K), at<const T>(w, N * K), at<T>(y, M * N), p, bug);
 }
 
 template <class Kernel, class... A>
@@ -41,10 +39,9 @@ PYBIND11_MODULE(_emulator_trial, m) {
   RODE_TRIAL_BUGS(RODE_NAME)
 #undef RODE_NAME
   m.attr("BUGS") = bugs;
-  m.def("product", [](uintptr_t x, uintptr_t w, uintptr_t partial, uintptr_t tickets, uintptr_t y, int M, int N, int K,
-                      int splits, bool half, int copy, int bug) {
+  m.def("product", [](uintptr_t x, uintptr_t w, uintptr_t y, int M, int N, int K, bool half, int copy, int bug) {
     const auto run = half ? run_product<f16> : run_product<bf16>;
-    run(x, w, partial, tickets, y, {M, N, K, splits}, copy, static_cast<Bug>(bug));
+    run(x, w, y, {M, N, K}, copy, static_cast<Bug>(bug));
   });
   m.def("mma", [](const std::string& type, uintptr_t a, uintptr_t b, uintptr_t c) {
     const int depth = type == "tf32" ? 8 : 16;
@@ -52,16 +49,11 @@ PYBIND11_MODULE(_emulator_trial, m) {
              at<const float>(b, 8 * depth), at<float>(c, 128));
   });
   m.def("ldmatrix", [](int n, bool transpose, uintptr_t matrices, uintptr_t out) {
-    const auto kernel = transpose ? (n == 1   ? one_ldmatrix<1, true>
-                                     : n == 2 ? one_ldmatrix<2, true>
-                                              : one_ldmatrix<4, true>)
-                                  : (n == 1   ? one_ldmatrix<1, false>
-                                     : n == 2 ? one_ldmatrix<2, false>
-                                              : one_ldmatrix<4, false>);
+    const auto kernel = transpose ? one_ldmatrix<4, true> : n == 2 ? one_ldmatrix<2, false> : one_ldmatrix<4, false>;
     one_warp(kernel, at<const uint16_t>(matrices, n * 64), at<uint16_t>(out, n * 64));
   });
   m.def("exchanges", [](uintptr_t in, uintptr_t out) {
-    launch({"exchanges", {}, 64}, exchanges, at<const uint32_t>(in, 64), at<uint32_t>(out, 320));
+    launch({"exchanges", {}, 64}, exchanges, at<const uint32_t>(in, 64), at<uint32_t>(out, 192));
   });
   m.def(
       "scripted",

@@ -7,20 +7,21 @@ namespace rode::trial {
 
 using namespace rode::gpu;
 
-// What is wrong with the product; Python gets the names.
+// Mistakes in the product; Python gets the names.
+// clang-format off
 #define RODE_TRIAL_BUGS(X)                                                                                           \
   X(none) X(missing_wait) X(early_wait) X(off_by_one_wait) X(missing_barrier) X(wrong_stage) X(missing_sync_warp)    \
   X(global_load_out_of_bounds) X(global_store_out_of_bounds) X(shared_array_out_of_bounds)                           \
   X(shared_load_out_of_bounds) X(misaligned_copy) X(misaligned_store) X(undefined_shared_read)                       \
   X(undefined_global_read) X(divergent_barrier) X(barrier_by_part_of_a_warp) X(early_return)                         \
-  X(divergent_collective) X(race_between_warps) X(race_between_blocks) X(missing_fence)                              \
-  X(missing_barrier_before_ticket) X(dropped_swizzle) X(exit_in_flight)
+  X(divergent_collective) X(race_between_warps) X(race_between_blocks) X(dropped_swizzle) X(exit_in_flight)
+// clang-format on
 #define RODE_NAME(name) name,
 enum class Bug : int { RODE_TRIAL_BUGS(RODE_NAME) };
 #undef RODE_NAME
 
 struct Shape {
-  int M, N, K, splits;
+  int M, N, K;
 };
 
 constexpr int kTile = 32, kDepth = 64, kStages = 3, kThreads = 128;
@@ -57,17 +58,13 @@ RODE_DEVICE void load_tile(smem<T> tile, gmem<const T> from, int first, int rows
   }
 }
 
-// y = x W^T for x (M, K), w (N, K), y (M, N). With several splits (grid.z) each block leaves float32 sums in `partial`
-// (splits, M, N), and the last of a tile's blocks adds them in order.
+// y = x W^T for x (M, K), w (N, K), y (M, N).
 template <class T, int kCopy>
 RODE_KERNEL(kThreads, 4)
-product(gmem<const T> x, gmem<const T> w, gmem<float> partial, gmem<unsigned> tickets, gmem<T> y, Shape p, Bug bug) {
+product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
   const int lane = lane_index(), warp = warp_index();
   const int m0 = static_cast<int>(block_index().x) * kTile, n0 = static_cast<int>(block_index().y) * kTile;
-  const int split = static_cast<int>(block_index().z);
-  const int all_tiles = (p.K + kDepth - 1) / kDepth, share = (all_tiles + p.splits - 1) / p.splits;
-  const int first = split * share, last = first + share < all_tiles ? first + share : all_tiles;
-  const int tiles = last > first ? last - first : 0;
+  const int tiles = (p.K + kDepth - 1) / kDepth;
   const int m = warp / 2 * 16, n = warp % 2 * 16;  // this warp's 16 x 16 of the block's 32 x 32
 
   const auto x_tile = [](int stage) {
@@ -76,9 +73,9 @@ product(gmem<const T> x, gmem<const T> w, gmem<float> partial, gmem<unsigned> ti
   const auto w_tile = [](int stage) {
     return shared_array<T>(static_cast<unsigned>(stage) * kStageBytes + kStageBytes / 2, kTile * kDepth);
   };
-  const auto issue = [&](int tile) {
+  const auto load_stage = [&](int tile) {
     const int stage = bug == Bug::shared_array_out_of_bounds ? tile : tile % kStages;
-    const int k = (first + tile) * kDepth;
+    const int k = tile * kDepth;
     load_tile<T, kCopy>(x_tile(stage), x, m0, p.M, k, p.K, bug);
     load_tile<T, kCopy>(w_tile(stage), w, n0, p.N, k, p.K, bug);
   };
@@ -86,7 +83,7 @@ product(gmem<const T> x, gmem<const T> w, gmem<float> partial, gmem<unsigned> ti
   if (bug == Bug::early_return && n0 + n >= p.N) return;
   float c[2][4] = {};
   for (int tile = 0; tile < kStages - 1; ++tile) {
-    if (tile < tiles) issue(tile);
+    if (tile < tiles) load_stage(tile);
     cp_async_commit();
   }
   for (int tile = 0; tile < tiles; ++tile) {
@@ -97,7 +94,7 @@ product(gmem<const T> x, gmem<const T> w, gmem<float> partial, gmem<unsigned> ti
     }
     if (bug != Bug::missing_barrier) sync_threads();
     const int next = tile + kStages - 1;
-    if (next < tiles || bug == Bug::exit_in_flight) issue(next);
+    if (next < tiles || bug == Bug::exit_in_flight) load_stage(next);
     if (bug == Bug::early_wait) cp_async_wait<kStages - 2>();
     cp_async_commit();
     const int stage = (tile + (bug == Bug::wrong_stage ? 1 : 0)) % kStages;
@@ -119,39 +116,15 @@ product(gmem<const T> x, gmem<const T> w, gmem<float> partial, gmem<unsigned> ti
   }
 
   const int group = lane / 4, pair = lane % 4 * 2;
-  if (p.splits > 1 && bug != Bug::race_between_blocks) {
-    const auto size = static_cast<int64_t>(p.M) * p.N;
-    for (int i = 0; i < 8; ++i) {
-      const int row = m0 + m + group + i / 2 % 2 * 8, column = n0 + n + i / 4 * 8 + pair + i % 2;
-      const bool skip = bug == Bug::undefined_global_read && i == 5;
-      store(partial + (split * size + static_cast<int64_t>(row) * p.N + column), c[i / 4][i % 4],
-            row < p.M && column < p.N && !skip);
-    }
-    if (bug != Bug::missing_barrier_before_ticket) sync_threads();
-    bool is_last = false;
-    if (thread_index() == 0) {
-      if (bug != Bug::missing_fence) thread_fence();
-      const unsigned tile = block_index().y * grid_size().x + block_index().x;
-      is_last = take_ticket(tickets + tile, static_cast<unsigned>(p.splits) - 1) + 1 == static_cast<unsigned>(p.splits);
-      thread_fence();
-    }
-    if (!sync_threads_or(is_last)) return;
-    for (int i = 0; i < 8; ++i) {
-      const int row = m0 + m + group + i / 2 % 2 * 8, column = n0 + n + i / 4 * 8 + pair + i % 2;
-      float sum = 0;
-      for (int s = 0; s < p.splits; ++s)
-        sum += load(partial + (s * size + static_cast<int64_t>(row) * p.N + column), row < p.M && column < p.N);
-      c[i / 4][i % 4] = sum;
-    }
-  }
-
   // Through shared memory, where each warp has a corner of its own, so that lanes store rows and not fragments.
   const smem<T> corner = shared_array<T>(kStages * kStageBytes + static_cast<unsigned>(warp) * 16 * kPitch * 2, 16 * kPitch);
   for (int i = 0; i < 4; ++i)
     store(corner + ((group + i % 2 * 8) * kPitch + i / 2 * 8 + pair), pack2<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
   if (bug != Bug::missing_sync_warp) sync_warp();
   const int row = lane / 2, column = lane % 2 * 8;
-  const gmem<T> out = y + (static_cast<int64_t>(m0 + m + row) * p.N + n0 + n + column);
+  const int out_m0 = bug == Bug::race_between_blocks ? 0 : m0;
+  const gmem<T> out = y + (static_cast<int64_t>(out_m0 + m + row) * p.N + n0 + n + column);
+  if (bug == Bug::undefined_global_read) load(out, m0 + m + row < p.M && n0 + n + column < p.N);
   const bool inside = m0 + m + row < p.M || bug == Bug::global_store_out_of_bounds;
   if (p.N % 8 == 0) {
     store(bug == Bug::misaligned_store ? out + 4 : out, load<vec<T, 8>>(corner + (row * kPitch + column)),
@@ -209,16 +182,14 @@ one_ldmatrix(gmem<const uint16_t> matrices, gmem<uint16_t> out) {
   for (int i = 0; i < N; ++i) store(out + (i * 32 + lane_index()) * 2, r[i]);
 }
 
-// One block: what lanes tell each other; out is (5, threads).
+// One block: what lanes tell each other; out is (3, threads).
 RODE_KERNEL(64, 1)
 exchanges(gmem<const uint32_t> in, gmem<uint32_t> out) {
   const int i = thread_index(), n = block_threads();
   const uint32_t mine = load(in + i);
-  store(out + i, shuffle(mine, (lane_index() + 5) % 32));
-  store(out + (n + i), shuffle_xor(mine, 16));
-  store(out + (2 * n + i), ballot(mine % 3 == 0));
-  store(out + (3 * n + i), uint32_t{sync_threads_or(mine == 7)});
-  store(out + (4 * n + i), float_to_bits(shuffle(bits_to_float(mine), 0)));
+  store(out + i, shuffle_xor(mine, 16));
+  store(out + (n + i), ballot(mine % 3 == 0));
+  store(out + (2 * n + i), uint32_t{sync_threads_or(mine == 7)});
 }
 
 // Follows a script of steps {what, block, thread, cell}: who touches which cell of shared or global memory between which

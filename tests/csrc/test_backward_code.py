@@ -15,13 +15,13 @@ from rode_kernels.backends.cuda.emulated import native
 from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-THREADS = {"backward_y": 256}
+THREADS = {"grad_output_pass": 256}
 
 
 def claims() -> dict[str, tuple[int, int]]:
     """From the comment in backward_params.cuh, as forward's."""
     text = (ROOT / "csrc/cuda/backward_params.cuh").read_text()
-    lines = re.findall(r"^//   (backward_\w+(?: \d+)*): (\d+), (\d+)$", text, re.MULTILINE)
+    lines = re.findall(r"^//   (\w+(?: \d+)*): (\d+), (\d+)$", text, re.MULTILINE)
     return {name: (int(large), int(small)) for name, large, small in lines}
 
 
@@ -36,7 +36,12 @@ def shared_bytes(kind: str) -> dict[str, int]:
         leaves = [t.detach().requires_grad_() for t in (p.x, p.A, p.B, p.router_weight)]
         y = rectified_mixture(*leaves, ranks=ranks, scaling=p.scaling, backend="cuda-emulated")
         torch.autograd.grad(y, leaves, p.dy)
-        names = [f"backward_y {numbers[0]}", "backward_v", f"backward_x {numbers[1]}", "backward_add"]
+        names = [
+            f"grad_output_pass {numbers[0]}",
+            "gate_backward",
+            f"grad_input_pass {numbers[1]}",
+            "reduce_partials",
+        ]
         for name, launch in zip(names, native.launches(), strict=True):
             assert name.startswith(launch["kernel"])
             assert launch["threads"] == THREADS.get(launch["kernel"], 128)
@@ -48,7 +53,7 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
     report, kernels = compile_kernels("backward.cu", kind, arch, folder)
     assert "warning" not in report
     claimed = claims()
-    of_alignment = {name for name in claimed if name.startswith(("backward_y", "backward_x"))}
+    of_alignment = {name for name in claimed if name.startswith(("grad_output_pass", "grad_input_pass"))}
     assert set(kernels) == set(claimed) | {f"{name} any" for name in of_alignment}
     for name, kernel in kernels.items():
         where = f"{name} for {kind} on sm_{arch}"
@@ -65,9 +70,9 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
         assert kernel.count(r"LDL|STL") == 0, f"{where}: local memory"
         assert kernel.count(r"(LD|ST)(\.|$)") == 0, f"{where}: generic addresses"
         assert kernel.count(r"(ATOM|RED)(\.|G|$)") == 0, f"{where}: atomics"
-        if name == "backward_v":
+        if name == "gate_backward":
             assert kernel.count(r"LDG.*\.128") > 0, f"{where}: loads of 16 bytes"
-        if name.split()[0] not in ("backward_y", "backward_x"):
+        if name.split()[0] not in ("grad_output_pass", "grad_input_pass"):
             continue
         product = {
             "bf16": r"HMMA\.16816\.F32\.BF16",
@@ -79,7 +84,7 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
         assert kernel.count(r"LDSM\.16\.M88") >= 1, f"{where}: ldmatrix"
         assert kind == "float" or kernel.count(r"LDSM\.16\.MT88") >= 2, f"{where}: transposed ldmatrix"
         assert kernel.count(r"LDGSTS.*\.128") >= 1, f"{where}: asynchronous copies of 16 bytes"
-        if name.startswith("backward_x") and name in claimed:
+        if name.startswith("grad_input_pass") and name in claimed:
             assert kernel.count(r"STG.*\.128") >= 2, f"{where}: wide stores of dx"
 
 

@@ -25,11 +25,11 @@ def test_nvcc_compiles_every_primitive_without_warning_or_spill(arch, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     report = run.stdout + run.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == 19
+    assert len(spills) == 16
     assert set(spills) == {("0", "0", "0")}
 
 
-# Whatever else reaches memory or other threads would escape the emulator's eyes.
+# Anything else that reaches memory or other threads would escape the emulator's eyes.
 FORBIDDEN = (
     r"\basm\b|__shared__|__device__|__global__|\b(threadIdx|blockIdx|blockDim|gridDim)\b|__sync|__shfl|__ballot|__ldg|"
     r"\batomic[A-Z]|\bcuda[A-Z]|reinterpret_cast|const_cast|\.address\b|\.buffer\b|\.(template )?at<|<<<"

@@ -1,4 +1,5 @@
-// backward_x reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. backward_add adds up ranges.
+// grad_input_pass reads x for dA = du^T drop(x) and dWr = dh^T x, and writes dx = drop'(du A) + dh Wr. reduce_partials adds up
+// ranges.
 #pragma once
 
 #include "backward_params.cuh"
@@ -28,8 +29,8 @@ RODE_DEVICE Row<T> weight_row(const BackwardParams<T>& p, int row) {
                     : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
 }
 
-// In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only the places of weights in their
-// registers know about it.
+// In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only which weights stand in which
+// registers depends on it.
 template <int kTiles>
 RODE_DEVICE int dx_column(int j, int n) {
   return n / 2 * 2 * kTiles + 2 * j + n % 2;
@@ -64,7 +65,7 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
 
 // Clears what was dropped, row by row of the mask: from right operands of x (rows run along the sum), and from sums that become dx.
 template <class T, int kCount>
-RODE_DEVICE void drop_right(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words, int row0, int column0) {
+RODE_DEVICE void drop_b(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words, int row0, int column0) {
   const int t = lane_index() % 4;
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
@@ -95,7 +96,7 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words
 // ranges of its own, the first ones, for they have the most to do.
 template <class T, int kGroups, bool kWide, bool kAligned>
 RODE_KERNEL(kThreads, kGroups == 3 ? 3 : 2)
-backward_x(BackwardParams<T> p) {
+grad_input_pass(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
   constexpr int kTiles = Shape::kTiles, kSteps = Shape::kSteps, kSize = Shape::kSize;
   const int warp = warp_index(), range = static_cast<int>(block_index().y);
@@ -128,23 +129,23 @@ backward_x(BackwardParams<T> p) {
   const auto mask_of = [&](int tile) {
     return shared_array<uint32_t>(Shape::masks(count) + static_cast<unsigned>(tile % 2 * Shape::kMaskBytes), Shape::kMaskBytes / 4);
   };
-  const auto key = [](unsigned row) { return tile_key<T>(row); };
+  const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
   const auto D_row = [&](int i) { return Row<T>{p.D + offset(i, pitch), true}; };
-  const Pieces<T, 16, Shape::kTokens, kRowBytes, kThreads, true> of_x(x_row, key), of_D(D_row, key);
-  const auto issue = [&](int turn, int stage) {
+  const TileCopy<T, 16, Shape::kTokens, kRowBytes, kThreads, true> x_copy(x_row, swizzle), D_copy(D_row, swizzle);
+  const auto load_stage = [&](int turn, int stage) {
     const int m0 = first + turn / turns * Shape::kTokens, group = group0 + turn % turns * kGroups;
-    const unsigned inside = m0 + Shape::kTokens <= p.M ? of_D.inside() : of_D.below(p.M - m0);
+    const unsigned inside = m0 + Shape::kTokens <= p.M ? D_copy.inside() : D_copy.below(p.M - m0);
     if (sums_up) {
       const int64_t distance = offset(m0, p.ld_x);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int k = k0 + i * kDepth<T>;
         if constexpr (kAligned) {
-          of_x.copy(x_tile(stage, i), distance + k, inside, p.K - k, key, p.ld_x);
+          x_copy.copy(x_tile(stage, i), distance + k, inside, p.K - k, swizzle, p.ld_x);
         } else {
           const auto row = [&](int r) { return Row<T>{p.x + offset(m0 + r, p.ld_x), m0 + r < p.M}; };
-          load_tile<Shape::kTokens, kRowBytes>(x_tile(stage, i), row, key, k, p.K, p.copy_x);
+          load_tile<Shape::kTokens, kRowBytes>(x_tile(stage, i), row, swizzle, k, p.K, p.copy_x);
         }
       }
     }
@@ -152,7 +153,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
     for (int i = 0; i < Shape::kParts; ++i) {
       const int column = 16 * group + i * kDepth<T>;
-      of_D.copy(D_tile(stage, i), distance + column, inside, pitch - column, key, pitch);
+      D_copy.copy(D_tile(stage, i), distance + column, inside, pitch - column, swizzle, pitch);
     }
   };
   const auto mask = [&](int tile) {
@@ -180,13 +181,13 @@ backward_x(BackwardParams<T> p) {
         }
     }
   };
-  const auto place_weights = [&](uint32_t (&to)[kSteps][kTiles][2], const Raw& raw, int group) {
+  const auto arrange_weights = [&](uint32_t (&to)[kSteps][kTiles][2], const Raw& raw, int group) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if constexpr (!kAligned) {
-          right_values<T>(to[step][j], [&](int k, int n) {
+          gather_b<T>(to[step][j], [&](int k, int n) {
             const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
             const int column = k0 + warp_k + dx_column<kTiles>(j, n);
             return load(row.at + column, row.inside && column < p.K);
@@ -210,7 +211,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) fetch_weights(raw[group], group);
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) place_weights(weight[group], raw[group], group);
+      for (int group = 0; group < kGroups; ++group) arrange_weights(weight[group], raw[group], group);
     }
   }
 
@@ -223,26 +224,26 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll 1
     for (int row0 = 0; row0 < Shape::kTokens; row0 += kStepRows<T>) {
       uint32_t b[kTiles][2], kept[kTiles][2];
-      right_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
+      load_b_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) kept[j][0] = b[j][0], kept[j][1] = b[j][1];
-      if constexpr (kDrop) drop_right<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+      if constexpr (kDrop) drop_b<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         const bool of_experts = !kDrop || group0 + group < p.expert_groups;
         if (!(wanted >> group & 1)) continue;
         const int at = group * 16 * kSize / kChunk;
         uint32_t bits[4];
-        left_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
+        load_a_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
         if (!warp_any(bits)) continue;  // nothing open
-        const Left<T> a = left_operand<T>(bits, p.fast);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
           multiply(c[group][j], a, of_experts ? kept[j][0] : b[j][0], of_experts ? kept[j][1] : b[j][1], p.fast);
       }
     }
   };
-  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its place in D's
+  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its index in D's
   // tile.
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
@@ -252,15 +253,15 @@ backward_x(BackwardParams<T> p) {
       for (int step = 0; step < kSteps; ++step) {
         const int at = (i * kSteps + step) * 2;
         uint32_t bits[4];
-        left_plain<T>(bits, D_tile(stage, at / 8), row0, at % 8);
+        load_a<T>(bits, D_tile(stage, at / 8), row0, at % 8);
         if (!warp_any(bits)) continue;
-        const Left<T> a = left_operand<T>(bits, p.fast);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) multiply(part[j], a, here(w[step][j][0]), here(w[step][j][1]), p.fast);
+        for (int j = 0; j < kTiles; ++j) multiply(part[j], a, no_hoist(w[step][j][0]), no_hoist(w[step][j][1]), p.fast);
       }
     });
   };
-  const auto finish = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
+  const auto epilogue = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
     if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
     store_dx<T, kAligned, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
@@ -269,7 +270,7 @@ backward_x(BackwardParams<T> p) {
   const auto is_open = [&](int turn) { return load(flags + turn / turns) != 0; };
   const int all = count * turns;
   for (int turn = 0; turn < Shape::kStages - 1; ++turn) {
-    if (turn < all && is_open(turn)) issue(turn, turn);
+    if (turn < all && is_open(turn)) load_stage(turn, turn);
     cp_async_commit();
   }
   mask(0);
@@ -278,7 +279,7 @@ backward_x(BackwardParams<T> p) {
     const int tile = turn / turns, step = turn % turns, ahead = turn + Shape::kStages - 1, m0 = first + tile * Shape::kTokens;
     cp_async_wait<Shape::kStages - 2>();
     sync_threads();
-    if (ahead < all && is_open(ahead)) issue(ahead, free);
+    if (ahead < all && is_open(ahead)) load_stage(ahead, free);
     cp_async_commit();
     if (step == turns - 1) mask(tile + 1);
     const bool open = is_open(turn);
@@ -310,14 +311,14 @@ backward_x(BackwardParams<T> p) {
         for (int i = 0; i < kGroups && open && step * kGroups + i < groups; ++i) {
           const int group = step * kGroups + i, next = group + 1 == groups ? 0 : group + 1;
           if (fetched != group) fetch_weights(ahead_weights, group);
-          place_weights(weight[0], ahead_weights, group);
+          arrange_weights(weight[0], ahead_weights, group);
           if (next > 0 || tile + 1 < count) fetch_weights(ahead_weights, fetched = next);
 #pragma unroll
           for (int rows = 0; rows < 4; ++rows) go_back(stage, tile, 16 * rows, i, group, weight[0], dx[rows]);
         }
         if (step == turns - 1) {
 #pragma unroll
-          for (int rows = 0; rows < 4; ++rows) finish(tile, 16 * rows, m0, open, dx[rows]);
+          for (int rows = 0; rows < 4; ++rows) epilogue(tile, 16 * rows, m0, open, dx[rows]);
         }
       }
     } else if (writes) {
@@ -327,7 +328,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group)
           if (open) go_back(stage, tile, row0, group, group, weight[group], c);
-        finish(tile, row0, m0, open, c);
+        epilogue(tile, row0, m0, open, c);
       }
     }
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
@@ -338,7 +339,7 @@ backward_x(BackwardParams<T> p) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * (group0 + group) + fragment_row(2 * half);
-      const gmem<float> to = p.of_A + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
+      const gmem<float> to = p.dA_partial + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
       const bool exists = sums_up && weight_row(p, row).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_W);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
@@ -350,8 +351,8 @@ backward_x(BackwardParams<T> p) {
 
 // Sums of ranges, in order, in the parameters' types: dB (O, R), dA (R, K), dWr (N, K), dbr (N), those that are asked for.
 template <class T>
-struct AddParams {
-  gmem<const float> of_B, of_A, of_bias;
+struct ReduceParams {
+  gmem<const float> dB_partial, dA_partial, dbias_partial;
   gmem<T> dB, dA, dW;
   gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
   int size_B, size_A, size_W, size_bias;         // 0: not asked for
@@ -361,7 +362,7 @@ struct AddParams {
 
 template <class T>
 RODE_KERNEL(kThreads, 8)
-backward_add(AddParams<T> p) {
+reduce_partials(ReduceParams<T> p) {
   int i = static_cast<int>(block_index().x) * kThreads + thread_index();
   const auto sum = [&](gmem<const float> from, int64_t at, int64_t stride, int ranges) {
     float total = 0.0f;
@@ -378,15 +379,16 @@ backward_add(AddParams<T> p) {
   };
   if (i < p.size_B) {
     const int row = i / p.R, column = i % p.R;
-    return put(p.dB, p.wide_dB, sum(p.of_B, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
+    return put(p.dB, p.wide_dB,
+               sum(p.dB_partial, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
   }
   i -= p.size_B;
-  const int64_t of_A = static_cast<int64_t>(p.rows_A) * p.pitch_A;
+  const int64_t range_size = static_cast<int64_t>(p.rows_A) * p.pitch_A;
   if (i < p.size_A + p.size_W) {
     const bool router = i >= p.size_A;
     if (router) i -= p.size_A;
     const int row = i / p.K + (router ? p.first_router : 0), column = i % p.K;
-    const float value = sum(p.of_A, offset(row, p.pitch_A) + column, of_A, p.ranges_x);
+    const float value = sum(p.dA_partial, offset(row, p.pitch_A) + column, range_size, p.ranges_x);
     return router ? put(p.dW, p.wide_dW, value) : put(p.dA, p.wide_dA, value);
   }
   // dbr by whole warps, from where one begins: there are many parts, and few sums.
@@ -395,7 +397,7 @@ backward_add(AddParams<T> p) {
   if (i < 0 || n >= p.size_bias) return;
   float total = 0.0f;
 #pragma unroll 4
-  for (int part = lane_index(); part < p.parts_bias; part += 32) total += load(p.of_bias + (offset(part, p.N) + n));
+  for (int part = lane_index(); part < p.parts_bias; part += 32) total += load(p.dbias_partial + (offset(part, p.N) + n));
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
   store(p.dbias + n, total, lane_index() == 0);

@@ -1,2 +1,2 @@
 // The kernels around library products for the host.
-#include "../cuda/between.cu"
+#include "../cuda/gates.cu"

@@ -1,13 +1,14 @@
-// pack_parameters puts parameters side by side, in x's type. forward_weigh and backward_weigh stand between products that a library
-// computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
+// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between products that a
+// library computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
 //
-//   forward    sums = x [A; Wr]^T (library)   forward_weigh: g, u, v               y = base + v B^T (library)
-//   backward   t = dy B (library)             backward_weigh: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x, dx = D [A; Wr]
+//   forward    sums = x [A; Wr]^T (library)   apply_gates: g, u, v                       y = base + v B^T (library)
+//   backward   t = dy B (library)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
+//                                                                                        dx = D [A; Wr] (library)
 //
 // Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
 //   pack_parameters: 8, 8
-//   forward_weigh: 8, 8
-//   backward_weigh: 4, 2
+//   apply_gates: 8, 8
+//   apply_gates_backward: 4, 2
 #pragma once
 
 #include "params.cuh"
@@ -37,7 +38,7 @@ struct PackParams {
 template <class T>
 RODE_KERNEL(kThreads, 8)
 pack_parameters(PackParams<T> p) {
-  constexpr int kEach = 16 / static_cast<int>(sizeof(T));
+  constexpr int kEach = kChunkValues<T>;
   const int64_t of_W = static_cast<int64_t>(p.rows) * (p.pitch_K / kEach);
   const int64_t pieces = of_W + static_cast<int64_t>(p.O) * (p.pitch_R / kEach);
   int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
@@ -55,12 +56,12 @@ pack_parameters(PackParams<T> p) {
   store((of_B ? p.to_B : p.W) + (offset(row, pitch) + column), out);
 }
 
-constexpr int kWeighed = 8;  // tokens of a block
-// Shared memory of forward_weigh: their gates.
-RODE_HOST_DEVICE constexpr int forward_weigh_bytes(int experts) { return kWeighed * experts * 4; }
+constexpr int kGateTokens = 8;  // tokens of a block
+// Shared memory of apply_gates: their gates.
+RODE_HOST_DEVICE constexpr int apply_gates_bytes(int experts) { return kGateTokens * experts * 4; }
 
 template <class T>
-struct WeighParams {
+struct GateParams {
   gmem<const float> sums, bias, gates, t, old_u, old_g, dgates;
   gmem<float> u, g, dh;
   gmem<T> v, D;
@@ -74,9 +75,9 @@ struct WeighParams {
 // grid (8 tokens). A thread has a column, of all tokens, so that their loads are under way together.
 template <class T>
 RODE_KERNEL(kThreads, 8)
-forward_weigh(WeighParams<T> p) {
-  const int m0 = static_cast<int>(block_index().x) * kWeighed, rows = p.M - m0 < kWeighed ? p.M - m0 : kWeighed;
-  const smem<float> gates = shared_array<float>(0, kWeighed * p.N);
+apply_gates(GateParams<T> p) {
+  const int m0 = static_cast<int>(block_index().x) * kGateTokens, rows = p.M - m0 < kGateTokens ? p.M - m0 : kGateTokens;
+  const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   for (int i = thread_index(); i < rows * p.N; i += kThreads) {
     const int row = i / p.N, n = i % p.N;
     float gate;
@@ -94,11 +95,11 @@ forward_weigh(WeighParams<T> p) {
     const bool exists = column < p.R;
     const int expert = exists ? p.expert[column] : 0;
     const float factor = p.scaling[expert];
-    float u[kWeighed];
+    float u[kGateTokens];
 #pragma unroll
-    for (int i = 0; i < kWeighed; ++i) u[i] = load(p.sums + (offset(m0 + i, p.columns) + column), exists && i < rows);
+    for (int i = 0; i < kGateTokens; ++i) u[i] = load(p.sums + (offset(m0 + i, p.columns) + column), exists && i < rows);
 #pragma unroll
-    for (int i = 0; i < kWeighed; ++i) {
+    for (int i = 0; i < kGateTokens; ++i) {
       const float gate = load(gates + (i * p.N + expert), exists && i < rows);
       const bool open = gate != 0.0f;
       store(p.u + (offset(m0 + i, p.R) + column), open || p.dense ? u[i] : 0.0f, exists && i < rows);
@@ -107,21 +108,22 @@ forward_weigh(WeighParams<T> p) {
   }
 }
 
-// Shared memory of backward_weigh: gates of 8 tokens, then for each of them scaling t u. Every 16 columns one more place, so that
-// threads that add up experts of rank 16 meet different banks.
+// Shared memory of apply_gates_backward: gates of 8 tokens, then for each of them scaling t u. One more value follows every 16
+// columns, so that threads that add up experts of rank 16 meet different banks.
 RODE_HOST_DEVICE constexpr int product_pitch(int pitch_R) { return pitch_R + pitch_R / 16 + 1; }
-RODE_HOST_DEVICE constexpr int backward_weigh_bytes(int experts, int pitch_R) {
-  return kWeighed * (experts + product_pitch(pitch_R)) * 4;
+RODE_HOST_DEVICE constexpr int apply_gates_backward_bytes(int experts, int pitch_R) {
+  return kGateTokens * (experts + product_pitch(pitch_R)) * 4;
 }
 
 template <class T>
 RODE_KERNEL(kThreads, 4)
-backward_weigh(WeighParams<T> p) {
-  const int m0 = static_cast<int>(block_index().x) * kWeighed, rows = p.M - m0 < kWeighed ? p.M - m0 : kWeighed;
-  const smem<float> gates = shared_array<float>(0, kWeighed * p.N);
+apply_gates_backward(GateParams<T> p) {
+  const int m0 = static_cast<int>(block_index().x) * kGateTokens, rows = p.M - m0 < kGateTokens ? p.M - m0 : kGateTokens;
+  const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   const auto product_at = [&](int row, int column) {
     const int pitch = product_pitch(p.pitch_R);
-    return shared_array<float>(static_cast<unsigned>(kWeighed * p.N * 4), kWeighed * pitch) + (row * pitch + column + column / 16);
+    return shared_array<float>(static_cast<unsigned>(kGateTokens * p.N * 4), kGateTokens * pitch) +
+           (row * pitch + column + column / 16);
   };
   for (int i = thread_index(); i < rows * p.N; i += kThreads) store(gates + i, load(p.old_g + (offset(m0, p.N) + i)));
   sync_threads();
@@ -129,16 +131,16 @@ backward_weigh(WeighParams<T> p) {
     const bool exists = column < p.R;
     const int expert = exists ? p.expert[column] : 0;
     const float factor = p.scaling[expert];
-    float gate[kWeighed], u[kWeighed], t[kWeighed];
+    float gate[kGateTokens], u[kGateTokens], t[kGateTokens];
 #pragma unroll
-    for (int i = 0; i < kWeighed; ++i) {
+    for (int i = 0; i < kGateTokens; ++i) {
       gate[i] = load(gates + (i * p.N + expert), exists && i < rows);
       const bool wanted = exists && i < rows && (gate[i] != 0.0f || p.dense);
       u[i] = load(p.old_u + (offset(m0 + i, p.R) + column), wanted);
       t[i] = load(p.t + (offset(m0 + i, p.pitch_R) + column), wanted && p.t);
     }
 #pragma unroll
-    for (int i = 0; i < kWeighed; ++i) {
+    for (int i = 0; i < kGateTokens; ++i) {
       const bool open = gate[i] != 0.0f, wanted = open || p.dense;
       store(product_at(i, column), wanted ? factor * t[i] * u[i] : 0.0f, i < rows);
       store(p.D + (offset(m0 + i, p.columns) + column), from_float<T>(open ? factor * gate[i] * t[i] : 0.0f),

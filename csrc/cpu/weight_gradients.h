@@ -1,4 +1,5 @@
-// The second half of the backward pass: whoever owns columns of dA and the router's gradient, or rows of dB, walks all tokens.
+// The second half of the backward pass: the thread that owns columns of dA and the router's gradient, or rows of dB, walks all
+// tokens.
 #pragma once
 
 #include "outer.h"
@@ -6,16 +7,16 @@
 namespace {
 
 constexpr int64_t kColumns = 128;                // columns of a weight gradient at a time
-constexpr int64_t kLeastColumns = kColumns / 2;  // of which a thread has a multiple
+constexpr int64_t kLeastColumns = kColumns / 2;  // a thread has a multiple of it
 
 template <class T>
-class WeightPass {
+class WeightGradients {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
-  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // whose pairs are interleaved as they are read
+  static constexpr int64_t kFewRanks = 3 * kOuterRows;  // for fewer, pairs are interleaved as they are read
 
  public:
-  WeightPass(const rode::Problem& problem, const rode::Backward& arrays, const Occurrences<T>& open)
+  WeightGradients(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
       : p(problem),
         a(arrays),
         open_(open),
@@ -47,8 +48,8 @@ class WeightPass {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       take_rows(a.x, block, m0, tokens, c, n, rows);
-      Ahead ahead = after(a.x, m0 + tokens, c, n, end);
-      if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, ahead);
+      MatrixPrefetcher prefetcher = after(a.x, m0 + tokens, c, n, end);
+      if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, prefetcher);
       if (a.dA == nullptr) continue;
       if (p.dropout.on)
         for (int64_t i = 0; i < tokens; ++i) {
@@ -58,7 +59,7 @@ class WeightPass {
           rows[i] = out;
         }
       for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, ahead);
+        expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, prefetcher);
     }
     if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.wide, a.dA, c, n);
     if (a.drouter != nullptr) write_rows(of_router, p.experts, a.router.wide, a.drouter, c, n);
@@ -70,9 +71,9 @@ class WeightPass {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
       take_rows(a.dy, block, m0, tokens, c, n, rows);
-      Ahead ahead = after(a.dy, m0 + tokens, c, n, end);
+      MatrixPrefetcher prefetcher = after(a.dy, m0 + tokens, c, n, end);
       for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, ahead);
+        expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, prefetcher);
     }
     a.B.wide ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
   }
@@ -99,37 +100,38 @@ class WeightPass {
   }
 
   // The next block of tokens, or the first of the next columns.
-  Ahead after(const rode::Matrix& matrix, int64_t m, int64_t c, int64_t n, int64_t end) const {
+  MatrixPrefetcher after(const rode::Matrix& matrix, int64_t m, int64_t c, int64_t n, int64_t end) const {
     if (m >= p.tokens) m = 0, c += n, n = end - c < kColumns ? end - c : kColumns;
     const int64_t left = p.tokens - m;
-    return Ahead(matrix, sizeof(T), m, n <= 0 ? 0 : left < kSumTokens ? left : kSumTokens, c, n);
+    return MatrixPrefetcher(matrix, sizeof(T), m, n <= 0 ? 0 : left < kSumTokens ? left : kSumTokens, c, n);
   }
 
   void expert(int64_t block, int64_t e, const typename Path<T>::Column* coefficients, const Row* const* rows, int64_t n, C* out,
-              Ahead& ahead) const {
+              MatrixPrefetcher& prefetcher) const {
     const int64_t count = open_.count(block, e);
     if constexpr (Path<T>::kTerm == 2) {
       if (paired_) {
         const uint32_t* pairs[kSumTokens];
         for (int64_t i = 0; i < count; i += 2) pairs[i] = pairs_.get() + i / 2 * kColumns;
-        return outer(coefficients, p.offsets[e + 1] - p.offsets[e], pairs, count, n, out, kColumns, ahead);
+        return outer(coefficients, p.offsets[e + 1] - p.offsets[e], pairs, count, n, out, kColumns, prefetcher);
       }
     }
     const Row* chosen[kSumTokens + 1];
     for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
     chosen[count] = zeros_.get();  // the last pair's second
-    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, ahead);
+    outer(coefficients, p.offsets[e + 1] - p.offsets[e], chosen, count, n, out, kColumns, prefetcher);
   }
 
-  // dh is not rounded, so what it multiplies is not in pairs.
-  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out, Ahead& ahead) {
+  // dh is not rounded, so the rows that it multiplies are not in pairs.
+  void router_columns(int64_t block, int64_t m0, int64_t tokens, int64_t n, const Row* const* rows, C* out,
+                      MatrixPrefetcher& prefetcher) {
     int64_t open = 0;
     for (int64_t e = 0; e < p.experts; ++e) open += open_.count(block, e);
-    // Where many gates are open it takes less time to multiply closed ones' zeros too, unless a product is not finite.
+    // Where many gates are open, multiplying the zeros of closed ones too is faster. A product that is not finite forbids it.
     if (4 * open >= tokens * p.experts) {
       for (int64_t e = 0; e < p.experts; ++e)
         for (int64_t i = 0; i < n; ++i) dense_.get()[e * kColumns + i] = C(0);
-      outer(static_cast<const C*>(a.dh) + m0 * p.experts, p.experts, rows, tokens, n, dense_.get(), kColumns, ahead);
+      outer(static_cast<const C*>(a.dh) + m0 * p.experts, p.experts, rows, tokens, n, dense_.get(), kColumns, prefetcher);
       bool finite = true;
       for (int64_t e = 0; e < p.experts; ++e)
         for (int64_t i = 0; i < n; ++i) finite &= dense_.get()[e * kColumns + i] - dense_.get()[e * kColumns + i] == 0;
@@ -143,7 +145,7 @@ class WeightPass {
       const Row* chosen[kSumTokens];
       const int64_t count = open_.count(block, e);
       for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
-      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * kColumns, kColumns, ahead);
+      outer(open_.of_router(block, e), 1, chosen, count, n, out + e * kColumns, kColumns, prefetcher);
     }
   }
 
@@ -176,7 +178,7 @@ class WeightPass {
 
   const rode::Problem& p;
   const rode::Backward& a;
-  const Occurrences<T>& open_;
+  const OpenTokens<T>& open_;
   bool paired_ = false;
   Scratch<Row> rows_;
   Scratch<uint32_t> pairs_;

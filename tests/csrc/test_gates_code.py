@@ -14,7 +14,7 @@ from rode_kernels.backends.cuda.emulated import machine, native
 from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-KERNELS = {"pack_parameters", "forward_weigh", "backward_weigh"}
+KERNELS = {"pack_parameters", "apply_gates", "apply_gates_backward"}
 
 
 def shared_bytes(kind: str) -> dict[str, int]:
@@ -42,14 +42,14 @@ def cuda_emulated_forward(p, backend: str) -> None:
 
 
 def claims() -> dict[str, tuple[int, int]]:
-    """From the comment in between.cuh, as forward's."""
-    text = (ROOT / "csrc/cuda/between.cuh").read_text()
+    """From the comment in gates.cuh, as forward's."""
+    text = (ROOT / "csrc/cuda/gates.cuh").read_text()
     lines = re.findall(r"^//   (\w+): (\d+), (\d+)$", text, re.MULTILINE)
     return {name: (int(large), int(small)) for name, large, small in lines}
 
 
 def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
-    report, kernels = compile_kernels("between.cu", kind, arch, folder)
+    report, kernels = compile_kernels("gates.cu", kind, arch, folder)
     assert "warning" not in report
     assert set(kernels) == set(claims()) == KERNELS
     for name, kernel in kernels.items():

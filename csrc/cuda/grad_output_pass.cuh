@@ -1,35 +1,36 @@
-// backward_y reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a slab of O, and dB = dy^T v, over a range of
-// tokens.
+// grad_output_pass reads dy once for every 32 (or 64) packed columns: t = dy B, summed over a tile of O, and dB = dy^T v, over a
+// range of tokens.
 #pragma once
 
 #include "backward_params.cuh"
 
 namespace rode::gpu {
 
-// 8 warps share a slab: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16 bits
-// and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others
+// 8 warps share a tile of O: each has kSteps times 32 bytes of dy's rows, for which it holds B in registers, and dB's sums. In 16
+// bits and with few columns so little of both that a multiprocessor has registers for two blocks: warps that wait need others
 // beside them.
 template <class T, int kTiles>
-struct SlabShape {
+struct OTileShape {
   static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
   static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
-  static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kSlab = kWarpsY * kColumns;
-  static constexpr int kRowTiles = kSlab / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
-  static constexpr int kWeightedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
-  static constexpr int kWeighted = kStages * kStageBytes;                       // two tiles of v
-  static constexpr int kCorners = kWeighted + 2 * kWeightedTiles * kTileBytes;  // t of every warp
-  static constexpr int kFlags = kCorners + kWarpsY * kTiles * 512;
+  static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kOTile = kWarpsY * kColumns;
+  static constexpr int kRowTiles = kOTile / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
+  static constexpr int kGatedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
+  static constexpr int kGatedV = kStages * kStageBytes;                     // two tiles of v
+  static constexpr int kPartials = kGatedV + 2 * kGatedTiles * kTileBytes;  // t of every warp
+  static constexpr int kFlags = kPartials + kWarpsY * kTiles * 512;
 };
 
-// grid (slabs, ranges of tokens, chunks of kTiles column tiles)
+// grid (tiles of O, ranges of tokens, chunks of kTiles column tiles)
 template <class T, int kTiles, bool kAligned>
-RODE_KERNEL(256, (kAligned ? SlabShape<T, kTiles>::kBlocks : 1))
-backward_y(BackwardParams<T> p) {
-  using Shape = SlabShape<T, kTiles>;
+RODE_KERNEL(256, (kAligned ? OTileShape<T, kTiles>::kBlocks : 1))
+grad_output_pass(BackwardParams<T> p) {
+  using Shape = OTileShape<T, kTiles>;
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
   constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;
   const int lane = lane_index(), warp = warp_index(), thread = thread_index();
-  const int slab = static_cast<int>(block_index().x), o0 = slab * p.slab, o_end = p.O - o0 < p.slab ? p.O : o0 + p.slab;
+  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.o_tile_columns,
+            o_end = p.O - o0 < p.o_tile_columns ? p.O : o0 + p.o_tile_columns;
   const int first = static_cast<int>(block_index().y) * p.share_y, left = p.M - first;
   const int count = ((left < p.share_y ? left : p.share_y) + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(block_index().z) * kTiles,
@@ -49,44 +50,42 @@ backward_y(BackwardParams<T> p) {
   for (int step = 0; step < kSteps; ++step)
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      right_values<T>(weight[step][j], [&](int k, int n) {
+      gather_b<T>(weight[step][j], [&](int k, int n) {
         const int o = o0 + warp_o + step * 32 / static_cast<int>(sizeof(T)) + k, r = 8 * (tile0 + j) + n;
         return load(p.B + (offset(o, p.ld_B) + r), p.need_t && o < o_end && r < p.R);
       });
   sync_threads();
 
   const auto dy_row = [&](int i) { return Row<T>{p.dy + i * p.ld_dy, true}; };
-  const Pieces<T, 16, kTokens, kRowBytes, kThreads> of_dy(dy_row, tile_key<T>);
+  const TileCopy<T, 16, kTokens, kRowBytes, kThreads> dy_copy(dy_row, tile_swizzle<T>);
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
     return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes), kTokens * kDepth<T>);
   };
-  const auto issue = [&](int tile, int stage) {
+  const auto load_stage = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
-    // Columns from the slab's end on become zeros, so that no product has to ask for them.
+    // Columns from the tile's end on become zeros, so that no product has to ask for them.
     if constexpr (kAligned) {
-      const unsigned inside = m0 + kTokens <= p.M ? of_dy.inside() : of_dy.below(p.M - m0);
+      const unsigned inside = m0 + kTokens <= p.M ? dy_copy.inside() : dy_copy.below(p.M - m0);
       const int64_t distance = m0 * p.ld_dy + o0;
 #pragma unroll 1
       for (int j = 0; j < Shape::kRowTiles; j += Shape::kThreadsY / kThreads) {
         const int i = j + thread / kThreads;
         if (Shape::kRowTiles % 2 == 0 || i < Shape::kRowTiles)
-          of_dy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_key<T>);
+          dy_copy.copy(dy_tile(stage, i), distance + i * kDepth<T>, inside, o_end - o0 - i * kDepth<T>, tile_swizzle<T>);
       }
     } else if (p.dy_column == 1) {
       const auto row = [&](int i) { return Row<T>{p.dy + (m0 + i) * p.ld_dy, m0 + i < p.M}; };
       for (int i = thread / kThreads; i < Shape::kRowTiles; i += Shape::kThreadsY / kThreads)
-        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_key<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
+        load_tile<kTokens, kRowBytes>(dy_tile(stage, i), row, tile_swizzle<T>, o0 + i * kDepth<T>, o_end, p.copy_dy);
     } else {
-      for (int i = thread; i < kTokens * Shape::kSlab; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
-        const int token = i / Shape::kSlab, column = i % Shape::kSlab;
+      for (int i = thread; i < kTokens * Shape::kOTile; i += Shape::kThreadsY) {  // an expanded or transposed dy, value by value
+        const int token = i / Shape::kOTile, column = i % Shape::kOTile;
         const int chunk = column % kDepth<T> * static_cast<int>(sizeof(T)) / kChunk;
         const bool inside = m0 + token < p.M && o0 + column < o_end;
         const T value = load(p.dy + ((m0 + token) * p.ld_dy + (o0 + column) * p.dy_column), inside);
-        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_key<T>(token), chunk) +
-                  column % (kChunk / static_cast<int>(sizeof(T))),
-              value);
+        store(at_chunk(dy_tile(stage, column / kDepth<T>), token, tile_swizzle<T>(token), chunk) + column % kChunkValues<T>, value);
       }
     }
   };
@@ -105,39 +104,40 @@ backward_y(BackwardParams<T> p) {
     }
   };
   const auto v_tile = [&](int buffer, int tile) {
-    return shared_array<T>(static_cast<unsigned>(Shape::kWeighted + (buffer * Shape::kWeightedTiles + tile) * Shape::kTileBytes),
+    return shared_array<T>(static_cast<unsigned>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes),
                            kTokens * kDepth<T>);
   };
-  const auto weigh = [&](int buffer) {
-    constexpr int kPerChunk = kChunk / static_cast<int>(sizeof(T));
+  const auto apply_gates = [&](int buffer) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const T v = from_float<T>(my_gate[i] != 0.0f ? p.scaling[expert] * my_gate[i] * my_u[i] : 0.0f);
       const int token = token_of(i), column = my_column % kDepth<T>;
-      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_key<T>(token), column / kPerChunk) + column % kPerChunk, v);
+      store(at_chunk(v_tile(buffer, my_column / kDepth<T>), token, tile_swizzle<T>(token), column / kChunkValues<T>) +
+                column % kChunkValues<T>,
+            v);
     }
   };
-  const auto corner = [&](int from, int j) {
-    return shared_array<float>(Shape::kCorners, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
+  const auto partials = [&](int from, int j) {
+    return shared_array<float>(Shape::kPartials, Shape::kWarpsY * kTiles * 128) + ((from * kTiles + j) * 32 + lane) * 4;
   };
 
   const uint32_t all_open = (1u << tiles) - 1;
   float sums[kMTiles][kTiles][4] = {};  // dB
-  // Three tiles are under way: `at`, `coming`, and the one after it, which takes the place that is free.
+  // Three tiles are under way: `at`, `coming`, and the one after it, which takes the free stage.
   static_assert(Shape::kStages == 3);
   int at = next(0), coming = next(at + 1);
-  if (at < count) issue(at, 0);
+  if (at < count) load_stage(at, 0);
   cp_async_commit();
-  if (coming < count) issue(coming, 1);
+  if (coming < count) load_stage(coming, 1);
   cp_async_commit();
   fetch(at);
-  weigh(0);
+  apply_gates(0);
   fetch(coming);
   for (int stage = 0, buffer = 0; at < count; buffer ^= 1) {
     cp_async_wait<Shape::kStages - 2>();
     sync_threads();
     const int then = next(coming + 1);
-    if (then < count) issue(then, stage == 0 ? Shape::kStages - 1 : stage - 1);
+    if (then < count) load_stage(then, stage == 0 ? Shape::kStages - 1 : stage - 1);
     cp_async_commit();
     const uint32_t open = everywhere ? all_open : load(flags + at);
     // A branch for each product costs more than most products: none where all of them are wanted.
@@ -158,22 +158,22 @@ backward_y(BackwardParams<T> p) {
       for (int step = 0; step < kSteps; ++step) {
         const int chunk = chunk_of(step * 32);
         uint32_t bits[4];
-        left_plain<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
-        const Left<T> a = left_operand<T>(bits, p.fast);
-        for_open([&](int j) { multiply(t[j], a, here(weight[step][j][0]), here(weight[step][j][1]), p.fast); });
+        load_a<T>(bits, dy_tile(stage, chunk / 8), 0, chunk % 8);
+        const FragmentA<T> a = fragment_a<T>(bits, p.fast);
+        for_open([&](int j) { multiply(t[j], a, no_hoist(weight[step][j][0]), no_hoist(weight[step][j][1]), p.fast); });
       }
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) store(corner(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
+      for (int j = 0; j < kTiles; ++j) store(partials(warp, j), vec<float, 4>{{t[j][0], t[j][1], t[j][2], t[j][3]}});
     }
     if (p.need_B) {
       uint32_t v[kPairs][kTiles][2];
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
-        constexpr int kOfTile = kTiles / Shape::kWeightedTiles;
+        constexpr int kOfTile = kTiles / Shape::kGatedTiles;
 #pragma unroll
-        for (int tile = 0; tile < Shape::kWeightedTiles; ++tile) {
+        for (int tile = 0; tile < Shape::kGatedTiles; ++tile) {
           uint32_t part[kOfTile][2];
-          right_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
+          load_b_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
 #pragma unroll
           for (int j = 0; j < kOfTile; ++j)
             v[pair][tile * kOfTile + j][0] = part[j][0], v[pair][tile * kOfTile + j][1] = part[j][1];
@@ -186,13 +186,13 @@ backward_y(BackwardParams<T> p) {
           for (int pair = 0; pair < kPairs; ++pair) {
             const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));
             uint32_t bits[4];
-            left_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
-            const Left<T> a = left_operand<T>(bits, p.fast);
+            load_a_transposed<T>(bits, dy_tile(stage, chunk / 8), pair * kStepRows<T>, chunk % 8);
+            const FragmentA<T> a = fragment_a<T>(bits, p.fast);
             for_open([&](int j) { multiply(c[j], a, v[pair][j][0], v[pair][j][1], p.fast); });
           }
         });
     }
-    weigh(buffer ^ 1);  // of `coming`
+    apply_gates(buffer ^ 1);  // of `coming`
     fetch(then);
     if (p.need_t) {
       sync_threads();
@@ -201,10 +201,10 @@ backward_y(BackwardParams<T> p) {
         if (!(open >> j & 1)) continue;
         vec<float, 4> total{};
         for (int from = 0; from < Shape::kWarpsY; ++from) {
-          const vec<float, 4> part = load<vec<float, 4>>(corner(from, j));
+          const vec<float, 4> part = load<vec<float, 4>>(partials(from, j));
           for (int i = 0; i < 4; ++i) total.v[i] += part.v[i];
         }
-        store(p.t + (((static_cast<int64_t>(slab) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);
+        store(p.t + (((static_cast<int64_t>(o_tile) * all + m16) * p.expert_tiles + tile0 + j) * 128 + lane * 4), total);
       }
     }
     at = coming;
@@ -220,7 +220,7 @@ backward_y(BackwardParams<T> p) {
       for (int half = 0; half < 2; ++half) {
         const int o = o0 + warp_o + i * 16 + fragment_row(2 * half);
         const int64_t row = static_cast<int64_t>(block_index().y) * p.O + o;
-        store(p.of_B + (row * 8 * p.expert_tiles + 8 * (tile0 + j) + sum_column(0)),
+        store(p.dB_partial + (row * 8 * p.expert_tiles + 8 * (tile0 + j) + sum_column(0)),
               vec<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}}, o < o_end && j < tiles);
       }
 }

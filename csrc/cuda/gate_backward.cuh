@@ -1,4 +1,4 @@
-// backward_v adds up t: du = scaling g t, the gates' gradients scaling <t, u>, and from them the logits'.
+// gate_backward adds up t: du = scaling g t, the gates' gradients scaling <t, u>, and from them the logits'.
 #pragma once
 
 #include "backward_params.cuh"
@@ -6,12 +6,12 @@
 namespace rode::gpu {
 
 // Shared memory: the gates of 16 tokens, then what each warp finds of their gradients.
-RODE_HOST_DEVICE constexpr int backward_v_bytes(int experts) { return (1 + kWarps) * 16 * experts * 4; }
+RODE_HOST_DEVICE constexpr int gate_backward_bytes(int experts) { return (1 + kWarps) * 16 * experts * 4; }
 
 // grid (16 tokens); warps take tiles of 8 columns in turn, for one after the other they would wait for memory as often.
 template <class T>
 RODE_KERNEL(kThreads, 4)
-backward_v(BackwardParams<T> p) {
+gate_backward(BackwardParams<T> p) {
   const int lane = lane_index(), warp = warp_index(), tile16 = static_cast<int>(block_index().x), m0 = tile16 * 16;
   const int all = (p.M + 15) / 16, rows = p.M - m0 < 16 ? p.M - m0 : 16, pitch = 16 * (p.expert_groups + p.router_groups);
   const smem<float> gates = shared_array<float>(0, 16 * p.N);
@@ -39,7 +39,7 @@ backward_v(BackwardParams<T> p) {
       factor[i] = inside ? p.scaling[expert[i]] : 0.0f;
       any |= gate[i] != 0.0f;
     }
-    const bool open = ballot(any) != 0;  // as backward_y found it: then t was computed, of all 16 tokens
+    const bool open = ballot(any) != 0;  // as grad_output_pass found it: then t was computed, of all 16 tokens
     if (p.need_t && tile < p.expert_tiles && (open || p.dense)) {
       float u[4];
 #pragma unroll
@@ -49,9 +49,9 @@ backward_v(BackwardParams<T> p) {
         u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted);
       }
 #pragma unroll 8
-      for (int slab = 0; slab < p.slabs; ++slab) {
+      for (int o_tile = 0; o_tile < p.o_tiles; ++o_tile) {
         const vec<float, 4> part =
-            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(slab) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
+            load<vec<float, 4>>(p.t + (((static_cast<int64_t>(o_tile) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
 #pragma unroll
         for (int i = 0; i < 4; ++i) t[i] += part.v[i];
       }
@@ -100,12 +100,12 @@ backward_v(BackwardParams<T> p) {
     store(of_warp(0) + (row * p.N + n), value, inside);
     if (p.routed) store(p.D + (offset(m0 + row, pitch) + 16 * p.expert_groups + n), from_float<T>(value));
   }
-  if (!p.of_bias) return;
+  if (!p.dbias_partial) return;
   sync_threads();
   for (int n = thread_index(); n < p.N; n += kThreads) {
     float total = 0.0f;
     for (int row = 0; row < rows; ++row) total += load(of_warp(0) + (row * p.N + n));
-    store(p.of_bias + (offset(tile16, p.N) + n), total);
+    store(p.dbias_partial + (offset(tile16, p.N) + n), total);
   }
 }
 

@@ -1,0 +1,101 @@
+// Host side of the kernels around library products, for one type, RODE_TYPE: parameters, launches.
+#include "gates.cuh"
+#include "gates.h"
+#include "host.h"
+
+namespace rode::cuda {
+namespace {
+
+using namespace rode::gpu;
+using Type = RODE_TYPE;
+
+static_assert(apply_gates_bytes(kMaxExperts) <= kMaxShared && apply_gates_backward_bytes(kMaxExperts, kMaxRank) <= kMaxShared);
+
+template <class T>
+Given<T> given(const void* data, bool wide, int64_t count) {
+  Given<T> from{};
+  if (wide) {
+    from.wide = array<float>(data, count);
+  } else {
+    from.narrow = array<T>(data, count);
+  }
+  return from;
+}
+
+// The parameters of both directions.
+template <class T>
+GateParams<T> parameters(const Problem& p, const GatesLayout& layout) {
+  GateParams<T> k{};
+  set_sizes(p, k);
+  set_experts(p, k);
+  k.columns = static_cast<int>(layout.columns);
+  k.pitch_R = static_cast<int>(layout.pitch_R);
+  k.routed = layout.routed;
+  return k;
+}
+
+}  // namespace
+
+template <>
+Status pack_parameters<Type>(const Problem& p, const Pack& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
+  const auto [wide_A, wide_router, wide_B] = a.wide_parameters;
+  PackParams<Type> k{};
+  k.A = given<Type>(a.A, wide_A, R * K);
+  k.router = given<Type>(a.router, wide_router, N * K);
+  k.B = given<Type>(a.B, wide_B, O * R);
+  k.W = output<Type>(a.to_W, a.rows * a.pitch_K);
+  k.to_B = output<Type>(a.to_B, O * a.pitch_R);
+  k.K = static_cast<int>(K);
+  k.R = static_cast<int>(R);
+  k.N = static_cast<int>(N);
+  k.O = a.to_B ? static_cast<int>(O) : 0;
+  k.rows = a.to_W ? static_cast<int>(a.rows) : 0;
+  k.pitch_K = static_cast<int>(a.pitch_K);
+  k.pitch_R = static_cast<int>(a.pitch_R);
+  const int64_t pieces = (k.rows * a.pitch_K + k.O * a.pitch_R) / kChunkValues<Type>;  // pitches are multiples of 8
+  if (pieces == 0) return {};
+  return Start{a.stream}("pack_parameters", grid(divide_up(pieces, kThreads)), kThreads, 0, gpu::pack_parameters<Type>, k);
+}
+
+template <>
+Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  GateParams<Type> k = parameters<Type>(p, a);
+  k.sums = array<float>(a.sums, p.tokens * a.columns);
+  k.bias = array<float>(a.bias, p.experts);
+  k.gates = array<float>(a.gates, p.tokens * p.experts);
+  k.u = output<float>(a.u, p.tokens * p.total_rank);
+  k.g = output<float>(a.g, p.tokens * p.experts);
+  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
+  const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
+  return Start{a.stream}("apply_gates", blocks, kThreads, apply_gates_bytes(k.N), gpu::apply_gates<Type>, k);
+}
+
+template <>
+Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  GateParams<Type> k = parameters<Type>(p, a);
+  k.t = array<float>(a.t, p.tokens * a.pitch_R);
+  k.old_u = array<float>(a.u, p.tokens * p.total_rank);
+  k.old_g = array<float>(a.g, p.tokens * p.experts);
+  k.dgates = array<float>(a.dgates, p.tokens * p.experts);
+  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
+  k.D = output<Type>(a.D, p.tokens * a.columns);
+  k.dh = output<float>(a.dh, p.tokens * p.experts);
+  const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
+  return Start{a.stream}("apply_gates_backward", blocks, kThreads, apply_gates_backward_bytes(k.N, k.pitch_R),
+                         gpu::apply_gates_backward<Type>, k);
+}
+
+template <>
+Status load_gate_kernels<Type>(int device) {
+  return load_listed(device, [](auto load) {
+    load("pack_parameters", gpu::pack_parameters<Type>);
+    load("apply_gates", gpu::apply_gates<Type>);
+    load("apply_gates_backward", gpu::apply_gates_backward<Type>);
+  });
+}
+
+}  // namespace rode::cuda

@@ -1,0 +1,59 @@
+// Kernels around products that a library computes: parameters in x's type before them, gates between them. No torch, no Python, and
+// no CUDA header.
+#pragma once
+
+#include "forward.h"
+
+namespace rode::cuda {
+
+// clang-format off: lists of fields keep their shape
+
+// Parameters become x's type: W (rows, pitch_K) is A, then the router, then zeros; B (O, pitch_R) goes on with zeros. Pitches are
+// multiples of 8 elements. wide_parameters: whether A, router and B are float32 beside a 16-bit x.
+#define RODE_PACK_LAYOUT(X) \
+  X(ThreeFlags, wide_parameters) X(int64_t, rows) X(int64_t, pitch_K) X(int64_t, pitch_R) X(int, device)
+struct PackLayout {
+  RODE_PACK_LAYOUT(RODE_DECLARE)
+};
+// A, router, B: (R, K), (N, K), (O, R). to_W and to_B: null where not asked for.
+#define RODE_PACK_CALL(X) \
+  X(const void*, A) X(const void*, router) X(const void*, B) X(void*, to_W) X(void*, to_B) X(void*, stream)
+struct Pack : PackLayout {
+  RODE_PACK_CALL(RODE_DECLARE)
+};
+
+// Elements of a row: `columns` of sums and D, pitch_R of t and v. routed: gates come from a router.
+#define RODE_GATES_LAYOUT(X) X(bool, routed) X(int64_t, columns) X(int64_t, pitch_R) X(int, device)
+struct GatesLayout {
+  RODE_GATES_LAYOUT(RODE_DECLARE)
+};
+
+// Forward, between sums = x [A; Wr]^T (M, columns) and v B^T: gates, u and v (M, pitch_R), which goes on with zeros.
+//   bias, gates  (N); (M, N), without a router
+//   u, g         (M, R), and with a router (M, N)
+#define RODE_APPLY_GATES_CALL(X)                                                                                             \
+  X(const float*, sums) X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(void*, v) X(void*, stream)
+struct ApplyGates : GatesLayout {
+  RODE_APPLY_GATES_CALL(RODE_DECLARE)
+};
+
+// Backward, between t = dy B (M, pitch_R), null where no gradient comes, and the products that follow: v as above, D (M, columns),
+// which is du, then the logits' gradients, then zeros, and dh (M, N). v and D: null where not asked for.
+#define RODE_APPLY_GATES_BACKWARD_CALL(X)                                                                                          \
+  X(const float*, t) X(const float*, u) X(const float*, g) X(const float*, dgates) X(void*, v) X(void*, D) X(float*, dh) \
+  X(void*, stream)
+struct ApplyGatesBackward : GatesLayout {
+  RODE_APPLY_GATES_BACKWARD_CALL(RODE_DECLARE)
+};
+// clang-format on
+
+template <class T>
+Status pack_parameters(const Problem& p, const Pack& a);
+template <class T>
+Status apply_gates(const Problem& p, const ApplyGates& a);
+template <class T>
+Status apply_gates_backward(const Problem& p, const ApplyGatesBackward& a);
+template <class T>
+Status load_gate_kernels(int device);
+
+}  // namespace rode::cuda
