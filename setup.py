@@ -3,6 +3,7 @@
 RODE_NATIVE=off builds a pure-Python package, RODE_NATIVE=on insists on native code, auto takes what it finds; RODE_CUDA says the
 same of the CUDA kernels, which need nvcc, and RODE_CUDA_ARCHS="80;90" narrows the architectures they are built for.
 RODE_EMULATE=1 also builds the CUDA emulator and the kernels for it, which only tests use.
+RODE_BUILD_DIR names a folder that keeps object files for later builds; without it setuptools chooses one.
 """
 
 from __future__ import annotations
@@ -60,13 +61,22 @@ def wants_cuda() -> bool:
 
 
 def cuda_options() -> list[str]:
-    """CMake's options for the CUDA kernels, each of them every time: CMake remembers what an earlier build said."""
+    """CMake's options for CUDA; all are always given, because a reused build folder remembers the last ones."""
     if CUDA not in names:
         return ["-DRODE_CUDA=OFF"]
     archs = os.environ.get("RODE_CUDA_ARCHS", "").replace(",", ";")
     if not all(arch.isdigit() for arch in archs.split(";") if arch):
         raise SystemExit(f"RODE_CUDA_ARCHS: expected compute capabilities such as '80;90', got {archs!r}")
     return ["-DRODE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DRODE_CUDA_ARCHS={archs}"]
+
+
+def toolchain() -> str:
+    """A description of all that CMake reads only once for a build folder: it cannot go on there after a change of these."""
+    tools = [tool for tool in (compiler(), nvcc()) if tool]
+    versions = [subprocess.run([tool, "--version"], capture_output=True, text=True).stdout for tool in tools]
+    flags = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX")
+    settings = [f"{name}={os.environ.get(name, '')}" for name in flags]
+    return "\n".join([str(ROOT), sys.executable, sys.version, *tools, *versions, *settings])
 
 
 EMULATE = os.environ.get("RODE_EMULATE") == "1"
@@ -84,12 +94,17 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve() / ext.name
+        kept = os.environ.get("RODE_BUILD_DIR")
+        build = (ROOT / kept if kept else Path(self.build_temp) / ext.name).resolve()
         build.mkdir(parents=True, exist_ok=True)
+        made_with, tools = build / "made-with.txt", toolchain()
+        same = made_with.is_file() and made_with.read_text() == tools
         if CUDA not in names:
             say(f"{'no nvcc found' if nvcc() is None else 'RODE_CUDA=off'}: no CUDA kernels, CPU core only")
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+            *("cmake", *([] if same else ["--fresh"]), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DPYBIND11_FINDPYTHON=ON",
@@ -98,6 +113,7 @@ class CMakeBuild(build_ext):
             *cuda_options(),
         ]
         subprocess.run(configure, check=True)
+        made_with.write_text(tools)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
 

@@ -7,17 +7,19 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from sass import ARCHS, NVCC, ROOT, cuobjdump
+from sass import ARCHS, NVCC, ROOT, TYPES, cuobjdump
+
+wheels = pytest.mark.xdist_group("wheels")  # in one process, for what they share
 
 
-def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
-    """A wheel from a copy of the tracked tree, and the build's log."""
-    copy = tmp_path / "tree"
+def copy_tree(copy: Path) -> None:
+    """Copy the tracked files."""
     files = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split("\n")
@@ -25,6 +27,14 @@ def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
+
+
+def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
+    """A wheel from a copy of the tracked tree, and the build's log; another one from the same copy reuses its object files."""
+    copy = tmp_path / "tree"
+    if not copy.is_dir():
+        copy_tree(copy)
+    shutil.rmtree(tmp_path / "dist", ignore_errors=True)
     run = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path / "dist"), "."],
         cwd=copy,
@@ -39,7 +49,7 @@ def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
 
 def missing_from(wheel: Path) -> set[str]:
     sources = subprocess.run(
-        ["git", "ls-files", "python/rode", "rode_kernels"],
+        ["git", "ls-files", "python", "rode_kernels"],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -53,9 +63,22 @@ def native_modules(wheel: Path) -> set[str]:
     return {Path(n).name.split(".")[0] for n in names if n.startswith("rode_kernels/_") and n.endswith(".so")}
 
 
+def compiled(log: str) -> set[str]:
+    """CMake's targets of which something was compiled."""
+    return set(re.findall(r"Building \w+ object CMakeFiles/(\w+)\.dir", log))
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> tuple[Path, Path, str]:
+    """The folder of a wheel without CUDA, the wheel, and the build's log."""
+    folder = tmp_path_factory.mktemp("native")
+    return folder, *build(folder, RODE_NATIVE="on", RODE_CUDA="off", RODE_EMULATE="0")
+
+
 @pytest.mark.slow
-def test_wheel_holds_both_packages_and_native_code(tmp_path):
-    wheel, log = build(tmp_path, RODE_NATIVE="on", RODE_CUDA="off", RODE_EMULATE="0")
+@wheels
+def test_wheel_holds_all_packages_and_native_code(native):
+    _, wheel, log = native
     assert not missing_from(wheel), "tracked, but not in the wheel"
     assert native_modules(wheel) == {"_native"}
     assert log.count("RODE_CUDA=off: no CUDA kernels, CPU core only") == 1
@@ -63,9 +86,15 @@ def test_wheel_holds_both_packages_and_native_code(tmp_path):
 
 
 @pytest.mark.slow
+@wheels
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp_path):
-    wheel, log = build(tmp_path, RODE_CUDA="on", RODE_EMULATE="0", RODE_CUDA_ARCHS="")
+def test_wheel_with_cuda_reuses_the_core_and_imports_without_a_driver(native, tmp_path):
+    """One architecture: tests/csrc compiles each kernel for all, and the next test reads the default."""
+    folder, *_ = native
+    wheel, log = build(folder, RODE_CUDA="on", RODE_EMULATE="0", RODE_CUDA_ARCHS="90")
+    kernels = {"rode_cuda_device", *(f"rode_cuda_{kind}" for kind in TYPES)}
+    # not the CPU core; the bindings, because pybind11 is in another temporary folder each time
+    assert compiled(log) == {"_native", "_cuda", *kernels}
     assert not missing_from(wheel)
     assert native_modules(wheel) == {"_native", "_cuda"}
     assert "warning" not in "\n".join(line for line in log.splitlines() if "csrc/" in line)
@@ -75,7 +104,7 @@ def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp
     code = f"import importlib.util as u; s = u.spec_from_file_location('_cuda', {str(module)!r}); m = u.module_from_spec(s); "
     code += "s.loader.exec_module(m); print(m.ARCHITECTURES, m.runtime_version() > 0)"  # neither torch nor a driver
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == [",".join(map(str, ARCHS)), "True"]
+    assert run.stdout.split() == ["90", "True"]
     assert cuobjdump(), "needs cuobjdump: on PATH, or in Triton's wheel"
     listed = {
         kind: set(
@@ -85,7 +114,26 @@ def test_wheel_with_cuda_has_every_architecture_and_imports_without_a_driver(tmp
         )
         for kind in ("elf", "ptx")
     }
-    assert listed == {"elf": set(map(str, ARCHS)), "ptx": {str(ARCHS[-1])}}
+    assert listed == {"elf": {"90"}, "ptx": {"90"}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_kernels_are_built_for_every_architecture_by_default(tmp_path):
+    """Read from what ninja would run: to compile them all takes minutes."""
+    pybind11 = pytest.importorskip("pybind11")
+    cmake = [sys.executable, "-m", "cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja"]
+    cmake += [f"-DCMAKE_MAKE_PROGRAM={Path(sysconfig.get_path('scripts'), 'ninja')}", "-DRODE_CUDA=ON"]
+    cmake += [f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON"]
+    subprocess.run([*cmake, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], check=True)
+    commands = (tmp_path / "build.ninja").read_text()
+    flags = set(re.findall(r"--generate-code=arch=compute_(\d+),code=\[([\w,]+)\]", commands))
+    newest = ARCHS[-1]
+    assert flags == {
+        *((str(arch), f"sm_{arch}") for arch in ARCHS[:-1]),
+        (str(newest), f"compute_{newest},sm_{newest}"),
+    }
+    assert set(re.findall(r"RODE_CUDA_ARCHS=\S*?([\d,]+)", commands)) == {",".join(map(str, ARCHS))}
 
 
 @pytest.mark.slow

@@ -185,6 +185,7 @@ class Demo:
         for name, (title, _) in METHODS.items():
             with outcome.phase(f"{title}: training"):
                 result = self.train(name, SIZES.adapter_steps, projector)
+            assert result.processor is not None, "a new run loads one"
             with outcome.phase(f"{title}: answers"):
                 self.evaluate(name, result.model, result.processor)
         self.finish()

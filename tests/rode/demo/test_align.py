@@ -63,6 +63,22 @@ def test_patches_learn_their_words(llava_dir):
     assert [found.words[i] for i in nearest[:2]] == ["beans", "rice"]
 
 
+def test_one_seed_one_projector(llava_dir):
+    """Whatever state the global generator is in."""
+    found = []
+    for state in (1, 2):
+        model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
+        projector = get_projector(model)
+        examples = [example(i, WORDS[i % 3], WORDS[(i + 1) % 3]) for i in range(36)]
+        torch.manual_seed(state)
+        source = Features(projector.linear_1.in_features)
+        losses = align_words(model, processor, examples, source, steps=20, seed=0, progress=False).losses
+        found.append((losses, {n: p.clone() for n, p in projector.named_parameters()}))
+    (losses, weights), (again, other) = found
+    assert losses == again
+    assert all(torch.equal(weights[n], other[n]) for n in weights)
+
+
 def test_too_few_records(llava_dir):
     model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
     with pytest.raises(ValueError, match="too few records"):

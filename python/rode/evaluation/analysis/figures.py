@@ -41,7 +41,7 @@ def draw_map(
     labels = [f"r {rank}" if rank else f"#{expert}" for expert, rank in enumerate(ranks)]
     axis.set_yticks(range(len(ranks)), labels, fontsize=7)
     step = max(1, len(blocks) // 8)
-    axis.set_xticks(range(0, len(blocks), step), blocks[::step], fontsize=7)
+    axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]], fontsize=7)
     return image
 
 
