@@ -1,4 +1,4 @@
-"""What the operation costs, against plain PyTorch: `python -m benchmarks`. A result is checked before anything is counted."""
+"""Benchmarks of the operation against plain PyTorch: `python -m benchmarks`. A result is checked before anything is counted."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def of_shards(command: Parser) -> None:
 
 
 class Benchmark(NamedTuple):
-    """What a name stands for.
+    """The meaning of a name.
 
     Attributes:
         about: a line. module: of this package. options: each adds some to the command's parser. run: (module, options).

@@ -180,7 +180,7 @@ def run(
 
 
 def saved_bytes(step: Callable[[], Any], model: nn.Module) -> int:
-    """What one forward pass keeps for backward: distinct storages that are no parameter or buffer."""
+    """Bytes that one forward pass keeps for backward: distinct storages that are no parameter or buffer."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 

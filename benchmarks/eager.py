@@ -71,7 +71,7 @@ class BytesMoved(TorchDispatchMode):
 
 
 def _distinct_bytes(t: Tensor) -> int:
-    """Of its elements, those that are not the same one again (stride 0)."""
+    """The number of its elements, those repeated by stride 0 counted once."""
     count = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):
         count *= size if stride else min(size, 1)

@@ -150,7 +150,7 @@ def _pictures(folder: Path, count: int) -> Sequence[Path]:
 
 
 def digest(rows: Iterator[tuple[str, str | None, int, int]]) -> str:
-    """Of (id, title, number of ingredients' lines, number of steps) of recipes in their order."""
+    """A digest of (id, title, number of ingredient lines, number of steps) of recipes in their order."""
     total = hashlib.sha256()
     for row in rows:
         total.update(repr(row).encode())
@@ -158,6 +158,6 @@ def digest(rows: Iterator[tuple[str, str | None, int, int]]) -> str:
 
 
 def expected_digest(recipes: int, seed: int = 0) -> str:
-    """What `digest` gives for a reader that loses nothing."""
+    """The digest that a reader gets if it loses nothing."""
     entries = (recipe(number, seed) for number in itertools.islice(itertools.count(), recipes))
     return digest((e["id"], e["title"], len(e["ingredients"]), len(e["instructions"])) for e in entries)

@@ -1,4 +1,4 @@
-"""What a call costs beside the work: one token, K = O = 16, ranks 2, 4, 8, 16, on the CPU backend. And what the work itself costs
+"""The overhead of a call: one token, K = O = 16, ranks 2, 4, 8, 16, on the CPU backend. And what the work itself costs
 at K = O = 4096 where weights are in cache, beside reading A and B from there.
 
 Overhead is the time of a call less that of the native call alone, on the same memory. Everything happens on one thread, and its own
@@ -27,7 +27,7 @@ WIDTH = 16
 CALLS = 50
 LIMITS = {"without gradients": 12.0, "with gradients": 15.0}  # microseconds of overhead
 DECODING = 4096  # the width at which the work of one token is measured
-# Of the ranks about half are open in either.
+# About half of the ranks are open in both.
 OPEN = {"2, 4, 8 open": (1.0, 1.0, 1.0, -1.0), "16 open": (-1.0, -1.0, -1.0, 1.0)}
 
 
@@ -57,7 +57,7 @@ def native_call(
 
 
 def calls() -> dict[str, Callable[[], None]]:
-    """By name: the call, its parts, and what to compare it with."""
+    """Functions by name: the call, its parts, and what to compare it with."""
     generator = torch.Generator().manual_seed(0)
     R, N = sum(PAPER), len(PAPER)
     scaling = tuple(16.0 / r for r in PAPER)

@@ -1,4 +1,4 @@
-// What this processor reaches: multiply-adds from registers, reads and copies of memory. Compiled by benchmarks/peak.py when it is
+// Peak rates of this processor: multiply-adds from registers, reads and copies of memory. Compiled by benchmarks/peak.py when it is
 // needed, with -march=native. Functions run on `threads` threads and return the seconds from their common start to the last.
 #include <atomic>
 #include <chrono>
@@ -123,7 +123,7 @@ double read_seconds(const char* from, size_t bytes, int threads) {
     return timed(threads, [=](int t) { read(from + t * share, share); });
 }
 
-// Of reading `bytes` once, by this thread that has just done so: from cache as far as they fit.
+// The time to read `bytes` once, by this thread that has just done so: from cache as far as they fit.
 double read_again_seconds(const char* from, size_t bytes, int times) {
     bytes = bytes / (8 * kBytes) * (8 * kBytes);
     read(from, bytes);

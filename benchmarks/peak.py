@@ -1,4 +1,4 @@
-"""What the machine reaches, measured on the spot: operations a second and bytes a second, with as many threads as torch uses.
+"""Peak rates of the machine, measured on the spot: operations a second and bytes a second, with as many threads as torch uses.
 
 On a CPU a few lines of C++ (peak.cpp) are compiled and run: multiply-adds from registers, reads and copies of memory that no cache
 holds. Best runs count, so that a result's share of it is not flattered by a slow moment. On a GPU: the best of large matrix
@@ -120,7 +120,8 @@ def _build(cxx: str, folder: str) -> ctypes.CDLL:
 def _of_cpu(cxx: str, threads: int, repetitions: int = 500_000) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
         native = _build(cxx, folder)  # stays loaded when its file is gone
-    # As torch allocates them; part after part, so that none is in cache when its turn comes, and a part takes a moment only.
+    # Buffers as torch allocates them. They are read part after part, so that none is in cache when its turn comes and each takes
+    # a moment only.
     size, parts = cache_bytes("cpu") // 2, 8
     source, target = (torch.ones(parts, size // 4) for _ in range(2))
     rows = cycle(zip(source, target, strict=True))

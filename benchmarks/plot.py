@@ -43,7 +43,7 @@ SAVING = {"svg.hashsalt": "rode", "svg.fonttype": "none"}
 
 
 def read(file: str) -> dict[str, Any]:
-    """What a file of `mixture` holds.
+    """The contents of a file of `mixture`.
 
     Raises:
         SystemExit: it is none; in a line, why.
@@ -69,7 +69,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def most(rows: Sequence[Row], alike: Sequence[str], by: str) -> list[Row]:
-    """Of groups of rows that agree in `alike`, the one with most values of `by`; empty where none has two."""
+    """The group of rows that agree in `alike` with most values of `by`; empty where no group has two."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[json.dumps([row[name] for name in alike])].append(row)
@@ -88,7 +88,7 @@ Points = Callable[[Row], dict[str, dict[str, float]]]
 
 
 def times(row: Row) -> dict[str, dict[str, float]]:
-    """Of each form, in milliseconds; the roofline too, where it is known."""
+    """Milliseconds of each form; the roofline too, where it is known."""
     found = dict(row["seconds"])
     if row["roofline"]:
         found["roofline"] = dict.fromkeys(("median", "low", "high"), row["roofline"]["seconds"])

@@ -1,4 +1,4 @@
-"""What each published system costs as a configuration: trained parameters, bytes kept for backward, time of a training step.
+"""Costs of each published system as a configuration: trained parameters, bytes kept for backward, time of a training step.
 
 The step is forward, backward and AdamW of a Llama of four blocks (hidden 576, SmolLM2-135M's shapes) in float32, adapters trained
 and the rest frozen. Each preset's logits are checked against the plain-PyTorch backend first. Rounds are interleaved in one

@@ -120,7 +120,7 @@ class Form:
     unpack: Callable[[list[Tensor]], list[Tensor]] = lambda gradients: gradients[:4]
 
     def compiled(self) -> Form:
-        """By torch.compile, for these shapes; anything that it would run uncompiled is an error."""
+        """A form compiled by torch.compile for these shapes; anything that would run uncompiled is an error."""
 
         def compiled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return torch.compile(run, dynamic=False, fullgraph=True)
@@ -167,7 +167,7 @@ def gradients(p: Problem, form: Form) -> tuple[Tensor, list[Tensor]]:
 
 
 def gradients_in_place(form: Form, leaves: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-    """Of all leaves but base, into which y is added: it is what a frozen layer gave, and no parameter."""
+    """Gradients of all leaves but base: y is added into it, and it stands for a frozen layer's output."""
     *leaves, base = leaves
     return torch.autograd.grad(form.run_in_place(*leaves, base.detach()), leaves, dy)
 

@@ -16,7 +16,7 @@ from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import ProblemShape
 
-# Of LLaMA-7B, in each of 32 layers: (in_features, out_features) of its linear layers, each with experts.
+# (in_features, out_features) of the linear layers in each of LLaMA-7B's 32 layers, each with experts.
 LAYERS = 32
 LINEARS = Counter({(4096, 4096): 4, (4096, 11008): 2, (11008, 4096): 1})
 TOKENS = 8192
@@ -31,7 +31,7 @@ class Both:
 
 
 def costs(M: int, K: int, O: int, device: cost.Device) -> dict[str, Both]:
-    """Of one linear layer, by what runs it; bfloat16, ranks 2, 4, 8, 16."""
+    """Costs of one linear layer by what runs it, for bfloat16 and ranks 2, 4, 8, 16."""
     call = ProblemShape(M, K, O, sum(RANKS), len(RANKS))
     found = {
         NAMES[0]: Both(

@@ -106,7 +106,7 @@ def read(mixture: DataMixture, order: Sequence[int], decode: bool) -> None:
 
 
 def digest(mixture: DataMixture) -> str:
-    """Of all samples, whatever their order and place."""
+    """A digest of all samples, independent of their order and place."""
     found = []
     for example in mixture.examples:
         with open_picture(example.image) as file:
@@ -124,7 +124,7 @@ def drop_cached(paths: Sequence[Path]) -> None:
 
 
 def share_cached(paths: Sequence[Path], tries: int = 200) -> float:
-    """Of `tries` places in these files, how many the system still holds."""
+    """The fraction of `tries` places in these files that the system still holds."""
     generator, held = random.Random(0), 0
     for _ in range(tries):
         path = generator.choice(paths)

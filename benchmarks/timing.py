@@ -31,14 +31,14 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value; of fewer than four the quartiles are the extremes."""
+    """Median and quartiles of at least one value; the quartiles of fewer than four are the extremes."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
     return Spread(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
 
 
 def cache_bytes(device: str = "cpu") -> int:
-    """Of the last cache before memory; 64 MiB where it cannot be told."""
+    """Bytes of the last cache before memory; 64 MiB where that cannot be told."""
     if device != "cpu":
         return torch.cuda.get_device_properties(device).L2_cache_size
     caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
@@ -55,7 +55,7 @@ def seconds(
     clock: Callable[[], float] = time.perf_counter,
     ahead: float = 0.0,
 ) -> float:
-    """Of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before.
+    """The time of one call: by a clock on a CPU, by device events on a GPU. `flush` overwrites the cache before.
 
     `ahead`: for so long a GPU is kept busy first, so that all of the call's launches wait for it in the queue: its own time is
     measured then, and not how fast the host can ask.
@@ -146,7 +146,7 @@ def cpu_name() -> str:
 
 
 def version(name: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None where it is not installed."""
     try:
         return installed(name)
     except PackageNotFoundError:
@@ -154,7 +154,7 @@ def version(name: str) -> str | None:
 
 
 def clock(device: str) -> int | None:
-    """Of a GPU's multiprocessors, now, in MHz; None where it cannot be told."""
+    """The clock of a GPU's multiprocessors now, in MHz; None where it cannot be told."""
     if device == "cpu":
         return None
     try:
@@ -168,7 +168,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a result must be read with: machine, threads, versions, date."""
+    """The conditions of a measurement: machine, threads, versions, date."""
     return {
         "machine": cpu_name() if device == "cpu" else torch.cuda.get_device_properties(device).name,
         "threads": torch.get_num_threads(),

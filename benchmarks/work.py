@@ -1,4 +1,4 @@
-"""What a call of the operation cannot do without: operations that its open gates ask for, and bytes moved once."""
+"""The least work of a call: operations that its open gates ask for, and bytes moved once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Work:
 def work(
     is_open: Tensor, ranks: Sequence[int], in_features: int, out_features: int, element_size: int
 ) -> dict[str, Work]:
-    """Of each pass, whoever runs it.
+    """The work of each pass, whoever runs it.
 
     Operations: the router for all tokens, an expert's products for tokens that open it. Bytes: x, base, dy and what is made of them
     once, but not the rows of x, dy and of a base in place that no open expert wants; the weights of experts that any token opens;

@@ -20,7 +20,7 @@ DEFAULT_FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: records by split, how many were left out for which reason, and which doubts there are."""
+    """The outcome of `convert`: records by split, how many were left out for which reason, and which doubts there are."""
 
     written: dict[str, int]
     left_out: dict[str, int]

@@ -1,4 +1,4 @@
-"""What is in a source: counts, samples, pictures that cannot be used, and all that is broken, with file and line."""
+"""The contents of a source: counts, samples, pictures that cannot be used, and all that is broken, with file and line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class Inspection:
-    """What `inspect` found. Everything is counted over all records; lists hold the first `LISTED` of their kind.
+    """The findings of `inspect`. Everything is counted over all records; lists hold the first `LISTED` of their kind.
 
     Attributes:
         kind, source: what was read.

@@ -36,7 +36,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Nutrition:
-    """What a dish, or one ingredient as it is on the plate, contains. None means unknown, 0 means none.
+    """The nutrition of a dish, or of one ingredient as it is on the plate. None means unknown, 0 means none.
 
     Attributes:
         mass: grams.
@@ -221,7 +221,7 @@ def record_from_json(value: object) -> FoodRecord:
 
 
 def record_as_written(obj: Mapping[str, Any]) -> FoodRecord:
-    """What `record_from_json` makes of `record_to_json`'s result, in a quarter of the time: nothing is checked again.
+    """The inverse of `record_to_json`, in a quarter of `record_from_json`'s time: nothing is checked again.
 
     Raises:
         TypeError, ValueError, KeyError, AttributeError: for most of what is not such a result.

@@ -1,4 +1,4 @@
-"""What a file of records holds, in numbers: one pass over any number of records.
+"""Statistics of a file of records: one pass over any number of records.
 
 Counts are kept for each distinct category, ingredient and micronutrient. Quartiles are exact (linear between neighbours, numpy's
 default) over values held as float32: nine numbers a record at most, 36 MB for a million.

@@ -46,7 +46,7 @@ class VocabularyError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Which training records are counted; both ends included.
+    """The limits of training records that are counted; both ends included.
 
     Attributes:
         ingredients: how many, repeated ones too.
@@ -332,7 +332,7 @@ class Coverage:
 
 
 def coverage(vocabulary: Vocabulary, counts: NameCounts) -> dict[str, Coverage]:
-    """By split, in the order train, val, test: what it knows of the mentions, and of the distinct names."""
+    """Coverage by split, in the order train, val, test: of the mentions, and of the distinct names."""
     out = {}
     for split in ("train", "val", "test"):
         if split not in counts.records:

@@ -41,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Search:
-    """What was found.
+    """The result of a search.
 
     Attributes:
         best: the evaluation with the smallest objective, the first of equals.
@@ -93,8 +93,8 @@ def find_coefficients(
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
     name = optimizer.optim.name  # Cobyla for LoRAHub's budget, whatever n
     if "MetaModel" in name:
-        # What large budgets get: fits a model between the steps of another optimizer, for as long as a clock allows, and fails
-        # under numpy 2.4 (nevergrad 1.0.12). The other optimizer alone repeats itself.
+        # Excluded, though large budgets get it: it fits a model between the steps of another optimizer, for as long as a clock
+        # allows, and fails under numpy 2.4 (nevergrad 1.0.12). The other optimizer alone repeats itself.
         name = "CMA" if n > 1 else "OnePlusOne"
         optimizer = nevergrad.optimizers.registry[name](parametrization=space, budget=budget)
     with warnings.catch_warnings():
@@ -108,7 +108,7 @@ def find_coefficients(
 
 
 def check_composable(configs: Mapping[str, Any]) -> None:
-    """What the configurations alone tell.
+    """Checks that need the configurations alone.
 
     Args:
         configs: PEFT configurations by the name that an error gives them.

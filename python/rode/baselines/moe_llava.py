@@ -40,7 +40,7 @@ MOE_WEIGHTS = "moe_model.safetensors"
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """What MoE-LLaVA leaves open; the defaults are its published scripts'.
+    """The choices of MoE-LLaVA; the defaults are those of its published scripts.
 
     Args:
         num_experts: copies of the FFN in each block.
@@ -140,7 +140,7 @@ class MoeFeedForward(nn.Module):
         return y.reshape(x.shape).to(x.dtype)
 
     def _valid(self, x: Tensor) -> Tensor | None:
-        """Which tokens of x (batch, T, ...) are no padding: bool (batch, T), or None where there is no mask."""
+        """A mask of x's tokens (batch, T, ...) that are no padding: bool (batch, T), or None."""
         # In evaluation a mask that does not tell padding, such as a static cache's, counts as none.
         mask = self.context.read_mask() if self.training else self.context.mask
         if mask is None:

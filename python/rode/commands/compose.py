@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_usage(args: argparse.Namespace, out: Path) -> None:
-    """What can be told before a model is loaded."""
+    """Checks that are made before a model is loaded."""
     from peft import PeftConfig
 
     from rode.baselines.lorahub import check_composable

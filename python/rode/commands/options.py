@@ -73,7 +73,7 @@ def load(args: argparse.Namespace, recipe: Recipe | None = None) -> tuple[Any, A
 
 
 def routes(args: argparse.Namespace, model: Any, processor: LlavaProcessor) -> Routes:
-    """What the adapter's router reads; clusters stand beside an adapter, or in its checkpoints' parent."""
+    """The side inputs of the adapter's router; clusters stand beside an adapter, or in its checkpoints' parent."""
     from rode.training.clusters import FILE
     from rode.training.side_inputs import make_routes
 

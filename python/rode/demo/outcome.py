@@ -1,4 +1,4 @@
-"""What the demo finds out, phase by phase, and what it compares with."""
+"""The demo's findings, phase by phase, and what it compares with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rode_food.source import Source
 
 @dataclass
 class Outcome:
-    """What the demo found, for the table and the report.
+    """The demo's findings, for the table and the report.
 
     Attributes:
         scores: column -> metric -> value (`rode_food.metrics.score`'s "all").

@@ -171,7 +171,7 @@ def _samples(outcome: Outcome) -> str:
 
 
 def _method(drawn: bool, small: bool) -> str:
-    """What was done, for whoever reads the table."""
+    """A list of what was done, for whoever reads the table."""
     said = []
     if drawn:
         said.append(

@@ -1,4 +1,4 @@
-"""The paper's Figures 6 to 8 with our numbers beside the paper's. What was not run is left out, or says so."""
+"""The paper's Figures 6 to 8 with our numbers beside the paper's. Variants that were not run are left out, or say so."""
 
 from __future__ import annotations
 

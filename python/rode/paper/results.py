@@ -90,8 +90,8 @@ def adapter_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:
-    """SHA-256 of a file that a recipe names; the pictures that records name are not read. Of a folder of shards, that of its
-    shards' digests, pictures included.
+    """SHA-256 of a file that a recipe names; the pictures that records name are not read. For a
+    folder of shards it is the hash of its shards' digests, pictures included.
 
     Args:
         what, key: for the error: what the file is, and the recipe's key that names it.

@@ -123,7 +123,7 @@ def plan(
 
 
 def _check_unchanged(run: Run) -> None:
-    """That what is there of a run was made by its recipe, or ValueError."""
+    """Checks that what is there of a run was made by its config; raises ValueError."""
     recipe_file = run.recipe.run_dir / "recipe.yaml"
     if run.result.is_file():
         result = read_result(run.result)
@@ -184,7 +184,7 @@ def call(command: Sequence[str]) -> int:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """As it can be typed elsewhere."""
+    """The command as it can be typed elsewhere."""
     return shlex.join("python" if word == sys.executable else word for word in command)
 
 

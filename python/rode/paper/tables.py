@@ -1,4 +1,4 @@
-"""Which runs a table wants, and what the paper printed: `configs/paper/tables.yaml`, or a recipe of one's own, checked."""
+"""The runs that a table wants, and what the paper printed: `configs/paper/tables.yaml`, or a recipe of one's own, checked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Data:
-    """What the runs of a table learn from.
+    """The data that the runs of a table learn from.
 
     Attributes:
         base: the recipe that its variants extend, relative to the file.

@@ -29,7 +29,7 @@ RecipeError = SettingsError
 
 @dataclass
 class ModelConfig:
-    """Which LLaVA, and how it is held."""
+    """The base model, and how it is held."""
 
     path: str
     """Checkpoint directory, or hub name "owner/name"."""
@@ -162,7 +162,7 @@ _POSITIVE = (
 
 
 def _check(recipe: Recipe) -> None:
-    """What types cannot say."""
+    """Checks beyond types."""
     training = recipe.training
     for name in _POSITIVE:
         if getattr(training, name) <= 0:
@@ -191,7 +191,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _check_routing(recipe: Recipe, config: Any) -> None:
-    """What the adapter's router wants of data and model."""
+    """Checks that data and model have what the adapter's router reads."""
     by_row = (
         getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
         or getattr(config, "aux_groups", None)

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainResult:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
         output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, training.json (metrics and
@@ -75,8 +75,8 @@ def data_sources(recipe: Recipe) -> list[Source]:
 
 
 def _usable(mixture: DataMixture[Example], on_bad_image: str) -> tuple[DataMixture[Example], list[str]]:
-    """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Those in shards were read when
-    the shards were written."""
+    """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Pictures in shards
+    were read when the shards were written."""
     parts: list[Sequence[Example]] = []
     skipped: list[str] = []
     for part in mixture.parts():
@@ -139,12 +139,12 @@ def image_source(
 
 
 def _length(item: Example | tuple[Example, ...]) -> int:
-    """Of an example or pack, in characters, which stand in for tokens: only the order matters."""
+    """The length of an example or pack in characters, which stand in for tokens: only the order matters."""
     return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
 
 
 def _lengths(mixture: DataMixture[Any]) -> list[int]:
-    """Of all items; the index of shards knows those of its own."""
+    """Lengths of all items; the index of shards knows those of its own."""
     lengths: list[int] = []
     for part in mixture.parts():
         lengths += part.lengths.tolist() if isinstance(part, ShardExamples) else map(_length, part)
@@ -152,7 +152,7 @@ def _lengths(mixture: DataMixture[Any]) -> list[int]:
 
 
 def _machine(device: torch.device, processes: int) -> str:
-    """What training ran on, in words."""
+    """The machine that training ran on, in words."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     threads = torch.get_num_threads()  # another number adds up in another order
     return f"{processes} x {name}, {os.cpu_count()} CPU cores ({platform.machine()}), {threads} threads"

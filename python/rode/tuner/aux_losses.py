@@ -193,7 +193,7 @@ def _share(aux: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def learned_share(labels: Tensor, total: Tensor | int) -> Tensor:
-    """Of the `total` learned tokens of an accumulated batch, the share that stands in `labels` (batch, T)."""
+    """The fraction of an accumulated batch's `total` learned tokens that stands in `labels` (batch, T)."""
     return (labels[:, 1:] != IGNORE).sum() / total
 
 

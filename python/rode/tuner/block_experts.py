@@ -24,7 +24,7 @@ class BlockPass:
         self._chosen: Tensor | None = None  # (..., N, k) bool: which expert each pass is for
         self._weights: Tensor | None = None  # (..., k)
         self.whole: Tensor | None = None  # (..., N): the gates of all passes
-        # By name of a layer: its input, and what the frozen weight made of it.
+        # Layer name -> its input, and what the frozen weight made of it.
         self._base: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attach(self, block: nn.Module) -> list[Any]:

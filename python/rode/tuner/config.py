@@ -94,11 +94,11 @@ class RodeConfig(RodeFields):
         validation.check(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with sets as sorted lists, so that one configuration has one JSON text."""
+        """Converts as PEFT does, with sets as sorted lists, so that one configuration has one JSON text."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; a model card beside it learns that `import rode` must come before loading."""
+        """Saves as PEFT does; a model card beside it says that `import rode` must come before loading."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         if card.is_file():

@@ -35,7 +35,7 @@ SIDE_INPUTS = ("rode_task_ids", "rode_cluster_ids", "rode_prompt_mask")
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """What a model was called with.
+    """The arguments of one call of a model.
 
     Attributes:
         given: the arguments by name, those in **kwargs included, without side inputs.
@@ -228,7 +228,7 @@ class ForwardContext:
         return self.read_mask() if self.prompt is None else self.prompt
 
     def read_mask(self) -> Tensor | None:
-        """What is not padding, (batch, T) bool; None for all.
+        """The tokens that are no padding, (batch, T) bool; None for all.
 
         Raises:
             ValueError: a mask was given in which padding cannot be told.

@@ -136,7 +136,7 @@ class RodeFields(PeftConfig):
         )
 
     def routed_experts(self, experts: int) -> int:
-        """Of a layer's experts, those that the router has a logit for."""
+        """The number of a layer's experts that the router has a logit for."""
         return experts - 1 if self.universal_expert else experts
 
     def needs_router(self, experts: int) -> bool:

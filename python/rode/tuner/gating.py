@@ -94,7 +94,7 @@ class Gated:
         return rows.to(wide) if config.table_of_logits else router_logits(rows, router, bias)
 
     def _sequence_logits(self, adapter: str, x: Tensor, router: Tensor, bias: Tensor | None) -> Tensor:
-        """Of the mean input over the prompt's tokens: (batch, 1, N'). While an answer grows, those of its prompt."""
+        """Logits of the mean input over the prompt's tokens: (batch, 1, N'). While an answer grows, those of its prompt."""
         if x.dim() != 3:
             raise ValueError(
                 f"{self.place}: router_input='sequence' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"

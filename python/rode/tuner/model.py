@@ -68,7 +68,7 @@ class RodeModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {"llama": list(DEFAULT_NAMES)}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; no match at all is a ValueError that lists near misses."""
+        """Injects as PEFT does; no match at all is a ValueError that lists near misses."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -206,7 +206,7 @@ class RodeModel(BaseTuner):
         layer.block_pass = shared
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
+        """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
         active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
         if any(config.gate == "expert-choice" for config in active):
@@ -246,7 +246,7 @@ class RodeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: RodeConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's; tensors that are missing or have no place are a ValueError, where PEFT's other methods warn."""
+        """Renames as PEFT does; missing and surplus tensors are a ValueError, where PEFT's other methods warn."""
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -271,7 +271,7 @@ class RodeModel(BaseTuner):
         return remapped
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, for adapters with gate="none"; refuses the others before any layer is changed."""
+        """Merges as PEFT does, for adapters with constant gates; refuses the others before any layer is changed."""
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 

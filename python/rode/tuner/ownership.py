@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-# What a plain linear layer runs. A library that replaces either may keep or cache the result.
+# The functions that a plain linear layer runs. A library that replaces either may keep or cache the result.
 _LINEAR_FORWARD, _LINEAR_FUNCTION = nn.Linear.forward, nn.functional.linear
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTS = (Tensor, nn.Parameter)

@@ -145,7 +145,7 @@ def preset(name: str, **fields: Any) -> RodeConfig:
 
 
 def preset_fields(name: str, **fields: Any) -> dict[str, Any]:
-    """What `preset` makes a RodeConfig of."""
+    """The fields of the RodeConfig that `preset` makes."""
     if name not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(PRESETS)}"

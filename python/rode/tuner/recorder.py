@@ -1,4 +1,4 @@
-"""What an adapted layer tells of its gates while statistics are attached: sums by kind of token, on the device."""
+"""Sums of an adapted layer's gates by kind of token, on the device, while statistics are attached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CARRIED = 0.9
 
 
 class TokenKinds:
-    """What each token of the running forward pass is; shared by all recorders, None between passes."""
+    """The kind of each token of the running forward pass; shared by all recorders, None between passes."""
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None  # (kinds, batch, tokens) bool; padding is of no kind

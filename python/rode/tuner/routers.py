@@ -81,7 +81,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Routed(NamedTuple):
-    """What a router decided.
+    """The decision of a router.
 
     Attributes:
         gates: (..., N), exact zeros where closed.

@@ -68,7 +68,7 @@ class ExampleGates:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What was counted, on the host.
+    """The counts, on the host.
 
     Attributes:
         layers: one entry for each adapted layer and adapter that saw a token, in the model's order.

@@ -1,4 +1,4 @@
-"""Which modules an adapter goes on: the language model's, and never a vision tower that nobody named."""
+"""The modules that an adapter goes on: the language model's, and never a vision tower that nobody named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a `RodeConfig` may hold: types field by field, and which choices go together."""
+"""Validation of a `RodeConfig`: types field by field, and which choices go together."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _check_router(config: RodeFields) -> None:
 
 
 def _check_gate(config: RodeFields) -> None:
-    """What becomes of the logits."""
+    """Checks of the gate and its options."""
     gate = config.gate
     if gate == "topk":
         if config.top_k is None:

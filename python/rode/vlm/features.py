@@ -1,4 +1,4 @@
-"""What the frozen vision tower makes of a picture, computed once and used many times.
+"""Features that the frozen vision tower makes of a picture, computed once and used many times.
 
 The tower's hidden states go where the pixels went: `accept_features` makes the tower take a tensor of three dimensions
 for its own output, so that everything after it (choice of layer, CLS token, projector) stays transformers' code.

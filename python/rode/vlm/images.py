@@ -11,7 +11,7 @@ from rode_food.images import open_image
 
 
 class HasImage(Protocol):
-    """What is needed of an example here (`rode_food.Example` has it)."""
+    """The part of an example that is needed here (`rode_food.Example` has it)."""
 
     @property
     def record_id(self) -> str: ...

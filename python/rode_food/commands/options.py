@@ -11,7 +11,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class ParserOptions(TypedDict):
-    """What every command's parser is made with."""
+    """Keyword arguments of every command's parser."""
 
     formatter_class: type[argparse.HelpFormatter]
     parents: Sequence[argparse.ArgumentParser]

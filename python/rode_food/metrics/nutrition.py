@@ -69,7 +69,7 @@ def _mean(fields: Mapping[str, float | None]) -> float | None:
 
 
 def mean_baseline(train: Sequence[Truth], test: Sequence[Truth]) -> PMAE:
-    """What always answering the training split's mean scores on `test`: the number a model has to beat.
+    """The score on `test` of always answering the training split's mean: the number a model has to beat.
 
     Raises:
         ValueError: if either is empty.

@@ -29,7 +29,7 @@ from rode_food.records import FoodRecord
 
 @dataclass(frozen=True)
 class Option:
-    """What a reader can be told: a bool or a whole number of at least 1, and a line about it."""
+    """An option of a reader: a bool or a whole number of at least 1, and a line about it."""
 
     default: bool | int
     about: str

@@ -1,4 +1,4 @@
-"""What readers share: text, numbers, lines and pictures as publishers ship them, checked."""
+"""Helpers that readers share: text, numbers, lines and pictures as publishers ship them, checked."""
 
 from __future__ import annotations
 

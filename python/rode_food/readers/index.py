@@ -1,4 +1,4 @@
-"""Which bytes of a huge JSON array belong to which id: joins files of a million entries without holding them."""
+"""An index from ids to the bytes of a huge JSON array: it joins files of a million entries without holding them."""
 
 from __future__ import annotations
 

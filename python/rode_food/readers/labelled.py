@@ -1,4 +1,4 @@
-"""What the picture data sets with one class a picture share: lists of pictures, and records made from them."""
+"""Helpers for picture data sets with one class a picture: lists of pictures, and records made from them."""
 
 from __future__ import annotations
 

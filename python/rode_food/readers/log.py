@@ -1,4 +1,4 @@
-"""What a reader met on its way: what it left out and why, and what it kept with a doubt, with file and line."""
+"""The log of a reader: what it left out and why, and what it kept with a doubt, with file and line."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def read(source: Path, log: ReadLog, *, foodlmm: bool = False) -> Iterator[FoodR
 
 
 def misses(dish: FoodRecord) -> str:
-    """Which total is not the sum over the ingredients, by more than 2 %; "" if all are."""
+    """The total that misses the sum over the ingredients by more than 2 %; "" if none does."""
     for name in NUTRITION_FIELDS:
         total = getattr(dish.nutrition, name)
         parts = math.fsum(getattr(i.nutrition, name) for i in dish.ingredients)

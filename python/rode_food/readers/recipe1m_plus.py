@@ -166,7 +166,7 @@ def _sum(parts: list[Nutrition], derive_carb: bool) -> Nutrition:
 
 
 def _misses(record: FoodRecord, per_100g: object) -> str:
-    """What of the recipe's sums is not its values per 100 g; "" if all agree or there are none to compare with."""
+    """The sums of the recipe that miss its values per 100 g; "" if all agree or there are none to compare with."""
     if not isinstance(per_100g, dict) or record.nutrition is None:
         return ""
     total = record.nutrition

@@ -129,7 +129,7 @@ class ParquetShard:
 
 
 def _mark(value: bytes) -> bytes:
-    """What a value is known by afterwards: how it begins in a page, and its digest."""
+    """The marks by which a value is known afterwards: how it begins in a page, and its digest."""
     return struct.pack("<I", len(value)) + value[:64] + hashlib.sha256(value).digest()
 
 

@@ -42,7 +42,7 @@ BUILDING = "building"
 
 @dataclass(frozen=True)
 class Written:
-    """What a folder of shards holds: records by split, files, bytes of the files, (id, reason) of what was left out."""
+    """The contents of a folder of shards: records by split, files, bytes of the files, (id, reason) of what was left out."""
 
     records: dict[str, int]
     shards: int
@@ -163,7 +163,7 @@ def _write_lines(
 
 
 def _finished(folder: Path, made_of: str, on_bad_image: str, overwrite: bool) -> Written | None:
-    """What is there already and the same, or None once nothing finished is left."""
+    """The finished part that is there already and the same, or None once nothing finished is left."""
     if not (folder / INDEX).is_file():
         return None
     try:
@@ -204,7 +204,7 @@ def _go_on(building: Path, plan: dict[str, Any]) -> None:
 def _parts(
     places: Mapping[str, list[tuple[int, int]]], name: str, size: int, suffix: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """What is to be written: for each shard its file, its split and where its records stand in the lines."""
+    """The plan of what is written: for each shard its file, its split and where its records stand in the lines."""
     for split in SPLITS:
         offsets = [offset for _, offset in sorted(places.get(split, ()))]
         for first in range(0, len(offsets), size):
@@ -279,7 +279,7 @@ def _lines_at(path: Path, offsets: Iterable[int]) -> Iterator[FoodRecord]:
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """What `_write_shard` returned, its samples as an array: lists of a million would take a gigabyte."""
+    """The result of `_write_shard`, its samples as an array: lists of a million would take a gigabyte."""
     entry = json.loads(line)
     rows = [(*row[:5], tuple(row[5])) for row in entry["samples"]]
     return {**entry, "samples": np.array(rows, SAMPLE)}

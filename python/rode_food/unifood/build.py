@@ -43,7 +43,7 @@ _DRY = ("label", "golden", "shard", "statistics")
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage: `report` is what it counted; `fresh` is False where it was done already."""
+    """The outcome of one stage: `report` is what it counted; `fresh` is False where it was done already."""
 
     name: str
     report: dict[str, Any]
@@ -209,7 +209,7 @@ def _key(settings: UnifoodSettings, name: str, out: Path, source: Path | None) -
 
 
 def _outside(settings: UnifoodSettings, name: str) -> dict[str, Any]:
-    """What a stage reads outside of the build, path -> its state: name, size and time of each file or folder in it. Pictures
+    """The files that a stage reads outside of the build, path -> state: name, size and time of each file or folder in it. Pictures
     deeper down are not looked at; those that are chosen are decoded."""
     paths: dict[str, list[str | None]] = {
         "select": [source.path for source in settings.sources],

@@ -32,7 +32,7 @@ _NO_DISH = frozenset(_NO_DISH_WORDS.split())
 
 
 def _stem(word: str) -> str:
-    """What singular and plural have in common: cookies and cookie, potatoes and potato, berries and berry."""
+    """The stem that singular and plural have in common: cookies and cookie, potatoes and potato, berries and berry."""
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
         word = word[:-1]
     if len(word) > 3 and word.endswith("e"):

@@ -1,4 +1,4 @@
-"""Which pictures are the same picture: perceptual hashes that differ in a few bits."""
+"""Near-duplicate pictures: perceptual hashes that differ in a few bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build is made from and how: one YAML file, checked key by key."""
+"""Settings of a build: one YAML file, checked key by key."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class UnifoodSettings:
     vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
 
     def check(self) -> None:
-        """What types cannot say; label and golden check their own. Raises SettingsError, naming the key."""
+        """Checks beyond types; label and golden check their own. Raises SettingsError, naming the key."""
         if not self.sources:
             raise SettingsError("sources: expected at least one, got none")
         for i, source in enumerate(self.sources):

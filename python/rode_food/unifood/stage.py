@@ -1,4 +1,4 @@
-"""What a stage gets, and the parts in which long ones keep what they have done."""
+"""The input of a stage, and the parts in which long stages keep what they have done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage's `run(stage) -> report` is given.
+    """The input of a stage's `run(stage) -> report`.
 
     It reads `source`, writes `output` (aside, then renamed) and whatever else it leaves in `folder`, and returns
     JSON-able numbers about what it did. It can be killed at any time and called again: what is whole in `folder` is

@@ -69,7 +69,7 @@ def _facts(result: dict[str, Any]) -> list[str]:
 
 
 def audit_text(result: dict[str, Any]) -> str:
-    """What a terminal shows."""
+    """The text for a terminal."""
     parts = ["\n".join(_facts(result))]
     if result["groups"]:
         parts += ["label against USDA, in %:\n" + text_table([_HEAD, *_group_rows(result)])]

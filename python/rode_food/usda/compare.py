@@ -142,7 +142,7 @@ class Limits:
 
 
 def disagreements(comparison: Comparison, limits: Limits) -> list[str] | None:
-    """Which of energy, fat, protein, carb and mass are outside the limits; None for a dish that cannot be checked.
+    """The ones of energy, fat, protein, carb and mass that are outside the limits; None for a dish that cannot be checked.
 
     Mass counts only where lines tell `coverage` of it: a recipe that says "salt to taste" is no evidence.
     """

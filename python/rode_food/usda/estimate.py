@@ -21,7 +21,7 @@ _CANS = frozenset(("can", "tin", "jar"))
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the tables say of a line.
+    """The tables' estimate for a line.
 
     Attributes:
         match: the food, or None.

@@ -1,4 +1,4 @@
-"""What an ingredient line says: names, amounts with their units, size.
+"""The reading of an ingredient line: names, amounts with their units, size.
 
 Read by `ingredient_parser` (https://ingredient-parser.readthedocs.io): a sequence model trained on 80,000 lines, which
 keeps every amount of a line apart ("2 cups (250 g)", "2 (6 oz) cans") and the names of alternatives.

@@ -1,4 +1,4 @@
-"""Which USDA food an ingredient name means."""
+"""The match from an ingredient name to a USDA food."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the amount of a line to grams, by USDA's household measures. What they do not tell stays unknown."""
+"""From the amount of a line to grams, by USDA's household measures. Anything that they do not tell stays unknown."""
 
 from __future__ import annotations
 

@@ -187,8 +187,11 @@ def _sharing(sums: dict[str, _Sums], seed: int) -> list[dict[str, Any]]:
 
 
 def _sparsity(*sums: _Sums) -> dict[str, dict[str, float] | None]:
-    """By kind: zeros, the share of gates that are exactly 0; closed, of tokens with no open gate; and over the tokens that have
-    one, the mean effective number of experts and the mean number that carries 90 % of the gates."""
+    """Numbers by kind.
+
+    zeros: the share of gates that are exactly 0; closed: of tokens with no open gate. Over the tokens that have one: the mean
+    effective number of experts and the mean number that carries 90 % of the gates.
+    """
     out: dict[str, dict[str, float] | None] = {}
     for k, kind in enumerate(sums[0].kinds):
         total = {name: sum(s.mixing[name][k].item() for s in sums) for name in sums[0].mixing}

@@ -28,7 +28,7 @@ def open_rows(analysis: dict[str, Any]) -> Rows:
 
 
 def best_measure(analysis: dict[str, Any]) -> str:
-    """By which use tells tasks apart: open rates where the gates of every adapter close at all, else shares of the gates."""
+    """The use that tells tasks apart: open rates where the gates of every adapter close at all, else shares of the gates."""
     closes = [one["sparsity"]["all tasks"]["all"]["zeros"] > 0 for one in adapters(analysis)]
     return "open_rate" if all(closes) else "gate_share"
 
@@ -118,7 +118,7 @@ def of_ranks(analysis: dict[str, Any], key: str) -> str:
 
 
 def format_analysis(analysis: dict[str, Any]) -> str:
-    """What the terminal shows: answers' tokens only, where it comes to sharing."""
+    """The text for the terminal; sharing is shown for the answers' tokens only."""
     examples = ", ".join(f"{task} {count}" for task, count in analysis["examples"].items())
     experts = len(analysis["units"])
     parts = [

@@ -1,4 +1,4 @@
-"""What a person decided on, sample by sample: `decisions.json`, {"id": "accept" or "reject"}."""
+"""A person's decisions, sample by sample: `decisions.json`, {"id": "accept" or "reject"}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the golden stage can be told."""
+"""Settings of the golden stage."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Misses:
         self.in_a_row = 0
 
     def count(self, fault: Fault | None) -> None:
-        """Of a request that has ended; None if it was answered. Raises LabelError when it is enough."""
+        """The error of a request that has ended; None if it was answered. Raises LabelError when it is enough."""
         if fault is None or fault.kind == "record":
             self.in_a_row = 0
             return

@@ -234,7 +234,7 @@ class Batches:
         return self.endpoint.client.batches.retrieve(row.id)
 
     def _failed(self, row: BatchRow, batch: Batch) -> None:
-        """Nothing of it was asked."""
+        """None of it was asked."""
         errors = (batch.errors.data if batch.errors else None) or []
         told = "; ".join(f"{error.code}: {error.message}" for error in errors[:3]) or "no reason given"
         self._forget(row)

@@ -71,7 +71,7 @@ _JOB_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Fault:
-    """What one failed request means.
+    """The meaning of one failed request.
 
     Attributes:
         kind: "job": no request can succeed; "record": this content never will; "retry": a later one may;
@@ -101,7 +101,7 @@ class Stopped(Exception):
 
 
 def fault_of_status(status: int, error: object, pause: float | None = None) -> Fault:
-    """What an HTTP status with the server's `error` object (or text) means."""
+    """The meaning of an HTTP status with the server's `error` object (or text)."""
     error = error if isinstance(error, dict) else {"message": error}
     code = str(error.get("code") or "")
     message = error.get("message")

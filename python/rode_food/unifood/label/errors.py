@@ -6,7 +6,7 @@ from typing import Any
 
 
 class LabelError(RuntimeError):
-    """The job cannot go on. One line: what was met, and what to do. What was answered is in the ledger."""
+    """The job cannot go on. One line: what was met, and what to do. The answers are in the ledger."""
 
 
 class Unfinished(RuntimeError):

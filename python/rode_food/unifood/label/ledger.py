@@ -94,7 +94,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Content:
-    """What the ledger knows of one content."""
+    """The ledger's knowledge of one content."""
 
     status: str
     reason: str | None
@@ -104,7 +104,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one content's request.
+    """The fate of one content's request.
 
     Attributes:
         status: the new one.
@@ -250,7 +250,7 @@ class Ledger:
         return dict(zip(names, (*answers, *money), strict=True))
 
     def batches(self) -> list[BatchRow]:
-        """Those that are not done, oldest first."""
+        """The batches that are not done, oldest first."""
         try:
             rows = self._db.execute(
                 "SELECT token, id, file, bytes, requests, created FROM batches WHERE state != 'done'"
@@ -290,7 +290,7 @@ class Ledger:
         self._transaction(lambda db: self._mark(db, asked, None))
 
     def record(self, changes: Sequence[Change], done_batch: str | None = None) -> None:
-        """What became of requests, all or nothing; with `done_batch`, that batch is done too, and what it did not
+        """Writes the fate of requests, all or nothing; with `done_batch`, that batch is done too, and what it did not
         answer is open again.
 
         On a full disk it gives up the spare room; the error comes with the next request that is to be made.

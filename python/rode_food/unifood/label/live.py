@@ -20,7 +20,7 @@ from rode_food.unifood.label.work import Item, Verdict, judge
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one content's request.
+    """The result of one content's request.
 
     Attributes:
         raw: the answer, or None.

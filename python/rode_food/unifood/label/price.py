@@ -68,7 +68,7 @@ def estimate(
 
 
 def price(prompt_tokens: float, answer_tokens: float, settings: LabelSettings) -> float:
-    """What so many tokens cost; 0 where no prices are set."""
+    """The price of so many tokens; 0 where no prices are set."""
     paid = prompt_tokens * (settings.price_input or 0.0) + answer_tokens * (settings.price_output or 0.0)
     return paid / 1e6 * settings.price_factor
 

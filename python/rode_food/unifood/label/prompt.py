@@ -1,4 +1,4 @@
-"""What is asked: the picture and the ingredients with their amounts, not the recipe (as in the paper)."""
+"""The question that is asked: the picture and the ingredients with their amounts, not the recipe (as in the paper)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the label stage can be told."""
+"""Settings of the label stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to ask, by content, and what is to be done about each content."""
+"""The work of the label stage: what there is to ask, by content, and what is to be done about each content."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Item:
         return estimate(self.lines, self.size, settings, verdict.failed)
 
     def mark(self, verdict: Verdict, settings: LabelSettings) -> tuple[str, str, str, str, float]:
-        """What the ledger is told before the request is sent."""
+        """The ledger learns of a request before it is sent."""
         at_most = price_at_most(self.estimate(verdict, settings), settings)
         return self.key, self.record_id, settings.model, PROMPT_VERSION, at_most
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be done about a content.
+    """The next step for a content.
 
     Attributes:
         state: "ask" it (again), or it is settled.
