@@ -21,7 +21,8 @@ from benchmarks.timing import headline, interleaved, machine, spread
 from rode_kernels import backends, rectified_mixture
 from rode_kernels import fast_path as shortcut
 from rode_kernels.backends import cpu
-from rode_kernels.mixture import check_inputs, check_x, make_mixture
+from rode_kernels.checks import check_inputs, check_x
+from rode_kernels.mixture import make_mixture
 
 WIDTH = 16
 CALLS = 50

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rode_kernels import fast_path as shortcut
-from rode_kernels.mixture import check_no_tangents
+from rode_kernels.checks import check_no_tangents
 from rode_kernels.torch_ops import OP, OP_BACKWARD, TENSORS, all_gradients, library
 
 

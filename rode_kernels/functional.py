@@ -11,17 +11,16 @@ from torch.autograd import forward_ad
 from rode_kernels import autograd as functions
 from rode_kernels import fast_path as shortcut
 from rode_kernels.autograd import below_autograd, needs_autograd
-from rode_kernels.mixture import (
+from rode_kernels.checks import (
     GATE_GRADS,
-    Mixture,
     check_inplace,
     check_inputs,
     check_no_tangents,
     check_tensor,
     check_x,
-    make_mixture,
     normalize_seed,
 )
+from rode_kernels.mixture import Mixture, make_mixture
 from rode_kernels.torch_ops import OP, OP_INPLACE, autocast_enabled
 
 
