@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import ForwardOperands, Settings
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATE_GRADS = ("open", "all")
@@ -37,18 +37,10 @@ def _parameter(name: str, t: Tensor, shape: tuple[int, ...], meaning: str, x: Te
         raise ValueError(f"{name}: expected on {x.device} (as x), got {t.device}")
 
 
-def check_inputs(
-    mixture: Mixture,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Raises TypeError or ValueError naming the argument, what it got and what was wanted."""
+def check_inputs(operands: ForwardOperands, settings: Settings) -> None:
+    """Refuses operands that do not fit x and the settings; `check_x` comes first, `normalize_seed` checks the seed."""
+    x, A, B, router_weight, router_bias, gates, base, _seed = operands
+    mixture, dropout_p, _dense = settings
     if x.dim() < 1:
         raise ValueError("x: expected shape (..., in_features), got a 0-dimensional tensor")
     features, experts, total = x.shape[-1], mixture.num_experts, mixture.total_rank
