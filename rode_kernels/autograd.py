@@ -21,15 +21,13 @@ class MixtureFunction(torch.autograd.Function):
     """Takes the operands and a `Call`; gives y, u, g, or y alone."""
 
     @staticmethod
-    def forward(ctx, *args):
-        operands, call = args[:TENSORS], args[TENSORS]
-        x, A, B, router_weight, router_bias, gates, base, seed = operands
-        y, u, g = call.run(operands)
+    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, call):
+        y, u, g = call.run((x, A, B, router_weight, router_bias, gates, base, seed))
         # x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask
         ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.router_bias_dtype = call, None if router_bias is None else router_bias.dtype
-        ctx.gates_like = None if gates is None else (gates.shape, gates.dtype)
+        bias_dtype = None if router_bias is None else router_bias.dtype
+        ctx.others = call, bias_dtype, None if gates is None else (gates.shape, gates.dtype)
         if call.inplace:
             ctx.mark_dirty(base)
         if call.only_y:
@@ -41,15 +39,15 @@ class MixtureFunction(torch.autograd.Function):
     def backward(ctx, dy, _du=None, dgates=None):
         if dy is None and dgates is None:
             return (None,) * (TENSORS + 1)
-        operands = BackwardOperands(dy, dgates, *ctx.saved_tensors)
+        operands = BackwardOperands._make((dy, dgates, *ctx.saved_tensors))
         check_no_tangents(*operands)
-        dx, dA, dB, drouter_weight, drouter_bias, dg = _gradients(
-            ctx.call, operands, ctx.needs_input_grad[:6]
-        )
+        call, bias_dtype, gates_like = ctx.others
+        needs = ctx.needs_input_grad[:6]
+        dx, dA, dB, drouter_weight, drouter_bias, dg = _gradients(call, operands, needs)
         if drouter_bias is not None:
-            drouter_bias = drouter_bias.to(ctx.router_bias_dtype)
+            drouter_bias = drouter_bias.to(bias_dtype)
         if dg is not None:
-            shape, dtype = ctx.gates_like
+            shape, dtype = gates_like
             dg = dg.to(dtype).view(shape)
         dbase = dy if ctx.needs_input_grad[6] else None
         return dx, dA, dB, drouter_weight, drouter_bias, dg, dbase, None, None

@@ -121,8 +121,8 @@ def call(
     prepared = find(operands, mixture, dropout_p, inplace, backend)
     if prepared is None:
         return None
-    base = operands.base
     if inplace:
+        base = operands.base
         if base._is_view():
             return None
         check_inplace(base, operands.x)
@@ -137,7 +137,7 @@ def call(
     else:
         y, _, g = prepared.run(operands)
         if inplace:
-            note_write(base)
+            note_write(operands.base)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 

@@ -48,28 +48,26 @@ def _settings(static: StaticArguments) -> tuple[Settings, str]:
     return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense), backend
 
 
-def _run(operands: ForwardOperands, static: StaticArguments, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run(args: tuple, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y (M, O), u and g by the backend. g is never the given gates: an operator's output may not be its input."""
-    settings, name = _settings(static)
-    x, gates = operands.x, _rows(operands.gates)
-    backend = select_backend(name, x, operands.B.shape[0], settings.mixture)
+    x, A, B, router_weight, router_bias, gates, base, seed = args[:TENSORS]
+    settings, name = _settings(args[TENSORS:])
+    backend = select_backend(name, x, B.shape[0], settings.mixture)
     if gates is not None:
-        gates = gates.to(accumulation_dtype(x.dtype))
-    rows = operands._replace(x=_rows(x), gates=gates, base=_rows(operands.base))
+        gates = _rows(gates).to(accumulation_dtype(x.dtype))
+    rows = ForwardOperands(_rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed)
     y, u, g = backend.forward(rows, settings, inplace)
     return y, u, g.clone() if g is gates else g
 
 
 def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    operands = ForwardOperands(*args[:TENSORS])
-    y, u, g = _run(operands, args[TENSORS:], False)
-    return y.view(*operands.x.shape[:-1], y.shape[-1]), u, g
+    y, u, g = _run(args, False)
+    return y.view(*args[0].shape[:-1], y.shape[-1]), u, g
 
 
 def _forward_inplace(*args) -> tuple[Tensor, Tensor]:
-    operands = ForwardOperands(*args[:TENSORS])
-    base = operands.base
-    y, u, g = _run(operands, args[TENSORS:], True)
+    y, u, g = _run(args, True)
+    base = args[6]
     if y.data_ptr() != base.data_ptr():  # strides that do not flatten: the sum went into a copy
         base.copy_(y.view(base.shape))
     return u, g
@@ -84,9 +82,10 @@ def note_write(base: Tensor) -> None:
 def gradients(operands: BackwardOperands, static: StaticArguments, needs: tuple[bool, ...]) -> Gradients:
     """Gradients by the backend, without the dispatcher. dx has x's shape."""
     settings, name = _settings(static)
-    x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
     backend = select_backend(name, x, B.shape[0], settings.mixture)
-    grads = backend.backward(operands._replace(dy=_rows(operands.dy), x=_rows(x)), settings, tuple(needs))
+    rows = BackwardOperands(_rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed)
+    grads = backend.backward(rows, settings, tuple(needs))
     like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
     dx, *others = (
         grad if grad is None or t is None else grad.to(t.dtype).contiguous()

@@ -74,10 +74,6 @@ def scratch_bytes() -> int:
     return 0 if _native is None else _native.scratch_bytes()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _parameter(t: Tensor | None, x_dtype: torch.dtype) -> tuple[int, int, bool]:
     """Strides, and whether it is float32 beside a 16-bit x."""
     return (0, 0, False) if t is None else (*t.stride(), t.dtype != x_dtype)
@@ -118,67 +114,66 @@ def _native_backward(key: tuple, dy: tuple | None, x: tuple) -> Callable:
     return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
 
 
-def forward_pass(operands: ForwardOperands, y: Tensor, settings: Settings) -> Callable:
-    """The native forward pass for these sizes, strides and dtypes, to be called with addresses and a number of threads."""
-    strides = (None if t is None else t.stride() for t in (operands.x, operands.base, y))
-    return _native_forward(_key(operands, settings), *strides)
+@lru_cache(maxsize=4096)
+def _forward_pass(
+    key: tuple, x: tuple, base: tuple | None, inplace: bool, shape: tuple[int, ...]
+) -> Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]]:
+    """The forward pass for one problem and one set of strides: a function of the operands. `shape`: of y."""
+    dtype, (M, _), O, (mixture, _, _) = key[:4]
+    R, N = mixture.total_rank, mixture.num_experts
+    native = _native_forward(key, x, base, base if inplace else (O, 1))
+    empty = torch.empty(0, dtype=dtype).new_empty
+    empty_acc = torch.empty(0, dtype=accumulation_dtype(dtype)).new_empty
+    threads = torch.get_num_threads
 
+    def run(operands: ForwardOperands) -> tuple[Tensor, Tensor, Tensor]:
+        x, A, B, router_weight, router_bias, gates, base, seed = operands
+        y = base if inplace else empty(shape)
+        u = empty_acc(M, R)
+        g = empty_acc(M, N) if gates is None else gates
+        native(
+            x.data_ptr(),
+            0 if base is None else base.data_ptr(),
+            y.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            0 if router_weight is None else router_weight.data_ptr(),
+            0 if router_bias is None else router_bias.data_ptr(),
+            u.data_ptr(),
+            g.data_ptr(),
+            0 if seed is None else seed.data_ptr(),
+            threads(),
+        )
+        return y, u, g
 
-def _run_forward(run: Callable, operands: ForwardOperands, y: Tensor, u: Tensor, g: Tensor) -> None:
-    x, A, B, router_weight, router_bias, _, base, seed = operands
-    run(
-        x.data_ptr(),
-        0 if base is None else base.data_ptr(),
-        y.data_ptr(),
-        A.data_ptr(),
-        B.data_ptr(),
-        0 if router_weight is None else router_weight.data_ptr(),
-        0 if router_bias is None else router_bias.data_ptr(),
-        u.data_ptr(),
-        g.data_ptr(),
-        0 if seed is None else seed.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; closed experts are skipped."""
-    x, router_bias, mixture = operands.x, operands.router_bias, settings.mixture
-    acc_dtype, M = accumulation_dtype(x.dtype), x.shape[0]
-    y = operands.base if inplace else x.new_empty(M, operands.B.shape[0])
-    u = x.new_empty(M, mixture.total_rank, dtype=acc_dtype)
-    gates = operands.gates
-    g = x.new_empty(M, mixture.num_experts, dtype=acc_dtype) if gates is None else gates.contiguous()
-    if router_bias is not None:
-        operands = operands._replace(router_bias=router_bias.to(acc_dtype).contiguous())
-    _run_forward(forward_pass(operands, y, settings), operands, y, u, g)
-    return y, u, g
+    return run
 
 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
 ) -> Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]]:
-    """`forward` with a router, decided for operands of these sizes, strides and dtypes.
+    """`forward`, decided for operands of these sizes, strides and dtypes.
 
     Args:
         shape: of y.
 
     Returns:
-        A function of the operands. Their x and base need not be flat; the bias is contiguous and in the accumulation dtype.
+        A function of the operands. Their x and base need not be flat; gates and the bias are contiguous and in the accumulation
+        dtype.
     """
-    x, mixture = operands.x, settings.mixture
-    M, R, N = x.shape[0], mixture.total_rank, mixture.num_experts
-    empty = torch.empty(0, dtype=x.dtype).new_empty
-    empty_acc = torch.empty(0, dtype=accumulation_dtype(x.dtype)).new_empty
-    run = forward_pass(operands, operands.base if inplace else empty(M, operands.B.shape[0]), settings)
+    base = None if operands.base is None else operands.base.stride()
+    return _forward_pass(_key(operands, settings), operands.x.stride(), base, inplace, shape)
 
-    def prepared(operands: ForwardOperands) -> tuple[Tensor, Tensor, Tensor]:
-        y = operands[6] if inplace else empty(shape)
-        u, g = empty_acc(M, R), empty_acc(M, N)
-        _run_forward(run, operands, y, u, g)
-        return y, u, g
 
-    return prepared
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; closed experts are skipped."""
+    x, A, B, router_weight, router_bias, gates, base, seed = operands
+    if gates is not None:
+        gates = gates.contiguous()
+    if router_bias is not None:
+        router_bias = router_bias.to(accumulation_dtype(x.dtype)).contiguous()
+    run = prepare(operands, settings, inplace, (x.shape[0], B.shape[0]))
+    return run((x, A, B, router_weight, router_bias, gates, base, seed))
 
 
 def prepare_backward(
@@ -214,26 +209,26 @@ def _run_backward(
     drouter_bias = empty(g.shape[1]) if need_bias else None
     du = factors.data_ptr()
     run(
-        _address(dy),
+        0 if dy is None else dy.data_ptr(),
         x.data_ptr(),
-        _address(dx),
-        _address(dgates),
+        0 if dx is None else dx.data_ptr(),
+        0 if dgates is None else dgates.data_ptr(),
         u.data_ptr(),
         g.data_ptr(),
         A.data_ptr(),
         B.data_ptr(),
-        _address(router_weight),
+        0 if router_weight is None else router_weight.data_ptr(),
         du + M * R * factors.element_size() if need_B else 0,
         du,
         dh.data_ptr(),
-        _address(dA),
-        _address(dB),
-        _address(drouter_weight),
-        _address(drouter_bias),
-        _address(seed),
+        0 if dA is None else dA.data_ptr(),
+        0 if dB is None else dB.data_ptr(),
+        0 if drouter_weight is None else drouter_weight.data_ptr(),
+        0 if drouter_bias is None else drouter_bias.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
         torch.get_num_threads(),
     )
-    return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
+    return Gradients._make((dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None))
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:

@@ -438,7 +438,7 @@ def test_threads_are_those_of_the_call(monkeypatch):
                 super().__call__(*addresses)
 
     monkeypatch.setattr(cpu, "_native", Core)
-    cpu._native_forward.cache_clear()
+    cpu._forward_pass.cache_clear()
     before = torch.get_num_threads()
     try:
         for threads in (2, 1, 2):
@@ -446,7 +446,7 @@ def test_threads_are_those_of_the_call(monkeypatch):
             call(leading, options)
     finally:
         torch.set_num_threads(before)
-        cpu._native_forward.cache_clear()
+        cpu._forward_pass.cache_clear()
     assert given == [2, 1, 2]
 
 
