@@ -99,14 +99,13 @@ def rectified_mixture(
         TypeError, ValueError: naming the argument, what it got and what was wanted.
     """
     mixture = make_mixture(ranks, scaling)
-    # `_make` of a tuple takes a quarter of the time of the constructor
-    operands = ForwardOperands._make((x, A, B, router_weight, router_bias, None, base, seed))
+    operands = (x, A, B, router_weight, router_bias, None, base, seed)
     if fast_path is not None:
         result = fast_path.call(MixtureFunction, operands, mixture, dropout_p, inplace, return_gates, backend)
         if result is not None:
             return result
     check_tensor("router_weight", router_weight)
-    y, g = _run(operands, Settings(mixture, dropout_p, False), inplace, backend)
+    y, g = _run(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, backend)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 

@@ -96,14 +96,14 @@ class Call(NamedTuple):
     """A call that autograd records, besides its operands.
 
     Attributes:
-        run: takes the operands; gives y, u, g.
+        run: takes the operands, as a plain tuple; gives y, u, g.
         static: the operator's other arguments.
         inplace: y is base, which `run` writes.
         only_y: y is the only output. Autograd takes 1.2 us to make u and g outputs.
         prepared: what the fast path keeps for the backward pass.
     """
 
-    run: Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]]
+    run: Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
     static: StaticArguments
     inplace: bool = False
     only_y: bool = False

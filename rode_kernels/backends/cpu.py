@@ -102,7 +102,6 @@ def _problem(key: tuple) -> dict[str, Any]:
     )
 
 
-@lru_cache(maxsize=4096)
 def _native_forward(key: tuple, x: tuple, base: tuple | None, y: tuple) -> Callable:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
     return _native.Forward(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
@@ -110,14 +109,14 @@ def _native_forward(key: tuple, x: tuple, base: tuple | None, y: tuple) -> Calla
 
 @lru_cache(maxsize=4096)
 def _native_backward(key: tuple, dy: tuple | None, x: tuple) -> Callable:
-    """The core's backward pass, as `_native_forward`."""
+    """The core's backward pass, like `_native_forward`."""
     return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
 
 
 @lru_cache(maxsize=4096)
 def _forward_pass(
     key: tuple, x: tuple, base: tuple | None, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]]:
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
     """The forward pass for one problem and one set of strides: a function of the operands. `shape`: of y."""
     dtype, (M, _), O, (mixture, _, _) = key[:4]
     R, N = mixture.total_rank, mixture.num_experts
@@ -126,7 +125,7 @@ def _forward_pass(
     empty_acc = torch.empty(0, dtype=accumulation_dtype(dtype)).new_empty
     threads = torch.get_num_threads
 
-    def run(operands: ForwardOperands) -> tuple[Tensor, Tensor, Tensor]:
+    def run(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
         x, A, B, router_weight, router_bias, gates, base, seed = operands
         y = base if inplace else empty(shape)
         u = empty_acc(M, R)
@@ -151,15 +150,15 @@ def _forward_pass(
 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]]:
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
     """`forward`, decided for operands of these sizes, strides and dtypes.
 
     Args:
         shape: of y.
 
     Returns:
-        A function of the operands. Their x and base need not be flat; gates and the bias are contiguous and in the accumulation
-        dtype.
+        A function of the operands, as a plain tuple, which is taken apart faster. Their x and base need not be flat; gates and the
+        bias are contiguous and in the accumulation dtype.
     """
     base = None if operands.base is None else operands.base.stride()
     return _forward_pass(_key(operands, settings), operands.x.stride(), base, inplace, shape)

@@ -200,7 +200,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[ForwardOperands], tuple[Tensor, Tensor, Tensor]] | None:
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]] | None:
     """As `cpu.prepare`; None where some operands must be copied first."""
     x, A, B, router_weight, _, _, base, _ = operands
     if refuses(x, B.shape[0], settings.mixture) or not all(t.is_contiguous() for t in (A, B, router_weight)):
@@ -212,7 +212,7 @@ def prepare(
     ld_y = _distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
     run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
 
-    def prepared(operands: ForwardOperands) -> tuple[Tensor, Tensor, Tensor]:
+    def prepared(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
         y = operands[6] if inplace else operands[0].new_empty(shape)
         return y, *_on_stream(run, device, operands, y)
 
