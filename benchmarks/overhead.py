@@ -18,10 +18,11 @@ from benchmarks import eager, write_json
 from benchmarks.cases import PAPER
 from benchmarks.peak import cached_read
 from benchmarks.timing import headline, interleaved, machine, spread
-from rode_kernels import backends, rectified_mixture
-from rode_kernels import fast_path as shortcut
+from rode_kernels import backends, fast_path, rectified_mixture
 from rode_kernels.backends import cpu
-from rode_kernels.mixture import check_inputs, check_x, make_mixture
+from rode_kernels.checks import check_inputs, check_x
+from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import ForwardOperands, Settings
 
 WIDTH = 16
 CALLS = 50
@@ -50,7 +51,9 @@ def native_call(
 ) -> tuple[Callable[[], object], tuple[Tensor, Tensor, Tensor]]:
     """The core on one token and one thread, and where it writes y, u and gates."""
     outputs = y, u, g = torch.empty(1, B.shape[0]), torch.empty(1, A.shape[0]), torch.empty(1, len(PAPER))
-    native = cpu._prepare(x, A, B, router, base, y, make_mixture(PAPER, scaling), 0.0, False)
+    operands = ForwardOperands(x, A, B, router, None, None, base, None)
+    key = cpu._key(operands, Settings(make_mixture(PAPER, scaling), 0.0, False))
+    native = cpu._native_forward(key, x.stride(), base.stride(), y.stride())
     memory = (x, base, y, A, B, router, None, u, g, None)
     addresses = (*(0 if t is None else t.data_ptr() for t in memory), 1)
     return lambda: native(*addresses) or memory, outputs  # memory must outlive the calls
@@ -68,16 +71,18 @@ def calls() -> dict[str, Callable[[], None]]:
     )
     options = {"ranks": PAPER, "scaling": scaling, "base": base, "backend": "cpu"}
     mixture = make_mixture(PAPER, scaling)
-    args = (x, A, B, router, None, None, base)
+    operands = ForwardOperands(x, A, B, router, None, None, base, None)
+    settings = Settings(mixture, 0.0, False)
     static = (PAPER, scaling, 0.0, False, "cpu")
 
     side_by_side = nn.Parameter(torch.cat([A, router]))
     down, expert = side_by_side.detach(), torch.repeat_interleave(torch.tensor(PAPER))
     factors = torch.tensor(scaling)[expert]
     want = eager.packed(x, down, B, factors, expert, base)
-    for _ in range(2):  # the long way, then the short one
-        torch.testing.assert_close(rectified_mixture(x, A, B, router, **options), want, rtol=1e-4, atol=1e-4)
-    known = shortcut.find(mixture, args, False, 0.0, "cpu")
+    for way in ({}, {"seed": 0}):  # the short way, then the long one
+        y = rectified_mixture(x, A, B, router, **way, **options)
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    known = fast_path.find(operands, mixture, 0.0, False, "cpu")
 
     native, _ = native_call(x, A, B, router, base, scaling)
     runs = {
@@ -88,20 +93,16 @@ def calls() -> dict[str, Callable[[], None]]:
             trained(lambda: rectified_mixture(x, A, B, router, **options), A, B, router), True
         ),
         "ranks and scaling": repeated(lambda: make_mixture(PAPER, scaling)),
-        # a seed that nothing is dropped by: no such call is remembered
+        # no call with a seed goes the short way, not even one that drops nothing
         "long way, without gradients": repeated(
             lambda: rectified_mixture(x, A, B, router, seed=0, **options)
         ),
         "long way, with gradients": repeated(
             lambda: rectified_mixture(x, A, B, router, seed=0, **options), grad=True
         ),
-        "long way, checks": repeated(
-            lambda: (check_x(x), check_inputs(mixture, x, A, B, router, None, None, base, 0.0))
-        ),
-        "long way, dispatcher and backend": repeated(lambda: torch.ops.rode.mixture(*args, None, *static)),
-        "long way, backend": repeated(
-            lambda: cpu.forward(x, A, B, router, None, None, base, None, mixture, 0.0, False, False)
-        ),
+        "long way, checks": repeated(lambda: (check_x(x), check_inputs(operands, settings))),
+        "long way, dispatcher and backend": repeated(lambda: torch.ops.rode.mixture(*operands, *static)),
+        "long way, backend": repeated(lambda: cpu.forward(operands, settings, False)),
         "F.linear": repeated(lambda: F.linear(x, A)),
         "F.linear, with gradients": repeated(lambda: F.linear(x, A), grad=True),
         "packed PyTorch": repeated(lambda: eager.packed(x, down, B, factors, expert, base)),
@@ -113,8 +114,8 @@ def calls() -> dict[str, Callable[[], None]]:
         ),
     }
     if known is not None:
-        runs["guard"] = repeated(lambda: shortcut.find(mixture, args, False, 0.0, "cpu"))
-        runs["outputs, addresses and native call"] = repeated(lambda: known.run(*args, None))
+        runs["guard"] = repeated(lambda: fast_path.find(operands, mixture, 0.0, False, "cpu"))
+        runs["outputs, addresses and native call"] = repeated(lambda: known.run(operands))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""The autograd Functions, and the operators' registration with autograd."""
+"""The autograd Function, and the operators' registration with autograd."""
 
 from __future__ import annotations
 
@@ -7,109 +7,62 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rode_kernels import fast_path as shortcut
-from rode_kernels.mixture import check_no_tangents
-from rode_kernels.torch_ops import OP, OP_BACKWARD, TENSORS, all_gradients, library
+from rode_kernels.checks import check_no_tangents
+from rode_kernels.operands import BackwardOperands, Call, ForwardOperands, Gradients, StaticArguments
+from rode_kernels.torch_ops import OP, OP_BACKWARD, OP_INPLACE, TENSORS, library
+
+try:  # the one place that knows that this file may be missing: every call then takes the long way
+    from rode_kernels import fast_path
+except ImportError:
+    fast_path = None
 
 
-def below_autograd(op: Callable, static: tuple) -> Callable:
-    def run(*tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors, *static)
-
-    return run
-
-
-def _save(ctx, u: Tensor, g: Tensor, tensors: tuple, static: tuple, known: shortcut.Shortcut | None) -> None:
-    """Keeps x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask."""
-    x, A, B, router_weight, router_bias, gates, _base, seed = tensors
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
-    bias_dtype = None if router_bias is None else router_bias.dtype
-    ctx.others = static, bias_dtype, None if gates is None else (gates.shape, gates.dtype), known
-
-
-def _gradients(ctx, dy: Tensor | None, dgates: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of the operator's eight tensor arguments."""
-    x, u, g, A, B, router_weight, seed = ctx.saved_tensors
-    static, bias_dtype, of_gates, known = ctx.others
-    needs = ctx.needs_input_grad[:6]
-    tensors = (dy, dgates, x, u, g, A, B, router_weight, seed)
-    check_no_tangents(*tensors)
-    if known is not None and shortcut.goes_back(known, tensors):
-        grads = known.backward(*tensors, needs)
-    elif shortcut.unwatched(tensors):
-        grads = all_gradients(*tensors, *static, needs)
-    else:
-        grads = OP_BACKWARD(*tensors, *static, needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    dx, dA, dB, dWr, dbr, dg = grads
-    if dbr is not None:
-        dbr = dbr.to(bias_dtype)
-    if dg is not None:
-        shape, dtype = of_gates
-        dg = dg.to(dtype).view(shape)
-    return dx, dA, dB, dWr, dbr, dg, dy if ctx.needs_input_grad[6] else None, None
-
-
-class _Mixture(torch.autograd.Function):
-    """Of the operator's tensors, what runs it on them, its other arguments, and the shortcut if it goes by one."""
+class MixtureFunction(torch.autograd.Function):
+    """Takes the operands and a `Call`; gives y, u, g, or y alone."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *tensors, run, static, known = args
-        y, u, g = run(*tensors)
-        _save(ctx, u, g, tensors, static, known)
-        given = tensors[3] is None  # the gates: nobody returns them
-        ctx.mark_non_differentiable(*((u, g) if given else (u,)))
+    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, call):
+        y, u, g = call.run((x, A, B, router_weight, router_bias, gates, base, seed))
+        # x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask
+        ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
+        ctx.set_materialize_grads(False)
+        bias_dtype = None if router_bias is None else router_bias.dtype
+        ctx.others = call, bias_dtype, None if gates is None else (gates.shape, gates.dtype)
+        if call.inplace:
+            ctx.mark_dirty(base)
+        if call.only_y:
+            return y
+        ctx.mark_non_differentiable(*((u,) if gates is None else (u, g)))  # nobody returns given gates
         return y, u, g
 
     @staticmethod
-    def backward(ctx, dy, _du, dgates):
+    def backward(ctx, dy, _du=None, dgates=None):
         if dy is None and dgates is None:
-            return (None,) * (TENSORS + 3)
-        return *_gradients(ctx, dy, dgates), None, None, None
+            return (None,) * (TENSORS + 1)
+        operands = BackwardOperands._make((dy, dgates, *ctx.saved_tensors))
+        check_no_tangents(*operands)
+        call, bias_dtype, gates_like = ctx.others
+        needs = ctx.needs_input_grad[:6]
+        dx, dA, dB, drouter_weight, drouter_bias, dg = _gradients(call, operands, needs)
+        if drouter_bias is not None:
+            drouter_bias = drouter_bias.to(bias_dtype)
+        if dg is not None:
+            shape, dtype = gates_like
+            dg = dg.to(dtype).view(shape)
+        dbase = dy if ctx.needs_input_grad[6] else None
+        return dx, dA, dB, drouter_weight, drouter_bias, dg, dbase, None, None
 
 
-class _MixtureAlone(torch.autograd.Function):
-    """`_Mixture` by a shortcut and without gates: what is no output is not made ready for autograd, which takes 1.2 us."""
-
-    @staticmethod
-    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, run, static, known):
-        y, u, g = run(x, A, B, router_weight, router_bias, gates, base, seed)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
-        ctx.others = static, None if router_bias is None else router_bias.dtype, None, known
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return _Mixture.backward(ctx, dy, None, None)
+def _gradients(call: Call, operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
+    if fast_path is not None:
+        grads = fast_path.backward(call.prepared, operands, call.static, needs)
+        if grads is not None:
+            return grads
+    grads = OP_BACKWARD(*operands, *call.static, needs)
+    return Gradients(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
 
-class MixtureInplace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args):
-        *tensors, run, static, known = args
-        base = tensors[6]
-        *_, u, g = run(*tensors)
-        ctx.mark_dirty(base)
-        ctx.mark_non_differentiable(u)
-        _save(ctx, u, g, tensors, static, known)
-        return base, u, g
-
-    @staticmethod
-    def backward(ctx, dy, du, dgates):
-        return _Mixture.backward(ctx, dy, du, dgates)
-
-
-# Without `Function.apply`'s look for functorch, which takes 2.5 us: for calls of which one knows that it is not there.
-apply, apply_alone, apply_inplace = (
-    super(torch.autograd.Function, f).apply for f in (_Mixture, _MixtureAlone, MixtureInplace)
-)
-
-
-class _MixtureBackward(torch.autograd.Function):
+class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -123,24 +76,37 @@ class _MixtureBackward(torch.autograd.Function):
         )
 
 
+def below_autograd(op: Callable, args: tuple) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def needs_autograd(args: tuple) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
 
+def record_inplace(operands: ForwardOperands, static: StaticArguments) -> tuple[Tensor, Tensor]:
+    """y, which is base, and g of `rode::mixture_`, recorded by autograd."""
+
+    def run(operands):
+        return operands[6], *below_autograd(OP_INPLACE, (*operands, *static))
+
+    y, _, g = MixtureFunction.apply(*operands, Call(run, static, inplace=True))
+    return y, g
+
+
 def _autograd(*args):
     check_no_tangents(*args[:TENSORS])
-    if needs_autograd(args):
-        tensors, static = args[:TENSORS], args[TENSORS:]
-        return _Mixture.apply(*tensors, below_autograd(OP, static), static, None)
-    with torch._C._AutoDispatchBelowAutograd():
-        return OP(*args)
+    if not needs_autograd(args):
+        return below_autograd(OP, args)
+    operands, static = args[:TENSORS], args[TENSORS:]
+    return MixtureFunction.apply(
+        *operands, Call(lambda operands: below_autograd(OP, (*operands, *static)), static)
+    )
 
 
 def _autograd_backward(*args):
-    if needs_autograd(args):
-        return _MixtureBackward.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return OP_BACKWARD(*args)
+    return _BackwardFunction.apply(*args) if needs_autograd(args) else below_autograd(OP_BACKWARD, args)
 
 
 library.impl("mixture", _autograd, "Autograd")

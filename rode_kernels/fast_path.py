@@ -1,9 +1,9 @@
-"""Calls that nobody watches go straight to the native kernels, of a CPU or of CUDA.
+"""A short way for calls that nobody watches: straight to the native kernels, of a CPU or of CUDA.
 
-Of a call with one token, checks and the dispatcher take some 50 us and the CPU core 3: `python -m benchmarks overhead`. But checks
-look at what tensors are, not at what they hold, and the dispatcher leads to the kernels if no mode, transform or subclass stands
-between. So a call that went well is remembered, with a guard: a later one that passes it needs neither checks nor dispatcher, and
-gives what these would have given. Whatever fails the guard takes the long way.
+For one token, checks and the dispatcher take some 50 us and the CPU core 3 (`python -m benchmarks overhead`). Checks look at
+what tensors are, not at the values they hold, and the dispatcher leads to the kernels unless a mode, a transform or a subclass
+stands between. So a call is checked once and prepared, with a guard. A later call that passes the guard needs neither checks nor
+dispatcher, and gives what these would have given. What fails the guard takes the long way, as every call does without this file.
 """
 
 from __future__ import annotations
@@ -13,15 +13,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from rode_kernels.autocast import autocast_dtype
 from rode_kernels.backends import cpu
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import backend_of_environment
+from rode_kernels.checks import check_inplace, check_inputs, check_x, normalize_seed
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import (
+    BackwardOperands,
+    Call,
+    ForwardOperands,
+    Gradients,
+    Settings,
+    StaticArguments,
+)
+from rode_kernels.torch_ops import gradients, note_write
 
-try:  # none of it is public: where a torch lacks any, calls go the long way
+try:  # none of it is public: where a torch lacks any, calls take the long way
     from torch._C import (
         DispatchKeySet,
         _dispatch_key_parse,
@@ -37,13 +49,10 @@ try:  # none of it is public: where a torch lacks any, calls go the long way
 except ImportError:
     TensorGuards = None
 
-# As the operator takes them, up to base.
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, None, Tensor | None]
-
 _TYPES = (Tensor, Parameter)
 if TensorGuards is not None:
-    # By device, which is the backend's name, too: autograd's dispatch key, and all keys of a call that comes to the kernels with
-    # nothing in between.
+    # For each device, which is the backend's name, too: autograd's dispatch key, and all keys of a call that comes to the kernels
+    # with nothing in between.
     _AUTOGRAD = {d: _dispatch_key_parse(f"Autograd{d.upper()}") for d in ("cpu", "cuda")}
     _PLAIN = {d: DispatchKeySet(key) for d, key in _AUTOGRAD.items()}
     for _device in _PLAIN:
@@ -53,63 +62,191 @@ if TensorGuards is not None:
 
 _BACKENDS = {"cpu": cpu, "cuda": cuda}
 
-_KEYS, _GUARDS = 1024, 8  # shapes that are remembered, and for each the strides, dtypes, ...
+_KEYS, _GUARDS = 1024, 8  # shapes that are kept, and for each the strides, dtypes, ...
 
 
-class Shortcut(NamedTuple):
+class _Backward(NamedTuple):
+    """The backward pass of a prepared call.
+
+    Attributes:
+        run: takes the operands and `needs`; gives the gradients.
+        layouts: `_layout` of x, A, B and the router's weight, which `run` is made for.
+        guards: of the operands that it has met, by whether dgates and the seed are None.
+    """
+
+    run: Callable[[BackwardOperands, tuple[bool, ...]], Gradients]
+    layouts: tuple[tuple, ...]
+    guards: dict[tuple[bool, bool], Callable[..., bool]]
+
+
+class _Prepared(NamedTuple):
     """A call that may be repeated.
 
     Attributes:
         guard: whether tensors, and what would see the operator, are as they were.
-        run: takes the operator's eight tensors; gives y, u, g.
-        backward: the backend's `prepare_backward`'s.
-        needs_grad: whether it needs autograd's Function where gradients are enabled.
-        mixture: kept, for its address is part of the key.
-        autocast: the device on which it was on, if it was; its type is then x's.
-        layouts: `_layout` of x, A, B and the router's weight, which `backward` is made for.
-        backward_guards: by `goes_back`, of tensors that a backward pass has met.
+        run: takes the operands, as a plain tuple; gives y, u, g.
+        needs_grad: whether autograd has to record it where gradients are enabled.
+        mixture: kept because its address is part of the key.
+        autocast: the device on which autocast was on, with x's dtype; "" for none.
+        y_alone, with_gates: what autograd records, with y as the only output or not.
     """
 
     guard: Callable[..., bool]
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    backward: Callable[..., list[Tensor | None]]
+    run: Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
     needs_grad: bool
     mixture: Mixture
     autocast: str
-    layouts: tuple[tuple, ...]
-    backward_guards: dict[tuple[bool, bool], Callable[..., bool]]
+    y_alone: Call
+    with_gates: Call
 
 
-_known: dict[tuple, list[Shortcut]] = {}
+_known: dict[tuple, list[_Prepared]] = {}
 
 
-def _key_and_tensors(
-    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float, backend: str | None
-) -> tuple[tuple, tuple[Tensor, ...]]:
-    """A call's key, the backend that is asked for first, and the tensors that a guard sees."""
-    name = backend or backend_of_environment()
-    x, A, B, router_weight, router_bias, _, base = args
+def call(
+    function: type[torch.autograd.Function],
+    operands: tuple,
+    mixture: Mixture,
+    dropout_p: float,
+    inplace: bool,
+    return_gates: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """What `rectified_mixture` returns, or None where the call has to take the long way.
+
+    Args:
+        function: records a call: takes the operands and a `Call`.
+        operands: in the order of `ForwardOperands`, in a plain tuple, for a named one takes 0.4 us more. They may be anything:
+            what the checks refuse raises their error, here or on the long way.
+    """
+    prepared = find(operands, mixture, dropout_p, inplace, backend)
+    if prepared is None:
+        return None
+    if inplace:
+        x, base = operands[0], operands[6]
+        if base._is_view():
+            return None
+        check_inplace(base, x)
+    if dropout_p:
+        operands = (*operands[:-1], normalize_seed(None, dropout_p, operands[0]))
+    if prepared.needs_grad and torch.is_grad_enabled():
+        # without `Function.apply`'s look for functorch, which takes 2.5 us: the guard has seen that it is not there
+        apply = super(torch.autograd.Function, function).apply
+        if not return_gates:
+            return apply(*operands, prepared.y_alone)
+        y, _, g = apply(*operands, prepared.with_gates)
+    else:
+        y, _, g = prepared.run(operands)
+        if inplace:
+            note_write(base)
+    return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
+
+
+def backward(
+    prepared: _Backward | None, operands: BackwardOperands, static: StaticArguments, needs: tuple[bool, ...]
+) -> Gradients | None:
+    """Gradients, or None where the operator has to compute them.
+
+    Args:
+        prepared: what `call` left in the `Call`; None if it took the long way.
+    """
+    if prepared is not None and _repeats_backward(prepared, operands):
+        return prepared.run(operands, needs)
+    return gradients(operands, static, needs) if _unwatched(operands) else None
+
+
+def find(
+    operands: tuple, mixture: Mixture, dropout_p: float, inplace: bool, backend: str | None
+) -> _Prepared | None:
+    """The prepared call for one like this, prepared now where there is none yet; None where it must take the long way."""
+    x, A, B, router_weight, router_bias, _, base, seed = operands
+    if (
+        TensorGuards is None
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0  # guards do not see tangents
+        or seed is not None
+        or type(dropout_p) is not float
+        or type(x) not in _TYPES
+        or type(B) not in _TYPES
+        or not (backend is None or type(backend) is str)
+        or _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
+        or _profiler_enabled()
+    ):
+        return None
     tensors = (x, A, B, router_weight)
     if router_bias is not None:
         tensors += (router_bias,)
     if base is not None:
         tensors += (base,)
+    name = backend or backend_of_environment()
     key = (name, id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace, dropout_p)
-    return key, tensors
-
-
-def _eligible(args: Arguments, backend: str | None) -> bool:
-    """As far as guards do not tell, and types where a guard is not found without them."""
-    return (
-        type(args[0]) in _TYPES
-        and type(args[2]) in _TYPES
-        and (backend is None or type(backend) is str)
-        and not _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
-        and not _profiler_enabled()
+    same_shapes = _known.get(key, ())
+    for prepared in same_shapes:
+        if prepared.guard(*tensors):
+            cast = prepared.autocast
+            return prepared if not cast or torch.get_autocast_dtype(cast) == x.dtype else None
+    if len(same_shapes) >= _GUARDS:
+        return None
+    prepared = _prepare(
+        ForwardOperands(*operands), tensors, Settings(mixture, dropout_p, False), inplace, name
     )
+    if prepared is not None:
+        if len(_known) >= _KEYS:
+            _known.clear()
+        _known.setdefault(key, []).append(prepared)
+    return prepared
 
 
-def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
+def _prepare(
+    operands: ForwardOperands, tensors: tuple[Tensor, ...], settings: Settings, inplace: bool, name: str
+) -> _Prepared | None:
+    """Checks and prepares a call. What depends on where memory lies, `check_inplace` checks each time."""
+    x, A, B, router_weight, router_bias, _, base, _ = operands
+    device, mixture = x.device.type, settings.mixture
+    native = _BACKENDS.get(device)
+    if native is None or name not in ("", device) or not native.status()[0]:
+        return None
+    if any(type(t) not in _TYPES for t in tensors):
+        return None
+    dtype = autocast_dtype(device)
+    if dtype not in (None, x.dtype):
+        return None
+    keys = _keys_of(tensors)
+    # Autocast has nothing to do where x is in its dtype and the rest, too, or in float32; guards see whether it is on.
+    if not _plain(keys - _AUTOCAST[device], device) or any(t.numel() == 0 for t in tensors):
+        return None
+    acc_dtype = accumulation_dtype(x.dtype)
+    if any(t.dtype not in (x.dtype, acc_dtype) for t in (A, B, router_weight)):
+        return None
+    if (base is None and inplace) or (base is not None and base.dtype != x.dtype):
+        return None
+    needs_grad = any(t.requires_grad for t in tensors)
+    if needs_grad and not (keys.has(_AUTOGRAD[device]) or torch.is_inference_mode_enabled()):
+        return None  # within another operator
+    if router_bias is not None and not (router_bias.dtype == acc_dtype and router_bias.is_contiguous()):
+        return None
+    check_x(x)
+    check_inputs(operands, settings)
+    try:
+        rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
+    except RuntimeError:  # strides that do not flatten
+        return None
+    rows = operands._replace(x=rows_of_x, base=rows_of_base)
+    run = native.prepare(rows, settings, inplace, (*x.shape[:-1], B.shape[0]))
+    if run is None:
+        return None
+    backward = _Backward(
+        native.prepare_backward(rows, settings, tuple(x.shape)),
+        tuple(map(_layout, (x, A, B, router_weight))),
+        {},
+    )
+    static = (mixture.ranks, mixture.scaling, settings.dropout_p, False, name)
+    y_alone, with_gates = (Call(run, static, inplace, only_y, backward) for only_y in (True, False))
+    autocast = "" if dtype is None else device
+    return _Prepared(_guard(tensors), run, needs_grad, mixture, autocast, y_alone, with_gates)
+
+
+def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether an operator on these would come to a kernel with nothing in between, and no gradients are recorded."""
     if TensorGuards is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -122,22 +259,22 @@ def unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def goes_back(known: Shortcut, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether `known.backward` may be given these: dy, dgates, x, u, g, A, B, router_weight, seed. What autograd saved need not
-    come back as it was: hooks may have moved it away, and back into other strides."""
-    dy, dgates, x, u, g, A, B, router_weight, seed = tensors
+def _repeats_backward(prepared: _Backward, operands: BackwardOperands) -> bool:
+    """Whether `prepared.run` serves these. What autograd saved need not come back as it was: hooks may have moved it away,
+    and back into other strides."""
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
     if dy is None or torch.is_grad_enabled() or _len_torch_function_stack() or _profiler_enabled():
         return False
-    there = [t for t in tensors if t is not None]
+    there = [t for t in operands if t is not None]
     which = (dgates is None, seed is None)
-    guard = known.backward_guards.get(which)
+    guard = prepared.guards.get(which)
     if guard is not None:
         return guard(*there)
-    if not unwatched(tensors) or tuple(map(_layout, (x, A, B, router_weight))) != known.layouts:
+    if not _unwatched(operands) or tuple(map(_layout, (x, A, B, router_weight))) != prepared.layouts:
         return False
     if not all(t.is_contiguous() for t in (dy, u, g)):
         return False
-    known.backward_guards[which] = _guard(there)
+    prepared.guards[which] = _guard(there)
     return True
 
 
@@ -158,84 +295,8 @@ def _plain(keys: DispatchKeySet, device: str) -> bool:
     return plain is not None and (keys | plain).raw_repr() == plain.raw_repr()
 
 
-def find(
-    mixture: Mixture, args: Arguments, inplace: bool, dropout_p: float, backend: str | None
-) -> Shortcut | None:
-    """What `remember` made of a call like this one. The arguments may be anything."""
-    if TensorGuards is None or not _eligible(args, backend):
-        return None
-    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p, backend)
-    for shortcut in _known.get(key, ()):
-        if shortcut.guard(*tensors):
-            cast = shortcut.autocast
-            return shortcut if not cast or torch.get_autocast_dtype(cast) == args[0].dtype else None
-    return None
-
-
-def remember(
-    mixture: Mixture,
-    args: Arguments,
-    inplace: bool,
-    dropout_p: float,
-    backend: str | None,
-    base_needed_grad: bool,
-) -> None:
-    """Of a call that went well, with a router. What depends on where memory lies, `check_inplace` checks each time.
-
-    Args:
-        base_needed_grad: before the call; one in place may have changed that.
-    """
-    if TensorGuards is None or not _eligible(args, backend):
-        return
-    x, A, B, router_weight, router_bias, _, base = args
-    device = x.device.type
-    native = _BACKENDS.get(device)
-    if native is None or not native.status()[0]:
-        return
-    key, tensors = _key_and_tensors(mixture, args, inplace, dropout_p, backend)
-    if key[0] not in ("", device):
-        return
-    autocast = device if torch.is_autocast_enabled(device) else ""
-    if autocast and torch.get_autocast_dtype(device) != x.dtype:
-        return
-    if len(_known.get(key, ())) >= _GUARDS:
-        return
-    keys = _keys_of(tensors)
-    # Autocast has nothing to do where x is in its type and the rest, too, or in float32; guards see whether it is on.
-    if not _plain(keys - _AUTOCAST[device], device) or any(t.numel() == 0 for t in tensors):
-        return
-    wide = accumulation_dtype(x.dtype)
-    if any(t.dtype not in (x.dtype, wide) for t in (A, B, router_weight)) or (
-        base is not None and base.dtype != x.dtype
-    ):
-        return
-    if any(type(t) not in _TYPES for t in tensors):
-        return
-    if base is not None and not base_needed_grad:
-        tensors = (*tensors[:-1], base.detach())
-    needs_grad = any(t.requires_grad for t in tensors)
-    if needs_grad and not (keys.has(_AUTOGRAD[device]) or torch.is_inference_mode_enabled()):
-        return  # within another operator
-    if router_bias is not None and not (router_bias.dtype == wide and router_bias.is_contiguous()):
-        return
-    try:
-        rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
-    except RuntimeError:  # strides that do not flatten
-        return
-    shape = (*x.shape[:-1], B.shape[0])
-    run = native.prepare(rows_of_x, A, B, router_weight, rows_of_base, mixture, dropout_p, inplace, shape)
-    if run is None:
-        return
-    backward = native.prepare_backward(rows_of_x, A, B, router_weight, mixture, dropout_p, tuple(x.shape))
-    if len(_known) >= _KEYS:
-        _known.clear()
-    layouts = tuple(map(_layout, (x, A, B, router_weight)))
-    shortcut = Shortcut(_guard(tensors), run, backward, needs_grad, mixture, autocast, layouts, {})
-    _known.setdefault(key, []).append(shortcut)
-
-
 def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:
-    """Those by which the dispatcher would choose a kernel here and now."""
+    """The dispatch keys by which the dispatcher would choose a kernel here and now."""
     keys = _dispatch_tls_local_include_set()
     for t in tensors:
         keys |= _dispatch_keys(t)

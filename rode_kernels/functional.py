@@ -1,4 +1,4 @@
-"""The public functions: arguments are checked here, then a call takes the shortcut or the operator."""
+"""The public functions: they check their arguments, then call the operator, or the fast path where nothing watches."""
 
 from __future__ import annotations
 
@@ -6,81 +6,50 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from rode_kernels import autograd as functions
-from rode_kernels import fast_path as shortcut
-from rode_kernels.autograd import below_autograd, needs_autograd
-from rode_kernels.mixture import (
+from rode_kernels.autocast import cast_operands
+from rode_kernels.autograd import MixtureFunction, fast_path, needs_autograd, record_inplace
+from rode_kernels.checks import (
     GATE_GRADS,
-    Mixture,
     check_inplace,
     check_inputs,
     check_no_tangents,
     check_tensor,
     check_x,
-    make_mixture,
     normalize_seed,
 )
-from rode_kernels.torch_ops import OP, OP_INPLACE, autocast_enabled
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast x, base and parameters that are neither float32 nor of that dtype are cast, as for F.linear."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not autocast_enabled(device):
-        return x, *others
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), *(t if t is None or t.dtype == torch.float32 else t.to(dtype) for t in others)
-
-
-def _written(base: Tensor) -> None:
-    """Lets autograd see a write that it took no part in: what was saved of base is no longer what it was."""
-    if not base.is_inference():
-        torch.autograd.graph.increment_version(base)
+from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import ForwardOperands, Settings
+from rode_kernels.torch_ops import OP, OP_INPLACE, note_write
 
 
 def _run(
-    x,
-    A,
-    B,
-    router_weight,
-    router_bias,
-    gates,
-    base,
-    mixture: Mixture,
-    dropout_p,
-    seed,
-    inplace,
-    dense,
-    backend,
+    operands: ForwardOperands, settings: Settings, inplace: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    check_x(x)
-    x, A, B, router_weight, router_bias = _autocast(x, A, B, router_weight, router_bias)
-    if base is not None and not inplace and autocast_enabled(x.device.type):
-        base = base.to(x.dtype)
-    check_inputs(mixture, x, A, B, router_weight, router_bias, gates, base, dropout_p)
-    check_no_tangents(x, A, B, router_weight, router_bias, gates, base)
+    """y, and the gates as (M, N)."""
+    mixture, dropout_p, dense = settings
+    check_x(operands.x)
+    operands = cast_operands(operands, inplace)
+    check_inputs(operands, settings)
+    x, A, B, router_weight, router_bias, gates, base, seed = operands
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
     seed = normalize_seed(seed, dropout_p, x)
+    operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
+    check_no_tangents(*operands)
     static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
     if inplace:
         check_inplace(base, x)
-    if inplace and not torch.compiler.is_compiling():
-        tensors = (x, A, B, router_weight, router_bias, gates, base, seed)
-        if needs_autograd(tensors):
-            if base._is_view():  # a Function with several outputs may not write into a view
-                y, _, g = OP(*tensors, *static)
-                return base.copy_(y), g
-            y, _, g = functions.MixtureInplace.apply(
-                *tensors, below_autograd(OP_INPLACE, static), static, None
-            )
-            return y, g
-        _, g = OP_INPLACE(*tensors, *static)
-        _written(base)
-        return base, g
-    y, _, g = OP(x, A, B, router_weight, router_bias, gates, base, seed, *static)
+    if not inplace or torch.compiler.is_compiling():
+        y, _, g = OP(*operands, *static)
+    elif not needs_autograd(operands):
+        y, (_, g) = base, OP_INPLACE(*operands, *static)
+        note_write(base)
+    elif base._is_view():  # a Function with several outputs may not write into a view
+        y, _, g = OP(*operands, *static)
+        y = base.copy_(y)
+    else:
+        y, g = record_inplace(operands, static)
     return y, g
 
 
@@ -129,38 +98,14 @@ def rectified_mixture(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what was wanted.
     """
-    check_tensor("router_weight", router_weight)
     mixture = make_mixture(ranks, scaling)
-    args = (x, A, B, router_weight, router_bias, None, base)
-    ordinary = (
-        seed is None
-        and type(dropout_p) is float
-        and 0.0 <= dropout_p <= 1.0
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0  # a tangent is nothing that the shortcut's guards see
-    )
-    known = shortcut.find(mixture, args, inplace, dropout_p, backend) if ordinary else None
-    if known is None or (inplace and base._is_view()):
-        base_needed_grad = isinstance(base, Tensor) and base.requires_grad
-        y, g = _run(*args, mixture, dropout_p, seed, inplace, False, backend)
-        if ordinary:
-            shortcut.remember(mixture, args, inplace, dropout_p, backend, base_needed_grad)
-    else:
-        if inplace:
-            check_inplace(base, x)
-        if dropout_p:
-            seed = normalize_seed(None, dropout_p, x)
-        if not (known.needs_grad and torch.is_grad_enabled()):
-            y, _, g = known.run(*args, seed)
-            if inplace:
-                _written(base)
-        else:
-            static = (mixture.ranks, mixture.scaling, dropout_p, False, backend or "")
-            if not (inplace or return_gates):
-                return functions.apply_alone(*args, seed, known.run, static, known)
-            y, _, g = (functions.apply_inplace if inplace else functions.apply)(
-                *args, seed, known.run, static, known
-            )
+    operands = (x, A, B, router_weight, router_bias, None, base, seed)
+    if fast_path is not None:
+        result = fast_path.call(MixtureFunction, operands, mixture, dropout_p, inplace, return_gates, backend)
+        if result is not None:
+            return result
+    check_tensor("router_weight", router_weight)
+    y, g = _run(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, backend)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 
@@ -196,6 +141,6 @@ def gated_mixture(
     if gate_grad not in GATE_GRADS:
         raise ValueError(f"gate_grad: expected 'open' or 'all', got {gate_grad!r}")
     check_tensor("gates", gates)
-    mixture = make_mixture(ranks, scaling)
-    dense = gate_grad == "all"
-    return _run(x, A, B, None, None, gates, base, mixture, dropout_p, seed, inplace, dense, backend)[0]
+    operands = ForwardOperands(x, A, B, None, None, gates, base, seed)
+    settings = Settings(make_mixture(ranks, scaling), dropout_p, gate_grad == "all")
+    return _run(operands, settings, inplace, backend)[0]

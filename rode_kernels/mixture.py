@@ -1,6 +1,6 @@
-"""What a packed mixture of LoRA experts is: ranks, scaling, packing, and the checks that every call makes.
+"""A packed mixture of LoRA experts: ranks, scaling and packing.
 
-Packing: experts stand one after another, so that expert i owns rows `offsets[i]:offsets[i + 1]` of `A` (R, K) and the same
+Packing: experts stand one after another. Expert i owns rows `offsets[i]:offsets[i + 1]` of `A` (R, K) and the same
 columns of `B` (O, R), with R = sum(ranks).
 """
 
@@ -14,11 +14,6 @@ from itertools import accumulate
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
-
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-GATE_GRADS = ("open", "all")
 
 
 @dataclass(frozen=True)
@@ -87,154 +82,3 @@ def make_mixture(ranks: Sequence[int], scaling: Sequence[float]) -> Mixture:
     if torch.compiler.is_compiling():  # Dynamo traces through caches, with a warning
         return _checked(ranks, scaling)
     return _cached(len(ranks), *ranks, *scaling)
-
-
-def _shape(t: Tensor) -> str:
-    return str(tuple(t.shape))
-
-
-def check_tensor(name: str, t: object) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    if t.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {t.layout}; call .to_dense() first")
-
-
-def _parameter(name: str, t: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    check_tensor(name, t)
-    if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape, strict=True)):
-        raise ValueError(f"{name}: expected shape {meaning} = {tuple(shape)}, got {_shape(t)}")
-    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
-        raise TypeError(
-            f"{name}: expected dtype {x.dtype} (as x) or, with 16-bit x, torch.float32; got {t.dtype}"
-        )
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} (as x), got {t.device}")
-
-
-def check_inputs(
-    mixture: Mixture,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    dropout_p: float,
-) -> None:
-    """Raises TypeError or ValueError naming the argument, what it got and what was wanted."""
-    if x.dim() < 1:
-        raise ValueError("x: expected shape (..., in_features), got a 0-dimensional tensor")
-    features, experts, total = x.shape[-1], mixture.num_experts, mixture.total_rank
-    _parameter("A", A, (total, features), "(sum(ranks), in_features)", x)
-    if isinstance(B, Tensor) and B.dim() != 2:
-        raise ValueError(f"B: expected shape (out_features, sum(ranks)), got {_shape(B)}")
-    out_features = B.shape[0] if isinstance(B, Tensor) else 0
-    _parameter("B", B, (out_features, total), "(out_features, sum(ranks))", x)
-    if router_weight is not None:
-        _parameter("router_weight", router_weight, (experts, features), "(len(ranks), in_features)", x)
-    if router_bias is not None:
-        _parameter("router_bias", router_bias, (experts,), "(len(ranks),)", x)
-    if gates is not None:
-        _check_gates(gates, x, experts)
-    if base is not None:
-        check_tensor("base", base)
-        want = (*x.shape[:-1], out_features)
-        if base.dim() != len(want) or any(h != w for h, w in zip(base.shape, want, strict=True)):
-            raise ValueError(f"base: expected shape (..., out_features) = {want}, got {_shape(base)}")
-        if base.dtype != x.dtype:
-            raise TypeError(f"base: expected dtype {x.dtype} (as x), got {base.dtype}")
-        if base.device != x.device:
-            raise ValueError(f"base: expected on {x.device} (as x), got {base.device}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p: expected a float, got {dropout_p!r}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-
-
-def check_x(x: object) -> None:
-    """The first check: the others take x's dtype and shape as the measure."""
-    check_tensor("x", x)
-    if x.dtype not in FLOATING:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
-        raise TypeError(f"x: expected one of {names}, got {x.dtype}")
-
-
-def _check_gates(gates: Tensor, x: Tensor, experts: int) -> None:
-    check_tensor("gates", gates)
-    if gates.dtype not in FLOATING:
-        raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
-    if gates.device != x.device:
-        raise ValueError(f"gates: expected on {x.device} (as x), got {gates.device}")
-    lead = x.shape[:-1]
-    fits = 1 <= gates.dim() <= x.dim() and gates.shape[-1] == experts
-    if fits:
-        have = gates.shape[:-1]
-        tail = lead[len(lead) - len(have) :]
-        fits = all(h == 1 or h == want for h, want in zip(have, tail, strict=True))
-    if not fits:
-        raise ValueError(
-            f"gates: expected a shape that broadcasts to {(*lead, experts)} with last dimension "
-            f"len(ranks) = {experts}, got {_shape(gates)}"
-        )
-
-
-def check_inplace(base: Tensor | None, x: Tensor) -> None:
-    """`inplace=True` may only write where autograd and memory allow it."""
-    if base is None:
-        raise ValueError("inplace=True: base is None; pass the tensor to accumulate into")
-    if torch.is_grad_enabled() and base.requires_grad and base.is_leaf:
-        raise ValueError("inplace=True: base is a leaf tensor that needs grad; pass inplace=False or a clone")
-    if (
-        torch.compiler.is_compiling()
-    ):  # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
-        return
-    if torch._debug_has_internal_overlap(base) == 1:
-        raise ValueError(
-            "inplace=True: base overlaps itself (an expanded tensor); pass inplace=False or a clone"
-        )
-    if torch._C._overlaps(base, x):
-        raise ValueError("inplace=True: base shares memory with x; pass inplace=False or a clone")
-
-
-def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
-    """The seed as a one-element int64 tensor on x's device; None where nothing is dropped.
-
-    A missing seed is drawn with `torch.randint` on x's device and only if dropout_p > 0, so that `torch.manual_seed`,
-    checkpointing and CUDA-graph replay treat it as they treat `F.dropout`.
-    """
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(
-                f"seed: expected a one-element int64 tensor, got {seed.dtype} of shape {_shape(seed)}"
-            )
-        if seed.device != x.device:
-            raise ValueError(f"seed: expected on {x.device} (as x), got {seed.device}")
-    elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, Integral):
-            raise TypeError(
-                f"seed: expected an int, a one-element int64 tensor or None, got {type(seed).__name__}"
-            )
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: expected an int that fits in 64 signed bits, got {seed}")
-    if not dropout_p > 0.0:
-        return None
-    if isinstance(seed, Tensor):
-        return seed.reshape(1)
-    if seed is None:
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return torch.full(
-        (1,), seed, dtype=torch.int64, device=x.device
-    )  # a fill: no copy that the host would wait for
-
-
-def check_no_tangents(*tensors: Tensor | None) -> None:
-    """Refuses forward-mode differentiation, which the operation has no rule for: its tangents would be lost without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no `dual_level`, no `torch.func.jvp`
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "rode_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, torch.autograd.forward_ad) is not "
-            "supported; use backward, or write the formula in PyTorch"
-        )

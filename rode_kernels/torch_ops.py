@@ -1,21 +1,23 @@
 """The operators, registered with torch.library: what a call runs where no gradients are recorded.
 
-One operator serves both entry points: `rode::mixture` returns (y, u, g), for backward may save only inputs and outputs.
-`rode::mixture_` accumulates into base; `rode::mixture_backward` is every gradient.
+One operator serves both entry points. `rode::mixture` returns (y, u, g), because only inputs and outputs can be saved for backward.
+`rode::mixture_` accumulates into base; `rode::mixture_backward` computes every gradient. Their arguments are the operands, then
+the static ones: ranks, scaling, dropout_p, dense and the backend's name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rode_kernels.autocast import without_autocast
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings, StaticArguments
 
 _STATIC = "int[] ranks, float[] scaling, float dropout_p, bool dense, str backend"
 library = torch.library.Library("rode", "DEF")
@@ -32,6 +34,7 @@ library.define(
     f"Tensor? router_weight, Tensor? seed, {_STATIC}, bool[] needs) "
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dWr, Tensor dbr, Tensor dgates)"
 )
+TENSORS, TENSORS_BACKWARD = len(ForwardOperands._fields), len(BackwardOperands._fields)
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -39,111 +42,86 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(0, t.shape[-1])
 
 
-def _wide_gates(gates: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gates is None else _rows(gates).to(accumulation_dtype(x.dtype))
+def _settings(static: StaticArguments) -> tuple[Settings, str]:
+    """The settings, and the name of the backend."""
+    ranks, scaling, dropout_p, dense, backend = static
+    return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense), backend
 
 
-def autocast_enabled(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # asking for "meta" is an error
+def _run(args: tuple, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (M, O), u and g by the backend. g is never the given gates: an operator's output may not be its input."""
+    x, A, B, router_weight, router_bias, gates, base, seed = args[:TENSORS]
+    settings, name = _settings(args[TENSORS:])
+    backend = select_backend(name, x, B.shape[0], settings.mixture)
+    if gates is not None:
+        gates = _rows(gates).to(accumulation_dtype(x.dtype))
+    rows = ForwardOperands(_rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed)
+    y, u, g = backend.forward(rows, settings, inplace)
+    return y, u, g.clone() if g is gates else g
 
 
-def _without_autocast(run: Callable) -> Callable:
-    """Autocast has acted on the public function's arguments; inside, products keep the dtypes of the contract."""
-
-    @wraps(run)
-    def wrapped(*args):
-        x = next(t for t in args if isinstance(t, Tensor))
-        if not autocast_enabled(x.device.type):
-            return run(*args)
-        with torch.autocast(x.device.type, enabled=False):
-            return run(*args)
-
-    return wrapped
+def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    y, u, g = _run(args, False)
+    return y.view(*args[0].shape[:-1], y.shape[-1]), u, g
 
 
-def _forward(
-    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
-):
-    mixture = make_mixture(tuple(ranks), tuple(scaling))
-    run = select_backend(backend, x, B.shape[0], mixture)
-    gates = _wide_gates(gates, x)
-    y, u, g = run.forward(
-        _rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed, mixture, dropout_p, dense, False
-    )
-    if g is gates:  # an operator's output may not be its input
-        g = g.clone()
-    return y.view(*x.shape[:-1], B.shape[0]), u, g
+def _forward_inplace(*args) -> tuple[Tensor, Tensor]:
+    y, u, g = _run(args, True)
+    base = args[6]
+    if y.data_ptr() != base.data_ptr():  # strides that do not flatten: the sum went into a copy
+        base.copy_(y.view(base.shape))
+    return u, g
 
 
-def _forward_inplace(
-    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
-):
-    mixture = make_mixture(tuple(ranks), tuple(scaling))
-    run = select_backend(backend, x, B.shape[0], mixture)
-    gates, rows = _wide_gates(gates, x), _rows(base)
-    _, u, g = run.forward(
-        _rows(x), A, B, router_weight, router_bias, gates, rows, seed, mixture, dropout_p, dense, True
-    )
-    if rows.data_ptr() != base.data_ptr():  # strides that do not flatten: the sum went into a copy
-        base.copy_(rows.view(base.shape))
-    return u, g.clone() if g is gates else g
+def note_write(base: Tensor) -> None:
+    """Tells autograd of a write that it took no part in, so that it notices where the old base was saved."""
+    if not base.is_inference():
+        torch.autograd.graph.increment_version(base)
 
 
-def all_gradients(
-    dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
-) -> list[Tensor | None]:
-    """Of x, A, B, router_weight, router_bias and the gates; None where nobody asks."""
-    mixture = make_mixture(tuple(ranks), tuple(scaling))
-    run = select_backend(backend, x, B.shape[0], mixture)
-    grads = run.backward(
-        _rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed, mixture, dropout_p, dense, tuple(needs)
-    )
+def gradients(operands: BackwardOperands, static: StaticArguments, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients by the backend, without the dispatcher. dx has x's shape."""
+    settings, name = _settings(static)
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
+    backend = select_backend(name, x, B.shape[0], settings.mixture)
+    rows = BackwardOperands(_rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed)
+    grads = backend.backward(rows, settings, tuple(needs))
     like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
-    grads = [
+    dx, *others = (
         grad if grad is None or t is None else grad.to(t.dtype).contiguous()
         for grad, t in zip(grads, like, strict=True)
-    ]
-    if needs[0]:
-        grads[0] = grads[0].view(x.shape)
-    return grads
+    )
+    return Gradients(None if dx is None else dx.view(x.shape), *others)
 
 
-def _backward(dy, dgates, x, *others):
-    """The operator: what nobody asks for is an empty tensor."""
-    return tuple(x.new_empty(0) if t is None else t for t in all_gradients(dy, dgates, x, *others))
-
-
-def _fake(x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend):
-    u, g = _fake_saved(x, ranks)
-    return x.new_empty(*x.shape[:-1], B.shape[0]), u, g
-
-
-def _fake_inplace(
-    x, A, B, router_weight, router_bias, gates, base, seed, ranks, scaling, dropout_p, dense, backend
-):
-    return _fake_saved(x, ranks)
+def _backward(*args) -> tuple[Tensor, ...]:
+    """The operator: an empty tensor for what is not wanted."""
+    operands, (*static, needs) = BackwardOperands(*args[:TENSORS_BACKWARD]), args[TENSORS_BACKWARD:]
+    grads = gradients(operands, static, needs)
+    return tuple(operands.x.new_empty(0) if t is None else t for t in grads)
 
 
 def _fake_saved(x: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    tokens, wide = (
-        math.prod(x.shape[:-1]),
-        accumulation_dtype(x.dtype),
-    )  # Size.numel() would fix a dynamic shape
-    return x.new_empty(tokens, sum(ranks), dtype=wide), x.new_empty(tokens, len(ranks), dtype=wide)
+    tokens = math.prod(x.shape[:-1])  # Size.numel() would fix a dynamic shape
+    dtype = accumulation_dtype(x.dtype)
+    return x.new_empty(tokens, sum(ranks), dtype=dtype), x.new_empty(tokens, len(ranks), dtype=dtype)
 
 
-def _fake_backward(
-    dy, dgates, x, u, g, A, B, router_weight, seed, ranks, scaling, dropout_p, dense, backend, needs
-):
-    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
-    nothing = (0,)
-    return (
-        x.new_empty(x.shape if need_x else nothing),
-        A.new_empty(A.shape) if need_A else x.new_empty(nothing),
-        B.new_empty(B.shape) if need_B else x.new_empty(nothing),
-        router_weight.new_empty(router_weight.shape) if need_router else x.new_empty(nothing),
-        g.new_empty(len(ranks)) if need_bias else x.new_empty(nothing),
-        g.new_empty(g.shape) if need_gates else x.new_empty(nothing),
+def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+    x, B, ranks = args[0], args[2], args[TENSORS]
+    return x.new_empty(*x.shape[:-1], B.shape[0]), *_fake_saved(x, ranks)
+
+
+def _fake_inplace(*args) -> tuple[Tensor, Tensor]:
+    return _fake_saved(args[0], args[TENSORS])
+
+
+def _fake_backward(*args) -> tuple[Tensor, ...]:
+    _, _, x, _, g, A, B, router_weight, _, ranks, *_, needs = args
+    shaped = (x, A, B, router_weight, g.new_empty(len(ranks)), g)
+    return tuple(
+        like.new_empty(like.shape) if need else x.new_empty(0)
+        for like, need in zip(shaped, needs, strict=True)
     )
 
 
@@ -152,7 +130,7 @@ for _name, _implementation, _fake_implementation in (
     ("mixture_", _forward_inplace, _fake_inplace),
     ("mixture_backward", _backward, _fake_backward),
 ):
-    library.impl(_name, _without_autocast(_implementation), "CompositeExplicitAutograd")
+    library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rode::{_name}", _fake_implementation, lib=library)
 
 OP, OP_INPLACE, OP_BACKWARD = (
@@ -160,4 +138,3 @@ OP, OP_INPLACE, OP_BACKWARD = (
     torch.ops.rode.mixture_,
     torch.ops.rode.mixture_backward,
 )
-TENSORS = 8  # of the operator's arguments, the first that are tensors

@@ -13,7 +13,7 @@ import torch  # before the native module: both then share torch's OpenMP runtime
 from torch import Tensor
 
 from rode_kernels.backends.reference import accumulation_dtype
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 try:
     import rode_kernels._native as _native
@@ -74,137 +74,69 @@ def scratch_bytes() -> int:
     return 0 if _native is None else _native.scratch_bytes()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+def _parameter(t: Tensor | None, x_dtype: torch.dtype) -> tuple[int, int, bool]:
+    """Strides, and whether it is float32 beside a 16-bit x."""
+    return (0, 0, False) if t is None else (*t.stride(), t.dtype != x_dtype)
 
 
-def _layout(problem: tuple, A: tuple, B: tuple, router: tuple | None) -> dict[str, Any]:
-    dtype, (tokens, in_features), out_features, ranks, scaling, dropout_p, dense = problem
+def _key(operands: ForwardOperands | BackwardOperands, settings: Settings) -> tuple:
+    """What a native pass is made for, besides the strides of activations."""
+    x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
+    return (x.dtype, x.shape, B.shape[0], settings, *(_parameter(t, x.dtype) for t in (A, B, router_weight)))
+
+
+def _problem(key: tuple) -> dict[str, Any]:
+    dtype, (tokens, in_features), out_features, (mixture, dropout_p, dense), A, B, router = key
     return dict(
         dtype=_DTYPES[dtype],
         tokens=tokens,
         in_features=in_features,
         out_features=out_features,
-        ranks=ranks,
-        scaling=Mixture(ranks, scaling).scaling_with_dropout(dropout_p),
+        ranks=mixture.ranks,
+        scaling=mixture.scaling_with_dropout(dropout_p),
         dropout_p=dropout_p,
         dense=dense,
         A=(0, *A),
         B=(0, *B),
-        router=(0, *(router or (0, 0, False))),
+        router=(0, *router),
     )
 
 
-@lru_cache(maxsize=4096)
-def _prepared(
-    problem: tuple, x: tuple, base: tuple | None, y: tuple, A: tuple, B: tuple, router: tuple | None
-) -> Callable:
+def _native_forward(key: tuple, x: tuple, base: tuple | None, y: tuple) -> Callable:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
-    return _native.Forward(
-        x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_layout(problem, A, B, router)
-    )
+    return _native.Forward(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
 
 
 @lru_cache(maxsize=4096)
-def _prepared_backward(
-    problem: tuple, dy: tuple | None, x: tuple, A: tuple, B: tuple, router: tuple | None
-) -> Callable:
-    return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_layout(problem, A, B, router))
+def _native_backward(key: tuple, dy: tuple | None, x: tuple) -> Callable:
+    """The core's backward pass, like `_native_forward`."""
+    return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
 
 
-def _prepare(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    base: Tensor | None,
-    y: Tensor,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-) -> Callable:
-    return _prepared(
-        (x.dtype, x.shape, B.shape[0], mixture.ranks, mixture.scaling, dropout_p, dense),
-        *(None if t is None else t.stride() for t in (x, base, y)),
-        *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
-    )
-
-
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; closed experts are skipped."""
-    wide = accumulation_dtype(x.dtype)
-    M, O = x.shape[0], B.shape[0]
-    y = base if inplace else torch.empty(M, O, dtype=x.dtype, device=x.device)
-    u = torch.empty(M, mixture.total_rank, dtype=wide, device=x.device)
-    if router_weight is None:
-        g, br = gates.contiguous(), None
-    else:
-        g = torch.empty(M, mixture.num_experts, dtype=wide, device=x.device)
-        br = None if router_bias is None else router_bias.to(wide).contiguous()
-    run = _prepare(x, A, B, router_weight, base, y, mixture, dropout_p, dense)
-    run(
-        x.data_ptr(),
-        _address(base),
-        y.data_ptr(),
-        A.data_ptr(),
-        B.data_ptr(),
-        _address(router_weight),
-        _address(br),
-        u.data_ptr(),
-        g.data_ptr(),
-        _address(seed),
-        torch.get_num_threads(),
-    )
-    return y, u, g
-
-
-def prepare(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor,
-    base: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    inplace: bool,
-    shape: tuple[int, ...],
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`forward` with a router, decided for tensors of these sizes, strides and dtypes.
-
-    Returns:
-        A function of the operator's tensors. Its x and base need not be flat, its bias is contiguous and in the accumulation dtype;
-        it gives y in `shape`.
-    """
-    M, O, R, N = x.shape[0], B.shape[0], mixture.total_rank, mixture.num_experts
-    empty = torch.empty(0, dtype=x.dtype).new_empty
-    empty_wide = torch.empty(0, dtype=accumulation_dtype(x.dtype)).new_empty
-    y = base if inplace else empty(M, O)
-    run = _prepare(x, A, B, router_weight, base, y, mixture, dropout_p, False)
+@lru_cache(maxsize=4096)
+def _forward_pass(
+    key: tuple, x: tuple, base: tuple | None, inplace: bool, shape: tuple[int, ...]
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
+    """The forward pass for one problem and one set of strides: a function of the operands. `shape`: of y."""
+    dtype, (M, _), O, (mixture, _, _) = key[:4]
+    R, N = mixture.total_rank, mixture.num_experts
+    native = _native_forward(key, x, base, base if inplace else (O, 1))
+    empty = torch.empty(0, dtype=dtype).new_empty
+    empty_acc = torch.empty(0, dtype=accumulation_dtype(dtype)).new_empty
     threads = torch.get_num_threads
 
-    def prepared(x, A, B, router_weight, router_bias, _gates, base, seed):
-        y = base if inplace else empty(*shape)
-        u, g = empty_wide(M, R), empty_wide(M, N)
-        run(
+    def run(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        x, A, B, router_weight, router_bias, gates, base, seed = operands
+        y = base if inplace else empty(shape)
+        u = empty_acc(M, R)
+        g = empty_acc(M, N) if gates is None else gates
+        native(
             x.data_ptr(),
             0 if base is None else base.data_ptr(),
             y.data_ptr(),
             A.data_ptr(),
             B.data_ptr(),
-            router_weight.data_ptr(),
+            0 if router_weight is None else router_weight.data_ptr(),
             0 if router_bias is None else router_bias.data_ptr(),
             u.data_ptr(),
             g.data_ptr(),
@@ -213,49 +145,55 @@ def prepare(
         )
         return y, u, g
 
-    return prepared
+    return run
+
+
+def prepare(
+    operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
+    """`forward`, decided for operands of these sizes, strides and dtypes.
+
+    Args:
+        shape: of y.
+
+    Returns:
+        A function of the operands, as a plain tuple, which is taken apart faster. Their x and base need not be flat; gates and the
+        bias are contiguous and in the accumulation dtype.
+    """
+    base = None if operands.base is None else operands.base.stride()
+    return _forward_pass(_key(operands, settings), operands.x.stride(), base, inplace, shape)
+
+
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.forward`; closed experts are skipped."""
+    x, A, B, router_weight, router_bias, gates, base, seed = operands
+    if gates is not None:
+        gates = gates.contiguous()
+    if router_bias is not None:
+        router_bias = router_bias.to(accumulation_dtype(x.dtype)).contiguous()
+    run = prepare(operands, settings, inplace, (x.shape[0], B.shape[0]))
+    return run((x, A, B, router_weight, router_bias, gates, base, seed))
 
 
 def prepare_backward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor,
-    mixture: Mixture,
-    dropout_p: float,
-    shape: tuple[int, ...],
-) -> Callable[..., list[Tensor | None]]:
-    """`backward` of what `prepare` prepares, of a contiguous dy. `shape`: x's, before it was made flat.
+    operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]
+) -> Callable[[BackwardOperands, tuple[bool, ...]], Gradients]:
+    """`backward` after what `prepare` prepares, for a contiguous dy.
 
-    Returns:
-        A function of dy, dgates or None, and of what was saved: x, u, g, A, B, router_weight, seed; and of `needs`. It gives what
-        `backward` gives, dx in `shape`.
+    Args:
+        shape: of x, before it was made flat, and of its gradient.
     """
-    O = B.shape[0]
-    run = _prepared_backward(
-        (x.dtype, x.shape, O, mixture.ranks, mixture.scaling, dropout_p, False),
-        (O, 1),
-        x.stride(),
-        *((*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
+    ld_dy = (operands.B.shape[0], 1)
+    return partial(
+        _run_backward, _native_backward(_key(operands, settings), ld_dy, operands.x.stride()), shape
     )
-    return partial(_gradients, run, shape)
 
 
-def _gradients(
-    run: Callable,
-    shape: tuple[int, ...],
-    dy: Tensor | None,
-    dgates: Tensor | None,
-    x: Tensor,
-    u: Tensor,
-    g: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    seed: Tensor | None,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """By the core's backward pass for these strides; dx in `shape`, each gradient in its parameter's dtype."""
+def _run_backward(
+    run: Callable, shape: tuple[int, ...], operands: BackwardOperands, needs: tuple[bool, ...]
+) -> Gradients:
+    """Gradients by a native backward pass; dx in `shape`, each gradient in its parameter's dtype."""
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
     M, R = u.shape
     empty = u.new_empty  # in the accumulation dtype, as u is
@@ -266,8 +204,8 @@ def _gradients(
     dx = x.new_empty(shape) if need_x else None
     dA = A.new_empty(A.shape) if need_A else None
     dB = B.new_empty(B.shape) if need_B else None
-    dWr = router_weight.new_empty(router_weight.shape) if need_router else None
-    dbr = empty(g.shape[1]) if need_bias else None
+    drouter_weight = router_weight.new_empty(router_weight.shape) if need_router else None
+    drouter_bias = empty(g.shape[1]) if need_bias else None
     du = factors.data_ptr()
     run(
         0 if dy is None else dy.data_ptr(),
@@ -284,33 +222,16 @@ def _gradients(
         dh.data_ptr(),
         0 if dA is None else dA.data_ptr(),
         0 if dB is None else dB.data_ptr(),
-        0 if dWr is None else dWr.data_ptr(),
-        0 if dbr is None else dbr.data_ptr(),
+        0 if drouter_weight is None else drouter_weight.data_ptr(),
+        0 if drouter_bias is None else drouter_bias.data_ptr(),
         0 if seed is None else seed.data_ptr(),
         torch.get_num_threads(),
     )
-    return [dx, dA, dB, dWr, dbr, dh if need_gates else None]
+    return Gradients._make((dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None))
 
 
-def backward(
-    dy: Tensor | None,
-    dgates: Tensor | None,
-    x: Tensor,
-    u: Tensor,
-    g: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """As `reference.backward`, each gradient in its parameter's dtype; closed experts are skipped."""
-    run = _prepared_backward(
-        (x.dtype, x.shape, B.shape[0], mixture.ranks, mixture.scaling, dropout_p, dense),
-        *(None if t is None else t.stride() for t in (dy, x)),
-        *(None if t is None else (*t.stride(), t.dtype != x.dtype) for t in (A, B, router_weight)),
-    )
-    return _gradients(run, x.shape, dy, dgates, x, u, g, A, B, router_weight, seed, needs)
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+    """As `reference.backward`; closed experts are skipped."""
+    dy, x = operands.dy, operands.x
+    run = _native_backward(_key(operands, settings), None if dy is None else dy.stride(), x.stride())
+    return _run_backward(run, x.shape, operands, needs)

@@ -1,7 +1,6 @@
 """The operation in plain PyTorch: the formula of the paper, on any device, in any floating dtype.
 
 `forward` is built from differentiable operations, so autograd through it checks `backward`, which states the gradients by hand.
-Shapes: M tokens, K = in_features, O = out_features, N experts, R = sum(ranks). C is the accumulation dtype.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 
 def status() -> tuple[bool, str]:
@@ -78,52 +77,39 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y = base + sum_i scaling_i g_i B_i A_i drop(x), with g = relu(x Wr^T + br) or as given.
 
     Args:
-        x: (M, K). base: (M, O) or None. gates: (M, N) in the accumulation dtype, or None where a router is given.
-        dense: u is wanted for closed experts too (`gate_grad="all"`).
         inplace: accumulate into base and return it.
 
     Returns:
         y (M, O) in x.dtype; u (M, R) = drop(x) A^T, 0 where not wanted; g (M, N); u and g in the accumulation dtype.
     """
-    accumulate = accumulation_dtype(x.dtype)
-    x_wide = x.to(accumulate)
+    x, A, B, router_weight, router_bias, gates, base, seed = operands
+    mixture, dropout_p, dense = settings
+    acc_dtype = accumulation_dtype(x.dtype)
+    x_acc = x.to(acc_dtype)
     if router_weight is not None:
-        h = x_wide @ rounded(router_weight, x.dtype).t()  # (M, N)
+        h = x_acc @ rounded(router_weight, x.dtype).t()  # (M, N)
         if router_bias is not None:
-            h = h + router_bias.to(accumulate)
+            h = h + router_bias.to(acc_dtype)
         g = torch.relu(h)
     else:
         g = gates
     keep = dropout_keep(seed, dropout_p, *x.shape) if dropout_p > 0.0 else None
-    x_dropped = _drop(x_wide, keep)
-    u = x_wide.new_zeros(x.shape[0], mixture.total_rank)
-    y = x_wide.new_zeros(x.shape[0], B.shape[0]) if base is None else base.to(accumulate)
+    x_dropped = _drop(x_acc, keep)
+    u = x_acc.new_zeros(x.shape[0], mixture.total_rank)
+    y = x_acc.new_zeros(x.shape[0], B.shape[0]) if base is None else base.to(acc_dtype)
     offsets, scaling = mixture.offsets, mixture.scaling_with_dropout(dropout_p)
-    A_wide, B_wide = rounded(A, x.dtype), rounded(B, x.dtype)
+    A_acc, B_acc = rounded(A, x.dtype), rounded(B, x.dtype)
     for i in range(mixture.num_experts):
         rows = slice(offsets[i], offsets[i + 1])
         open_ = (g[:, i] != 0).nonzero().squeeze(1)  # closed tokens are left out, not multiplied by 0
-        u_open = x_dropped[open_] @ A_wide[rows].t()  # (open, r_i)
-        v = (scaling[i] * g[open_, i, None] * u_open).to(x.dtype).to(accumulate)
-        y = y.index_add(0, open_, v @ B_wide[:, rows].t())
-        u_saved = x_dropped @ A_wide[rows].t() if dense else u_open
+        u_open = x_dropped[open_] @ A_acc[rows].t()  # (open, r_i)
+        v = (scaling[i] * g[open_, i, None] * u_open).to(x.dtype).to(acc_dtype)
+        y = y.index_add(0, open_, v @ B_acc[:, rows].t())
+        u_saved = x_dropped @ A_acc[rows].t() if dense else u_open
         u[:, rows] = u_saved if dense else u[:, rows].index_copy(0, open_, u_saved)
     if inplace:
         base.copy_(y)
@@ -131,66 +117,46 @@ def forward(
     return y.to(x.dtype), u, g
 
 
-def backward(
-    dy: Tensor | None,
-    dgates: Tensor | None,
-    x: Tensor,
-    u: Tensor,
-    g: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, A, B, router_weight, router_bias and gates; None where `needs` says that nobody asks.
-
-    Args:
-        dy: (M, O) or None (no gradient reaches y). dgates: (M, N), the gradient that reaches the returned gates, or None.
-        x, u, g: as `forward` saved them.
-        dense: gates get scaling_i <t_i, u_i> where they are closed too.
-    """
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+    """The gradients that `needs` asks for. With `dense`, gates get scaling_i <t_i, u_i> where they are closed too."""
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
+    mixture, dropout_p, dense = settings
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
-    accumulate = accumulation_dtype(x.dtype)
+    acc_dtype = accumulation_dtype(x.dtype)
     M, K = x.shape
-    x_wide = x.to(accumulate)
+    x_acc = x.to(acc_dtype)
     keep = dropout_keep(seed, dropout_p, M, K) if dropout_p > 0.0 else None
-    x_dropped = _drop(x_wide, keep)
-    A_wide, B_wide = rounded(A, x.dtype), rounded(B, x.dtype)
-    dy = x_wide.new_zeros(M, B.shape[0]) if dy is None else dy.to(accumulate)
-    dx_experts, dA, dB = torch.zeros_like(x_wide), torch.zeros_like(A_wide), torch.zeros_like(B_wide)
+    x_dropped = _drop(x_acc, keep)
+    A_acc, B_acc = rounded(A, x.dtype), rounded(B, x.dtype)
+    dy = x_acc.new_zeros(M, B.shape[0]) if dy is None else dy.to(acc_dtype)
+    dx_experts, dA, dB = torch.zeros_like(x_acc), torch.zeros_like(A_acc), torch.zeros_like(B_acc)
     dg = torch.zeros_like(g)
     offsets, scaling = mixture.offsets, mixture.scaling_with_dropout(dropout_p)
     for i in range(mixture.num_experts):
         rows = slice(offsets[i], offsets[i + 1])
         open_ = (g[:, i] != 0).nonzero().squeeze(1)
         asked = torch.arange(M, device=x.device) if dense else open_
-        t_asked = dy[asked] @ B_wide[:, rows]  # (asked, r_i)
+        t_asked = dy[asked] @ B_acc[:, rows]  # (asked, r_i)
         dg[asked, i] = scaling[i] * (t_asked * u[asked, rows]).sum(1)
         t = t_asked[open_] if dense else t_asked
         g_open = g[open_, i, None]
-        v = (scaling[i] * g_open * u[open_, rows]).to(x.dtype).to(accumulate)
-        du = (scaling[i] * g_open * t).to(x.dtype).to(accumulate)
+        v = (scaling[i] * g_open * u[open_, rows]).to(x.dtype).to(acc_dtype)
+        du = (scaling[i] * g_open * t).to(x.dtype).to(acc_dtype)
         dB[:, rows] = dy[open_].t() @ v
         dA[rows] = du.t() @ x_dropped[open_]
-        dx_experts.index_add_(0, open_, du @ A_wide[rows])
-    dx, dWr, dbr = _drop(dx_experts, keep), None, None
+        dx_experts.index_add_(0, open_, du @ A_acc[rows])
+    dx, drouter_weight, drouter_bias = _drop(dx_experts, keep), None, None
     if router_weight is not None:
         total = dg if dgates is None else dg + dgates
-        dh = torch.where(
-            g != 0, total, torch.zeros_like(total)
-        )  # select: a closed expert's dg reaches nothing
+        dh = torch.where(g != 0, total, 0.0)  # select: a closed expert's dg reaches nothing
         dx = dx + dh @ rounded(router_weight, x.dtype)
-        dWr = dh.t() @ x_wide
-        dbr = dh.sum(0)
-    return (
+        drouter_weight = dh.t() @ x_acc
+        drouter_bias = dh.sum(0)
+    return Gradients(
         dx.to(x.dtype) if need_x else None,
         dA.to(A.dtype) if need_A else None,
         dB.to(B.dtype) if need_B else None,
-        dWr.to(router_weight.dtype) if need_router else None,
-        dbr if need_bias else None,
+        drouter_weight.to(router_weight.dtype) if need_router else None,
+        drouter_bias if need_bias else None,
         dg if need_gates else None,
     )

@@ -1,7 +1,10 @@
 """Which backend runs a call, and why the others do not.
 
-Every backend is a module that states the two functions of `rode_kernels.backends.reference`, `forward` and `backward`; `status`,
-which says whether it can run here; and, if it has no kernels for some problems, `refuses`, which says why.
+Every backend is a module with these functions:
+
+- `forward(operands, settings, inplace)` and `backward(operands, settings, needs)`, as in `rode_kernels.backends.reference`;
+- `status()`: whether it can run here, and why or with what;
+- `refuses(x, out_features, mixture)`, if it has no kernels for some problems: why not, "" if it has.
 """
 
 from __future__ import annotations

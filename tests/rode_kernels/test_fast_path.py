@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_oracle import random_problem
-from rode_kernels import backends, rectified_mixture
-from rode_kernels import fast_path as shortcut
+from rode_kernels import autograd, backends, fast_path, functional, rectified_mixture
 from rode_kernels.backends import cpu
 from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import ForwardOperands
 
 pytestmark = pytest.mark.skipif(not backends()["cpu"].available, reason="no native code")
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(shortcut, "_known", {})
+    monkeypatch.setattr(fast_path, "_known", {})
     monkeypatch.delenv("RODE_BACKEND", raising=False)
 
 
@@ -29,10 +36,21 @@ def arguments(tokens=(1,), **options):
 
 
 def knows(leading, options, backend=None):
-    inplace = options.get("inplace", False)
-    args = (*leading, None, options["base"])
+    """Whether such a call was prepared before."""
+    operands = ForwardOperands(*leading, None, options["base"], None)
     mixture = make_mixture(options["ranks"], options["scaling"])
-    return shortcut.find(mixture, args, inplace, options.get("dropout_p", 0.0), backend) is not None
+    how = (options.get("dropout_p", 0.0), options.get("inplace", False), backend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_path, "_prepare", lambda *args: None)
+        return fast_path.find(operands, mixture, *how) is not None
+
+
+@contextmanager
+def the_long_way():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (functional, autograd):
+            patch.setattr(module, "fast_path", None)
+        yield
 
 
 def call(leading, options, **changes):
@@ -56,7 +74,7 @@ CASES = {
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_second_call_gives_what_the_first_gave(case, grad, inplace):
+def test_it_gives_what_the_long_way_gives(case, grad, inplace):
     leading, options = arguments(**CASES[case])
     if inplace and options["base"] is None:
         pytest.skip("nothing to write into")
@@ -75,22 +93,25 @@ def test_the_second_call_gives_what_the_first_gave(case, grad, inplace):
         grads = torch.autograd.grad(y.double().square().sum() + g.sum(), wanted) if grad else ()
         return y, g, *grads
 
-    first = run()
-    known = sum(map(len, shortcut._known.values()))
-    narrow_bias = case == "bfloat16"  # is made wide at each call: the long way
-    assert known == (not narrow_bias)
-    for have, want in zip(run(), first, strict=True):
-        assert torch.equal(have, want)
-        assert (have.shape, have.stride(), have.dtype) == (want.shape, want.stride(), want.dtype)
-        assert have.requires_grad == want.requires_grad
-    assert sum(map(len, shortcut._known.values())) == known
+    with the_long_way():
+        wants = run()
+    assert not fast_path._known
+    for _ in range(2):
+        for have, want in zip(run(), wants, strict=True):
+            assert torch.equal(have, want)
+            assert (have.shape, have.stride(), have.dtype) == (want.shape, want.stride(), want.dtype)
+            assert have.requires_grad == want.requires_grad
+        bias_in_16_bits = case == "bfloat16"  # is cast at each call: the long way
+        assert sum(map(len, fast_path._known.values())) == (not bias_in_16_bits)
 
 
 def test_y_alone_has_the_same_gradients():
     leading, options = arguments((3,))
     wanted = [t.requires_grad_() for t in (*leading, options["base"])]
     ways = [lambda y: y.square().sum(), lambda y: y.square().sum(), lambda y: (y * y.detach()).T.sum() * 2]
-    grads = [torch.autograd.grad(way(call(leading, options)), wanted) for way in ways]
+    with the_long_way():
+        grads = [torch.autograd.grad(ways[0](call(leading, options)), wanted)]
+    grads += [torch.autograd.grad(way(call(leading, options)), wanted) for way in ways]
     assert knows(leading, options)
     for later in grads[1:]:
         assert all(map(torch.equal, later, grads[0]))
@@ -114,11 +135,11 @@ def test_inplace_into_what_a_frozen_layer_gave(frozen):
         return torch.autograd.grad(y.square().sum(), wanted)
 
     want = grads(backend="reference")
-    assert not shortcut._known
+    assert not fast_path._known
     for _ in range(3):
         for have, good in zip(grads(), want, strict=True):
             torch.testing.assert_close(have, good, rtol=1e-4, atol=1e-4)
-    assert [len(guards) for guards in shortcut._known.values()] == [1]
+    assert [len(guards) for guards in fast_path._known.values()] == [1]
 
 
 @pytest.mark.parametrize("dy", ["contiguous", "a stride of 0", "a transpose"])
@@ -142,7 +163,7 @@ def test_gradients_asked_for_are_those_of_the_long_way(asked, dy):
         )
 
     want = grads(seed=0)  # which no call with is remembered
-    assert not shortcut._known
+    assert not fast_path._known
     for _ in range(2):
         for have, good in zip(grads(), want, strict=True):
             assert torch.equal(have, good)
@@ -344,10 +365,10 @@ def test_where_autocast_has_nothing_to_cast_it_is_no_watcher(grad, inplace):
     without = run()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first = run()
-        known = sum(map(len, shortcut._known.values()))
+        known = sum(map(len, fast_path._known.values()))
         assert known == 2  # without autocast, and with
         second = run()
-    assert sum(map(len, shortcut._known.values())) == known
+    assert sum(map(len, fast_path._known.values())) == known
     for have in (first, second):
         assert all(torch.equal(a, b) for a, b in zip(have, without, strict=True))
 
@@ -417,7 +438,7 @@ def test_threads_are_those_of_the_call(monkeypatch):
                 super().__call__(*addresses)
 
     monkeypatch.setattr(cpu, "_native", Core)
-    cpu._prepared.cache_clear()
+    cpu._forward_pass.cache_clear()
     before = torch.get_num_threads()
     try:
         for threads in (2, 1, 2):
@@ -425,22 +446,22 @@ def test_threads_are_those_of_the_call(monkeypatch):
             call(leading, options)
     finally:
         torch.set_num_threads(before)
-        cpu._prepared.cache_clear()
+        cpu._forward_pass.cache_clear()
     assert given == [2, 1, 2]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(shortcut, "_KEYS", 4)
+    monkeypatch.setattr(fast_path, "_KEYS", 4)
     for tokens in range(1, 20):
         leading, options = arguments((tokens,))
         call(leading, options)
         assert knows(leading, options)
-        assert len(shortcut._known) <= 4
+        assert len(fast_path._known) <= 4
     leading, options = arguments((1, 5))
     for row in range(1, 20):  # one token whose distance to the next one is another each time
         x = torch.randn(1, 5, 24 + row)[..., :24]
         torch.testing.assert_close(call([x, *leading[1:]], options), call([x.clone(), *leading[1:]], options))
-    assert max(map(len, shortcut._known.values())) <= shortcut._GUARDS
+    assert max(map(len, fast_path._known.values())) <= fast_path._GUARDS
 
 
 def test_dynamo_traces_the_operator():
@@ -457,3 +478,50 @@ def test_dynamo_traces_the_operator():
     for _ in range(2):
         assert torch.equal(compiled(leading[0]), want)
     assert any("rode.mixture" in target for target in targets)
+
+
+WITHOUT = """
+import sys, torch
+import rode_kernels
+from rode_kernels import autograd, functional, gated_mixture, rectified_mixture
+assert autograd.fast_path is None and "rode_kernels.fast_path" not in sys.modules
+torch.manual_seed(0)
+x, A, B, router, base = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 8), (6, 8), (5, 6), (2, 8), (2, 3, 5)))
+gates = torch.randn(2, 3, 2, dtype=torch.float64).relu()
+for t in (x, A, B, router, base, gates):
+    t.requires_grad_()
+options = dict(ranks=(2, 4), scaling=(8.0, 4.0))
+factors = torch.tensor([8.0, 8.0, 4.0, 4.0, 4.0, 4.0], dtype=torch.float64)
+
+def formula(g):
+    return base + (x @ A.T * factors * g[..., [0, 0, 1, 1, 1, 1]]) @ B.T
+
+for inplace in (False, True):
+    for want, y, leaves in (
+        (formula((x @ router.T).relu()),
+         rectified_mixture(x, A, B, router, base=base * 1, inplace=inplace, **options), (x, A, B, router, base)),
+        (formula(gates), gated_mixture(x, A, B, gates, base=base * 1, inplace=inplace, **options), (x, A, B, base)),
+    ):
+        dy = torch.randn_like(want)
+        torch.testing.assert_close(y, want)
+        for have, grad in zip(*(torch.autograd.grad(t, leaves, dy) for t in (y, want)), strict=True):
+            torch.testing.assert_close(have, grad)
+with torch.no_grad():
+    torch.testing.assert_close(rectified_mixture(x, A, B, router, **options), formula((x @ router.T).relu()) - base)
+print(rode_kernels.__file__)
+"""
+
+
+def test_the_package_works_without_the_file(tmp_path):
+    """A copy of the package that lacks fast_path.py is slower, and gives the same values and gradients."""
+    package = Path(functional.__file__).parent
+    copy = shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "fast_path.py").unlink()
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", WITHOUT],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path))

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from rode_kernels.backends.cuda.prepared import Between, Kernels
 from rode_kernels.backends.gpu import gemm_path as library
-from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, with_neighbouring_columns
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, no_gradients, with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import by_library, plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 try:
     import rode_kernels._cuda as _native
@@ -125,33 +126,19 @@ class Passes:
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(
-        self,
-        device: int,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        router_bias: Tensor | None,
-        gates: Tensor | None,
-        base: Tensor | None,
-        seed: Tensor | None,
-        mixture: Mixture,
-        dropout_p: float,
-        dense: bool,
-        inplace: bool,
-        stream: int,
+        self, operands: ForwardOperands, settings: Settings, inplace: bool, device: int, stream: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `reference.forward`."""
+        x, A, B, router_weight, router_bias, gates, base, seed = operands
         x = with_neighbouring_columns(x)
         into = base if inplace else None
         base = None if base is None else with_neighbouring_columns(base)
         y = base if inplace else self.kernels.empty(x.shape[0], B.shape[0], like=x)
-        A, B, router_weight = _contiguous(A, B, router_weight)
+        A, B, router_weight, gates = _contiguous(A, B, router_weight, gates)
         router_bias = None if router_bias is None else router_bias.float().contiguous()
-        gates = None if gates is None else gates.contiguous()
-        layout = Layout.of(x, A, B, router_weight, mixture, dropout_p, dense)
-        run = self.forward_of(layout, device, *map(_distance, (x, base, y)))
-        u, g = run(x, A, B, router_weight, router_bias, gates, base, y, seed, stream)
+        operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
+        run = self.forward_of(Layout.of(operands, settings), device, *map(_distance, (x, base, y)))
+        u, g = run(operands, y, stream)
         if into is not None and into is not base:  # its columns were not neighbours
             into.copy_(y)
             y = into
@@ -159,40 +146,24 @@ class Passes:
 
     def backward(
         self,
-        device: int,
-        dy: Tensor | None,
-        dgates: Tensor | None,
-        x: Tensor,
-        u: Tensor,
-        g: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        seed: Tensor | None,
-        mixture: Mixture,
-        dropout_p: float,
-        dense: bool,
+        operands: BackwardOperands,
+        settings: Settings,
         needs: tuple[bool, ...],
+        device: int,
         stream: int,
-    ) -> list[Tensor | None]:
+    ) -> Gradients:
         """As `reference.backward`."""
+        dy, dgates, x, u, g, A, B, router_weight, seed = operands
         if x.shape[0] == 0 or not any(needs):
-            (M, K), (O, R), N = x.shape, B.shape, mixture.num_experts
-            shapes = ((M, K), (R, K), (O, R), (N, K), (N,), (M, N))
-            likes = (x, A, B, router_weight, g, g)
-            return [
-                like.new_zeros(shape) if needed else None
-                for needed, like, shape in zip(needs, likes, shapes, strict=True)
-            ]
+            return no_gradients(operands, needs)
         x = with_neighbouring_columns(x)
-        A, B, router_weight = _contiguous(A, B, router_weight)
-        dgates = None if dgates is None else dgates.contiguous()
+        A, B, router_weight, dgates = _contiguous(A, B, router_weight, dgates)
         if dy is not None and dy.stride() == (0, 0):  # of a sum: a row of it can be copied 16 bytes at a time
             dy = dy[:1].contiguous().expand(dy.shape)
-        layout = Layout.of(x, A, B, router_weight, mixture, dropout_p, dense)
+        operands = BackwardOperands(dy, dgates, x, u, g, A, B, router_weight, seed)
         ld_dy = None if dy is None else dy.stride()
-        run = self.backward_of(layout, device, _distance(x), ld_dy, needs)
-        return run(dy, dgates, x, u, g, A, B, router_weight, seed, stream)
+        run = self.backward_of(Layout.of(operands, settings), device, _distance(x), ld_dy, needs)
+        return run(operands, stream)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -215,78 +186,55 @@ def _on_stream(run: Callable, device: int, *args):
     return run(*args, stream)
 
 
-def forward(x, *args):
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`; closed experts are skipped by tile."""
-    device = x.device.index
-    return _on_stream(_passes.forward, device, device, x, *args)
+    device = operands.x.device.index
+    return _on_stream(_passes.forward, device, operands, settings, inplace, device)
 
 
-def backward(dy, dgates, x, *args):
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`; closed experts are skipped by tile."""
-    device = x.device.index
-    return _on_stream(_passes.backward, device, device, dy, dgates, x, *args)
+    device = operands.x.device.index
+    return _on_stream(_passes.backward, device, operands, settings, needs, device)
 
 
 def prepare(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor,
-    base: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    inplace: bool,
-    shape: tuple[int, ...],
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
-    """`forward` with a router, decided for tensors of these sizes, strides and dtypes; None where some must be copied first.
-
-    Returns:
-        A function of the operator's tensors. Its x and base need not be flat, its bias is contiguous and float32; it gives y in
-        `shape`.
-    """
-    if refuses(x, B.shape[0], mixture) or not all(t.is_contiguous() for t in (A, B, router_weight)):
+    operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
+) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]] | None:
+    """As `cpu.prepare`; None where some operands must be copied first."""
+    x, A, B, router_weight, _, _, base, _ = operands
+    if refuses(x, B.shape[0], settings.mixture) or not all(t.is_contiguous() for t in (A, B, router_weight)):
         return None
     if any(t is not None and with_neighbouring_columns(t) is not t for t in (x, base)):
         return None
-    device, layout = x.device.index, Layout.of(x, A, B, router_weight, mixture, dropout_p, False)
+    device, layout = x.device.index, Layout.of(operands, settings)
     M, O = x.shape[0], B.shape[0]
     ld_y = _distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
     run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
 
-    def prepared(x, A, B, router_weight, router_bias, _gates, base, seed):
-        y = base if inplace else x.new_empty(shape)
-        return y, *_on_stream(run, device, x, A, B, router_weight, router_bias, None, base, y, seed)
+    def prepared(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
+        y = operands[6] if inplace else operands[0].new_empty(shape)
+        return y, *_on_stream(run, device, operands, y)
 
     return prepared
 
 
 def prepare_backward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor,
-    mixture: Mixture,
-    dropout_p: float,
-    shape: tuple[int, ...],
-) -> Callable[..., list[Tensor | None]]:
-    """`backward` of what `prepare` prepares, of a contiguous dy. `shape`: x's, before it was made flat.
-
-    Returns:
-        A function of dy, dgates or None, and of what was saved: x, u, g, A, B, router_weight, seed; and of `needs`. It gives what
-        `backward` gives, dx in `shape`.
-    """
-    device, layout = x.device.index, Layout.of(x, A, B, router_weight, mixture, dropout_p, False)
-    ld_x, ld_dy = _distance(x), (B.shape[0], 1)
+    operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]
+) -> Callable[[BackwardOperands, tuple[bool, ...]], Gradients]:
+    """As `cpu.prepare_backward`."""
+    device, layout = operands.x.device.index, Layout.of(operands, settings)
+    ld_x, ld_dy = _distance(operands.x), (operands.B.shape[0], 1)
     runs: dict[tuple[bool, ...], Callable] = {}  # by needs
 
-    def prepared(dy, dgates, x, u, g, A, B, router_weight, seed, needs):
+    def prepared(operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
         if not any(needs):
-            return [None] * len(needs)
+            return Gradients(*(None,) * len(needs))
         run = runs.get(needs)
         if run is None:
             run = runs[needs] = _passes.backward_of(layout, device, ld_x, ld_dy, needs)
-        if dgates is not None:
-            dgates = dgates.float().contiguous()
-        return _on_stream(run, device, dy, dgates, x, u, g, A, B, router_weight, seed)
+        if operands.dgates is not None:
+            operands = operands._replace(dgates=operands.dgates.float().contiguous())
+        return _on_stream(run, device, operands)
 
     return prepared

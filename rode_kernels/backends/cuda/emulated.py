@@ -13,6 +13,7 @@ from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 try:
     import rode_kernels._cuda_emulated as native
@@ -80,16 +81,16 @@ class _EmulatedPasses(Passes):
 _passes = _EmulatedPasses(_EmulatedKernels(native))
 
 
-def forward(*args):
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed, machine.architecture)
-    return _passes.forward(0, *args, 0)
+    return _passes.forward(operands, settings, inplace, 0, 0)
 
 
-def backward(*args):
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`; as `forward` above."""
     native.reset(machine.seed, machine.architecture)
-    return _passes.backward(0, *args, 0)
+    return _passes.backward(operands, settings, needs, 0, 0)
 
 
 refuses = beyond_kernels

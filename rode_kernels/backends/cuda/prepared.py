@@ -18,6 +18,7 @@ from torch import Tensor
 from rode_kernels.backends.gpu.gemm_path import widths
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, column_tiles, divide_up
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -172,21 +173,10 @@ class Forward:
             device=device,
         )
 
-    def __call__(
-        self,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        router_bias: Tensor | None,
-        gates: Tensor | None,
-        base: Tensor | None,
-        y: Tensor,
-        seed: Tensor | None,
-        stream: int,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g. Parameters, the bias (float32) and gates are contiguous; x, base and y may have any leading
         dimensions."""
+        x, A, B, router_weight, router_bias, gates, base, seed = operands
         empty, floats = self.kernels.empty, torch.float32
         u = empty(self.tokens, self.R, like=x, dtype=floats)
         g = empty(self.tokens, self.N, like=x, dtype=floats) if gates is None else gates
@@ -266,29 +256,18 @@ class Backward:
             device=device,
         )
 
-    def __call__(
-        self,
-        dy: Tensor | None,
-        dgates: Tensor | None,
-        x: Tensor,
-        u: Tensor,
-        g: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        seed: Tensor | None,
-        stream: int,
-    ) -> list[Tensor | None]:
-        """Gradients of x, A, B, the router's weight and bias, and gates, in their parameter's type. Parameters and dgates (float32)
-        are contiguous; x and dy may have any leading dimensions."""
+    def __call__(self, operands: BackwardOperands, stream: int) -> Gradients:
+        """The gradients, each in its parameter's dtype. Parameters and dgates (float32) are contiguous; x and dy may have any
+        leading dimensions."""
+        dy, dgates, x, u, g, A, B, router_weight, seed = operands
         need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
         M, N = self.tokens, self.N
         empty = self.kernels.empty
         dx = empty(*x.shape, like=x) if need_x else None
         dA = empty(*A.shape, like=A) if need_A else None
         dB = empty(*B.shape, like=B) if need_B else None
-        dW = empty(*router_weight.shape, like=router_weight) if need_router else None
-        dbias = empty(N, like=g) if need_bias else None
+        drouter_weight = empty(*router_weight.shape, like=router_weight) if need_router else None
+        drouter_bias = empty(N, like=g) if need_bias else None
         dh = empty(M, N, like=g) if self.need_v else None
         if need_B and dy is None:
             dB.zero_()
@@ -313,9 +292,9 @@ class Backward:
             address(seed),
             address(dx),
             address(dA),
-            address(dW),
+            address(drouter_weight),
             address(dB) if of_y else 0,
-            address(dbias),
+            address(drouter_bias),
             address(dh),
             at("D"),
             at("open"),
@@ -326,7 +305,7 @@ class Backward:
             self.wide and tf32_allowed(),
             stream,
         )
-        return [dx, dA, dB, dW, dbias, dh if need_gates else None]
+        return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 
 class Between:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -91,20 +92,9 @@ class Forward:
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         _, self.pitch = widths(layout)
 
-    def __call__(
-        self,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        router_bias: Tensor | None,
-        gates: Tensor | None,
-        base: Tensor | None,
-        y: Tensor,
-        seed: Tensor | None,
-        stream: int,
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g."""
+        x, A, B, router_weight, router_bias, gates, base, _ = operands
         M, floats = self.tokens, torch.float32
         empty = self.between.empty
         u = empty(M, self.R, like=x, dtype=floats)
@@ -128,20 +118,9 @@ class Backward:
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         self.columns, self.pitch = widths(layout)
 
-    def __call__(
-        self,
-        dy: Tensor | None,
-        dgates: Tensor | None,
-        x: Tensor,
-        u: Tensor,
-        g: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        seed: Tensor | None,
-        stream: int,
-    ) -> list[Tensor | None]:
-        """Gradients of x, A, B, the router's weight and bias, and gates, in their parameter's type."""
+    def __call__(self, operands: BackwardOperands, stream: int) -> Gradients:
+        """The gradients, each in its parameter's dtype."""
+        dy, dgates, x, u, g, A, B, router_weight, _ = operands
         need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
         M, R, N = self.tokens, self.R, self.N
         empty = self.between.empty
@@ -158,13 +137,15 @@ class Backward:
         dB = None
         if need_B:
             dB = torch.zeros_like(B) if v is None else product(dy.t(), v)[:, :R].to(B.dtype).contiguous()
-        dA = dW = None
+        dA = drouter_weight = None
         if sums_x:
             first, last = 0 if need_A else R, R + N if need_router else R
-            of_W = product(D[:, first:last].t(), rows)
-            dA = of_W[:R].to(A.dtype) if need_A else None
-            dW = of_W[R - first : R - first + N].to(router_weight.dtype) if need_router else None
+            dW = product(D[:, first:last].t(), rows)
+            dA = dW[:R].to(A.dtype) if need_A else None
+            if need_router:
+                drouter_weight = dW[R - first : R - first + N].to(router_weight.dtype)
         dx = None
         if need_x:
             dx = (torch.mm(D, W) if x.is_cuda else product(D, W).to(x.dtype)).view(x.shape)
-        return [dx, dA, dB, dW, dh.sum(0) if need_bias else None, dh if need_gates else None]
+        drouter_bias = dh.sum(0) if need_bias else None
+        return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.plans import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS, ProblemShape
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,19 +36,20 @@ class Layout(NamedTuple):
     dense: bool
 
     @staticmethod
-    def of(
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        router_weight: Tensor | None,
-        mixture: Mixture,
-        dropout_p: float,
-        dense: bool,
-    ) -> Layout:
-        wide = tuple(t is not None and t.dtype != x.dtype for t in (A, router_weight, B))
-        features, routed = x.shape[-1], router_weight is not None
-        tokens = prod(x.shape[:-1])
-        return Layout(x.dtype, tokens, features, B.shape[0], mixture, dropout_p, wide, routed, dense)
+    def of(operands: ForwardOperands | BackwardOperands, settings: Settings) -> Layout:
+        x, router_weight, B = operands.x, operands.router_weight, operands.B
+        wide = tuple(t is not None and t.dtype != x.dtype for t in (operands.A, router_weight, B))
+        *leading, in_features = x.shape
+        sizes = (prod(leading), in_features, B.shape[0])
+        return Layout(
+            x.dtype,
+            *sizes,
+            settings.mixture,
+            settings.dropout_p,
+            wide,
+            router_weight is not None,
+            settings.dense,
+        )
 
     @property
     def in_one_type(self) -> bool:
@@ -83,6 +85,26 @@ def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
 def with_neighbouring_columns(t: Tensor) -> Tensor:
     """As the kernels take a matrix: columns 1 apart, rows at most 2^31 - 1."""
     return t if (t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31 else t.contiguous()
+
+
+def no_gradients(operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
+    """Zeros where something is wanted: the gradients of a call without tokens."""
+    _, _, x, _, g, A, B, router_weight, _ = operands
+    likes = (x, A, B, router_weight, g, g)
+    shapes = (
+        x.shape,
+        A.shape,
+        B.shape,
+        None if router_weight is None else router_weight.shape,
+        g.shape[1:],
+        g.shape,
+    )
+    return Gradients(
+        *(
+            like.new_zeros(shape) if need else None
+            for need, like, shape in zip(needs, likes, shapes, strict=True)
+        )
+    )
 
 
 def tf32_allowed() -> bool:

@@ -11,11 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.gpu.layout import beyond_kernels
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import by_library
-from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 
@@ -59,36 +59,30 @@ def status() -> tuple[bool, str]:
 by_library_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
 
 
-def _by_library(
-    x: Tensor, B: Tensor, router_weight: Tensor | None, mixture: Mixture, dropout_p: float, backward: bool
-) -> bool:
+def _by_library(operands: ForwardOperands | BackwardOperands, settings: Settings, backward: bool) -> bool:
     """Dropout is for the kernels alone: a library would need a copy of x."""
-    if dropout_p > 0.0 or by_library_always is not None:
-        return bool(by_library_always) and dropout_p == 0.0
-    sizes = (*x.shape, B.shape[0], mixture.total_rank, mixture.num_experts, x.element_size())
-    return by_library(ProblemShape(*sizes, routed=router_weight is not None), backward, triton=True)
+    if settings.dropout_p > 0.0 or by_library_always is not None:
+        return bool(by_library_always) and settings.dropout_p == 0.0
+    return by_library(Layout.of(operands, settings).call, backward, triton=True)
 
 
-def forward(x, A, B, router_weight, router_bias, gates, base, seed, mixture, dropout_p, dense, inplace):
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
     from rode_kernels.backends.triton import launch_forward
     from rode_kernels.backends.triton import launch_gates as launch_between
 
-    args = (x, A, B, router_weight, router_bias, gates, base)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        if _by_library(x, B, router_weight, mixture, dropout_p, False):
-            return launch_between.forward(*args, mixture, dense, inplace)
-        return launch_forward.forward(*args, seed, mixture, dropout_p, dense, inplace)
+    launch = launch_between if _by_library(operands, settings, False) else launch_forward
+    with torch.cuda.device_of(operands.x):  # Triton launches on the current device
+        return launch.forward(operands, settings, inplace)
 
 
-def backward(dy, dgates, x, u, g, A, B, router_weight, seed, mixture, dropout_p, dense, needs):
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`."""
     from rode_kernels.backends.triton import launch_backward
     from rode_kernels.backends.triton import launch_gates as launch_between
 
-    args = (dy, dgates, x, u, g, A, B, router_weight)
+    dy = operands.dy
     plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])  # others a library would copy
-    with torch.cuda.device_of(x):
-        if plain and any(needs) and _by_library(x, B, router_weight, mixture, dropout_p, True):
-            return launch_between.backward(*args, mixture, dense, needs)
-        return launch_backward.backward(*args, seed, mixture, dropout_p, dense, needs)
+    by_gemm = plain and any(needs) and _by_library(operands, settings, True)
+    with torch.cuda.device_of(operands.x):
+        return (launch_between if by_gemm else launch_backward).backward(operands, settings, needs)

@@ -6,44 +6,25 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.backends.gpu.layout import with_neighbouring_columns
+from rode_kernels.backends.gpu.layout import no_gradients, with_neighbouring_columns
 from rode_kernels.backends.triton import backward_kernels, device, tune
 from rode_kernels.backends.triton.tiles import blocks, columns, divide_up, dropout, like, share_out, static
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, Gradients, Settings
 
 ADD_BLOCK = 1024
 MANY_TOKENS = 32768
 V_TOKENS = 16  # of a program of `through_v`
 
 
-def backward(
-    dy: Tensor | None,
-    dgates: Tensor | None,
-    x: Tensor,
-    u: Tensor,
-    g: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`; at most three launches and one that adds ranges of tokens."""
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
+    mixture, dropout_p, dense = settings
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
     dtypes = (A.dtype, B.dtype, None if router_weight is None else router_weight.dtype)
     if M == 0:
-        return (
-            x.new_zeros(M, K) if need_x else None,
-            A.new_zeros(A.shape) if need_A else None,
-            B.new_zeros(B.shape) if need_B else None,
-            router_weight.new_zeros(N, K) if need_router else None,
-            g.new_zeros(N) if need_bias else None,
-            g.new_zeros(M, N) if need_gates else None,
-        )
+        return no_gradients(operands, needs)
     x = with_neighbouring_columns(x)
     A, W, B = like(x, A, router_weight, B)
     most = triton.next_power_of_2(M)
@@ -176,12 +157,12 @@ def backward(
 
     dB = result(need_B, sums_B, dtypes[1], O, R)
     dA = result(need_A, sums_A, dtypes[0], R, K)
-    dW = result(need_router, need_router, dtypes[2], N, K)
-    db = result(need_bias, need_bias, torch.float32, N)
+    drouter_weight = result(need_router, need_router, dtypes[2], N, K)
+    drouter_bias = result(need_bias, need_bias, torch.float32, N)
     blocks_of_add = (size_y + size_x) // ADD_BLOCK + need_bias
     if blocks_of_add > 0:
         # what nobody asks for has no program, but its pointer must have a type
-        targets = [of_x if t is None else t for t in (dB, dA, dW, db)]
+        targets = [of_x if t is None else t for t in (dB, dA, drouter_weight, drouter_bias)]
         constants_add = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
 
         def add(_: Tensor, **chosen) -> None:
@@ -203,7 +184,7 @@ def backward(
             )
 
         tune.tuned("add", constants_add, (shape_class, dtypes), tune.of_backward(4)[:1], add, x)
-    return dx, dA, dB, dW, db, dh if need_gates else None
+    return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 
 def _ranges(multiprocessors: int, programs: int) -> int:

@@ -20,24 +20,13 @@ from rode_kernels.backends.triton.tiles import (
     share_out,
     static,
 )
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import ForwardOperands, Settings
 
 
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    seed: Tensor | None,
-    mixture: Mixture,
-    dropout_p: float,
-    dense: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`; tiles of tokens with nothing open are skipped."""
+    x, A, B, router_weight, router_bias, gates, base, seed = operands
+    mixture, dropout_p, dense = settings
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
     x, into = with_neighbouring_columns(x), base if inplace else None
     base = None if base is None else with_neighbouring_columns(base)

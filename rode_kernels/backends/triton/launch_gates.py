@@ -12,7 +12,7 @@ from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import gate_kernels as between_kernels
 from rode_kernels.backends.triton import tune
 from rode_kernels.backends.triton.tiles import columns
-from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
@@ -21,8 +21,7 @@ OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
 class Between:
     """`rode_kernels.backends.gpu.gemm_path.Between`, by Triton kernels."""
 
-    def __init__(self, layout: Layout, dense: bool):
-        self.layout, self.dense = layout, dense
+    def __init__(self, layout: Layout):
         self.columns, self.pitch = library.widths(layout)
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         self.constants = dict(
@@ -32,7 +31,7 @@ class Between:
             COLUMNS=self.columns,
             PITCH=self.pitch,
             ROUTED=layout.routed,
-            DENSE=dense,
+            DENSE=layout.dense,
             BLOCK_M=BLOCK_M,
             BLOCK_R=BLOCK_R,
             BLOCK_N=max(16, triton.next_power_of_2(max(self.N, self.columns - self.R))),
@@ -81,44 +80,20 @@ class Between:
         tune.tuned("weigh_back", constants, u.dtype, [OPTIONS], run, u)
 
 
-def forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    router_bias: Tensor | None,
-    gates: Tensor | None,
-    base: Tensor | None,
-    mixture: Mixture,
-    dense: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`, without dropout; closed experts are multiplied with zeros."""
-    layout = Layout.of(x, A, B, router_weight, mixture, 0.0, dense)
-    y = base if inplace else x.new_empty(x.shape[0], B.shape[0])
-    bias = None if router_bias is None else router_bias.float().contiguous()
-    gates = None if gates is None else gates.contiguous()
-    run = library.Forward(Between(layout, dense), layout)
-    u, g = run(x, A, B, router_weight, bias, gates, base, y, None, 0)
-    return y, u, g
-
-
-def backward(
-    dy: Tensor | None,
-    dgates: Tensor | None,
-    x: Tensor,
-    u: Tensor,
-    g: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router_weight: Tensor | None,
-    mixture: Mixture,
-    dense: bool,
-    needs: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """As `reference.backward`, without dropout."""
-    layout = Layout.of(x, A, B, router_weight, mixture, 0.0, dense)
-    dgates = None if dgates is None else dgates.contiguous()
-    return library.Backward(Between(layout, dense), layout, needs)(
-        dy, dgates, x, u, g, A, B, router_weight, None, 0
+    layout = Layout.of(operands, settings)
+    x, bias, gates = operands.x, operands.router_bias, operands.gates
+    y = operands.base if inplace else x.new_empty(x.shape[0], operands.B.shape[0])
+    operands = operands._replace(
+        router_bias=None if bias is None else bias.float().contiguous(),
+        gates=None if gates is None else gates.contiguous(),
     )
+    return y, *library.Forward(Between(layout), layout)(operands, y, 0)
+
+
+def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+    """As `reference.backward`, without dropout."""
+    layout, dgates = Layout.of(operands, settings), operands.dgates
+    operands = operands._replace(dgates=None if dgates is None else dgates.contiguous())
+    return library.Backward(Between(layout), layout, needs)(operands, 0)

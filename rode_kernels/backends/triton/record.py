@@ -24,6 +24,7 @@ from rode_kernels.backends.triton import (
 from rode_kernels.backends.triton import gate_kernels as between_kernels
 from rode_kernels.backends.triton import launch_gates as launch_between
 from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Settings
 
 
 @dataclass
@@ -105,16 +106,16 @@ def record(
         W, b = (None, None) if gated else (tensor(N, K), tensor(N))
         gates = tensor(tokens, N, dtype=torch.float32) if gated else None
         seed = tensor(1, dtype=torch.int64)
-        static = (seed, mixture, dropout_p, gated)
+        settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
-        if library:
-            y, u, g = launch_between.forward(x, A, B, W, b, gates, base, mixture, gated, inplace)
-            dy, dgates = None if without_dy else y, None if gated else g
-            launch_between.backward(dy, dgates, x, u, g, A, B, W, mixture, gated, needs)
-        else:
-            y, u, g = launch_forward.forward(x, A, B, W, b, gates, base, *static, inplace)
-            dy, dgates = None if without_dy else y, None if gated else g
-            launch_backward.backward(dy, dgates, x, u, g, A, B, W, *static, needs)
+        forward, backward = (
+            (launch_between.forward, launch_between.backward)
+            if library
+            else (launch_forward.forward, launch_backward.backward)
+        )
+        y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
+        dy, dgates = None if without_dy else y, None if gated else g
+        backward(BackwardOperands(dy, dgates, x, u, g, A, B, W, seed), settings, needs)
     finally:
         for module, name, kernel in before:
             setattr(module, name, kernel)

@@ -43,7 +43,7 @@ for _ in range(2):
     y = rode_kernels.rectified_mixture(x, A, B, W, ranks=(2,), scaling=(1.0,))
 want = torch.relu(x @ W.T) * (x @ A.T @ B.T)
 assert torch.allclose(y, want, atol=1e-5)
-print(rode_kernels.backends.registry()["cpu"].available)
+print(rode_kernels.backends()["cpu"].available)
 """
 
 
@@ -55,7 +55,7 @@ def test_without_native_code_it_works_and_says_so_once():
 
 
 def test_an_instruction_set_that_does_not_exist_is_named():
-    code = "import rode_kernels; print(rode_kernels.backends.registry()['cpu'].reason)"
+    code = "import rode_kernels; print(rode_kernels.backends()['cpu'].reason)"
     if backends()["cpu"].available:
         assert "expected one of" in run(code, RODE_CPU_ISA="sse9").stdout
 

@@ -18,6 +18,7 @@ from rode_kernels.backends.gpu.layout import beyond_kernels
 from rode_kernels.backends.gpu.plans import Plan, ProblemShape
 from rode_kernels.backends.reference import dropout_keep
 from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import ForwardOperands, Settings
 
 if not backends()["cuda-emulated"].available:
     if os.environ.get("RODE_EMULATE") == "1":
@@ -366,7 +367,8 @@ def test_a_mistake_names_the_kernel():
     misaligned = torch.cat([p.x.flatten(), p.x.new_zeros(1)])[1:]
     assert misaligned.data_ptr() % 4 == 2
     x = misaligned.view(64, 64)
-    cuda_emulated.forward(x, p.A, p.B, p.router_weight, None, None, None, None, mixture, 0.0, False, False)
+    operands = ForwardOperands(x, p.A, p.B, p.router_weight, None, None, None, None)
+    cuda_emulated.forward(operands, Settings(mixture, 0.0, False), False)
     run = native.Forward(
         **dict(dtype=3, tokens=64, in_features=64, out_features=64, ranks=p.ranks, scaling=p.scaling),
         **dict(dropout_p=0.0, dense=False, ld_x=64, ld_base=0, ld_y=0, ld_A=64, ld_B=30),

@@ -21,6 +21,7 @@ from rode_kernels.backends.gpu.planner import by_library
 from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
 if not backends()["cuda-emulated"].available:
     if os.environ.get("RODE_EMULATE") == "1":
@@ -73,10 +74,11 @@ def test_gradients_are_contiguous_in_their_parameters_type(backend, parameter_dt
     """Also where the library's products are wider than they are."""
     p = random_problem((9,), K=33, O=20, ranks=(3, 8), dtype=torch.half, parameter_dtype=parameter_dtype)
     passes = triton if backend == "triton" else cuda_emulated
-    mixture, needs = make_mixture(p.ranks, p.scaling), (True, True, True, True, False, False)
+    settings = Settings(make_mixture(p.ranks, p.scaling), 0.0, False)
     args = (p.x, p.A, p.B, p.router_weight)
-    _, u, g = passes.forward(*args, None, None, None, None, mixture, 0.0, False, False)
-    found = passes.backward(p.dy, None, p.x, u, g, *args[1:], None, mixture, 0.0, False, needs)
+    _, u, g = passes.forward(ForwardOperands(*args, None, None, None, None), settings, False)
+    operands = BackwardOperands(p.dy, None, p.x, u, g, *args[1:], None)
+    found = passes.backward(operands, settings, (True, True, True, True, False, False))
     for grad, of in zip(found, args, strict=False):
         assert grad.is_contiguous()
         assert (grad.shape, grad.dtype) == (of.shape, of.dtype)
@@ -304,26 +306,25 @@ def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, librar
     monkeypatch.setattr(cuda, "_on_stream", lambda run, device, *args: run(*args, 0))
     monkeypatch.setattr(cuda, "refuses", lambda *args: "")
     p = random_problem(leading, K=40, O=20, ranks=(3, 8, 16), dtype=torch.half, parameter_dtype=torch.float32)
-    mixture, needs = make_mixture(p.ranks, p.scaling), (True, True, True, True, True, False)
+    settings, needs = Settings(make_mixture(p.ranks, p.scaling), 0.0, False), (True,) * 5 + (False,)
     x, base, dy, dgates = (t.view(-1, t.shape[-1]) for t in (p.x, p.base, p.dy, p.dgates))
     weights = (p.A, p.B, p.router_weight)
-    run = cuda.prepare(x, *weights, base, mixture, 0.0, inplace, p.base.shape)
-    back = cuda.prepare_backward(x, *weights, mixture, 0.0, p.x.shape)
+    flat = ForwardOperands(x, *weights, p.router_bias, None, base, None)
+    run = cuda.prepare(flat, settings, inplace, p.base.shape)
+    back = cuda.prepare_backward(flat, settings, p.x.shape)
     emulator.reset(0)
-    y, u, g = run(p.x, *weights, p.router_bias, None, p.base.clone(), None)
+    y, u, g = run(flat._replace(x=p.x, base=p.base.clone()))
     emulator.reset(0)
-    found = back(p.dy, p.dgates, p.x, u, g, *weights, None, needs)
-    want = cuda_emulated.forward(
-        x, *weights, p.router_bias, None, base.clone(), None, mixture, 0.0, False, inplace
-    )
+    saved = BackwardOperands(p.dy, p.dgates, p.x, u, g, *weights, None)
+    found = back(saved, needs)
+    want = cuda_emulated.forward(flat._replace(base=base.clone()), settings, inplace)
     assert (y.shape, u.shape) == (p.base.shape, want[1].shape)
     for have, of in zip((y.view(want[0].shape), u, g), want, strict=True):
         assert torch.equal(have, of)
-    wanted = cuda_emulated.backward(dy, dgates, x, u, g, *weights, None, mixture, 0.0, False, needs)
+    wanted = cuda_emulated.backward(saved._replace(dy=dy, dgates=dgates, x=x), settings, needs)
     assert found[0].shape == p.x.shape
     for have, of in zip(found[:5], wanted[:5], strict=True):
         assert torch.equal(have.view(of.shape), of)
-    assert back(p.dy, None, p.x, u, g, *weights, None, (False,) * 6) == [None] * 6
-    assert (
-        cuda.prepare(x, p.A.t().contiguous().t(), *weights[1:], base, mixture, 0.0, inplace, y.shape) is None
-    )
+    assert back(saved._replace(dgates=None), (False,) * 6) == Gradients(*[None] * 6)
+    by_columns = flat._replace(A=p.A.t().contiguous().t())
+    assert cuda.prepare(by_columns, settings, inplace, y.shape) is None

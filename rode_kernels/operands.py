@@ -1,0 +1,110 @@
+"""The tensors and settings of a call: what every layer from the public functions down to the backends hands on.
+
+M tokens (all leading dimensions), K = in_features, O = out_features, N experts, R = sum(ranks). The accumulation dtype is
+float32, and float64 for a float64 x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rode_kernels.mixture import Mixture
+
+
+class ForwardOperands(NamedTuple):
+    """Tensors of a forward call, in the operator's order.
+
+    Attributes:
+        x: (..., K), in float64, float32, float16 or bfloat16. Backends get (M, K).
+        A: (R, K). B: (O, R). router_weight: (N, K), or None where gates are given. Each in x's dtype, or float32 beside a
+            16-bit x.
+        router_bias: (N,), in a dtype that A may have, or None.
+        gates: (..., N), or None where a router is given. Backends get (M, N) in the accumulation dtype.
+        base: (..., O) in x's dtype, or None. Backends get (M, O).
+        seed: (1,), int64, or None without dropout. The public functions also take an int, and None with dropout.
+    """
+
+    x: Tensor
+    A: Tensor
+    B: Tensor
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    gates: Tensor | None
+    base: Tensor | None
+    seed: Tensor | None
+
+
+class BackwardOperands(NamedTuple):
+    """Tensors of a backward call, in the operator's order. From x on they are what autograd saved.
+
+    Attributes:
+        dy: (..., O) in x's dtype with any strides, or None where no gradient reaches y. Backends get (M, O).
+        dgates: (M, N), the gradient that reaches the returned gates, or None.
+        u: (M, R) in the accumulation dtype, 0 for closed experts unless the call is dense.
+        g: (M, N) in the accumulation dtype.
+        x, A, B, router_weight, seed: as in `ForwardOperands`.
+    """
+
+    dy: Tensor | None
+    dgates: Tensor | None
+    x: Tensor
+    u: Tensor
+    g: Tensor
+    A: Tensor
+    B: Tensor
+    router_weight: Tensor | None
+    seed: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of a call. None: not wanted. `needs`, which says what is wanted, is a tuple of six bools in this order.
+
+    Attributes:
+        x, A, B, router_weight: in the shape and dtype of the tensor itself.
+        router_bias: (N,), gates: (M, N), both in the accumulation dtype.
+    """
+
+    x: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    router_weight: Tensor | None
+    router_bias: Tensor | None
+    gates: Tensor | None
+
+
+class Settings(NamedTuple):
+    """What decides a call besides its tensors.
+
+    Attributes:
+        dropout_p: probability with which elements of the experts' input are dropped.
+        dense: u and the gates' gradients are wanted for closed experts too (`gate_grad="all"`).
+    """
+
+    mixture: Mixture
+    dropout_p: float
+    dense: bool
+
+
+StaticArguments = tuple[Sequence[int], Sequence[float], float, bool, str]
+"""The operator's arguments after the operands: ranks, scaling, dropout_p, dense, and the backend's name or ""."""
+
+
+class Call(NamedTuple):
+    """A call that autograd records, besides its operands.
+
+    Attributes:
+        run: takes the operands, as a plain tuple; gives y, u, g.
+        static: the operator's other arguments.
+        inplace: y is base, which `run` writes.
+        only_y: y is the only output. Autograd takes 1.2 us to make u and g outputs.
+        prepared: what the fast path keeps for the backward pass.
+    """
+
+    run: Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
+    static: StaticArguments
+    inplace: bool = False
+    only_y: bool = False
+    prepared: object | None = None
