@@ -8,8 +8,9 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.commands.options import TASK_NAMES, load, model_options, saved_recipe
+from rode.commands.options import load, model_options, saved_recipe
 from rode_food.commands.options import ParserOptions, Subparsers, positive
+from rode_food.tasks import TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -51,7 +52,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         help="files of records; default: those of the first adapter's recipe",
     )
     sub.add_argument("--split", choices=("train", "val", "test"), default="val", help="default val")
-    sub.add_argument("--tasks", nargs="+", choices=TASK_NAMES)
+    sub.add_argument("--tasks", nargs="+", choices=TASKS)
     sub.add_argument(
         "--examples", type=positive, default=5, metavar="N", help="drawn from the split (default 5)"
     )

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rode.commands.options import TASK_NAMES, load, model_options, routes
+from rode.commands.options import load, model_options, routes
 from rode_food.commands.options import ParserOptions, Subparsers, positive
+from rode_food.tasks import TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -38,7 +39,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe")
     sub.add_argument("--data", metavar="JSONL", nargs="+", help="files of records")
     sub.add_argument("--split", choices=("train", "val", "test"), help="default test")
-    sub.add_argument("--tasks", nargs="+", choices=TASK_NAMES)
+    sub.add_argument("--tasks", nargs="+", choices=TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
     sub.add_argument(
         "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the recipe, else ./evaluation"

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from rode.commands.options import TASK_NAMES, load, model_options, routes
+from rode.commands.options import load, model_options, routes
 from rode_food.commands.options import ParserOptions, Subparsers
+from rode_food.tasks import TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -31,10 +32,10 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("--image", nargs="+", required=True, metavar="FILE")
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", choices=TASK_NAMES)
+    what.add_argument("--task", choices=TASKS)
     what.add_argument("--question", metavar="TEXT")
     sub.add_argument(
-        "--as-task", choices=TASK_NAMES, help="with --question, for an adapter whose router reads the task"
+        "--as-task", choices=TASKS, help="with --question, for an adapter whose router reads the task"
     )
     sub.add_argument(
         "--json", action="store_true", help="one JSON object a line: image, question, answer, parsed"

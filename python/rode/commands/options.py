@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rode.training.config import Recipe
     from rode.training.side_inputs import Routes
 
-TASK_NAMES = ("ingredients", "recipe", "nutrition", "category")
-
 
 def model_options(adapter: bool = True, answers: bool = True) -> argparse.ArgumentParser:
     """A parent parser: which model, with `adapter` which adapter, with `answers` how long they may be."""

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from rode.tuner.aux_losses import IGNORE
 from rode.vlm.packing import PADDING, pack
 from rode.vlm.prompts import PromptEncoder
 from rode_food import Example
 
 logger = logging.getLogger(__name__)
-IGNORE = -100  # what cross-entropy leaves out
 Routes = Callable[[Sequence["str | None"], Sequence[str]], "dict[str, torch.Tensor]"]
 
 

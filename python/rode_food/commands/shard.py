@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rode_food.commands.options import ParserOptions, Subparsers
+from rode_food.records import SPLITS
 
 if TYPE_CHECKING:
     from typing import Unpack
-
-SPLITS = ("train", "val", "test")  # as in rode_food, which is imported when the command runs
 
 
 def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
