@@ -1,8 +1,8 @@
-"""How the CUDA kernels are called: addresses of torch tensors, on a stream. What a device and its emulation have in common.
+"""Calls of the CUDA kernels: addresses of torch tensors, on a stream. A device and its emulation share this file.
 
-`Forward` and `Backward` are passes decided for sizes, strides and dtypes, made once and called many times: with few tokens the
-host takes longer to ask than the device to answer. `rode_kernels.backends.gpu.gemm_path` has the same two, by products of PyTorch's
-library.
+`PreparedForward` and `PreparedBackward` are passes decided for sizes, strides and dtypes. They are made once and called many
+times: with few tokens the host needs longer to launch than the device to run. `rode_kernels.backends.gpu.gemm_path` has the same
+two, with matrix products by PyTorch.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Kernels:
 
     def _forward(
         self, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
-    ) -> Forward:
-        return Forward(self, layout, plan, device, ld_x, ld_base, ld_y)
+    ) -> PreparedForward:
+        return PreparedForward(self, layout, plan, device, ld_x, ld_base, ld_y)
 
     def _backward(
         self,
@@ -52,8 +52,8 @@ class Kernels:
         ld_x: int,
         ld_dy: tuple[int, int],
         needs: tuple[bool, ...],
-    ) -> Backward:
-        return Backward(self, layout, plan, device, ld_x, ld_dy, needs)
+    ) -> PreparedBackward:
+        return PreparedBackward(self, layout, plan, device, ld_x, ld_dy, needs)
 
     def problem(self, layout: Layout) -> dict[str, Any]:
         """The arguments of native objects that every pass has."""
@@ -137,7 +137,7 @@ class Parameters:
         return W, 0 if router_weight is None else W.data_ptr() + self.router_at, B
 
 
-class Forward:
+class PreparedForward:
     """The forward pass by the kernels that a plan names.
 
     Args:
@@ -203,7 +203,7 @@ class Forward:
         return u, g
 
 
-class Backward:
+class PreparedBackward:
     """The backward pass by the kernels that a plan names.
 
     Args:
@@ -308,8 +308,8 @@ class Backward:
         return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 
-class Between:
-    """What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path.Between`, by these kernels."""
+class GateKernel:
+    """`rode_kernels.backends.gpu.gemm_path.GateKernel` by these kernels."""
 
     def __init__(self, kernels: Kernels, layout: Layout, device: int):
         self.empty, self.pack = kernels.empty, None

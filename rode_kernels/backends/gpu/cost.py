@@ -222,10 +222,10 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     return Cost((y, v, x, add))
 
 
-# ---- PyTorch's library and csrc/cuda/between.cuh
+# ---- PyTorch's products and csrc/cuda/between.cuh
 
 
-def library(c: ProblemShape, backward: bool = False) -> Cost:
+def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
     """The cost of `rode_kernels.backends.gpu.gemm_path`.
 
     Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too.

@@ -94,14 +94,14 @@ def plan_forward(call: ProblemShape, multiprocessors: int, memory: SharedMemory 
     return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
 
 
-def by_library(call: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
-    """Whether products of PyTorch's library (`rode_kernels.backends.gpu.gemm_path`) are faster than the CUDA, or Triton, kernels.
+def prefer_gemm(call: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
+    """Whether the gemm path (`rode_kernels.backends.gpu.gemm_path`) is faster than the CUDA, or Triton, kernels.
 
-    Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
-    what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
-    above R = 32; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
-    host longest, and a library needs more launches; nor with dropout, for which it would need a copy of x. Measured on one H100:
-    docs/cuda.md.
+    Forward it is where a row of B has more than 128 bytes, so that v does not stay in registers. Then the matrix products take most
+    of the time, not the memory traffic, and skipping closed experts does not make up for their rate. The same holds with many
+    values to read: backward in float32 and above R = 32; with Triton's kernels also forward in float32, and backward always.
+    It never runs a few tokens, for which it needs more launches and launching takes longest, nor dropout, for which it would need
+    a copy of x. Measured on one H100: docs/cuda.md.
     """
     if call.tokens <= 64 or call.dropout:
         return False

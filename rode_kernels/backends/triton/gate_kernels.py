@@ -1,4 +1,4 @@
-"""What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path` says which.
+"""The kernels between the products of the gemm path (`rode_kernels.backends.gpu.gemm_path`).
 
 forward:  sums = x [A; Wr]^T -> g, u, v        backward:  t = dy B -> v, D = [du dh 0], dh
 """

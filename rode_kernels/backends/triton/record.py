@@ -17,12 +17,12 @@ from rode_kernels.backends.triton import (
     backward_kernels,
     device,
     forward_kernels,
+    gate_kernels,
     launch_backward,
     launch_forward,
+    launch_gates,
     tune,
 )
-from rode_kernels.backends.triton import gate_kernels as between_kernels
-from rode_kernels.backends.triton import launch_gates as launch_between
 from rode_kernels.mixture import make_mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Settings
 
@@ -78,16 +78,16 @@ def record(
     without_dy: bool = False,
     amd: bool = False,
     choice: int = 0,
-    library: bool = False,
+    gemm_path: bool = False,
     device_type: str = "meta",
     recorder: type[Recorder] = Recorder,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory (or where `device_type` says); `choice` among
-    configurations, 0 by rule. `library`: with products of PyTorch's, and these between them."""
+    configurations, 0 by rule. `gemm_path`: matrix products by PyTorch, with these kernels between them."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
     kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "through_x", "add")]
-    kernels += [(between_kernels, n) for n in ("weigh", "weigh_back")]
+    kernels += [(gate_kernels, n) for n in ("weigh", "weigh_back")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     others = device.multiprocessors, device.amd, tune.tuned
     for module, name, kernel in before:
@@ -109,8 +109,8 @@ def record(
         settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
         forward, backward = (
-            (launch_between.forward, launch_between.backward)
-            if library
+            (launch_gates.forward, launch_gates.backward)
+            if gemm_path
             else (launch_forward.forward, launch_backward.backward)
         )
         y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
