@@ -124,7 +124,7 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     _table("backward", rows, cost.fewest(call, backward=True), device)
     if by_gemm:
         return print(
-            "  With so many columns or float32 tokens matrix products dominate, and PyTorch multiplies faster (measured on one H100)."
+            "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
         )
     print(
         f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "

@@ -105,11 +105,11 @@ class Passes:
         return plan_backward(of, *_prepare(device))
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
-        return prefer_gemm(layout.call, backward)
+        return prefer_gemm(layout.problem_shape, backward)
 
     def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> Callable:
         """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
-        plan = self.plan_forward(layout.call, device)  # prepares the device, too
+        plan = self.plan_forward(layout.problem_shape, device)  # prepares the device, too
         if self.prefer_gemm(layout):
             return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
@@ -118,7 +118,7 @@ class Passes:
         self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: tuple[bool, ...]
     ) -> Callable:
         """The kernels' backward pass, or that of the gemm path. ld_dy is None where there is no dy."""
-        plan = self.plan_backward(layout.call, device)
+        plan = self.plan_backward(layout.problem_shape, device)
         plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.out_features)  # others it would copy
         if plain and self.prefer_gemm(layout, backward=True):
             return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)

@@ -63,7 +63,7 @@ def _prefer_gemm(operands: ForwardOperands | BackwardOperands, settings: Setting
     """Whether the gemm path runs a call. It has no dropout: it would need a copy of x."""
     if settings.dropout_p > 0.0 or prefer_gemm_always is not None:
         return bool(prefer_gemm_always) and settings.dropout_p == 0.0
-    return prefer_gemm(Layout.of(operands, settings).call, backward, triton=True)
+    return prefer_gemm(Layout.of(operands, settings).problem_shape, backward, triton=True)
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,9 +56,9 @@ class GateKernel:
         grid = divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R)
 
         def run(_: Tensor, **options) -> None:
-            gate_kernels.weigh[grid](sums, bias, g, u, v, M, **constants, **options)
+            gate_kernels.apply_gates[grid](sums, bias, g, u, v, M, **constants, **options)
 
-        tune.tuned("weigh", constants, u.dtype, [OPTIONS], run, u)
+        tune.tuned("apply_gates", constants, u.dtype, [OPTIONS], run, u)
 
     def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
         M, constants = (
@@ -74,9 +74,9 @@ class GateKernel:
 
         def run(_: Tensor, **options) -> None:
             grid = (divide_up(M, BLOCK_M),)
-            gate_kernels.weigh_back[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
+            gate_kernels.apply_gates_backward[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
 
-        tune.tuned("weigh_back", constants, u.dtype, [OPTIONS], run, u)
+        tune.tuned("apply_gates_backward", constants, u.dtype, [OPTIONS], run, u)
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -255,8 +255,8 @@ def test_a_capture_of_kernels_that_have_not_run_says_what_to_do(monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(device, "capturing", lambda x: True)
-    monkeypatch.setattr(gate_kernels, "weigh", Refusing())
-    with pytest.raises(RuntimeError, match=r"'weigh' could not be captured.*run the call once before"):
+    monkeypatch.setattr(gate_kernels, "apply_gates", Refusing())
+    with pytest.raises(RuntimeError, match=r"'apply_gates' could not be captured.*run the call once before"):
         operation(random_problem((9,), ranks=(40, 40), dtype=torch.half), backend="triton")
 
 
