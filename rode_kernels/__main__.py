@@ -14,9 +14,9 @@ from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.planner import (
-    by_library,
     plan_backward,
     plan_forward,
+    prefer_gemm,
     variants_backward,
     variants_forward,
 )
@@ -85,21 +85,21 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    chosen, wide = plan_forward(call, device.multiprocessors, memory), by_library(call)
-    rows = [("cuda: products of PyTorch's library", cost.library(call), wide)]
+    chosen, by_gemm = plan_forward(call, device.multiprocessors, memory), prefer_gemm(call)
+    rows = [("cuda: products of PyTorch's library", cost.gemm_path(call), by_gemm)]
     for plan in variants_forward(call, device.multiprocessors, memory):
         name = (
             "one launch"
             if plan.fused
             else f"two launches, K in {plan.splits} parts, tiles of {plan.rows} tokens"
         )
-        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen and not wide))
+        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen and not by_gemm))
     rows += _triton(call, ranks, device, backward=False)
     _table("forward", rows, cost.fewest(call), device)
     tiles = -(-call.tokens // chosen.rows)
-    if wide:
+    if by_gemm:
         print(
-            f"  {call.total_rank} columns: products decide, and a library multiplies faster (measured on one H100)."
+            f"  {call.total_rank} columns: matrix products dominate, and PyTorch multiplies faster (measured on one H100)."
         )
     elif chosen.fused:
         print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
@@ -115,16 +115,16 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen, wide = plan_backward(call, device.multiprocessors, memory), by_library(call, backward=True)
-    rows = [("cuda: products of PyTorch's library", cost.library(call, backward=True), wide)]
+    chosen, by_gemm = plan_backward(call, device.multiprocessors, memory), prefer_gemm(call, backward=True)
+    rows = [("cuda: products of PyTorch's library", cost.gemm_path(call, backward=True), by_gemm)]
     for plan in variants_backward(call, device.multiprocessors, memory):
         name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
-        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not wide))
+        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not by_gemm))
     rows += _triton(call, ranks, device, backward=True)
     _table("backward", rows, cost.fewest(call, backward=True), device)
-    if wide:
+    if by_gemm:
         return print(
-            "  With so many columns or float32 tokens products decide, and a library multiplies faster (measured on one H100)."
+            "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
         )
     print(
         f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "

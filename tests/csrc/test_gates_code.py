@@ -23,7 +23,7 @@ def shared_bytes(kind: str) -> dict[str, int]:
         return {}
     dtype = {"bf16": torch.bfloat16, "f16": torch.half, "float": torch.float32}[kind]
     p, found = random_problem((5,), ranks=(16,) * 16, dtype=dtype), {}
-    machine.library = True
+    machine.gemm_path = True
     try:
         for run in (
             cuda_emulated_forward,
@@ -32,7 +32,7 @@ def shared_bytes(kind: str) -> dict[str, int]:
             run(p, backend="cuda-emulated")
             found |= {launch["kernel"]: launch["shared_bytes"] for launch in native.launches()}
     finally:
-        machine.library = None
+        machine.gemm_path = None
     assert set(found) == KERNELS
     return found
 

@@ -123,9 +123,9 @@ CALLS = {
     "one wide expert": dict(tokens=8192, ranks=(64,)),
     "wide": dict(tokens=512, ranks=(16,) * 16),
     "very wide": dict(tokens=512, ranks=(128,) * 8),
-    "by library": dict(tokens=8192, ranks=(16,) * 16, library=True),
-    "by library, 64 experts": dict(tokens=8192, ranks=(16,) * 64, library=True),
-    "by library, gated": dict(tokens=8192, ranks=(40, 40), library=True, gated=True),
+    "gemm path": dict(tokens=8192, ranks=(16,) * 16, gemm_path=True),
+    "gemm path, 64 experts": dict(tokens=8192, ranks=(16,) * 64, gemm_path=True),
+    "gemm path, gated": dict(tokens=8192, ranks=(40, 40), gemm_path=True, gated=True),
 }
 
 

@@ -1,5 +1,4 @@
-"""The CUDA backend: its kernels (`csrc/cuda`) on torch's current stream, or products of PyTorch's library where
-those are faster."""
+"""The CUDA backend: its kernels (`csrc/cuda`) on torch's current stream, or PyTorch's matrix products where those are faster."""
 
 from __future__ import annotations
 
@@ -9,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.cuda.prepared import Between, Kernels
-from rode_kernels.backends.gpu import gemm_path as library
+from rode_kernels.backends.cuda.prepared import GateKernel, Kernels
+from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, no_gradients, with_neighbouring_columns
-from rode_kernels.backends.gpu.planner import by_library, plan_backward, plan_forward
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, prefer_gemm
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.mixture import Mixture
@@ -80,7 +79,7 @@ def _prepare(device: int) -> tuple[int, SharedMemory]:
             f"rode_kernels: the first call on cuda:{device} loads the kernels and cannot be captured; call once before"
         )
     _native.load_kernels(device)
-    torch.cuda.current_blas_handle()  # for products of the library
+    torch.cuda.current_blas_handle()  # for the gemm path
     memory = SharedMemory(_native, _native.max_shared(device))
     return torch.cuda.get_device_properties(device).multi_processor_count, memory
 
@@ -93,11 +92,11 @@ def _distance(t: Tensor | None) -> int:
 
 
 class Passes:
-    """Both passes of every layout on one kind of device: which kernels, or the library, made once."""
+    """Both passes of every layout on one kind of device: by the kernels or by the gemm path, made once."""
 
     def __init__(self, kernels: Kernels):
         self.kernels = kernels
-        self.between = lru_cache(maxsize=4096)(Between)
+        self.gate_kernel = lru_cache(maxsize=4096)(GateKernel)
 
     def plan_forward(self, of: ProblemShape, device: int) -> Plan:
         return plan_forward(of, *_prepare(device))
@@ -105,24 +104,24 @@ class Passes:
     def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
         return plan_backward(of, *_prepare(device))
 
-    def by_library(self, layout: Layout, backward: bool = False) -> bool:
-        return by_library(layout.call, backward)
+    def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
+        return prefer_gemm(layout.problem_shape, backward)
 
     def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> Callable:
-        """`cuda_kernels.Forward`, or the library's, for a layout and these distances of rows."""
-        plan = self.plan_forward(layout.call, device)  # prepares the device, too
-        if self.by_library(layout):
-            return library.Forward(self.between(self.kernels, layout, device), layout)
+        """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
+        plan = self.plan_forward(layout.problem_shape, device)  # prepares the device, too
+        if self.prefer_gemm(layout):
+            return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
 
     def backward_of(
         self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: tuple[bool, ...]
     ) -> Callable:
-        """`cuda_kernels.Backward`, or the library's; no ld_dy: there is no dy."""
-        plan = self.plan_backward(layout.call, device)
+        """The kernels' backward pass, or that of the gemm path. ld_dy is None where there is no dy."""
+        plan = self.plan_backward(layout.problem_shape, device)
         plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.out_features)  # others it would copy
-        if plain and self.by_library(layout, backward=True):
-            return library.Backward(self.between(self.kernels, layout, device), layout, needs)
+        if plain and self.prefer_gemm(layout, backward=True):
+            return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(

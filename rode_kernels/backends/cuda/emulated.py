@@ -38,7 +38,7 @@ class Machine:
         architecture: compute capability, 80 for 8.0: how much shared memory a block may ask for. This one gives the least there is.
         multiprocessors: as few as let small problems fill the device.
         plan, backward_plan: force the kernels, instead of `plan_forward` and `plan_backward`.
-        library: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
+        gemm_path: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
     """
 
     seed: int = 0
@@ -46,7 +46,7 @@ class Machine:
     multiprocessors: int = 2
     plan: Plan | None = None
     backward_plan: BackwardPlan | None = None
-    library: bool | None = None
+    gemm_path: bool | None = None
 
     @property
     def memory(self) -> SharedMemory:
@@ -71,11 +71,11 @@ class _EmulatedPasses(Passes):
     def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
         return machine.backward_plan or plan_backward(of, machine.multiprocessors, machine.memory)
 
-    def by_library(self, layout: Layout, backward: bool = False) -> bool:
-        if machine.library is not None:
-            return machine.library and layout.dropout_p == 0.0
+    def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
+        if machine.gemm_path is not None:
+            return machine.gemm_path and layout.dropout_p == 0.0
         forced = machine.backward_plan if backward else machine.plan
-        return forced is None and super().by_library(layout, backward)
+        return forced is None and super().prefer_gemm(layout, backward)
 
 
 _passes = _EmulatedPasses(_EmulatedKernels(native))

@@ -1,8 +1,8 @@
-"""How the CUDA kernels are called: addresses of torch tensors, on a stream. What a device and its emulation have in common.
+"""Calls of the CUDA kernels: addresses of torch tensors, on a stream. A device and its emulation share this file.
 
-`Forward` and `Backward` are passes decided for sizes, strides and dtypes, made once and called many times: with few tokens the
-host takes longer to ask than the device to answer. `rode_kernels.backends.gpu.gemm_path` has the same two, by products of PyTorch's
-library.
+`PreparedForward` and `PreparedBackward` are passes decided for sizes, strides and dtypes. They are made once and called many
+times: with few tokens the host needs longer to launch than the device to run. `rode_kernels.backends.gpu.gemm_path` has the same
+two, with matrix products by PyTorch.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Kernels:
 
     def _forward(
         self, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
-    ) -> Forward:
-        return Forward(self, layout, plan, device, ld_x, ld_base, ld_y)
+    ) -> PreparedForward:
+        return PreparedForward(self, layout, plan, device, ld_x, ld_base, ld_y)
 
     def _backward(
         self,
@@ -52,8 +52,8 @@ class Kernels:
         ld_x: int,
         ld_dy: tuple[int, int],
         needs: tuple[bool, ...],
-    ) -> Backward:
-        return Backward(self, layout, plan, device, ld_x, ld_dy, needs)
+    ) -> PreparedBackward:
+        return PreparedBackward(self, layout, plan, device, ld_x, ld_dy, needs)
 
     def problem(self, layout: Layout) -> dict[str, Any]:
         """The arguments of native objects that every pass has."""
@@ -90,10 +90,10 @@ class Packing:
         with_B: bool,
     ):
         self.kernels, self.with_B = kernels, with_B
-        self.of_W, self.of_B = (rows, pitch_K), (layout.out_features, pitch_R)
+        self.shape_W, self.shape_B = (rows, pitch_K), (layout.out_features, pitch_R)
         self.run = kernels.native.Pack(
             **kernels.problem(layout),
-            wide_parameters=layout.wide,
+            wide_parameters=layout.params_fp32,
             rows=rows,
             pitch_K=pitch_K,
             pitch_R=pitch_R,
@@ -105,10 +105,10 @@ class Packing:
     ) -> tuple[Tensor, Tensor]:
         """W and B; B itself if it is not packed. A, B and router_weight are contiguous."""
         empty = self.kernels.empty
-        W = empty(*self.of_W, like=x)
-        to_B = empty(*self.of_B, like=x) if self.with_B else None
-        self.run(address(A), address(router_weight), address(B), address(W), address(to_B), stream)
-        return W, B if to_B is None else to_B
+        W = empty(*self.shape_W, like=x)
+        packed_B = empty(*self.shape_B, like=x) if self.with_B else None
+        self.run(address(A), address(router_weight), address(B), address(W), address(packed_B), stream)
+        return W, B if packed_B is None else packed_B
 
 
 class Parameters:
@@ -137,7 +137,7 @@ class Parameters:
         return W, 0 if router_weight is None else W.data_ptr() + self.router_at, B
 
 
-class Forward:
+class PreparedForward:
     """The forward pass by the kernels that a plan names.
 
     Args:
@@ -157,7 +157,7 @@ class Forward:
         R, N = layout.mixture.total_rank, layout.mixture.num_experts
         plan.check(R, N if layout.routed else 0, layout.dtype.itemsize)
         self.kernels, self.tokens, self.R, self.N = kernels, layout.tokens, R, N
-        self.wide = layout.dtype == torch.float32
+        self.fp32 = layout.dtype == torch.float32
         self.parameters = Parameters(kernels, layout, device)
         self.partial = None
         if not plan.fused:
@@ -197,13 +197,13 @@ class Forward:
             g.data_ptr() if gates is None else 0,
             address(partial),
             address(seed),
-            self.wide and tf32_allowed(),
+            self.fp32 and tf32_allowed(),
             stream,
         )
         return u, g
 
 
-class Backward:
+class PreparedBackward:
     """The backward pass by the kernels that a plan names.
 
     Args:
@@ -226,32 +226,32 @@ class Backward:
         R, N = layout.mixture.total_rank, layout.mixture.num_experts
         need_x, need_A, need_B, need_router, need_bias, need_gates = needs
         self.kernels, self.needs, self.tokens, self.N = kernels, needs, M, N
-        self.wide = layout.dtype == torch.float32
+        self.fp32 = layout.dtype == torch.float32
         sums_x = need_A or need_router
         self.need_v = need_x or sums_x or need_bias or need_gates
         self.parameters = Parameters(kernels, layout, device)
         tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
-        ranges_y, ranges_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
+        splits_y, splits_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
         # What comes between launches stands in one piece of memory: each part's first byte, all multiples of 256.
         parts = {
             "D": (self.need_v, M * 16 * groups * layout.dtype.itemsize),
             "open": (self.need_v, divide_up(M, 16) * 4),
             "t": (self.need_v, plan.slabs * divide_up(M, 16) * tiles * 128 * 4),
-            "of_B": (need_B, ranges_y * O * 8 * tiles * 4),
-            "of_A": (sums_x, ranges_x * 16 * groups * divide_up(K, 8) * 8 * 4),
-            "of_bias": (need_bias, divide_up(M, 16) * N * 4),
+            "dB_partial": (need_B, splits_y * O * 8 * tiles * 4),
+            "weights_partial": (sums_x, splits_x * 16 * groups * divide_up(K, 8) * 8 * 4),
+            "dbias_partial": (need_bias, divide_up(M, 16) * N * 4),
         }
-        self.room, self.places = 0, {}
+        self.scratch_bytes, self.offsets = 0, {}
         for name, (needed, size) in parts.items():
-            self.places[name] = self.room if needed else None
-            self.room += divide_up(size, 256) * 256 if needed else 0
+            self.offsets[name] = self.scratch_bytes if needed else None
+            self.scratch_bytes += divide_up(size, 256) * 256 if needed else 0
         self.run = kernels.native.Backward(
             **kernels.problem(layout),
             ld_x=ld_x,
             ld_dy=ld_dy,
             ld_A=self.parameters.pitch_K,
             ld_B=self.parameters.pitch_R,
-            wide_parameters=layout.wide,
+            wide_parameters=layout.params_fp32,
             **asdict(plan),
             device=device,
         )
@@ -272,14 +272,14 @@ class Backward:
         if need_B and dy is None:
             dB.zero_()
         A, router, B = self.parameters(x, A, B, router_weight, stream)
-        room = empty(self.room, like=x, dtype=torch.uint8)
-        start, places = room.data_ptr(), self.places
+        scratch = empty(self.scratch_bytes, like=x, dtype=torch.uint8)
+        start, offsets = scratch.data_ptr(), self.offsets
 
         def at(name: str, needed: bool = True) -> int:
-            place = places[name]
-            return start + place if needed and place is not None else 0
+            offset = offsets[name]
+            return start + offset if needed and offset is not None else 0
 
-        of_y = dy is not None
+        has_dy = dy is not None
         self.run(
             address(dy),
             x.data_ptr(),
@@ -293,29 +293,29 @@ class Backward:
             address(dx),
             address(dA),
             address(drouter_weight),
-            address(dB) if of_y else 0,
+            address(dB) if has_dy else 0,
             address(drouter_bias),
             address(dh),
             at("D"),
             at("open"),
-            at("t", of_y),
-            at("of_B", of_y),
-            at("of_A"),
-            at("of_bias"),
-            self.wide and tf32_allowed(),
+            at("t", has_dy),
+            at("dB_partial", has_dy),
+            at("weights_partial"),
+            at("dbias_partial"),
+            self.fp32 and tf32_allowed(),
             stream,
         )
         return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 
-class Between:
-    """What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path.Between`, by these kernels."""
+class GateKernel:
+    """`rode_kernels.backends.gpu.gemm_path.GateKernel` by these kernels."""
 
     def __init__(self, kernels: Kernels, layout: Layout, device: int):
         self.empty, self.pack = kernels.empty, None
         columns, pitch = widths(layout)
-        with_B = layout.wide[2] or pitch != layout.mixture.total_rank
-        if with_B or layout.wide[0] or layout.routed or columns != layout.mixture.total_rank:
+        with_B = layout.params_fp32[2] or pitch != layout.mixture.total_rank
+        if with_B or layout.params_fp32[0] or layout.routed or columns != layout.mixture.total_rank:
             pitch_K = divide_up(layout.in_features, 8) * 8
             self.pack = Packing(kernels, layout, device, columns, pitch_K, pitch, with_B)
         self.in_features = layout.in_features

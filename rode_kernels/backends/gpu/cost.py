@@ -73,16 +73,16 @@ class Step:
         are."""
         if not self.blocks:
             return 0.0  # no launch
-        share = min(1.0, self.blocks / (device.multiprocessors * self.busy))
+        fraction = min(1.0, self.blocks / (device.multiprocessors * self.busy))
         waves = self.blocks / (device.multiprocessors * self.resident)
         if self.blocks > device.multiprocessors and waves <= 1:
             # some have a block more than others; part of the bandwidth that these leave goes to those
             most = divide_up(self.blocks, device.multiprocessors)
-            share = min(share, (1 + self.blocks / (device.multiprocessors * most)) / 2)
+            fraction = min(fraction, (1 + self.blocks / (device.multiprocessors * most)) / 2)
         elif 1 < waves <= 2:
-            share = min(share, waves / 2)
+            fraction = min(fraction, waves / 2)
         work = max(self.dram / device.dram, self.l2 / device.l2, self.operations / device.tensor)
-        return max(work / share, self.stages * max(1.0, waves)) + device.launch
+        return max(work / fraction, self.stages * max(1.0, waves)) + device.launch
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Cost:
 def fewest(c: ProblemShape, backward: bool = False) -> float:
     """Bytes that no implementation can do without: activations once, the weights read once."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
-    wide = M * (2 * K + O) if backward else M * (K + O * (2 if c.base else 1))
-    return c.element_size * (wide + (R + N) * K + O * R)
+    activations = M * (2 * K + O) if backward else M * (K + O * (2 if c.base else 1))
+    return c.element_size * (activations + (R + N) * K + O * R)
 
 
 # ---- CUDA: csrc/cuda/forward.cuh, backward_params.cuh
@@ -146,25 +146,25 @@ def forward(c: ProblemShape, plan: Plan) -> Cost:
         stages=STAGE[e] * divide_up(divide_up(K, depth), plan.splits),
     )
     outs = divide_up(O, depth)
-    shares = divide_up(outs, plan.out_tiles)
+    splits_O = divide_up(outs, plan.out_tiles)
     # v of several passes is kept in shared memory, or both of the warps that have the same tokens make it again for every 128 bytes
     # of y
     chunks = divide_up(of_experts, depth)
     again = chunks > 1 and not plan.keep_v
-    read = partial * (shares + (2 * outs * of_experts / columns if again else 0))
+    read = partial * (splits_O + (2 * outs * of_experts / columns if again else 0))
     second = Step(
         partial + read_B + of_y + gates + u,
-        read + again_B + of_y + gates * c.routed + by_warps * shares + u,
-        tiles * shares,
+        read + again_B + of_y + gates * c.routed + by_warps * splits_O + u,
+        tiles * splits_O,
         up,
         stages=STAGE[e] * (plan.out_tiles * chunks + divide_up(plan.splits, 32 if plan.rows == 16 else 8)),
     )
     return Cost((first, second))
 
 
-def resident_y(wide: bool, element_size: int) -> int:
+def resident_y(many_columns: bool, element_size: int) -> int:
     """Blocks of backward_y that a multiprocessor's registers suffice for (`SlabShape`)."""
-    return 1 if wide or element_size == 4 else 2
+    return 1 if many_columns or element_size == 4 else 2
 
 
 def resident_x(groups: int) -> int:
@@ -176,56 +176,57 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     """By the kernels that a plan names; every gradient is asked for."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
     e, part, tiles = c.element_size, c.open_share, divide_up(c.total_rank, 8)
-    ranges_y, ranges_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
+    splits_y, splits_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
     products = 6 if e == 4 else 1
     chunks = divide_up(R, 64 if plan.wide else 32)  # of columns, each of which reads dy
     g, u, dh = M * c.experts * 4, M * R * 4, M * c.experts * 4
     t = plan.slabs * divide_up(M, 16) * tiles * 512 * part
-    of_B = ranges_y * O * 8 * tiles * 4
+    dB_partial = splits_y * O * 8 * tiles * 4
     y = Step(
-        M * O * e * part + O * R * e + g + u + t + of_B,
+        M * O * e * part + O * R * e + g + u + t + dB_partial,
         M * O * e * part * chunks
-        + ranges_y * O * R * e
+        + splits_y * O * R * e
         + plan.slabs * (chunks * g + 2 * u * part)
         + t
-        + of_B,
-        plan.slabs * ranges_y * chunks,
+        + dB_partial,
+        plan.slabs * splits_y * chunks,
         products * 4.0 * M * O * R * part,
         resident=resident_y(plan.wide, e),
         busy=resident_y(plan.wide, e),
     )
     groups = divide_up(R, 16) + divide_up(N, 16)
     D = M * 16 * groups * e
-    of_bias = divide_up(M, 16) * N * 4
+    dbias_partial = divide_up(M, 16) * N * 4
     flags = divide_up(M, 16) * 4  # which tokens have anything open
-    moved = t + u * part + g + D + dh + of_bias + flags
+    moved = t + u * part + g + D + dh + dbias_partial + flags
     v = Step(moved, moved, divide_up(M, 16))
-    k_slabs, wide = divide_up(K, 256 // e), plan.groups == 4
-    kinds = divide_up(groups, 4) if wide else 1  # chunks of D, each of which reads x
-    of_A = ranges_x * (R + N) * K * 4
-    again = divide_up(M, TILE) if wide else ranges_x  # weights stand in registers, or are read for every tile
-    ranges_dx = divide_up(M, plan.share_dx)
+    k_slabs, many_columns = divide_up(K, 256 // e), plan.groups == 4
+    kinds = divide_up(groups, 4) if many_columns else 1  # chunks of D, each of which reads x
+    weights_partial = splits_x * (R + N) * K * 4
+    # weights are read again for every tile, or stand in registers
+    again = divide_up(M, TILE) if many_columns else splits_x
+    splits_dx = divide_up(M, plan.share_dx)
     x = Step(
-        M * K * e * (1 + part) + (R + N) * K * e + D + flags + of_A,
+        M * K * e * (1 + part) + (R + N) * K * e + D + flags + weights_partial,
         M * K * e * (1 + part * kinds)
         + 2 * again * (R + N) * K * e  # by pairs of lanes
-        + k_slabs * (D * part * (2 if wide else 1) + flags * (kinds + wide))
-        + of_A,
-        k_slabs * (ranges_x * kinds + ranges_dx * wide),
+        + k_slabs * (D * part * (2 if many_columns else 1) + flags * (kinds + many_columns))
+        + weights_partial,
+        k_slabs * (splits_x * kinds + splits_dx * many_columns),
         products * 4.0 * M * K * (R + N) * part,
         resident=resident_x(plan.groups),
         busy=resident_x(plan.groups),
     )
     count = O * R + (R + N) * K
-    moved = ranges_y * O * R * 4 + of_A + of_bias + count * e + N * 4
+    moved = splits_y * O * R * 4 + weights_partial + dbias_partial + count * e + N * 4
     add = Step(moved, moved, divide_up(divide_up(count, 32) * 32 + 32 * N, 128))
     return Cost((y, v, x, add))
 
 
-# ---- PyTorch's library and csrc/cuda/between.cuh
+# ---- PyTorch's products and csrc/cuda/between.cuh
 
 
-def library(c: ProblemShape, backward: bool = False) -> Cost:
+def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
     """The cost of `rode_kernels.backends.gpu.gemm_path`.
 
     Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too.
@@ -234,7 +235,7 @@ def library(c: ProblemShape, backward: bool = False) -> Cost:
     columns, pitch = divide_up(R + c.routed_experts, 8) * 8, divide_up(R, 8) * 8
     rate = 24 if e == 4 else 1  # float32 by ordinary multiply-adds
     weights, u, g, v, D = columns * K * e, M * R * 4, M * c.experts * 4, M * pitch * e, M * columns * e
-    of_B = O * pitch * e
+    bytes_B = O * pitch * e
 
     def product(moved: float, columns: int, width: int) -> Step:
         return Step(moved, moved, 1 << 20, 2.0 * M * columns * width * rate)
@@ -243,7 +244,7 @@ def library(c: ProblemShape, backward: bool = False) -> Cost:
         return Step(moved, moved, blocks)
 
     def pack(with_B: bool) -> Step:
-        moved = (R + c.routed_experts) * K * e + weights + (O * R * e + of_B if with_B else 0)
+        moved = (R + c.routed_experts) * K * e + weights + (O * R * e + bytes_B if with_B else 0)
         return kernel(moved, divide_up(columns * K * e, 16 * 128))
 
     packed = [pack(pitch != R)] if c.routed or columns != R else []
@@ -255,14 +256,14 @@ def library(c: ProblemShape, backward: bool = False) -> Cost:
                 *packed,
                 product(M * K * e + weights + sums, columns, K),
                 kernel(sums + u + g + v, weigh),
-                product(v + of_B + of_y, pitch, O),
+                product(v + bytes_B + of_y, pitch, O),
             )
         )
     t, dy, x = M * pitch * 4, M * O * e, M * K * e
     return Cost(
         (
             *packed,
-            product(dy + of_B + t, pitch, O),
+            product(dy + bytes_B + t, pitch, O),
             kernel(t + u + 2 * g + v + D, weigh),
             product(dy + v + O * pitch * 4, pitch, O),
             product(x + D + columns * K * 4, columns, K),

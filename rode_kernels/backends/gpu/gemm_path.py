@@ -1,8 +1,8 @@
-"""Passes of mixtures so wide that products decide: PyTorch's library multiplies, and one kernel stands between its products.
+"""Passes with matrix products by PyTorch, for mixtures of many columns. One kernel runs between the products.
 
 The formulas are those of `rode_kernels.backends.reference`. Gates are selected and numbers rounded as in the kernels. Closed
-experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.by_library` says which calls go this
-way.
+experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.prefer_gemm` decides which calls
+take this path.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def widths(layout: Layout) -> tuple[int, int]:
-    """Columns of W's products and of D, and those of v and t: such as a library likes."""
+    """Columns of W's products and of D, and those of v and t: multiples of 8, which matrix products need to be fast."""
     R, N = layout.mixture.total_rank, layout.mixture.num_experts if layout.routed else 0
     return divide_up(R + N, 8) * 8, divide_up(R, 8) * 8
 
 
-class Between(Protocol):
-    """What stands between the products, on one backend, for one layout; (columns, pitch) are `widths`."""
+class GateKernel(Protocol):
+    """The kernel between the products, on one backend, for one layout; (columns, pitch) are `widths`."""
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -84,11 +84,11 @@ class Between(Protocol):
         zeros, and dh (M, N), theirs in float32, or those of given gates. What is None is not wanted."""
 
 
-class Forward:
-    """As `cuda_kernels.Forward`."""
+class GemmForward:
+    """The forward pass, called like `cuda.prepared.PreparedForward`."""
 
-    def __init__(self, between: Between, layout: Layout):
-        self.between, self.tokens = between, layout.tokens
+    def __init__(self, gate_kernel: GateKernel, layout: Layout):
+        self.gate_kernel, self.tokens = gate_kernel, layout.tokens
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         _, self.pitch = widths(layout)
 
@@ -96,25 +96,25 @@ class Forward:
         """Writes y; gives u and g."""
         x, A, B, router_weight, router_bias, gates, base, _ = operands
         M, floats = self.tokens, torch.float32
-        empty = self.between.empty
+        empty = self.gate_kernel.empty
         u = empty(M, self.R, like=x, dtype=floats)
         g = empty(M, self.N, like=x, dtype=floats) if gates is None else gates
         if M == 0:
             return u, g
-        W, B = self.between.parameters(x, A, B, router_weight, stream)
+        W, B = self.gate_kernel.parameters(x, A, B, router_weight, stream)
         sums = product(_rows(x), W.t())
         v = empty(M, self.pitch, like=x)
-        self.between.forward(sums, router_bias, gates, u, g, v, stream)
+        self.gate_kernel.forward(sums, router_bias, gates, u, g, v, stream)
         y = _rows(y)
         _into(y, None if base is None else _rows(base), v, B)
         return u, g
 
 
-class Backward:
-    """As `cuda_kernels.Backward`; columns of dy are neighbours."""
+class GemmBackward:
+    """The backward pass, called like `cuda.prepared.PreparedBackward`; the columns of dy are contiguous."""
 
-    def __init__(self, between: Between, layout: Layout, needs: tuple[bool, ...]):
-        self.between, self.tokens, self.needs = between, layout.tokens, needs
+    def __init__(self, gate_kernel: GateKernel, layout: Layout, needs: tuple[bool, ...]):
+        self.gate_kernel, self.tokens, self.needs = gate_kernel, layout.tokens, needs
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         self.columns, self.pitch = widths(layout)
 
@@ -123,17 +123,17 @@ class Backward:
         dy, dgates, x, u, g, A, B, router_weight, _ = operands
         need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
         M, R, N = self.tokens, self.R, self.N
-        empty = self.between.empty
+        empty = self.gate_kernel.empty
         sums_x = need_A or need_router
         need_v = need_x or sums_x or need_bias or need_gates
         if need_v:  # dB alone needs no parameters
-            W, packed_B = self.between.parameters(x, A, B, router_weight, stream)
+            W, packed_B = self.gate_kernel.parameters(x, A, B, router_weight, stream)
         rows, dy = _rows(x), None if dy is None else _rows(dy)
         t = product(dy, packed_B) if need_v and dy is not None else None
         v = empty(M, self.pitch, like=x) if need_B and dy is not None else None
         D = empty(M, self.columns, like=x) if need_x or sums_x else None
         dh = empty(M, N, like=g)
-        self.between.backward(t, u, g, dgates, v, D, dh, stream)
+        self.gate_kernel.backward(t, u, g, dgates, v, D, dh, stream)
         dB = None
         if need_B:
             dB = torch.zeros_like(B) if v is None else product(dy.t(), v)[:, :R].to(B.dtype).contiguous()

@@ -20,7 +20,7 @@ class Layout(NamedTuple):
 
     Attributes:
         tokens, in_features, out_features: M, K, O.
-        wide: whether A, router weight and B are float32 beside a 16-bit x.
+        params_fp32: whether A, router weight and B are float32 beside a 16-bit x.
         routed: there is a router; otherwise gates are given.
         dense: u and the gates' gradients are wanted where gates are 0 too.
     """
@@ -31,14 +31,14 @@ class Layout(NamedTuple):
     out_features: int
     mixture: Mixture
     dropout_p: float
-    wide: tuple[bool, bool, bool]
+    params_fp32: tuple[bool, bool, bool]
     routed: bool
     dense: bool
 
     @staticmethod
     def of(operands: ForwardOperands | BackwardOperands, settings: Settings) -> Layout:
         x, router_weight, B = operands.x, operands.router_weight, operands.B
-        wide = tuple(t is not None and t.dtype != x.dtype for t in (operands.A, router_weight, B))
+        params_fp32 = tuple(t is not None and t.dtype != x.dtype for t in (operands.A, router_weight, B))
         *leading, in_features = x.shape
         sizes = (prod(leading), in_features, B.shape[0])
         return Layout(
@@ -46,17 +46,17 @@ class Layout(NamedTuple):
             *sizes,
             settings.mixture,
             settings.dropout_p,
-            wide,
+            params_fp32,
             router_weight is not None,
             settings.dense,
         )
 
     @property
     def in_one_type(self) -> bool:
-        return not any(self.wide)
+        return not any(self.params_fp32)
 
     @property
-    def call(self) -> ProblemShape:
+    def problem_shape(self) -> ProblemShape:
         """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
         sizes = (self.tokens, self.in_features, self.out_features)
         experts = (self.mixture.total_rank, self.mixture.num_experts)

@@ -28,9 +28,13 @@ from rode_kernels.backends.gpu.shared_memory import SharedMemory
 def typical_device(multiprocessors: int) -> cost.Device:
     """A device of so many multiprocessors, each with what one of an A100 has: what is chosen depends on proportions."""
     of = cost.DEVICES["A100"]
-    share = multiprocessors / of.multiprocessors
+    fraction = multiprocessors / of.multiprocessors
     return replace(
-        of, multiprocessors=multiprocessors, dram=of.dram * share, l2=of.l2 * share, tensor=of.tensor * share
+        of,
+        multiprocessors=multiprocessors,
+        dram=of.dram * fraction,
+        l2=of.l2 * fraction,
+        tensor=of.tensor * fraction,
     )
 
 
@@ -71,8 +75,8 @@ def variants_forward(
     keep_v = call.total_rank > depth and (memory is None or memory.fits(call, Plan(False, 64, 1, 1, True)))
     # in whole stages, none without work
     for splits in sorted({divide_up(stages, divide_up(stages, min(s, stages))) for s in tried}):
-        for share in sorted({divide_up(outs, p) for p in parts}):
-            plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=share, keep_v=keep_v))
+        for out_tiles in sorted({divide_up(outs, p) for p in parts}):
+            plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=out_tiles, keep_v=keep_v))
     return _that_fit(plans, call, memory)
 
 
@@ -94,14 +98,14 @@ def plan_forward(call: ProblemShape, multiprocessors: int, memory: SharedMemory 
     return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
 
 
-def by_library(call: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
-    """Whether products of PyTorch's library (`rode_kernels.backends.gpu.gemm_path`) are faster than the CUDA, or Triton, kernels.
+def prefer_gemm(call: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
+    """Whether the gemm path (`rode_kernels.backends.gpu.gemm_path`) is faster than the CUDA, or Triton, kernels.
 
-    Forward they are where a row of B has more than 128 bytes, so that v does not stay in registers: then products decide, and not
-    what moves, and skipping what is closed does not make up for their rate. So they do with much to read: backward in float32 and
-    above R = 32; with Triton's kernels forward in float32, too, and backward always. Not for a few tokens, where a call takes the
-    host longest, and a library needs more launches; nor with dropout, for which it would need a copy of x. Measured on one H100:
-    docs/cuda.md.
+    Forward it is where a row of B has more than 128 bytes, so that v does not stay in registers. Then the matrix products take most
+    of the time, not the memory traffic, and skipping closed experts does not make up for their rate. The same holds with many
+    values to read: backward in float32 and above R = 32; with Triton's kernels also forward in float32, and backward always.
+    It never runs a few tokens, for which it needs more launches and launching takes longest, nor dropout, for which it would need
+    a copy of x. Measured on one H100: docs/cuda.md.
     """
     if call.tokens <= 64 or call.dropout:
         return False
@@ -119,28 +123,28 @@ def variants_backward(
     """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that every
     multiprocessor has as many blocks as it holds, or fewer. None that asks for more than `memory` has."""
     depth, tokens, R = ROW_BYTES // call.element_size, max(call.tokens, 1), call.total_rank
-    wide = R > 32
+    many_columns = R > 32
     groups = divide_up(R, 16) + divide_up(call.routed_experts, 16)
     held = 3 if groups <= 3 else 5 if groups <= 5 else 4
     k_slabs = divide_up(call.in_features, 2 * depth)
     columns = k_slabs * (divide_up(groups, 4) if held == 4 else 1)
-    fewest, plans = divide_up(call.out_features, SLABS[wide, call.element_size]), {}
+    fewest, plans = divide_up(call.out_features, SLABS[many_columns, call.element_size]), {}
     for wanted in (fewest, fewest + 1, fewest + 2, 2 * fewest, 3 * fewest, 4 * fewest):
         slab = divide_up(divide_up(call.out_features, wanted), depth) * depth
         slabs = divide_up(call.out_features, slab)
-        blocks = slabs * divide_up(R, 64 if wide else 32)
+        blocks = slabs * divide_up(R, 64 if many_columns else 32)
         of_x = cost.resident_x(held) * multiprocessors
-        for ranges_x in {max(1, of_x * part // 3 // columns) for part in (1, 2, 3)}:
-            plans[slabs, ranges_x] = BackwardPlan(
-                wide=wide,
+        for splits_x in {max(1, of_x * part // 3 // columns) for part in (1, 2, 3)}:
+            plans[slabs, splits_x] = BackwardPlan(
+                wide=many_columns,
                 slabs=slabs,
                 slab=slab,
-                share_y=_share(
-                    tokens, 16, cost.resident_y(wide, call.element_size) * multiprocessors // blocks
+                share_y=_tokens_per_split(
+                    tokens, 16, cost.resident_y(many_columns, call.element_size) * multiprocessors // blocks
                 ),
                 groups=held,
-                share_x=_share(tokens, 64, ranges_x),
-                share_dx=_share(tokens, 64, divide_up(2 * multiprocessors, k_slabs)),
+                share_x=_tokens_per_split(tokens, 64, splits_x),
+                share_dx=_tokens_per_split(tokens, 64, divide_up(2 * multiprocessors, k_slabs)),
             )
     return _that_fit(list(plans.values()), call, memory)
 
@@ -155,7 +159,7 @@ def plan_backward(
     return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))
 
 
-def _share(tokens: int, tile: int, ranges: int) -> int:
+def _tokens_per_split(tokens: int, tile: int, ranges: int) -> int:
     """Tokens of one of at most so many ranges, in whole tiles; of more ranges where a block could not hold its own."""
-    share = divide_up(divide_up(tokens, tile), max(1, ranges)) * tile
-    return min(share, MOST_TOKENS)
+    per_split = divide_up(divide_up(tokens, tile), max(1, ranges)) * tile
+    return min(per_split, MOST_TOKENS)

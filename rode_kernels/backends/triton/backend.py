@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
-from rode_kernels.backends.gpu.planner import by_library
+from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
@@ -56,33 +56,33 @@ def status() -> tuple[bool, str]:
     return True, f"Triton {triton.__version__}"
 
 
-by_library_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
+prefer_gemm_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
 
 
-def _by_library(operands: ForwardOperands | BackwardOperands, settings: Settings, backward: bool) -> bool:
-    """Dropout is for the kernels alone: a library would need a copy of x."""
-    if settings.dropout_p > 0.0 or by_library_always is not None:
-        return bool(by_library_always) and settings.dropout_p == 0.0
-    return by_library(Layout.of(operands, settings).call, backward, triton=True)
+def _prefer_gemm(operands: ForwardOperands | BackwardOperands, settings: Settings, backward: bool) -> bool:
+    """Whether the gemm path runs a call. It has no dropout: it would need a copy of x."""
+    if settings.dropout_p > 0.0 or prefer_gemm_always is not None:
+        return bool(prefer_gemm_always) and settings.dropout_p == 0.0
+    return prefer_gemm(Layout.of(operands, settings).problem_shape, backward, triton=True)
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
-    from rode_kernels.backends.triton import launch_forward
-    from rode_kernels.backends.triton import launch_gates as launch_between
+    from rode_kernels.backends.triton import launch_forward, launch_gates
 
-    launch = launch_between if _by_library(operands, settings, False) else launch_forward
+    launch = launch_gates if _prefer_gemm(operands, settings, False) else launch_forward
     with torch.cuda.device_of(operands.x):  # Triton launches on the current device
         return launch.forward(operands, settings, inplace)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`."""
-    from rode_kernels.backends.triton import launch_backward
-    from rode_kernels.backends.triton import launch_gates as launch_between
+    from rode_kernels.backends.triton import launch_backward, launch_gates
 
     dy = operands.dy
-    plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])  # others a library would copy
-    by_gemm = plain and any(needs) and _by_library(operands, settings, True)
+    plain = dy is None or (
+        dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]
+    )  # the gemm path would copy others
+    by_gemm = plain and any(needs) and _prefer_gemm(operands, settings, True)
     with torch.cuda.device_of(operands.x):
-        return (launch_between if by_gemm else launch_backward).backward(operands, settings, needs)
+        return (launch_gates if by_gemm else launch_backward).backward(operands, settings, needs)

@@ -3,9 +3,9 @@
     t_i = dy B_i       du_i = scaling_i g_i t_i      dg_i = scaling_i <t_i, u_i>      dh = (dg + dgates) [g > 0]
     dB_i = dy^T v_i    dA_i = du_i^T drop(x)         dWr = dh^T x, dbr = sum dh       dx = drop'(du A) + dh Wr
 
-`through_y` reads dy: parts of t, and dB of a range of tokens. `through_v` adds up t and gives dg, du and dh. `through_x` has
-programs that read x, for dA, dWr and dbr of a range of tokens, and programs that write dx. `add` sums the ranges in order. No
-atomics; blocks of tokens and their ranges decide the bits.
+`grad_output_pass` reads dy: parts of t, and dB of a range of tokens. `gate_backward` adds up t and computes dg, du and dh.
+`grad_input_pass` has programs that read x, for dA, dWr and dbr of a range of tokens, and programs that write dx.
+`reduce_partials` sums the ranges in order. There are no atomics; blocks of tokens and their ranges decide the bits.
 """
 
 from __future__ import annotations
@@ -20,48 +20,49 @@ _SIZES = ["threshold", "M", "parts", "count_y", "count_x", "count_b"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def through_y(
-    dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, parts, part, share, stride,
+def grad_output_pass(
+    dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, parts, part, tokens_per_split, stride,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, TOGETHER: tl.constexpr, NEED_T: tl.constexpr,
     NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """parts_of_t (parts, M, R) is written where it will be read; ranges_of_dB is (ranges, O, R) inside rows of `stride` values.
+    """t_partial (parts, M, R) is written where it will be read; dB_partial is (ranges, O, R) inside rows of `stride` values.
 
-    TOGETHER (R <= BLOCK_R): a program takes GROUP blocks of BLOCK_O columns of y and `share` tokens and does both from one reading
-    of dy; a part of t is then the sum over its columns. Else there are programs of two kinds: the first give t, the others dB.
+    TOGETHER (R <= BLOCK_R): a program takes GROUP blocks of BLOCK_O columns of y and `tokens_per_split` tokens. It computes both
+    from one reading of dy, so that a part of t is the sum over its columns. Else there are two kinds of programs: the first
+    compute t, the others dB.
     """
     blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     column = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     expert, factor = experts_of(column, OFFSETS, SCALING, N)
     at = tl.program_id(0) // blocks
     if TOGETHER:
-        _of_y(
-            dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, NEED_T,
-            NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
+        _dB_and_t(
+            dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at, column, expert, factor, N, R,
+            NEED_T, NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
         )  # fmt: skip
     elif NEED_T:
         of_t = (M + ROWS - 1) // ROWS * parts
         if at < of_t:
             _t(
-                dy, B, g, parts_of_t, M, O, dy_row, dy_column, parts, part, at, column, expert, N, R, DENSE, BLOCK_R, ROWS, STEP,
+                dy, B, g, t_partial, M, O, dy_row, dy_column, parts, part, at, column, expert, N, R, DENSE, BLOCK_R, ROWS, STEP,
                 PRECISION, INTERPRETED,
             )  # fmt: skip
         else:
-            _of_y(
-                dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at - of_t, column, expert, factor, N,
-                R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
+            _dB_and_t(
+                dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at - of_t, column, expert,
+                factor, N, R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
-        _of_y(
-            dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N, R, False,
-            NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
+        _dB_and_t(
+            dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at, column, expert, factor, N, R,
+            False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit
 def _t(
-    dy, B, g, parts_of_t, M, O, dy_row, dy_column, parts, part, at, column, expert, N: tl.constexpr, R: tl.constexpr,
+    dy, B, g, t_partial, M, O, dy_row, dy_column, parts, part, at, column, expert, N: tl.constexpr, R: tl.constexpr,
     DENSE: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -76,22 +77,22 @@ def _t(
             o = o0 + tl.arange(0, STEP)
             tile = load_tile(dy, row, M, dy_row, o, O, dy_column)  # (ROWS, STEP)
             t = product(tile, load_tile(B, o, O, R, column, R, 1), t, PRECISION, INTERPRETED)
-        store_tile(parts_of_t + (at % parts).to(tl.int64) * M * R, row, M, R, column, R, t)
+        store_tile(t_partial + (at % parts).to(tl.int64) * M * R, row, M, R, column, R, t)
 
 
 @triton.jit
-def _of_y(
-    dy, B, u, g, parts_of_t, ranges_of_dB, M, O, dy_row, dy_column, share, stride, at, column, expert, factor, N: tl.constexpr,
-    R: tl.constexpr, NEED_T: tl.constexpr, NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+def _dB_and_t(
+    dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at, column, expert, factor,
+    N: tl.constexpr, R: tl.constexpr, NEED_T: tl.constexpr, NEED_B: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dB of GROUP blocks of (BLOCK_O, BLOCK_R) and `share` tokens, one after the other, and their t, summed over all these columns
-    of y: what one block leaves of it in memory the next one adds to, soon enough to find it in the cache."""
+    """dB of GROUP blocks of (BLOCK_O, BLOCK_R) and `tokens_per_split` tokens, one after the other, and their t, summed over all
+    these columns of y. A block adds to what the one before left of t in memory, soon enough to find it in the cache."""
     groups = (O + GROUP * BLOCK_O - 1) // (GROUP * BLOCK_O)
     if NEED_T:
-        t_at = parts_of_t + (at % groups).to(tl.int64) * M * R
-    first = at // groups * share
-    last = tl.minimum(first + share, M)
+        t_at = t_partial + (at % groups).to(tl.int64) * M * R
+    first = at // groups * tokens_per_split
+    last = tl.minimum(first + tokens_per_split, M)
     for step in range(GROUP):
         o = (at % groups * GROUP + step) * BLOCK_O + tl.arange(0, BLOCK_O)
         dB = tl.zeros((BLOCK_O, BLOCK_R), tl.float32)
@@ -121,18 +122,18 @@ def _of_y(
                     v = v.to(B.dtype.element_ty)
                     dB = product(tl.trans(tile), v, dB, PRECISION, INTERPRETED)
         if NEED_B:
-            store_tile(ranges_of_dB + (at // groups).to(tl.int64) * stride, o, O, R, column, R, dB)
+            store_tile(dB_partial + (at // groups).to(tl.int64) * stride, o, O, R, column, R, dB)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def through_v(
-    parts_of_t, u, g, dgates, du, dh, tiles_of_dbr, M, parts,
+def gate_backward(
+    t_partial, u, g, dgates, du, dh, dbias_partial, M, parts,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr, HAS_DY: tl.constexpr,
     HAS_DGATES: tl.constexpr, NEED_b: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs: tiles of tokens. du is (M, R) in x's dtype; dh (M, N) is the gradient of the logits or, without a router, of the
-    gates; tiles_of_dbr (tiles, N) are its sums. What t has where nothing was computed is not looked at."""
+    gates; dbias_partial (tiles, N) are its sums. What t has where nothing was computed is not looked at."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -144,7 +145,7 @@ def through_v(
             gate = gates_of(g, row, M, expert, N, column < R)
             is_open = gate != 0.0
             wanted = (is_open | DENSE) & (row < M)[:, None] & (column < R)[None, :]
-            at = parts_of_t + row.to(tl.int64)[:, None] * R + column[None, :]
+            at = t_partial + row.to(tl.int64)[:, None] * R + column[None, :]
             t = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for _ in range(parts):
                 t += tl.load(at, mask=wanted, other=0.0)
@@ -162,15 +163,15 @@ def through_v(
     store_tile(dh, row, M, N, n, N, dg)
     if NEED_b:
         tl.store(
-            tiles_of_dbr + tl.program_id(0) * N + n,
+            dbias_partial + tl.program_id(0) * N + n,
             tl.sum(tl.where((row < M)[:, None], dg, 0.0), 0),
             mask=n < N,
         )
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def through_x(
-    x, du, dh, A, W, dx, ranges, seed, threshold, M, K, ld_x, share, stride, at_W, parts, part,
+def grad_input_pass(
+    x, du, dh, A, W, dx, weights_partial, seed, threshold, M, K, ld_x, tokens_per_split, stride, at_W, parts, part,
     N: tl.constexpr, R: tl.constexpr, NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, ROUTED: tl.constexpr,
     HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -179,33 +180,33 @@ def through_x(
     """Programs of two kinds: the first read x for the weights' gradients, the others write dx."""
     A_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R if NEED_A else 0
     blocks: tl.constexpr = A_blocks + ((N + BLOCK_R - 1) // BLOCK_R if NEED_W else 0)
-    of_weights = (K + BLOCK_K - 1) // BLOCK_K * ((M + share - 1) // share) * blocks
+    weight_programs = (K + BLOCK_K - 1) // BLOCK_K * ((M + tokens_per_split - 1) // tokens_per_split) * blocks
     key = 0
     if DROPOUT:
         key = tl.load(seed)
-    if tl.program_id(0) < of_weights:
+    if tl.program_id(0) < weight_programs:
         if blocks > 0:
-            _of_weights(
-                x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_W, tl.program_id(0) // blocks,
+            _weight_gradients(
+                x, du, dh, weights_partial, key, threshold, M, K, ld_x, tokens_per_split, stride, at_W, tl.program_id(0) // blocks,
                 tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, A_blocks, DROPOUT, ALIGNED, BLOCK_M, BLOCK_R, BLOCK_K,
                 PRECISION, INTERPRETED,
             )  # fmt: skip
     elif NEED_X:
         _dx(
-            du, dh, A, W, dx, key, threshold, M, K, parts, part, tl.program_id(0) - of_weights, N, R, ROUTED, HAS_DY, DROPOUT,
+            du, dh, A, W, dx, key, threshold, M, K, parts, part, tl.program_id(0) - weight_programs, N, R, ROUTED, HAS_DY, DROPOUT,
             ALIGNED, BLOCK_N, BLOCK_R, ROWS, STEP, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit
-def _of_weights(
-    x, du, dh, ranges, key, threshold, M, K, ld_x, share, stride, at_W, at, block, N: tl.constexpr, R: tl.constexpr,
-    NEED_A: tl.constexpr, NEED_W: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
+def _weight_gradients(
+    x, du, dh, weights_partial, key, threshold, M, K, ld_x, tokens_per_split, stride, at_W, at, block, N: tl.constexpr,
+    R: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `share` tokens of BLOCK_R columns of du or, from block A_BLOCKS on, of dh with BLOCK_K columns of x. They stand in
-    a row of `stride` values: dA (R, K), and from at_W on dWr (N, K)."""
+    """Sums over `tokens_per_split` tokens of BLOCK_R columns of du or, from block A_BLOCKS on, of dh with BLOCK_K columns of x.
+    They stand in a row of `stride` values: dA (R, K), and from at_W on dWr (N, K)."""
     k_blocks = (K + BLOCK_K - 1) // BLOCK_K
     k0 = at % k_blocks * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
@@ -213,8 +214,8 @@ def _of_weights(
     columns = R if of_experts else N
     column = (block if of_experts else block - A_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    first = at // k_blocks * share
-    last = tl.minimum(first + share, M)
+    first = at // k_blocks * tokens_per_split
+    last = tl.minimum(first + tokens_per_split, M)
     for m0 in range(first, last, BLOCK_M):
         row = m0 + tl.arange(0, BLOCK_M)
         if of_experts:
@@ -226,7 +227,7 @@ def _of_weights(
             if of_experts:
                 tile = tl.where(keep(key, threshold, row, k0, K, BLOCK_K, ALIGNED), tile, tl.zeros_like(tile))
         sums = product(tl.trans(left), tile, sums, PRECISION, INTERPRETED)
-    to = ranges + (at // k_blocks).to(tl.int64) * stride
+    to = weights_partial + (at // k_blocks).to(tl.int64) * stride
     if of_experts:
         if NEED_A:
             store_tile(to, column, columns, K, k, K, sums)
@@ -267,30 +268,31 @@ def _dx(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def add(
-    of_y, of_x, of_b, dB, dA, dW, db, count_y, count_x, count_b, size_y, size_x, at_W, N: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
+def reduce_partials(
+    dB_partial, weights_partial, dbias_partial, dB, dA, drouter_weight, drouter_bias, count_y, count_x, count_b, size_y, size_x,
+    at_W, N: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums of ranges, in order, each gradient in its parameter's dtype: of_y (count_y, size_y) to dB, of_x (count_x, size_x) to dA
-    and, from at_W on, dWr, of_b (count_b, N) to dbr, 64 at a time. Sizes and at_W are multiples of BLOCK."""
+    """Sums of ranges, in order, each gradient in its parameter's dtype: dB_partial (count_y, size_y) to dB, weights_partial
+    (count_x, size_x) to dA and, from at_W on, dWr, dbias_partial (count_b, N) to dbr, 64 at a time. Sizes and at_W are multiples
+    of BLOCK."""
     first = tl.program_id(0) * BLOCK
     i = tl.arange(0, BLOCK)
     if first < size_y:
-        _add(of_y, dB, count_y, size_y, first, first + i)
+        _reduce(dB_partial, dB, count_y, size_y, first, first + i)
     elif first < size_y + at_W:
-        _add(of_x, dA, count_x, size_x, first - size_y, first - size_y + i)
+        _reduce(weights_partial, dA, count_x, size_x, first - size_y, first - size_y + i)
     elif first < size_y + size_x:
-        _add(of_x, dW, count_x, size_x, first - size_y, first - size_y - at_W + i)
+        _reduce(weights_partial, drouter_weight, count_x, size_x, first - size_y, first - size_y - at_W + i)
     else:
         n, part = tl.arange(0, BLOCK_N), tl.arange(0, 64)
         total = tl.zeros((64, BLOCK_N), tl.float32)
         for start in range(0, count_b, 64):
-            total += load_tile(of_b, start + part, count_b, N, n, N, 1)
-        tl.store(db + n, tl.sum(total, 0), mask=n < N)
+            total += load_tile(dbias_partial, start + part, count_b, N, n, N, 1)
+        tl.store(drouter_bias + n, tl.sum(total, 0), mask=n < N)
 
 
 @triton.jit
-def _add(ranges, to, count, size, first, at):
+def _reduce(ranges, to, count, size, first, at):
     total = tl.zeros(at.shape, tl.float32)
     start = ranges + first + tl.arange(0, at.shape[0])
     for _ in range(count):

@@ -90,11 +90,11 @@ def fused(
 
 @triton.jit(do_not_specialize=_SIZES)
 def shrink(
-    x, A, W, partial, seed, threshold, M, K, ld_x, share, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+    x, A, W, partial, seed, threshold, M, K, ld_x, per_split, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
     DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, A_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """partial (parts, M, WIDTH): sums over `share` values of K, for the experts' columns and then, if routed, for the logits.
+    """partial (parts, M, WIDTH): sums over `per_split` values of K, for the experts' columns and then, if routed, for the logits.
     Programs: column blocks (A_BLOCKS of experts, then the router's), tiles of tokens, parts of K."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part, block = tl.program_id(2), tl.program_id(0)
@@ -105,8 +105,8 @@ def shrink(
     sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPOUT:
         key = tl.load(seed)
-    first = part * share
-    last = tl.minimum(first + share, K)
+    first = part * per_split
+    last = tl.minimum(first + per_split, K)
     for k0 in range(first, last, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         tile = load_tile(x, row, M, ld_x, k, K, 1)
@@ -122,17 +122,17 @@ def shrink(
 
 @triton.jit(do_not_specialize=_SIZES)
 def expand(
-    partial, B, bias, g, base, y, u, M, O, parts, out_share, ld_base, ld_y,
+    partial, B, bias, g, base, y, u, M, O, parts, columns_per_split, ld_base, ld_y,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROUTED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, INPLACE: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Adds the parts, then gates, u (by the programs of the first part of O), v and y. Programs: tiles of tokens, parts of O of
-    `out_share` columns. v is made again for each tile of y if R > BLOCK_R."""
+    `columns_per_split` columns. v is made again for each tile of y if R > BLOCK_R."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     writes = tl.program_id(1) == 0
-    first = tl.program_id(1) * out_share
-    last = tl.minimum(first + out_share, O)
+    first = tl.program_id(1) * columns_per_split
+    last = tl.minimum(first + columns_per_split, O)
     if ROUTED:
         if writes:
             for n0 in tl.static_range(0, N, 16):

@@ -1,4 +1,4 @@
-"""What stands between products of PyTorch's library: `rode_kernels.backends.gpu.gemm_path` says which.
+"""The kernels between the products of the gemm path (`rode_kernels.backends.gpu.gemm_path`).
 
 forward:  sums = x [A; Wr]^T -> g, u, v        backward:  t = dy B -> v, D = [du dh 0], dh
 """
@@ -14,7 +14,7 @@ _SIZES = ["M"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def weigh(
+def apply_gates(
     sums, bias, g, u, v, M,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr,
     ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -51,7 +51,7 @@ def _gates(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def weigh_back(
+def apply_gates_backward(
     t, u, g, dgates, v, D, dh, M,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr, PITCH: tl.constexpr,
     ROUTED: tl.constexpr, HAS_DY: tl.constexpr, HAS_DGATES: tl.constexpr, NEED_V: tl.constexpr, NEED_D: tl.constexpr,

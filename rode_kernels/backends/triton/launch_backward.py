@@ -8,12 +8,12 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import no_gradients, with_neighbouring_columns
 from rode_kernels.backends.triton import backward_kernels, device, tune
-from rode_kernels.backends.triton.tiles import blocks, columns, divide_up, dropout, like, share_out, static
+from rode_kernels.backends.triton.tiles import blocks, columns, divide_up, dropout, like, split_evenly, static
 from rode_kernels.operands import BackwardOperands, Gradients, Settings
 
 ADD_BLOCK = 1024
 MANY_TOKENS = 32768
-V_TOKENS = 16  # of a program of `through_v`
+V_TOKENS = 16  # of a program of `gate_backward`
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
@@ -52,18 +52,20 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     group = 4 if size.together and most >= MANY_TOKENS and o_blocks >= 8 else 1
     o_blocks = divide_up(o_blocks, group)
     # about one program a multiprocessor
-    count_y, share_y = share_out(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
-    count_x, share_x = share_out(M, size.tokens, _ranges(fills, k_blocks * max(1, A_blocks + W_blocks)))
-    of_y = x.new_empty(count_y, size_y, dtype=torch.float32)
-    of_x = x.new_empty(count_x, size_x, dtype=torch.float32)
+    count_y, tokens_per_split_y = split_evenly(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
+    count_x, tokens_per_split_x = split_evenly(
+        M, size.tokens, _ranges(fills, k_blocks * max(1, A_blocks + W_blocks))
+    )
+    dB_partial = x.new_empty(count_y, size_y, dtype=torch.float32)
+    weights_partial = x.new_empty(count_x, size_x, dtype=torch.float32)
     tiles = divide_up(M, V_TOKENS)
-    of_b = x.new_empty(tiles, N, dtype=torch.float32) if need_bias else None
+    dbias_partial = x.new_empty(tiles, N, dtype=torch.float32) if need_bias else None
 
     if size.together:  # a part of t is what a program's columns of y give
         parts, part = o_blocks, group * size.o
     else:
         # for the shape class, as in forward: they decide the bits of a token's dx
-        parts, part = share_out(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
+        parts, part = split_evenly(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
     t = x.new_empty(parts, M, R, dtype=torch.float32) if need_t else None
     if need_t or sums_B:
         programs = o_blocks * count_y if size.together or sums_B else 0
@@ -81,19 +83,36 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
         # as a launch specialises, not the very distances, in which the number of tokens may stand
         strides = tuple(s if s < 2 else s % 16 == 0 for s in dy.stride())
 
-        def through_y(_: Tensor, **chosen) -> None:
-            backward_kernels.through_y[(programs * R_blocks,)](
-                *(dy, B, u, g, t, of_y, M, O, dy.stride(0), dy.stride(1), parts, part, share_y, size_y),
+        def grad_output_pass(_: Tensor, **chosen) -> None:
+            backward_kernels.grad_output_pass[(programs * R_blocks,)](
+                *(
+                    dy,
+                    B,
+                    u,
+                    g,
+                    t,
+                    dB_partial,
+                    M,
+                    O,
+                    dy.stride(0),
+                    dy.stride(1),
+                    parts,
+                    part,
+                    tokens_per_split_y,
+                    size_y,
+                ),
                 **constants,
                 **chosen,
             )
 
-        tune.tuned("through_y", constants, (*shape_class, strides), tune.of_backward(8), through_y, x)
+        tune.tuned(
+            "grad_output_pass", constants, (*shape_class, strides), tune.of_backward(8), grad_output_pass, x
+        )
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     if need_v:
         du, dh = x.new_empty(M, R), x.new_empty(M, N, dtype=torch.float32)
         dgates = None if dgates is None else dgates.contiguous()
-        of_v = {
+        gate_constants = {
             **columns(mixture, dropout_p),
             **dict(
                 N=N,
@@ -107,13 +126,17 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
             **dict(BLOCK_M=V_TOKENS, BLOCK_N=size.n, BLOCK_R=size.r),
         }
 
-        def through_v(_: Tensor, **chosen) -> None:
-            backward_kernels.through_v[(tiles,)](*(t, u, g, dgates, du, dh, of_b, M, parts), **of_v, **chosen)
+        def gate_backward(_: Tensor, **chosen) -> None:
+            backward_kernels.gate_backward[(tiles,)](
+                *(t, u, g, dgates, du, dh, dbias_partial, M, parts), **gate_constants, **chosen
+            )
 
-        tune.tuned("through_v", of_v, (*shape_class, parts), tune.of_backward(4), through_v, x)
+        tune.tuned(
+            "gate_backward", gate_constants, (*shape_class, parts), tune.of_backward(4), gate_backward, x
+        )
     if A_blocks + W_blocks > 0 or need_x:
         # parts of K fill the device, together with the programs of the weights' gradients if there are any
-        parts_of_K, part_of_K = share_out(K, size.k, fills // row_tiles)
+        parts_of_K, part_of_K = split_evenly(K, size.k, fills // row_tiles)
         programs = row_tiles * parts_of_K if need_x else 0
         programs += k_blocks * (A_blocks + W_blocks) * count_x
         constants_x = {
@@ -135,19 +158,30 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
                 STEP=size.k,
             ),
         }
-        tensors = (x, du, dh, A, W, dx, of_x, seed)
+        tensors = (x, du, dh, A, W, dx, weights_partial, seed)
 
-        def through_x(_: Tensor, **chosen) -> None:
-            backward_kernels.through_x[(programs,)](
-                *(*tensors, threshold, M, K, x.stride(0), share_x, size_x, at_W, parts_of_K, part_of_K),
+        def grad_input_pass(_: Tensor, **chosen) -> None:
+            backward_kernels.grad_input_pass[(programs,)](
+                *(
+                    *tensors,
+                    threshold,
+                    M,
+                    K,
+                    x.stride(0),
+                    tokens_per_split_x,
+                    size_x,
+                    at_W,
+                    parts_of_K,
+                    part_of_K,
+                ),
                 **constants_x,
                 **chosen,
             )
 
-        tune.tuned("through_x", constants_x, shape_class, tune.of_backward(8, 4), through_x, x)
+        tune.tuned("grad_input_pass", constants_x, shape_class, tune.of_backward(8, 4), grad_input_pass, x)
 
     def result(wanted: bool, summed: bool, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
-        """With room for what whole blocks of `add` write, or zeros where nothing is summed."""
+        """With room for what whole blocks of `reduce_partials` write, or zeros where nothing is summed."""
         if not wanted:
             return None
         if not summed:
@@ -159,18 +193,18 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     dA = result(need_A, sums_A, dtypes[0], R, K)
     drouter_weight = result(need_router, need_router, dtypes[2], N, K)
     drouter_bias = result(need_bias, need_bias, torch.float32, N)
-    blocks_of_add = (size_y + size_x) // ADD_BLOCK + need_bias
-    if blocks_of_add > 0:
+    reduce_blocks = (size_y + size_x) // ADD_BLOCK + need_bias
+    if reduce_blocks > 0:
         # what nobody asks for has no program, but its pointer must have a type
-        targets = [of_x if t is None else t for t in (dB, dA, drouter_weight, drouter_bias)]
-        constants_add = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
+        targets = [weights_partial if t is None else t for t in (dB, dA, drouter_weight, drouter_bias)]
+        reduce_constants = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
 
-        def add(_: Tensor, **chosen) -> None:
-            backward_kernels.add[(blocks_of_add,)](
+        def reduce_partials(_: Tensor, **chosen) -> None:
+            backward_kernels.reduce_partials[(reduce_blocks,)](
                 *(
-                    of_y,
-                    of_x,
-                    of_x if of_b is None else of_b,
+                    dB_partial,
+                    weights_partial,
+                    weights_partial if dbias_partial is None else dbias_partial,
                     *targets,
                     count_y,
                     count_x,
@@ -179,11 +213,18 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
                     size_x,
                     at_W,
                 ),
-                **constants_add,
+                **reduce_constants,
                 **chosen,
             )
 
-        tune.tuned("add", constants_add, (shape_class, dtypes), tune.of_backward(4)[:1], add, x)
+        tune.tuned(
+            "reduce_partials",
+            reduce_constants,
+            (shape_class, dtypes),
+            tune.of_backward(4)[:1],
+            reduce_partials,
+            x,
+        )
     return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 

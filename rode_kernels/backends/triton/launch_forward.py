@@ -17,7 +17,7 @@ from rode_kernels.backends.triton.tiles import (
     divide_up,
     dropout,
     like,
-    share_out,
+    split_evenly,
     static,
 )
 from rode_kernels.operands import ForwardOperands, Settings
@@ -55,11 +55,11 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
             constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
 
             def run(to: Tensor, BLOCK_M: int, **chosen) -> None:
-                of_base = to if inplace else base
+                source = to if inplace else base
                 forward_kernels.fused[(divide_up(M, BLOCK_M),)](
-                    *(x, A, W, B, bias, g, of_base, to, u, seed, threshold, M, K, O, x.stride(0)),
+                    *(x, A, W, B, bias, g, source, to, u, seed, threshold, M, K, O, x.stride(0)),
                     *(
-                        0 if of_base is None else of_base.stride(0),
+                        0 if source is None else source.stride(0),
                         to.stride(0),
                     ),  # a trial's copy has its own
                     **constants,
@@ -70,7 +70,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
             options = tune.of_forward(most, x.element_size(), size.r)
             tune.tuned("fused", constants, shape_class, options, run, y, scratch=inplace)
         else:
-            parts, share = share_out(K, size.k, plan.splits)
+            parts, per_split = split_evenly(K, size.k, plan.splits)
             width = R + (N if routed else 0)
             partial = x.new_empty(parts, M, width, dtype=torch.float32)
             A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if routed else 0
@@ -78,7 +78,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
 
             def first(_: Tensor, BLOCK_M: int, **chosen) -> None:
                 forward_kernels.shrink[(A_blocks + W_blocks, divide_up(M, BLOCK_M), parts)](
-                    *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), share),
+                    *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split),
                     **of_sums,
                     BLOCK_M=BLOCK_M,
                     **chosen,
@@ -92,11 +92,11 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
             of_y |= dict(WIDTH=width, BLOCK_R=held)
 
             def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
-                shares, of_share = share_out(O, BLOCK_O, parts_of_O)
-                of_base = to if inplace else base
-                forward_kernels.expand[(divide_up(M, BLOCK_M), shares)](
-                    *(partial, B, bias, g, of_base, to, u, M, O, parts, of_share),
-                    *(0 if of_base is None else of_base.stride(0), to.stride(0)),
+                splits, columns_per_split = split_evenly(O, BLOCK_O, parts_of_O)
+                source = to if inplace else base
+                forward_kernels.expand[(divide_up(M, BLOCK_M), splits)](
+                    *(partial, B, bias, g, source, to, u, M, O, parts, columns_per_split),
+                    *(0 if source is None else source.stride(0), to.stride(0)),
                     **of_y,
                     **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
                     **chosen,

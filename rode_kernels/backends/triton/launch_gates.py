@@ -1,4 +1,4 @@
-"""Passes by products of PyTorch's library (`rode_kernels.backends.gpu.gemm_path`), with Triton kernels between them."""
+"""The gemm path (`rode_kernels.backends.gpu.gemm_path`) with Triton kernels between the products."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.backends.gpu import gemm_path as library
+from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
-from rode_kernels.backends.triton import gate_kernels as between_kernels
-from rode_kernels.backends.triton import tune
+from rode_kernels.backends.triton import gate_kernels, tune
 from rode_kernels.backends.triton.tiles import columns
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
 
@@ -18,11 +17,11 @@ BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
 
 
-class Between:
-    """`rode_kernels.backends.gpu.gemm_path.Between`, by Triton kernels."""
+class GateKernel:
+    """`rode_kernels.backends.gpu.gemm_path.GateKernel` by Triton kernels."""
 
     def __init__(self, layout: Layout):
-        self.columns, self.pitch = library.widths(layout)
+        self.columns, self.pitch = gemm_path.widths(layout)
         self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
         self.constants = dict(
             **columns(layout.mixture, 0.0),
@@ -57,9 +56,9 @@ class Between:
         grid = divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R)
 
         def run(_: Tensor, **options) -> None:
-            between_kernels.weigh[grid](sums, bias, g, u, v, M, **constants, **options)
+            gate_kernels.apply_gates[grid](sums, bias, g, u, v, M, **constants, **options)
 
-        tune.tuned("weigh", constants, u.dtype, [OPTIONS], run, u)
+        tune.tuned("apply_gates", constants, u.dtype, [OPTIONS], run, u)
 
     def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
         M, constants = (
@@ -75,9 +74,9 @@ class Between:
 
         def run(_: Tensor, **options) -> None:
             grid = (divide_up(M, BLOCK_M),)
-            between_kernels.weigh_back[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
+            gate_kernels.apply_gates_backward[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
 
-        tune.tuned("weigh_back", constants, u.dtype, [OPTIONS], run, u)
+        tune.tuned("apply_gates_backward", constants, u.dtype, [OPTIONS], run, u)
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +88,11 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
         router_bias=None if bias is None else bias.float().contiguous(),
         gates=None if gates is None else gates.contiguous(),
     )
-    return y, *library.Forward(Between(layout), layout)(operands, y, 0)
+    return y, *gemm_path.GemmForward(GateKernel(layout), layout)(operands, y, 0)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
     """As `reference.backward`, without dropout."""
     layout, dgates = Layout.of(operands, settings), operands.dgates
     operands = operands._replace(dgates=None if dgates is None else dgates.contiguous())
-    return library.Backward(Between(layout), layout, needs)(operands, 0)
+    return gemm_path.GemmBackward(GateKernel(layout), layout, needs)(operands, 0)

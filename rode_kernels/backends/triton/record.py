@@ -17,12 +17,12 @@ from rode_kernels.backends.triton import (
     backward_kernels,
     device,
     forward_kernels,
+    gate_kernels,
     launch_backward,
     launch_forward,
+    launch_gates,
     tune,
 )
-from rode_kernels.backends.triton import gate_kernels as between_kernels
-from rode_kernels.backends.triton import launch_gates as launch_between
 from rode_kernels.mixture import make_mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Settings
 
@@ -78,16 +78,19 @@ def record(
     without_dy: bool = False,
     amd: bool = False,
     choice: int = 0,
-    library: bool = False,
+    gemm_path: bool = False,
     device_type: str = "meta",
     recorder: type[Recorder] = Recorder,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory (or where `device_type` says); `choice` among
-    configurations, 0 by rule. `library`: with products of PyTorch's, and these between them."""
+    configurations, 0 by rule. `gemm_path`: matrix products by PyTorch, with these kernels between them."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
-    kernels += [(backward_kernels, n) for n in ("through_y", "through_v", "through_x", "add")]
-    kernels += [(between_kernels, n) for n in ("weigh", "weigh_back")]
+    kernels += [
+        (backward_kernels, n)
+        for n in ("grad_output_pass", "gate_backward", "grad_input_pass", "reduce_partials")
+    ]
+    kernels += [(gate_kernels, n) for n in ("apply_gates", "apply_gates_backward")]
     before = [(module, name, getattr(module, name)) for module, name in kernels]
     others = device.multiprocessors, device.amd, tune.tuned
     for module, name, kernel in before:
@@ -109,8 +112,8 @@ def record(
         settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
         forward, backward = (
-            (launch_between.forward, launch_between.backward)
-            if library
+            (launch_gates.forward, launch_gates.backward)
+            if gemm_path
             else (launch_forward.forward, launch_backward.backward)
         )
         y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
@@ -157,22 +160,22 @@ def _of_shrink(a, grid, e):
 
 def _of_expand(a, grid, e):
     M, O, R, N, parts = (a[n] for n in ("M", "O", "R", "N", "parts"))
-    tiles, shares = grid
-    passes = 1 if a["BLOCK_R"] >= R else -(-O // a["BLOCK_O"]) / shares
+    tiles, splits = grid
+    passes = 1 if a["BLOCK_R"] >= R else -(-O // a["BLOCK_O"]) / splits
     yield (
         parts * M * a["WIDTH"] * 4,
         0,
     )  # distinct; what programs read of it are u, and each column's own logit
     yield from ((O * R * e, tiles), ((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + N) * 4, 1))
     of_gates = parts * R if a["ROUTED"] else R
-    yield from _only_l2(shares * passes * M * (parts * R + of_gates) * 4)
+    yield from _only_l2(splits * passes * M * (parts * R + of_gates) * 4)
     if a["ROUTED"]:
         yield from _only_l2(parts * M * N * 4)
 
 
-def _of_through_y(a, grid, e):
+def _of_grad_output_pass(a, grid, e):
     M, O, R, N, parts, together = (a[n] for n in ("M", "O", "R", "N", "parts", "TOGETHER"))
-    blocks, ranges, o_blocks = -(-R // a["BLOCK_R"]), -(-M // a["share"]), -(-O // a["BLOCK_O"])
+    blocks, ranges, o_blocks = -(-R // a["BLOCK_R"]), -(-M // a["tokens_per_split"]), -(-O // a["BLOCK_O"])
     again = a["GROUP"] - 1  # times that a program goes through its part of t once more, reading and writing
     tiles, need_t, need_B = -(-M // a["ROWS"]), a["NEED_T"], a["NEED_B"]
     kinds = 1 if together else need_t + need_B  # whose programs run one after the other, and read dy each
@@ -185,7 +188,7 @@ def _of_through_y(a, grid, e):
     yield (ranges * O * R * 4 * need_B, 1)
 
 
-def _of_through_v(a, grid, e):
+def _of_gate_backward(a, grid, e):
     M, R, N, parts = (a[n] for n in ("M", "R", "N", "parts"))
     if a["HAS_DY"]:
         yield from ((parts * M * R * 4, 1), (M * R * 4, 1))  # t, u
@@ -195,9 +198,9 @@ def _of_through_v(a, grid, e):
     yield (grid[0] * N * 4 * a["NEED_b"], 1)
 
 
-def _of_through_x(a, grid, e):
+def _of_grad_input_pass(a, grid, e):
     M, K, R, N = (a[n] for n in "MKRN")
-    ranges, k_blocks, tiles = -(-M // a["share"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
+    ranges, k_blocks, tiles = -(-M // a["tokens_per_split"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
     A_blocks = -(-R // a["BLOCK_R"]) if a["NEED_A"] else 0
     W_blocks = -(-N // a["BLOCK_R"]) if a["NEED_W"] else 0
     by_dx, part = a["NEED_X"], a["parts"]
@@ -211,7 +214,7 @@ def _of_through_x(a, grid, e):
     yield from ((ranges * (R * a["NEED_A"] + N * a["NEED_W"]) * K * 4, 1),)
 
 
-def _of_add(a, grid, e):
+def _of_reduce_partials(a, grid, e):
     size_y, size_x, N = a["size_y"], a["size_x"], a["N"]
     bias = grid[0] - (size_y + size_x) // a["BLOCK"]  # whether dbr, float32, is wanted
     yield ((size_y * a["count_y"] + size_x * a["count_x"] + bias * N * a["count_b"]) * 4, 1)
@@ -227,8 +230,8 @@ _FORMULAS = {
     "fused": _of_fused,
     "shrink": _of_shrink,
     "expand": _of_expand,
-    "through_y": _of_through_y,
-    "through_v": _of_through_v,
-    "through_x": _of_through_x,
-    "add": _of_add,
+    "grad_output_pass": _of_grad_output_pass,
+    "gate_backward": _of_gate_backward,
+    "grad_input_pass": _of_grad_input_pass,
+    "reduce_partials": _of_reduce_partials,
 }

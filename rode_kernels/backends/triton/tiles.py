@@ -37,11 +37,11 @@ class Blocks:
 
 def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blocks:
     """What fits the registers. float32 products without tf32 run on no matrix unit, and hold a whole K of their operands."""
-    wide = element_size == 4
-    r = min(32 if wide else 64, max(16, triton.next_power_of_2(total_rank)))
+    fp32 = element_size == 4
+    r = min(32 if fp32 else 64, max(16, triton.next_power_of_2(total_rank)))
     n = max(16, triton.next_power_of_2(experts))
-    rows = 16 if tokens <= 16 or (wide and device.amd()) else 32 if wide else 64
-    if wide:
+    rows = 16 if tokens <= 16 or (fp32 and device.amd()) else 32 if fp32 else 64
+    if fp32:
         return Blocks(k=16, r=r, n=n, together=False, o=64, x=64, tokens=16, rows=rows)
     if device.amd():  # fewer registers for each warp
         return Blocks(
@@ -86,7 +86,7 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def share_out(size: int, block: int, parts: int) -> tuple[int, int]:
-    """(parts, size of one) where `size` is shared out among at most so many, in whole blocks, none without work."""
-    share = divide_up(divide_up(size, block), max(1, parts)) * block
-    return divide_up(size, share), share
+def split_evenly(size: int, block: int, parts: int) -> tuple[int, int]:
+    """(parts, size of one) where `size` is split into at most so many, in whole blocks, none without work."""
+    per_part = divide_up(divide_up(size, block), max(1, parts)) * block
+    return divide_up(size, per_part), per_part

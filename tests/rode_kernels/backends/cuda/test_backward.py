@@ -30,7 +30,7 @@ NAMES = ["x", "A", "B", "router_weight", "router_bias"]
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
     yield
-    machine.seed, machine.multiprocessors, machine.backward_plan, machine.library = 0, 2, None, None
+    machine.seed, machine.multiprocessors, machine.backward_plan, machine.gemm_path = 0, 2, None, None
 
 
 def sweep(
@@ -40,7 +40,7 @@ def sweep(
     p = random_problem((M,), K=K, O=O, dtype=dtype, seed=seed, **rest)
     if dropout:
         p = with_dropout(p, dropout_keep(torch.tensor([7]), 0.3, M, K), 0.3, 7)
-    machine.library = False
+    machine.gemm_path = False
     for machine.seed, many in ((seed, False), (seed + 1, True)):
         machine.backward_plan = None
         if many:

@@ -37,7 +37,7 @@ SEEDS = range(5)
 @pytest.fixture(autouse=True)
 def as_found() -> Iterator[None]:
     yield
-    machine.seed, machine.plan, machine.multiprocessors, machine.library = 0, None, 2, None
+    machine.seed, machine.plan, machine.multiprocessors, machine.gemm_path = 0, None, 2, None
 
 
 def run(p: Problem, **kwargs) -> torch.Tensor:

@@ -17,7 +17,7 @@ from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
 from rode_kernels.backends.gpu import cost
-from rode_kernels.backends.gpu.planner import by_library
+from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
@@ -34,10 +34,10 @@ NAMES = ["x", "A", "B", "router_weight", "router_bias"]
 
 @pytest.fixture(autouse=True)
 def forced() -> Iterator[None]:
-    machine.library = triton.by_library_always = True
+    machine.gemm_path = triton.prefer_gemm_always = True
     yield
-    machine.library, machine.seed, machine.multiprocessors = None, 0, 2
-    triton.by_library_always = None
+    machine.gemm_path, machine.seed, machine.multiprocessors = None, 0, 2
+    triton.prefer_gemm_always = None
 
 
 @pytest.fixture(params=ON_GPUS)
@@ -192,7 +192,7 @@ def test_the_kernels_between_move_what_the_formulas_say(ranks, router):
         p.gates.abs_().add_(0.1)
     of = ProblemShape(M, K, O, R, N, 2, routed=router)
     operation(p, backend="cuda-emulated")
-    want = [step for step in cost.library(of, backward=True).steps if step.operations == 0.0]
+    want = [step for step in cost.gemm_path(of, backward=True).steps if step.operations == 0.0]
     assert len(want) == len(emulator.launches())
     counted = sum(d["bytes"] for d in emulator.all_traffic())
     assert counted == pytest.approx(sum(step.l2 for step in want), rel=0.03)
@@ -223,7 +223,7 @@ def test_gates_that_may_reopen_get_their_gradient_where_they_are_closed(backend)
     ],
 )
 def test_which_calls_go_by_the_library(call, forward, backward):
-    assert (by_library(call), by_library(call, backward=True)) == (forward, backward)
+    assert (prefer_gemm(call), prefer_gemm(call, backward=True)) == (forward, backward)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_which_calls_go_by_the_library(call, forward, backward):
     ],
 )
 def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
-    assert (by_library(call, triton=True), by_library(call, backward=True, triton=True)) == (
+    assert (prefer_gemm(call, triton=True), prefer_gemm(call, backward=True, triton=True)) == (
         forward,
         backward,
     )
@@ -248,37 +248,35 @@ def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
 
 @pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
 def test_a_capture_of_kernels_that_have_not_run_says_what_to_do(monkeypatch):
-    from rode_kernels.backends.triton import device
-    from rode_kernels.backends.triton import gate_kernels as between_kernels
+    from rode_kernels.backends.triton import device, gate_kernels
 
     class Refusing:
         def __getitem__(self, grid):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(device, "capturing", lambda x: True)
-    monkeypatch.setattr(between_kernels, "weigh", Refusing())
-    with pytest.raises(RuntimeError, match=r"'weigh' could not be captured.*run the call once before"):
+    monkeypatch.setattr(gate_kernels, "apply_gates", Refusing())
+    with pytest.raises(RuntimeError, match=r"'apply_gates' could not be captured.*run the call once before"):
         operation(random_problem((9,), ranks=(40, 40), dtype=torch.half), backend="triton")
 
 
 @pytest.mark.skipif(not (triton.status()[0] and triton.interpreted()), reason="needs TRITON_INTERPRET=1")
 def test_the_choice_reaches_triton(monkeypatch):
-    from rode_kernels.backends.triton import launch_forward
-    from rode_kernels.backends.triton import launch_gates as launch_between
+    from rode_kernels.backends.triton import launch_forward, launch_gates
 
     seen = []
-    for module in (launch_between, launch_forward):
+    for module in (launch_gates, launch_forward):
         run, name = module.forward, module.__name__
         monkeypatch.setattr(module, "forward", lambda *a, run=run, name=name: (seen.append(name), run(*a))[1])
-    triton.by_library_always = None
+    triton.prefer_gemm_always = None
     for tokens, dropout_p in ((65, 0.0), (64, 0.0), (65, 0.1)):
         p = random_problem((tokens,), K=16, O=24, ranks=(40, 40), dtype=torch.half)
         gradients(p, backend="triton", dropout_p=dropout_p, seed=1)
-    assert [name.split(".")[-1] for name in seen] == ["launch_between", "launch_forward", "launch_forward"]
+    assert [name.split(".")[-1] for name in seen] == ["launch_gates", "launch_forward", "launch_forward"]
 
 
 def test_the_choice_reaches_the_kernels():
-    machine.library = None
+    machine.gemm_path = None
     p = random_problem((65,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
     check(p, backend="cuda-emulated")
     assert "backward_weigh" in kernels()
@@ -301,7 +299,7 @@ class OnTheEmulator:
 @pytest.mark.parametrize("leading", [(1,), (2, 3)], ids=str)
 def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, library, inplace, leading):
     """What the shortcut keeps of a call, for a device; x, base and dy are not flat."""
-    machine.library = library
+    machine.gemm_path = library
     monkeypatch.setattr(cuda, "_passes", OnTheEmulator())
     monkeypatch.setattr(cuda, "_on_stream", lambda run, device, *args: run(*args, 0))
     monkeypatch.setattr(cuda, "refuses", lambda *args: "")

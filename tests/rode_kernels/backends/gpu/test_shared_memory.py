@@ -39,7 +39,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 def as_found() -> Iterator[None]:
     yield
     machine.seed, machine.architecture, machine.multiprocessors = 0, 86, 2
-    machine.plan = machine.backward_plan = machine.library = None
+    machine.plan = machine.backward_plan = machine.gemm_path = None
 
 
 def launches(p: Problem, dropout_p: float, backward: bool = False) -> list[dict]:
@@ -79,7 +79,7 @@ def test_bytes_of_one_launch_by_hand(experts, size):
 @pytest.mark.parametrize(("ranks", "M"), [((2, 4, 8, 16), 70), ((1,) * 29, 16), ((9,) * 20, 17)])
 def test_a_plan_asks_for_what_its_launches_ask_for(size, router, ranks, M):
     p = random_problem((M,), K=72, O=136, ranks=ranks, dtype=DTYPES[size], router=router)
-    machine.architecture, machine.library = 90, False  # which gives enough for all
+    machine.architecture, machine.gemm_path = 90, False  # which gives enough for all
     call = ProblemShape(M, 72, 136, sum(ranks), len(ranks), size, routed=router)
     plans = set(variants_forward(call, 8, machine.memory))
     plans |= {replace(plan, keep_v=False) for plan in plans}

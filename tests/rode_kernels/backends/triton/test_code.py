@@ -57,8 +57,16 @@ def check_code(kind: str, targets: tuple[str, ...]) -> None:
             assert report["matrix"] >= report["narrow_dots"], where
         else:
             assert report["narrow_dots"] == 0, where
-    everything = {"fused", "shrink", "expand", "through_y", "through_v", "through_x", "add"}
-    everything |= {"weigh", "weigh_back"}
+    everything = {
+        "fused",
+        "shrink",
+        "expand",
+        "grad_output_pass",
+        "gate_backward",
+        "grad_input_pass",
+        "reduce_partials",
+    }
+    everything |= {"apply_gates", "apply_gates_backward"}
     assert kernels == dict.fromkeys(targets, everything)
 
 
@@ -80,7 +88,13 @@ def test_code_for_every_gpu(kind):
 def test_code_of_every_configuration(kind):
     """What tuning may choose compiles and fits everywhere; a few spills are weighed by its measurement."""
     reports = compiled(["tests/support/triton_code.py", kind, "choices", *TARGETS])
-    assert {r["kernel"] for r in reports} >= {"fused", "shrink", "expand", "through_y", "through_x"}
+    assert {r["kernel"] for r in reports} >= {
+        "fused",
+        "shrink",
+        "expand",
+        "grad_output_pass",
+        "grad_input_pass",
+    }
     for report in reports:
         assert report["spills"] <= 16, report
         assert report["shared"] <= SHARED_KIB[report["target"]] * 1024, report
