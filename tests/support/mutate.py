@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = {
-    "backward": ("backward_params.cuh", "backward_y.cuh", "backward_v.cuh", "backward_x.cuh"),
+    "backward": ("backward_params.cuh", "grad_output_pass.cuh", "gate_backward.cuh", "grad_input_pass.cuh"),
     "forward": ("shrink.cuh", "expand.cuh", "forward.cuh"),
 }
 TESTS = {

@@ -163,12 +163,12 @@ def forward(c: ProblemShape, plan: Plan) -> Cost:
 
 
 def resident_y(many_columns: bool, element_size: int) -> int:
-    """Blocks of backward_y that a multiprocessor's registers suffice for (`SlabShape`)."""
+    """Blocks of grad_output_pass that a multiprocessor's registers suffice for (`OTileShape`)."""
     return 1 if many_columns or element_size == 4 else 2
 
 
 def resident_x(groups: int) -> int:
-    """Of backward_x, by the groups of columns that a block has (`ColumnShape`)."""
+    """The same for grad_input_pass, by the groups of columns that a block has (`ColumnShape`)."""
     return 3 if groups == 3 else 2
 
 
@@ -223,7 +223,7 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     return Cost((y, v, x, add))
 
 
-# ---- PyTorch's products and csrc/cuda/between.cuh
+# ---- PyTorch's products and csrc/cuda/gates.cuh
 
 
 def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:

@@ -140,13 +140,13 @@ def test_gradients_that_are_asked_for_alone_have_the_same_bits_and_cost_no_other
     assert all(torch.equal(some[n], everything[n]) for n in wanted)
     kernels = [launch["kernel"] for launch in emulator.launches()]
     if wanted == ["B"]:
-        assert kernels == ["backward_y", "backward_add"]
+        assert kernels == ["grad_output_pass", "reduce_partials"]
     elif wanted == ["router_bias"]:
-        assert kernels == ["backward_y", "backward_v", "backward_add"]
+        assert kernels == ["grad_output_pass", "gate_backward", "reduce_partials"]
     elif wanted == ["x"]:
-        assert kernels == ["backward_y", "backward_v", "backward_x"]
+        assert kernels == ["grad_output_pass", "gate_backward", "grad_input_pass"]
     else:
-        assert kernels == ["backward_y", "backward_v", "backward_x", "backward_add"]
+        assert kernels == ["grad_output_pass", "gate_backward", "grad_input_pass", "reduce_partials"]
     if not {"A", "router_weight"} & set(wanted):
         assert loads(p.x) == 0
     if wanted == ["B"]:
@@ -236,7 +236,7 @@ def test_launches():
         call(random_problem(**{"K": 128, "O": 128, "dtype": torch.bfloat16, **problem}))
         return [launch["kernel"] for launch in emulator.launches()]
 
-    four = ["backward_y", "backward_v", "backward_x", "backward_add"]
+    four = ["grad_output_pass", "gate_backward", "grad_input_pass", "reduce_partials"]
     assert kernels(tokens=(128,)) == kernels(tokens=(1,)) == kernels(tokens=(64,), ranks=(128,)) == four
     assert kernels(tokens=(128,), parameter_dtype=torch.float32) == ["pack_parameters", *four]
     assert kernels(tokens=(0,)) == []

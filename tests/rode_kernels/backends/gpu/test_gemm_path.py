@@ -158,26 +158,26 @@ def test_what_it_launches():
     """A library's products are no launches of the emulator's. Without a router, and in widths that it likes, nothing is packed."""
     p = random_problem((20,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
     check(p, backend="cuda-emulated")
-    assert kernels() == ["pack_parameters", "backward_weigh"]
+    assert kernels() == ["pack_parameters", "apply_gates_backward"]
     gated = random_problem((20,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16, router=False)
     check(gated, backend="cuda-emulated")
-    assert kernels() == ["backward_weigh"]
+    assert kernels() == ["apply_gates_backward"]
 
 
 def test_dropout_and_strides_that_a_library_would_copy_go_by_the_kernels():
     p = random_problem((20,), K=16, O=24, ranks=(40, 40))
     gradients(p, dropout_p=0.5, seed=1)
-    assert "backward_y" in kernels()
+    assert "grad_output_pass" in kernels()
     for dy in (p.dy.t().contiguous().t(), p.dy[:1].expand(20, 24), p.dy[:, :1].expand(20, 24)):
         found = gradients(p, dy=dy)
-        assert "backward_y" in kernels()
+        assert "grad_output_pass" in kernels()
         want = gradients(p, dy=dy.contiguous())
-        assert "backward_weigh" in kernels()
+        assert "apply_gates_backward" in kernels()
         for n in NAMES:
             torch.testing.assert_close(found[n], want[n], rtol=1e-4, atol=1e-4)
     sliced = torch.cat([p.dy, p.dy], 1)[:, 3:27]
     gradients(p, dy=sliced)
-    assert "backward_weigh" in kernels()
+    assert "apply_gates_backward" in kernels()
 
 
 @pytest.mark.parametrize("router", [True, False], ids=["routed", "gated"])
@@ -279,9 +279,9 @@ def test_the_choice_reaches_the_kernels():
     machine.gemm_path = None
     p = random_problem((65,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
     check(p, backend="cuda-emulated")
-    assert "backward_weigh" in kernels()
+    assert "apply_gates_backward" in kernels()
     check(random_problem((64,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16), backend="cuda-emulated")
-    assert "backward_y" in kernels()
+    assert "grad_output_pass" in kernels()
 
 
 class OnTheEmulator:

@@ -89,7 +89,7 @@ def test_a_plan_asks_for_what_its_launches_ask_for(size, router, ranks, M):
             assert machine.memory.asked(of, machine.plan) == most(launches(p, dropout_p)), machine.plan
         for machine.backward_plan in variants_backward(call, 2)[:2]:
             found = launches(p, dropout_p, backward=True)
-            assert found[0]["kernel"] == "backward_y"
+            assert found[0]["kernel"] == "grad_output_pass"
             assert machine.memory.asked(of, machine.backward_plan) == most(found), machine.backward_plan
 
 
