@@ -119,7 +119,7 @@ class BackwardPlan:
             raise ValueError(f"{self}: a block holds at most {most} columns of y")
 
 
-# Limits of what blocks of grad_output_pass and grad_input_pass hold (`OTileShape`, `ColumnShape`): columns of O by (wide, element size), and the most
-# tokens of a range, of which a block notes in shared memory which ones are open.
+# Limits of the blocks of grad_output_pass (`OTileShape`) and grad_input_pass (`ColumnShape`): columns of O by (64 packed columns,
+# element size), and tokens of a range, of which a block notes in shared memory which ones are open.
 SLABS = {(False, 2): 384, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536
