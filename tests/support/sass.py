@@ -54,7 +54,7 @@ class Kernel:
 
 def _short(mangled: str) -> str:
     """forward_fused 4 1, from a mangled name; " any" after it where rows need not be aligned (the last of its flags is false)."""
-    name = re.search(r"(forward_[a-z]+|backward_[a-z]+|pack_parameters)", mangled).group(1)
+    name = re.search(r"gpu\d+([a-z_]+)I", mangled).group(1)
     passes = [("one", "kept", "again")[int(i)] for i in re.findall(r"PassesE(\d)E", mangled)]
     flags = re.findall(r"Lb([01])E", mangled)
     return " ".join(
