@@ -17,7 +17,7 @@ V_TOKENS = 16  # of a program of `gate_backward`
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`; at most three launches and one that adds ranges of tokens."""
+    """The backward pass, see `reference.backward`: at most three launches and one that adds ranges of tokens."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     mixture, dropout_p, dense = settings
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
