@@ -112,7 +112,7 @@ def call(
     return_gates: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor] | None:
-    """What `rectified_mixture` returns, or None where the call has to take the long way.
+    """The result of `rectified_mixture`, or None where the call has to take the long way.
 
     Args:
         function: records a call: takes the operands and a `Call`.

@@ -59,6 +59,9 @@ class BackwardOperands(NamedTuple):
     seed: Tensor | None
 
 
+AnyOperands = ForwardOperands | BackwardOperands  # both have x, A, B and router_weight
+
+
 class Gradients(NamedTuple):
     """Gradients of a call. None: not wanted. `needs`, which says what is wanted, is a tuple of six bools in this order.
 
@@ -76,7 +79,7 @@ class Gradients(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What decides a call besides its tensors.
+    """Everything but tensors that decides a call.
 
     Attributes:
         dropout_p: probability with which elements of the experts' input are dropped.

@@ -13,7 +13,7 @@ import torch  # before the native module: both then share torch's OpenMP runtime
 from torch import Tensor
 
 from rode_kernels.backends.reference import accumulation_dtype
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
 
 try:
     import rode_kernels._native as _native
@@ -79,8 +79,8 @@ def _parameter(t: Tensor | None, x_dtype: torch.dtype) -> tuple[int, int, bool]:
     return (0, 0, False) if t is None else (*t.stride(), t.dtype != x_dtype)
 
 
-def _key(operands: ForwardOperands | BackwardOperands, settings: Settings) -> tuple:
-    """What a native pass is made for, besides the strides of activations."""
+def _key(operands: AnyOperands, settings: Settings) -> tuple:
+    """Key of a native pass: all that it is made for, except the strides of activations."""
     x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
     return (x.dtype, x.shape, B.shape[0], settings, *(_parameter(t, x.dtype) for t in (A, B, router_weight)))
 
@@ -165,7 +165,7 @@ def prepare(
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; closed experts are skipped."""
+    """The forward pass, see `reference.forward`; closed experts are skipped."""
     x, A, B, router_weight, router_bias, gates, base, seed = operands
     if gates is not None:
         gates = gates.contiguous()
@@ -231,7 +231,7 @@ def _run_backward(
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`; closed experts are skipped."""
+    """The backward pass, see `reference.backward`; closed experts are skipped."""
     dy, x = operands.dy, operands.x
     run = _native_backward(_key(operands, settings), None if dy is None else dy.stride(), x.stride())
     return _run_backward(run, x.shape, operands, needs)

@@ -59,7 +59,7 @@ def philox(counter: Tensor, key: tuple[int, int]) -> list[Tensor]:
 
 
 def dropout_keep(seed: Tensor, dropout_p: float, rows: int, columns: int, first_row: int = 0) -> Tensor:
-    """Which elements dropout keeps: bool (rows, columns), the same bits on every backend.
+    """The elements that dropout keeps: bool (rows, columns), the same bits on every backend.
 
     Element e = m K + k uses word e & 3 of the counter e >> 2 and stays where the word is at least floor(p 2^32).
     """

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why the others do not.
+"""The choice of a call's backend, and the reasons against the others.
 
 Every backend is a module with these functions:
 
@@ -54,7 +54,7 @@ class BackendStatus:
 
 
 def backends() -> dict[str, BackendStatus]:
-    """What is available in this process, by name, and why the rest is not."""
+    """Backends by name: whether each is available in this process, and why not."""
     rows = {}
     for name, (module, devices) in _BACKENDS.items():
         available, why = module.status()

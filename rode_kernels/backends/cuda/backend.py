@@ -127,7 +127,7 @@ class Passes:
     def forward(
         self, operands: ForwardOperands, settings: Settings, inplace: bool, device: int, stream: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `reference.forward`."""
+        """The forward pass, see `reference.forward`."""
         x, A, B, router_weight, router_bias, gates, base, seed = operands
         x = with_neighbouring_columns(x)
         into = base if inplace else None
@@ -151,7 +151,7 @@ class Passes:
         device: int,
         stream: int,
     ) -> Gradients:
-        """As `reference.backward`."""
+        """The backward pass, see `reference.backward`."""
         dy, dgates, x, u, g, A, B, router_weight, seed = operands
         if x.shape[0] == 0 or not any(needs):
             return no_gradients(operands, needs)
@@ -186,13 +186,13 @@ def _on_stream(run: Callable, device: int, *args):
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; closed experts are skipped by tile."""
+    """The forward pass, see `reference.forward`; closed experts are skipped by tile."""
     device = operands.x.device.index
     return _on_stream(_passes.forward, device, operands, settings, inplace, device)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`; closed experts are skipped by tile."""
+    """The backward pass, see `reference.backward`; closed experts are skipped by tile."""
     device = operands.x.device.index
     return _on_stream(_passes.backward, device, operands, settings, needs, device)
 
@@ -200,7 +200,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
 ) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]] | None:
-    """As `cpu.prepare`; None where some operands must be copied first."""
+    """A prepared forward pass, see `cpu.prepare`; None where some operands must be copied first."""
     x, A, B, router_weight, _, _, base, _ = operands
     if refuses(x, B.shape[0], settings.mixture) or not all(t.is_contiguous() for t in (A, B, router_weight)):
         return None
@@ -212,7 +212,8 @@ def prepare(
     run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
 
     def prepared(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        y = operands[6] if inplace else operands[0].new_empty(shape)
+        operands = ForwardOperands._make(operands)
+        y = operands.base if inplace else operands.x.new_empty(shape)
         return y, *_on_stream(run, device, operands, y)
 
     return prepared
@@ -221,7 +222,7 @@ def prepare(
 def prepare_backward(
     operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]
 ) -> Callable[[BackwardOperands, tuple[bool, ...]], Gradients]:
-    """As `cpu.prepare_backward`."""
+    """A prepared backward pass, see `cpu.prepare_backward`."""
     device, layout = operands.x.device.index, Layout.of(operands, settings)
     ld_x, ld_dy = _distance(operands.x), (operands.B.shape[0], 1)
     runs: dict[tuple[bool, ...], Callable] = {}  # by needs

@@ -31,7 +31,7 @@ def status() -> tuple[bool, str]:
 
 @dataclass
 class Machine:
-    """What the emulator pretends to be.
+    """The device that the emulator imitates.
 
     Attributes:
         seed: decides the order of blocks, warps and lanes.
@@ -82,13 +82,13 @@ _passes = _EmulatedPasses(_EmulatedKernels(native))
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`. Counts and what is known about memory begin anew with each call."""
+    """The forward pass, see `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed, machine.architecture)
     return _passes.forward(operands, settings, inplace, 0, 0)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`; as `forward` above."""
+    """The backward pass, see `reference.backward`. Counts begin anew here too."""
     native.reset(machine.seed, machine.architecture)
     return _passes.backward(operands, settings, needs, 0, 0)
 

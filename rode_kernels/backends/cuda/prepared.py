@@ -8,7 +8,7 @@ two, with matrix products by PyTorch.
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from rode_kernels.backends.gpu.gemm_path import widths
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, column_tiles, divide_up
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients
 
 _DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -36,24 +36,8 @@ class Kernels:
 
     def __init__(self, native: ModuleType | None):
         self.native = native
-        self.forward = lru_cache(maxsize=4096)(self._forward)
-        self.backward = lru_cache(maxsize=4096)(self._backward)
-
-    def _forward(
-        self, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
-    ) -> PreparedForward:
-        return PreparedForward(self, layout, plan, device, ld_x, ld_base, ld_y)
-
-    def _backward(
-        self,
-        layout: Layout,
-        plan: BackwardPlan,
-        device: int,
-        ld_x: int,
-        ld_dy: tuple[int, int],
-        needs: tuple[bool, ...],
-    ) -> PreparedBackward:
-        return PreparedBackward(self, layout, plan, device, ld_x, ld_dy, needs)
+        self.forward = lru_cache(maxsize=4096)(partial(PreparedForward, self))
+        self.backward = lru_cache(maxsize=4096)(partial(PreparedBackward, self))
 
     def problem(self, layout: Layout) -> dict[str, Any]:
         """The arguments of native objects that every pass has."""
@@ -100,10 +84,9 @@ class Packing:
             device=device,
         )
 
-    def __call__(
-        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, operands: AnyOperands, stream: int) -> tuple[Tensor, Tensor]:
         """W and B; B itself if it is not packed. A, B and router_weight are contiguous."""
+        x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
         empty = self.kernels.empty
         W = empty(*self.shape_W, like=x)
         packed_B = empty(*self.shape_B, like=x) if self.with_B else None
@@ -127,13 +110,12 @@ class Parameters:
             self.pack = Packing(kernels, layout, device, rows, self.pitch_K, self.pitch_R, True)
         self.router_at = R * self.pitch_K * layout.dtype.itemsize
 
-    def __call__(
-        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
-    ) -> tuple[Tensor, int, Tensor]:
+    def __call__(self, operands: AnyOperands, stream: int) -> tuple[Tensor, int, Tensor]:
         """A, the address of the router's weights (0: none), and B, to be kept until the kernels are launched."""
+        router_weight = operands.router_weight
         if self.pack is None:
-            return A, address(router_weight), B
-        W, B = self.pack(x, A, B, router_weight, stream)
+            return operands.A, address(router_weight), operands.B
+        W, B = self.pack(operands, stream)
         return W, 0 if router_weight is None else W.data_ptr() + self.router_at, B
 
 
@@ -176,14 +158,14 @@ class PreparedForward:
     def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g. Parameters, the bias (float32) and gates are contiguous; x, base and y may have any leading
         dimensions."""
-        x, A, B, router_weight, router_bias, gates, base, seed = operands
+        x, _, _, _, router_bias, gates, base, seed = operands
         empty, floats = self.kernels.empty, torch.float32
         u = empty(self.tokens, self.R, like=x, dtype=floats)
         g = empty(self.tokens, self.N, like=x, dtype=floats) if gates is None else gates
         if self.tokens == 0:
             return u, g
         partial = None if self.partial is None else empty(*self.partial, like=x, dtype=floats)
-        A, router, B = self.parameters(x, A, B, router_weight, stream)
+        A, router, B = self.parameters(operands, stream)
         self.run(
             x.data_ptr(),
             address(base),
@@ -271,7 +253,7 @@ class PreparedBackward:
         dh = empty(M, N, like=g) if self.need_v else None
         if need_B and dy is None:
             dB.zero_()
-        A, router, B = self.parameters(x, A, B, router_weight, stream)
+        A, router, B = self.parameters(operands, stream)
         scratch = empty(self.scratch_bytes, like=x, dtype=torch.uint8)
         start, offsets = scratch.data_ptr(), self.offsets
 
@@ -327,12 +309,10 @@ class GateKernel:
             device=device,
         )
 
-    def parameters(
-        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
-    ) -> tuple[Tensor, Tensor]:
+    def parameters(self, operands: AnyOperands, stream: int) -> tuple[Tensor, Tensor]:
         if self.pack is None:
-            return A, B
-        W, B = self.pack(x, A, B, router_weight, stream)
+            return operands.A, operands.B
+        W, B = self.pack(operands, stream)
         return W if W.shape[1] == self.in_features else W[:, : self.in_features], B
 
     def forward(self, sums, bias, gates, u, g, v, stream) -> None:

@@ -1,4 +1,4 @@
-"""What a call must move on a GPU, by formulas from its shapes, and the least time that takes on a device.
+"""Bytes that a call must move on a GPU, by formulas from its shapes, and the least time that this takes on a device.
 
 Two counts, kept apart: DRAM, each tensor's distinct bytes once a launch, and L2, all that threads load or store. Tests hold the
 formulas of the CUDA kernels to what the emulator counts, within 3 %; those of Triton follow from its grids and blocks. A floor is a
@@ -21,7 +21,7 @@ STAGE = {2: 0.35e-6, 4: 0.9e-6}
 
 @dataclass(frozen=True)
 class Device:
-    """What a floor follows from. Bandwidths in bytes a second; `launch` in seconds, what one more launch in a stream costs.
+    """A device's speeds, from which floors follow. Bandwidths are in bytes a second; `launch`: seconds for one more launch.
 
     Attributes:
         l2: bandwidth of the L2 cache, a rough figure: makers do not publish it.
@@ -119,7 +119,7 @@ def fewest(c: ProblemShape, backward: bool = False) -> float:
 
 
 def forward(c: ProblemShape, plan: Plan) -> Cost:
-    """By the kernels that a plan names."""
+    """Cost of the forward kernels under a plan."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
     e, part, tiles = c.element_size, c.open_share, divide_up(c.tokens, plan.rows)
     weights, of_y = (R + N) * K * e, M * O * e * (1 + c.base) * (part if c.in_place else 1.0)
@@ -173,7 +173,7 @@ def resident_x(groups: int) -> int:
 
 
 def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
-    """By the kernels that a plan names; every gradient is asked for."""
+    """Cost of the backward kernels under a plan, with every gradient wanted."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
     e, part, tiles = c.element_size, c.open_share, divide_up(c.total_rank, 8)
     splits_y, splits_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)

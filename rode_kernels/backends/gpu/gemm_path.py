@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,9 +52,7 @@ class GateKernel(Protocol):
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
 
-    def parameters(
-        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
-    ) -> tuple[Tensor, Tensor]:
+    def parameters(self, operands: AnyOperands, stream: int) -> tuple[Tensor, Tensor]:
         """In x's dtype: W (columns, K), which is A above the router's weights above zeros, and B (O, pitch), zeros at the end."""
 
     def forward(
@@ -94,14 +92,14 @@ class GemmForward:
 
     def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g."""
-        x, A, B, router_weight, router_bias, gates, base, _ = operands
+        x, _, _, _, router_bias, gates, base, _ = operands
         M, floats = self.tokens, torch.float32
         empty = self.gate_kernel.empty
         u = empty(M, self.R, like=x, dtype=floats)
         g = empty(M, self.N, like=x, dtype=floats) if gates is None else gates
         if M == 0:
             return u, g
-        W, B = self.gate_kernel.parameters(x, A, B, router_weight, stream)
+        W, B = self.gate_kernel.parameters(operands, stream)
         sums = product(_rows(x), W.t())
         v = empty(M, self.pitch, like=x)
         self.gate_kernel.forward(sums, router_bias, gates, u, g, v, stream)
@@ -127,7 +125,7 @@ class GemmBackward:
         sums_x = need_A or need_router
         need_v = need_x or sums_x or need_bias or need_gates
         if need_v:  # dB alone needs no parameters
-            W, packed_B = self.gate_kernel.parameters(x, A, B, router_weight, stream)
+            W, packed_B = self.gate_kernel.parameters(operands, stream)
         rows, dy = _rows(x), None if dy is None else _rows(dy)
         t = product(dy, packed_B) if need_v and dy is not None else None
         v = empty(M, self.pitch, like=x) if need_B and dy is not None else None

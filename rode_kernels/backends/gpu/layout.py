@@ -1,4 +1,4 @@
-"""What the GPU backends have in common: their limits, how they take tensors, and what a pass is decided for."""
+"""Common parts of the GPU backends: their limits, the strides they take, and the layout that a pass is prepared for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.plans import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS, ProblemShape
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, Gradients, Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Layout(NamedTuple):
-    """What a pass is decided for, but for the kernels that do it.
+    """The shapes, dtypes and settings that a pass is prepared for.
 
     Attributes:
         tokens, in_features, out_features: M, K, O.
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     dense: bool
 
     @staticmethod
-    def of(operands: ForwardOperands | BackwardOperands, settings: Settings) -> Layout:
+    def of(operands: AnyOperands, settings: Settings) -> Layout:
         x, router_weight, B = operands.x, operands.router_weight, operands.B
         params_fp32 = tuple(t is not None and t.dtype != x.dtype for t in (operands.A, router_weight, B))
         *leading, in_features = x.shape
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
     @property
     def problem_shape(self) -> ProblemShape:
-        """What plans are made from, but for the device. Not whether base is there or y in place: the bits may not depend on it."""
+        """The shapes that plans are made from. They leave out base and in-place writes, on which the bits may not depend."""
         sizes = (self.tokens, self.in_features, self.out_features)
         experts = (self.mixture.total_rank, self.mixture.num_experts)
         return ProblemShape(
@@ -83,7 +83,7 @@ def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
 
 
 def with_neighbouring_columns(t: Tensor) -> Tensor:
-    """As the kernels take a matrix: columns 1 apart, rows at most 2^31 - 1."""
+    """The matrix with column stride 1 and a row stride below 2^31, as the kernels need it: itself or a copy."""
     return t if (t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31 else t.contiguous()
 
 

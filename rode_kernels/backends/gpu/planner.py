@@ -1,4 +1,4 @@
-"""Which kernels a call runs on, from its shapes alone: gate values act on the device, as early exits.
+"""The choice of kernels for a call, from its shapes alone: gate values act on the device, as early exits.
 
 Variants are compared by what they move and by how many blocks move it (`rode_kernels.backends.gpu.cost`).
 `python -m rode_kernels plan` explains a choice.
@@ -42,7 +42,7 @@ _AnyPlan = TypeVar("_AnyPlan", Plan, BackwardPlan)
 
 
 def _that_fit(plans: list[_AnyPlan], call: ProblemShape, memory: SharedMemory | None) -> list[_AnyPlan]:
-    """Those whose launches a device has shared memory for; all of them where `memory` is None."""
+    """The plans whose launches fit a device's shared memory; all of them where `memory` is None."""
     found = plans if memory is None else [plan for plan in plans if memory.fits(call, plan)]
     if not found:
         least = min(memory.asked(call, plan) for plan in plans)

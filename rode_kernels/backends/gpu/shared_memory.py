@@ -15,7 +15,7 @@ _DTYPE_OF_SIZE = {4: 1, 2: 3}  # as in csrc/problem.h; float16 takes what bfloat
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """What the plans of a device have to fit.
+    """The limit that a device's plans have to fit.
 
     Attributes:
         native: `_cuda` or `_cuda_emulated`: the kernels that are asked.

@@ -15,7 +15,7 @@ from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 
@@ -59,7 +59,7 @@ def status() -> tuple[bool, str]:
 prefer_gemm_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
 
 
-def _prefer_gemm(operands: ForwardOperands | BackwardOperands, settings: Settings, backward: bool) -> bool:
+def _prefer_gemm(operands: AnyOperands, settings: Settings, backward: bool) -> bool:
     """Whether the gemm path runs a call. It has no dropout: it would need a copy of x."""
     if settings.dropout_p > 0.0 or prefer_gemm_always is not None:
         return bool(prefer_gemm_always) and settings.dropout_p == 0.0
@@ -67,7 +67,7 @@ def _prefer_gemm(operands: ForwardOperands | BackwardOperands, settings: Setting
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`."""
+    """The forward pass, see `reference.forward`."""
     from rode_kernels.backends.triton import launch_forward, launch_gates
 
     launch = launch_gates if _prefer_gemm(operands, settings, False) else launch_forward
@@ -76,7 +76,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`."""
+    """The backward pass, see `reference.backward`."""
     from rode_kernels.backends.triton import launch_backward, launch_gates
 
     dy = operands.dy

@@ -1,4 +1,4 @@
-"""What every Triton kernel uses: which expert a column belongs to, dropout's bits, products.
+"""Functions that every Triton kernel uses: the expert of a column, dropout's bits, products.
 
 All kernels see packed columns: expert i owns columns OFFSETS[i] .. OFFSETS[i + 1] of A's rows, B's columns, u and v, whatever its
 rank. Column blocks have 16 columns at least, so that a product's K is what a GPU's matrix instructions take.
@@ -23,7 +23,7 @@ def experts_of(column, OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.const
 
 @triton.jit
 def keep(seed, threshold, row, first, K, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which elements (row, first .. first + BLOCK_K) of x dropout keeps. Philox4x32-10: element e = row K + k uses word e & 3 of
+    """The elements (row, first .. first + BLOCK_K) of x dropout keeps. Philox4x32-10: element e = row K + k uses word e & 3 of
     counter e >> 2; it stays where that is at least the threshold. ALIGNED: K is a multiple of 4, and so is `first`."""
     if ALIGNED:
         quarter = tl.arange(0, BLOCK_K // 4)

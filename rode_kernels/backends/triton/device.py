@@ -1,4 +1,4 @@
-"""What the Triton kernels' host side asks of the device that tensors are on."""
+"""Properties of the device that tensors are on, for the host side of the Triton kernels."""
 
 from __future__ import annotations
 

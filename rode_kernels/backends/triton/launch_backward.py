@@ -17,7 +17,7 @@ V_TOKENS = 16  # of a program of `gate_backward`
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`; at most three launches and one that adds ranges of tokens."""
+    """The backward pass, see `reference.backward`: at most three launches and one that adds ranges of tokens."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     mixture, dropout_p, dense = settings
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
@@ -52,8 +52,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     group = 4 if size.together and most >= MANY_TOKENS and o_blocks >= 8 else 1
     o_blocks = divide_up(o_blocks, group)
     # about one program a multiprocessor
-    count_y, tokens_per_split_y = split_evenly(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
-    count_x, tokens_per_split_x = split_evenly(
+    count_y, per_split_y = split_evenly(M, size.tokens, _ranges(fills, o_blocks * R_blocks))
+    count_x, per_split_x = split_evenly(
         M, size.tokens, _ranges(fills, k_blocks * max(1, A_blocks + W_blocks))
     )
     dB_partial = x.new_empty(count_y, size_y, dtype=torch.float32)
@@ -75,9 +75,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
             **static(x, mixture),
             **columns(mixture, dropout_p),
             **dict(TOGETHER=size.together, NEED_T=need_t, NEED_B=sums_B, DENSE=dense),
-            **dict(
-                BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o, GROUP=group, ROWS=size.rows, STEP=size.k
-            ),
+            **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o),
+            **dict(GROUP=group, ROWS=size.rows, STEP=size.k),
         }
 
         # as a launch specialises, not the very distances, in which the number of tokens may stand
@@ -85,44 +84,21 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 
         def grad_output_pass(_: Tensor, **chosen) -> None:
             backward_kernels.grad_output_pass[(programs * R_blocks,)](
-                *(
-                    dy,
-                    B,
-                    u,
-                    g,
-                    t,
-                    dB_partial,
-                    M,
-                    O,
-                    dy.stride(0),
-                    dy.stride(1),
-                    parts,
-                    part,
-                    tokens_per_split_y,
-                    size_y,
-                ),
+                *(dy, B, u, g, t, dB_partial, M, O, *dy.stride(), parts, part, per_split_y, size_y),
                 **constants,
                 **chosen,
             )
 
-        tune.tuned(
-            "grad_output_pass", constants, (*shape_class, strides), tune.of_backward(8), grad_output_pass, x
-        )
+        key = (*shape_class, strides)
+        tune.tuned("grad_output_pass", constants, key, tune.of_backward(8), grad_output_pass, x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     if need_v:
         du, dh = x.new_empty(M, R), x.new_empty(M, N, dtype=torch.float32)
         dgates = None if dgates is None else dgates.contiguous()
         gate_constants = {
             **columns(mixture, dropout_p),
-            **dict(
-                N=N,
-                R=R,
-                ROUTED=routed,
-                HAS_DY=need_t,
-                HAS_DGATES=dgates is not None,
-                NEED_b=need_bias,
-                DENSE=dense,
-            ),
+            **dict(N=N, R=R, ROUTED=routed, HAS_DY=need_t, HAS_DGATES=dgates is not None),
+            **dict(NEED_b=need_bias, DENSE=dense),
             **dict(BLOCK_M=V_TOKENS, BLOCK_N=size.n, BLOCK_R=size.r),
         }
 
@@ -131,9 +107,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
                 *(t, u, g, dgates, du, dh, dbias_partial, M, parts), **gate_constants, **chosen
             )
 
-        tune.tuned(
-            "gate_backward", gate_constants, (*shape_class, parts), tune.of_backward(4), gate_backward, x
-        )
+        key = (*shape_class, parts)
+        tune.tuned("gate_backward", gate_constants, key, tune.of_backward(4), gate_backward, x)
     if A_blocks + W_blocks > 0 or need_x:
         # parts of K fill the device, together with the programs of the weights' gradients if there are any
         parts_of_K, part_of_K = split_evenly(K, size.k, fills // row_tiles)
@@ -142,38 +117,16 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
         constants_x = {
             **static(x, mixture),
             **drops,
-            **dict(
-                NEED_X=need_x,
-                NEED_A=sums_A,
-                NEED_W=need_router,
-                ROUTED=routed,
-                HAS_DY=need_t,
-            ),
-            **dict(
-                BLOCK_M=size.tokens,
-                BLOCK_N=size.n,
-                BLOCK_R=size.r,
-                BLOCK_K=size.x,
-                ROWS=size.rows,
-                STEP=size.k,
-            ),
+            **dict(NEED_X=need_x, NEED_A=sums_A, NEED_W=need_router, ROUTED=routed, HAS_DY=need_t),
+            **dict(BLOCK_M=size.tokens, BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.x),
+            **dict(ROWS=size.rows, STEP=size.k),
         }
         tensors = (x, du, dh, A, W, dx, weights_partial, seed)
+        sizes = (M, K, x.stride(0), per_split_x, size_x, at_W, parts_of_K, part_of_K)
 
         def grad_input_pass(_: Tensor, **chosen) -> None:
             backward_kernels.grad_input_pass[(programs,)](
-                *(
-                    *tensors,
-                    threshold,
-                    M,
-                    K,
-                    x.stride(0),
-                    tokens_per_split_x,
-                    size_x,
-                    at_W,
-                    parts_of_K,
-                    part_of_K,
-                ),
+                *(*tensors, threshold, *sizes),
                 **constants_x,
                 **chosen,
             )
@@ -201,18 +154,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 
         def reduce_partials(_: Tensor, **chosen) -> None:
             backward_kernels.reduce_partials[(reduce_blocks,)](
-                *(
-                    dB_partial,
-                    weights_partial,
-                    weights_partial if dbias_partial is None else dbias_partial,
-                    *targets,
-                    count_y,
-                    count_x,
-                    tiles,
-                    size_y,
-                    size_x,
-                    at_W,
-                ),
+                *(dB_partial, weights_partial, weights_partial if dbias_partial is None else dbias_partial),
+                *(*targets, count_y, count_x, tiles, size_y, size_x, at_W),
                 **reduce_constants,
                 **chosen,
             )

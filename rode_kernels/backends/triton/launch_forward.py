@@ -24,7 +24,7 @@ from rode_kernels.operands import ForwardOperands, Settings
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`; tiles of tokens with nothing open are skipped."""
+    """The forward pass, see `reference.forward`; tiles of tokens with nothing open are skipped."""
     x, A, B, router_weight, router_bias, gates, base, seed = operands
     mixture, dropout_p, dense = settings
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts

@@ -11,7 +11,7 @@ from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import gate_kernels, tune
 from rode_kernels.backends.triton.tiles import columns
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
 
 BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
@@ -39,10 +39,9 @@ class GateKernel:
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(shape, dtype=dtype or like.dtype)
 
-    def parameters(
-        self, x: Tensor, A: Tensor, B: Tensor, router_weight: Tensor | None, stream: int
-    ) -> tuple[Tensor, Tensor]:
-        weights = [A] if router_weight is None else [A, router_weight]
+    def parameters(self, operands: AnyOperands, stream: int) -> tuple[Tensor, Tensor]:
+        x, B = operands.x, operands.B
+        weights = [t for t in (operands.A, operands.router_weight) if t is not None]
         zeros = self.columns - sum(w.shape[0] for w in weights)
         weights = [w.to(x.dtype) for w in weights]
         if zeros:
@@ -80,7 +79,7 @@ class GateKernel:
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.forward`, without dropout; closed experts are multiplied with zeros."""
+    """The forward pass, see `reference.forward`, without dropout; closed experts are multiplied with zeros."""
     layout = Layout.of(operands, settings)
     x, bias, gates = operands.x, operands.router_bias, operands.gates
     y = operands.base if inplace else x.new_empty(x.shape[0], operands.B.shape[0])
@@ -92,7 +91,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
-    """As `reference.backward`, without dropout."""
+    """The backward pass, see `reference.backward`, without dropout."""
     layout, dgates = Layout.of(operands, settings), operands.dgates
     operands = operands._replace(dgates=None if dgates is None else dgates.contiguous())
     return gemm_path.GemmBackward(GateKernel(layout), layout, needs)(operands, 0)

@@ -55,7 +55,7 @@ class Recorder:
 
 
 def _by(choice: int):
-    """What `tune.tuned` does, with the configuration at `choice` of each kernel's, the last one where there are fewer."""
+    """A replacement of `tune.tuned` that takes each kernel's configuration at `choice`, the last one where there are fewer."""
 
     def chosen(kernel, constants, shape_class, options, run, y, *, scratch=False) -> None:
         run(y, **options[min(choice, len(options) - 1)])
@@ -127,8 +127,8 @@ def record(
 
 
 def cost_of(launches: list[Launch], element_size: int) -> cost.Cost:
-    """What these launches move, from grids and blocks. DRAM: each tensor's distinct bytes once a launch; L2: all that programs load
-    or store, masked elements left out."""
+    """Bytes that these launches move, from grids and blocks. DRAM: each tensor's distinct bytes once a launch. L2: all that
+    programs load or store, without masked elements."""
     steps = []
     for one in launches:
         dram = l2 = 0.0

@@ -36,7 +36,7 @@ class Blocks:
 
 
 def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blocks:
-    """What fits the registers. float32 products without tf32 run on no matrix unit, and hold a whole K of their operands."""
+    """Block sizes that fit the registers. float32 products without tf32 use no matrix unit and hold a whole K of operands."""
     fp32 = element_size == 4
     r = min(32 if fp32 else 64, max(16, triton.next_power_of_2(total_rank)))
     n = max(16, triton.next_power_of_2(experts))
@@ -68,7 +68,7 @@ def static(x: Tensor, mixture: Mixture) -> dict:
 
 
 def columns(mixture: Mixture, dropout_p: float) -> dict:
-    """Whose a packed column is, and its factor."""
+    """Expert index and scaling of each packed column."""
     return dict(OFFSETS=mixture.offsets, SCALING=mixture.scaling_with_dropout(dropout_p))
 
 

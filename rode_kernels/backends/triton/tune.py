@@ -1,4 +1,4 @@
-"""Which of a few configurations runs a kernel: the fastest measured, or by rule.
+"""The choice among a few configurations of a kernel: the fastest measured, or the default.
 
 What is varied changes no bit: warps, stages, columns of y at once, and tokens of a tile among those that the same matrix
 instruction takes. A winner is kept for a shape class (the kernel's constants, dtype, features, and the power of two that the number
@@ -58,10 +58,12 @@ def _of_device(options: list[dict]) -> list[dict]:
 def of_forward(
     tokens: int, element_size: int, columns: int, passes: int = 1, without: str = ""
 ) -> list[dict]:
-    """By rule first. Pruned: tiles of more tokens than there are, but for the smallest; tiles that take another matrix instruction
-    than the rule's, whose sums may be rounded differently (64 tokens and more take one, 32 and 16 others); and what does not fit
-    the registers: float32 in tiles of more than 32 tokens (16 with several passes), 16 bits with several passes in tiles of more
-    than 32 by 4 warps; on AMD 64 columns in tiles of more than 32, and 128 columns of y or 32 tokens in float32 by 4 warps.
+    """Candidate configurations, the default first.
+
+    Excluded are tiles of more tokens than there are, except the smallest, and tiles that take another matrix instruction than the
+    default, whose sums may be rounded differently: 64 tokens and more take one, 32 and 16 others. Also excluded is what does not
+    fit the registers: float32 in tiles of more than 32 tokens (16 with several passes), 16 bits with several passes in tiles of
+    more than 32 by 4 warps; on AMD 64 columns in tiles of more than 32, and 128 columns of y or 32 tokens in float32 by 4 warps.
 
     Args:
         tokens: the most of the shape class. columns: packed columns that a program holds. passes: how often, for all of them.
@@ -123,8 +125,8 @@ def tuned(
 
 
 def _fastest(options: list[dict], run: Callable[..., None], y: Tensor, scratch: bool) -> dict | None:
-    """By the median of some runs. None where none ran: the one by rule then says why; or where memory is short of what trials
-    need."""
+    """The configuration with the lowest median of some runs. None where none ran, since the default then raises the reason, or
+    where memory does not suffice for trials."""
     times = []
     try:
         trial = (

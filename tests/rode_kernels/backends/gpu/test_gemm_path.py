@@ -311,7 +311,7 @@ def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, librar
     run = cuda.prepare(flat, settings, inplace, p.base.shape)
     back = cuda.prepare_backward(flat, settings, p.x.shape)
     emulator.reset(0)
-    y, u, g = run(flat._replace(x=p.x, base=p.base.clone()))
+    y, u, g = run(tuple(flat._replace(x=p.x, base=p.base.clone())))
     emulator.reset(0)
     saved = BackwardOperands(p.dy, p.dgates, p.x, u, g, *weights, None)
     found = back(saved, needs)
