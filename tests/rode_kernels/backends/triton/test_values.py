@@ -118,7 +118,9 @@ def test_operands_cast_for_the_interpreter_are_its_only_exception(monkeypatch):
     """INTERPRETED is read in one place, and where the interpreter multiplies rightly (float16) it changes no bit."""
     from rode_kernels.backends.triton import tiles as blocks
 
-    sources = "\n".join(path.read_text() for path in sorted((ROOT / "rode_kernels/backends/triton").glob("*.py")))
+    sources = "\n".join(
+        path.read_text() for path in sorted((ROOT / "rode_kernels/backends/triton").glob("*.py"))
+    )
     assert re.findall(r"^.*if .*INTERPRETED.*$", sources, re.MULTILINE) == ["    if INTERPRETED:"]
     p = random_problem((70,), K=100, O=80, dtype=torch.half)
     with_casts = operation(p, backend="triton")
