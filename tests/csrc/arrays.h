@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/rode.h"
+#include "../../csrc/problem.h"
 
 using rode::DType;
 
