@@ -144,7 +144,7 @@ def test_a_good_step_waits_for_the_device_once(tmp_path):
 RANK_ONE = """
 import os, sys
 sys.path.insert(0, {tests!r})
-from rode import trainer
+from rode.training import trainer
 from rode.cli import main
 from test_finite import spoiled_at
 if os.environ["RANK"] == "1":
