@@ -78,9 +78,9 @@ def examples(food: Path) -> list[Example]:
 
 
 @pytest.fixture
-def make_recipe(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., Any]:
-    """A function that makes a quick recipe; training=, model=, ... update its sections."""
-    from rode.training.config import recipe_from_dict
+def make_experiment(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., Any]:
+    """A function that makes a quick config; training=, model=, ... update its sections."""
+    from rode.training.config import experiment_from_dict
 
     def make(**changes: Any) -> Any:
         values: dict[str, Any] = {
@@ -103,7 +103,7 @@ def make_recipe(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., An
             values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) and value else value
         if values.get("stage") == "projector":
             del values["adapter"]
-        return recipe_from_dict(values)
+        return experiment_from_dict(values)
 
     return make
 
@@ -111,7 +111,7 @@ def make_recipe(llava_dir: Path, food: Path, tmp_path: Path) -> Callable[..., An
 @pytest.fixture(scope="session")
 def taught(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(TrainResult, examples): an adapter and projector that tell three dishes apart by their colour."""
-    from rode.training.config import recipe_from_dict
+    from rode.training.config import experiment_from_dict
     from rode.training.train import train
 
     folder = tmp_path_factory.mktemp("taught")
@@ -130,7 +130,7 @@ def taught(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         "max_steps": 90,  # 60 are too few with the random weights of some versions of transformers
         "logging_steps": 20,
     }
-    recipe = recipe_from_dict(
+    experiment = experiment_from_dict(
         {
             "name": "taught",
             "output_dir": str(folder / "run"),
@@ -142,7 +142,7 @@ def taught(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    result = train(recipe, examples=examples, progress=False)
+    result = train(experiment, examples=examples, progress=False)
     torch.set_num_threads(threads)
     return result, examples
 

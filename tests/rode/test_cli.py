@@ -18,7 +18,7 @@ from rode.cli import main
 from rode.training.checkpoints import latest_checkpoint
 from rode_food.vocabulary import Vocabulary
 
-RECIPE = """
+CONFIG = """
 name: cli
 output_dir: {out}
 model: {{path: {model}, device: cpu, dtype: float32, prompt: vicuna, vision_features: memory}}
@@ -30,9 +30,9 @@ evaluation: {{max_new_tokens: 3}}
 
 
 @pytest.fixture
-def recipe(tmp_path, llava_dir, food):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(RECIPE.format(out=tmp_path / "run", model=llava_dir, records=food / "records.jsonl"))
+def config(tmp_path, llava_dir, food):
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.format(out=tmp_path / "run", model=llava_dir, records=food / "records.jsonl"))
     return str(file)
 
 
@@ -110,22 +110,22 @@ def test_wrong_usage_is_2(capsys, argv):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
+def test_errors_are_one_line_with_the_mend(capsys, config, tmp_path, food):
     image = str(food / "1.png")
-    fails(capsys, ["train", "none.yaml"], "none.yaml: no such recipe")
+    fails(capsys, ["train", "none.yaml"], "none.yaml: no such config")
     fails(
         capsys,
-        ["train", recipe, "training.max_stepz=1"],
+        ["train", config, "training.max_stepz=1"],
         "training.max_stepz: no such key; did you mean max_steps",
     )
-    fails(capsys, ["train", recipe, "--resume"], "no checkpoint to resume from; leave --resume out")
-    fails(capsys, ["train", recipe, "--resume", str(tmp_path)], "trainer_state.json is missing")
-    fails(capsys, ["train", recipe, "model.path=/nowhere"], "/nowhere: no such model directory")
-    fails(capsys, ["train", recipe, "data.sources.0.path=/nowhere.jsonl"], "/nowhere.jsonl")
-    fails(capsys, ["evaluate", recipe, "--quiet"], "no adapter here")
-    fails(capsys, ["evaluate"], "nothing to evaluate on: give a RECIPE")
+    fails(capsys, ["train", config, "--resume"], "no checkpoint to resume from; leave --resume out")
+    fails(capsys, ["train", config, "--resume", str(tmp_path)], "trainer_state.json is missing")
+    fails(capsys, ["train", config, "model.path=/nowhere"], "/nowhere: no such model directory")
+    fails(capsys, ["train", config, "data.sources.0.path=/nowhere.jsonl"], "/nowhere.jsonl")
+    fails(capsys, ["evaluate", config, "--quiet"], "no adapter here")
+    fails(capsys, ["evaluate"], "nothing to evaluate on: give a CONFIG")
     fails(capsys, ["evaluate", "--data", str(food / "records.jsonl")], "no model: give --model DIR")
-    fails(capsys, ["evaluate", recipe, "--predictions", "p.jsonl"], "leave out recipe")
+    fails(capsys, ["evaluate", config, "--predictions", "p.jsonl"], "leave out config")
     fails(capsys, ["evaluate", "--predictions", "/nowhere/p.jsonl"], "no such predictions file")
     fails(capsys, ["generate", "--image", "gone.png", "--task", "recipe"], "gone.png: no such picture")
     fails(capsys, ["generate", "--image", image, "--task", "recipe"], "no model: give --model DIR")
@@ -135,7 +135,7 @@ def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
     )
     fails(
         capsys,
-        ["train", recipe, f"data.sources.0.path={bad}"],
+        ["train", config, f"data.sources.0.path={bad}"],
         "bad.jsonl:1: ingredients[0].amount: expected a number",
     )
     fails(
@@ -147,11 +147,11 @@ def test_errors_are_one_line_with_the_mend(capsys, recipe, tmp_path, food):
         main(["train", "none.yaml", "--debug"])
 
 
-def test_evaluation_with_a_vocabulary(capsys, recipe, tmp_path):
+def test_evaluation_with_a_vocabulary(capsys, config, tmp_path):
     file, out = tmp_path / "vocabulary.json", tmp_path / "out"
     vocabulary = Vocabulary({"rice": {"rice": 1}})
     vocabulary.save(file)
-    argv = ["evaluate", recipe, "--untrained", "--tasks", "ingredients", "--out", str(out), "--quiet"]
+    argv = ["evaluate", config, "--untrained", "--tasks", "ingredients", "--out", str(out), "--quiet"]
     fails(capsys, [*argv, "evaluation.vocabulary=none.json"], "none.json: no such vocabulary")
     assert main([*argv, f"evaluation.vocabulary={file}"]) == 0
     assert f"ingredient_vocabulary: {vocabulary.name}" in capsys.readouterr().out
@@ -164,15 +164,15 @@ def test_evaluation_with_a_vocabulary(capsys, recipe, tmp_path):
     assert json.loads((out / "metrics.json").read_text())["all"]["ingredient_coverage"] == 100
 
 
-def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):
+def test_from_records_to_an_answer(capsys, config, tmp_path, food):
     run = tmp_path / "run"
-    assert main(["train", recipe, "--quiet", "training.logging_steps=1"]) == 0
+    assert main(["train", config, "--quiet", "training.logging_steps=1"]) == 0
     assert f"adapter in {run}: 2 steps on 48 examples" in capsys.readouterr().out
-    fails(capsys, ["train", recipe], "holds checkpoint-2: pass --resume, or set another output_dir")
-    assert main(["train", recipe, "--resume", "training.max_steps=3", "--quiet"]) == 0
+    fails(capsys, ["train", config], "holds checkpoint-2: pass --resume, or set another output_dir")
+    assert main(["train", config, "--resume", "training.max_steps=3", "--quiet"]) == 0
     assert "3 steps" in capsys.readouterr().out
 
-    assert main(["evaluate", recipe, "--quiet"]) == 0
+    assert main(["evaluate", config, "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.split()[:3] == ["all", "left", "right"] or table.split()[:3] == ["all", "right", "left"]
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -180,7 +180,7 @@ def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):
     assert main(["evaluate", "--predictions", str(run / "evaluation" / "predictions.jsonl")]) == 0
     assert capsys.readouterr().out.splitlines() == table.splitlines()[:-1]
 
-    assert main(["evaluate", recipe, "--untrained", "--tasks", "category", "--limit", "2", "--quiet"]) == 0
+    assert main(["evaluate", config, "--untrained", "--tasks", "category", "--limit", "2", "--quiet"]) == 0
     rows = (run / "untrained" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(row)["task"] for row in rows] == ["category"] * 2
     out = tmp_path / "elsewhere"
@@ -215,8 +215,8 @@ def test_from_records_to_an_answer(capsys, recipe, tmp_path, food):
     assert set(rows[0]) == {"image", "question", "answer", "task", "parsed"}
 
 
-def test_stage_1_then_its_projector(capsys, recipe, tmp_path, food, llava_dir):
-    values = yaml.safe_load(Path(recipe).read_text())
+def test_stage_1_then_its_projector(capsys, config, tmp_path, food, llava_dir):
+    values = yaml.safe_load(Path(config).read_text())
     del values["adapter"]
     stage1 = tmp_path / "stage1.yaml"
     stage1.write_text(
@@ -225,7 +225,7 @@ def test_stage_1_then_its_projector(capsys, recipe, tmp_path, food, llava_dir):
     assert main(["train", str(stage1), "--quiet"]) == 0
     assert (tmp_path / "stage1" / "projector.safetensors").is_file()
     assert main(["evaluate", str(stage1), "--limit", "2", "--quiet"]) == 0
-    assert main(["train", recipe, f"model.projector={tmp_path / 'stage1'}", "--quiet"]) == 0
+    assert main(["train", config, f"model.projector={tmp_path / 'stage1'}", "--quiet"]) == 0
     projector = str(tmp_path / "stage1")
     argv = [
         "generate",
@@ -259,7 +259,7 @@ def test_what_was_taught_is_said(capsys, taught):
     assert capsys.readouterr().out == examples[1].answer + "\n"
 
 
-def test_bad_pictures_in_evaluation(capsys, recipe, tmp_path, food, llava_dir):
+def test_bad_pictures_in_evaluation(capsys, config, tmp_path, food, llava_dir):
     lines = (food / "records.jsonl").read_text().splitlines()
     records = tmp_path / "records.jsonl"
     broken = {**json.loads(lines[12]), "image": "gone.png"}
@@ -274,7 +274,7 @@ def test_bad_pictures_in_evaluation(capsys, recipe, tmp_path, food, llava_dir):
     assert "records left out: 1" in said.out
 
 
-def test_interrupted_is_130(capsys, recipe, tmp_path):
+def test_interrupted_is_130(capsys, config, tmp_path):
     def interrupt():
         for _ in range(6000):  # a minute, then the assertions below say what happened
             if latest_checkpoint(tmp_path / "run") is not None:
@@ -283,15 +283,15 @@ def test_interrupted_is_130(capsys, recipe, tmp_path):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert main(["train", recipe, "training.max_steps=500", "training.save_steps=2", "--quiet"]) == 130
+    assert main(["train", config, "training.max_steps=500", "training.save_steps=2", "--quiet"]) == 130
     thread.join()
     assert "go on with --resume" in capsys.readouterr().err
 
 
-def test_interrupted_before_training_is_130(capsys, monkeypatch, recipe):
+def test_interrupted_before_training_is_130(capsys, monkeypatch, config):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rode.training.train.load_vlm", stop)
-    assert main(["train", recipe]) == 130
+    assert main(["train", config]) == 130
     assert capsys.readouterr().err.strip().endswith("rode: interrupted")

@@ -11,7 +11,7 @@ from rode_food import read_records
 
 pytestmark = pytest.mark.data
 
-RECIPE = """
+CONFIG = """
 name: photographs
 output_dir: {out}/run
 model: {{path: {model}, device: cpu, prompt: vicuna, vision_features: disk, features_dir: {out}/features}}
@@ -52,10 +52,10 @@ def test_from_photographs_to_metrics(rode_data, llava_dir, tmp_path, capsys):
     held_out = list(read_records(records, split="test"))
     assert len(list(read_records(records))) > 150
     assert len(held_out) > 5
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(out=tmp_path, model=llava_dir))
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(out=tmp_path, model=llava_dir))
 
-    assert main(["train", str(recipe), "--quiet"]) == 0
+    assert main(["train", str(config), "--quiet"]) == 0
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 20
@@ -63,7 +63,7 @@ def test_from_photographs_to_metrics(rode_data, llava_dir, tmp_path, capsys):
     assert history[-1]["truncated_answers"] > 0  # recipes in a byte-level vocabulary
 
     capsys.readouterr()
-    assert main(["evaluate", str(recipe), "--quiet"]) == 0
+    assert main(["evaluate", str(config), "--quiet"]) == 0
     assert "ingredient_iou" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert metrics["all"]["n_ingredients"] == sum(bool(record.ingredients) for record in held_out)

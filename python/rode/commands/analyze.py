@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.commands.options import load, model_options, routes, saved_recipe
+from rode.commands.options import load, model_options, routes, saved_experiment
 from rode_food.commands.options import ParserOptions, Subparsers, positive
 from rode_food.tasks import TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    from rode.training.config import EvaluationConfig, Recipe
+    from rode.training.config import EvaluationConfig, Experiment
     from rode_food import Example
 
 DESCRIPTION = """\
@@ -46,12 +46,12 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("adapter", metavar="ADAPTER", help="an output_dir or a checkpoint-N of `rode train`")
     sub.add_argument(
-        "--data", metavar="JSONL", nargs="+", help="files of records (default: those of the adapter's recipe)"
+        "--data", metavar="JSONL", nargs="+", help="files of records (default: those of the adapter's config)"
     )
-    sub.add_argument("--split", choices=("train", "val", "test"), help="default: the recipe's, else test")
+    sub.add_argument("--split", choices=("train", "val", "test"), help="default: the config's, else test")
     sub.add_argument("--tasks", nargs="+", choices=TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
-    sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default: the recipe's, else error")
+    sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default: the config's, else error")
     sub.add_argument(
         "--against",
         metavar="ADAPTER2",
@@ -74,15 +74,15 @@ def run(args: argparse.Namespace) -> int:
     from rode.evaluation.analysis.report import write_report
     from rode.evaluation.analysis.text import format_analysis
 
-    recipe = saved_recipe(args.adapter)
-    settings, examples, skipped = _examples(args, recipe)
+    experiment = saved_experiment(args.adapter)
+    settings, examples, skipped = _examples(args, experiment)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
-    analysis = _analysed(args, args.adapter, recipe, settings, examples)
+    analysis = _analysed(args, args.adapter, experiment, settings, examples)
     against = None
     if args.against:
-        saved = None if args.against == UNTRAINED else saved_recipe(args.against)
-        against = _analysed(args, args.against, saved or recipe, settings, examples)
+        saved = None if args.against == UNTRAINED else saved_experiment(args.against)
+        against = _analysed(args, args.against, saved or experiment, settings, examples)
     analysis = {"split": settings.split, "answers": args.answers, **analysis, "against": against}
     page = write_report(args.out or Path(args.adapter) / "analysis", analysis)
     print(format_analysis(analysis))
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _examples(
-    args: argparse.Namespace, recipe: Recipe | None
+    args: argparse.Namespace, experiment: Experiment | None
 ) -> tuple[EvaluationConfig, list[Example], list[str]]:
     """(evaluation settings, examples, one line for each record left out)."""
     from rode.evaluation.evaluate import evaluation_examples
@@ -99,30 +99,30 @@ def _examples(
     from rode.vlm import drop_bad_images
     from rode_food.source import Source
 
-    if recipe is None and not args.data:
+    if experiment is None and not args.data:
         raise ValueError(
-            f"{args.adapter} has no recipe.yaml that names records: give --data records.jsonl (and --model DIR)"
+            f"{args.adapter} has no config.yaml that names records: give --data records.jsonl (and --model DIR)"
         )
-    settings = dataclasses.replace(recipe.evaluation) if recipe else EvaluationConfig()
+    settings = dataclasses.replace(experiment.evaluation) if experiment else EvaluationConfig()
     for name in ("split", "limit", "batch_size", "max_new_tokens"):
         if getattr(args, name):
             setattr(settings, name, getattr(args, name))
     sources = (
         [Source(path) for path in args.data]
-        if args.data or recipe is None
-        else [Source(**vars(s)) for s in recipe.data.sources]
+        if args.data or experiment is None
+        else [Source(**vars(s)) for s in experiment.data.sources]
     )
     if args.tasks:
         sources = [dataclasses.replace(source, tasks=args.tasks) for source in sources]
     examples = evaluation_examples(sources, settings.split, settings.limit)
-    on_bad_image = args.on_bad_image or (recipe.data.on_bad_image if recipe else "error")
+    on_bad_image = args.on_bad_image or (experiment.data.on_bad_image if experiment else "error")
     return settings, *drop_bad_images(examples, on_bad_image)
 
 
 def _analysed(
     args: argparse.Namespace,
     adapter: str,
-    recipe: Recipe | None,
+    experiment: Experiment | None,
     settings: EvaluationConfig,
     examples: list[Example],
 ) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _analysed(
     # A model of its own for each adapter: the other's may have another projector.
     chosen = copy.copy(args)
     chosen.adapter = None if adapter == UNTRAINED else adapter
-    model, processor, prompt = load(chosen, recipe)
+    model, processor, prompt = load(chosen, experiment)
     if adapter == UNTRAINED:
         model = _untrained(model, args.adapter)
     measured = measure(

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rode.commands.options import load, model_options, saved_recipe
+from rode.commands.options import load, model_options, saved_experiment
 from rode_food.commands.options import ParserOptions, Subparsers, positive
 from rode_food.tasks import TASKS
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from rode.baselines.lorahub import Search
-    from rode.training.config import Recipe
+    from rode.training.config import Experiment
     from rode_food import Example
 
 DESCRIPTION = """\
@@ -49,7 +49,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         "--data",
         metavar="JSONL",
         nargs="+",
-        help="files of records; default: those of the first adapter's recipe",
+        help="files of records; default: those of the first adapter's config",
     )
     sub.add_argument("--split", choices=("train", "val", "test"), default="val", help="default val")
     sub.add_argument("--tasks", nargs="+", choices=TASKS)
@@ -65,15 +65,17 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     _check_usage(args, out)
-    recipes = {adapter: found for adapter in args.adapters if (found := saved_recipe(adapter)) is not None}
-    recipe = next(iter(recipes.values()), None)
-    _check_recipes(args, recipes)
-    examples = _draw_examples(args, recipe)
+    experiments = {
+        adapter: found for adapter in args.adapters if (found := saved_experiment(adapter)) is not None
+    }
+    experiment = next(iter(experiments.values()), None)
+    _check_experiments(args, experiments)
+    examples = _draw_examples(args, experiment)
 
     from rode.baselines.lorahub import compose, few_shot_loss
     from rode.vlm import FeatureSource, load_adapter
 
-    model, processor, prompt = load(args, recipe)
+    model, processor, prompt = load(args, experiment)
     source = FeatureSource(
         model, processor
     )  # a picture goes through the frozen tower once, not once for each evaluation
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         model.set_adapter(name)
         alone.append(loss())
     search = compose(model, names, loss, "default", budget=args.budget, seed=args.seed)
-    _write(args, out, model, recipe, search, alone, [example.record_id for example in examples])
+    _write(args, out, model, experiment, search, alone, [example.record_id for example in examples])
     for adapter, weight, single in zip(args.adapters, search.best.weights, alone, strict=True):
         print(f"{weight:+.4f}  {adapter} (alone: loss {single:.4f})")
     print(f"adapter in {out}: loss {search.best.loss:.4f} on {len(examples)} examples")
@@ -115,9 +117,9 @@ def _check_usage(args: argparse.Namespace, out: Path) -> None:
         raise ImportError("rode compose searches with nevergrad: pip install 'rode[compose]'") from error
 
 
-def _check_recipes(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None:
+def _check_experiments(args: argparse.Namespace, experiments: dict[str, Experiment]) -> None:
     for key, option in (("path", "model"), ("projector", "projector"), ("prompt", "prompt")):
-        values = {adapter: getattr(recipe.model, key) for adapter, recipe in recipes.items()}
+        values = {adapter: getattr(experiment.model, key) for adapter, experiment in experiments.items()}
         if getattr(args, option) is None and len(set(values.values())) > 1:
             text = ", ".join(f"{value} ({adapter})" for adapter, value in values.items())
             raise ValueError(
@@ -125,7 +127,7 @@ def _check_recipes(args: argparse.Namespace, recipes: dict[str, Recipe]) -> None
             )
 
 
-def _draw_examples(args: argparse.Namespace, recipe: Recipe | None) -> list[Example]:
+def _draw_examples(args: argparse.Namespace, experiment: Experiment | None) -> list[Example]:
     from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
     from rode_food.source import Source
@@ -133,8 +135,8 @@ def _draw_examples(args: argparse.Namespace, recipe: Recipe | None) -> list[Exam
     tasks = {"tasks": args.tasks} if args.tasks else {}
     if args.data:
         sources = [Source(path, **tasks) for path in args.data]
-    elif recipe is not None:
-        sources = [Source(**{**vars(source), **tasks}) for source in recipe.data.sources]
+    elif experiment is not None:
+        sources = [Source(**{**vars(source), **tasks}) for source in experiment.data.sources]
     else:
         raise ValueError("nothing to find coefficients on: give --data records.jsonl")
     found = evaluation_examples(sources, args.split)
@@ -146,7 +148,7 @@ def _write(
     args: argparse.Namespace,
     out: Path,
     model: Any,
-    recipe: Recipe | None,
+    experiment: Experiment | None,
     search: Search,
     alone: list[float],
     records: list[str],
@@ -159,7 +161,7 @@ def _write(
 
     import rode
     from rode.baselines.lorahub import BOUND, PENALTY
-    from rode.training.config import dump_recipe
+    from rode.training.config import dump_experiment
     from rode_food.atomic import write_json, write_text, written_aside
 
     found = {
@@ -181,11 +183,11 @@ def _write(
     with written_aside(out) as aside:
         model.save_pretrained(str(aside), selected_adapters=["default"])
         write_json(aside / "compose.json", found)
-        if recipe is not None:  # by which generate and evaluate find model and prompt
+        if experiment is not None:  # by which generate and evaluate find model and prompt
             given = {"path": args.model, "projector": args.projector, "prompt": args.prompt}
             config = dataclasses.replace(
-                recipe.model, **{key: value for key, value in given.items() if value}
+                experiment.model, **{key: value for key, value in given.items() if value}
             )
-            changed = dataclasses.replace(recipe, name=out.name, output_dir=str(out), model=config)
-            note = "# The recipe of the first adapter given to `rode compose`; compose.json says how this one was made.\n"
-            write_text(aside / "recipe.yaml", note + dump_recipe(changed))
+            changed = dataclasses.replace(experiment, name=out.name, output_dir=str(out), model=config)
+            note = "# The config of the first adapter given to `rode compose`; compose.json says how this one was made.\n"
+            write_text(aside / "config.yaml", note + dump_experiment(changed))

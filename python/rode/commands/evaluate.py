@@ -35,22 +35,22 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         "evaluate", help="answers and metrics on held-out records", description=DESCRIPTION, **options
     )
     sub.set_defaults(run=run)
-    sub.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file; in place of --model and --data")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe")
+    sub.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; in place of --model and --data")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the config")
     sub.add_argument("--data", metavar="JSONL", nargs="+", help="files of records")
     sub.add_argument("--split", choices=("train", "val", "test"), help="default test")
     sub.add_argument("--tasks", nargs="+", choices=TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
     sub.add_argument(
-        "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the recipe, else ./evaluation"
+        "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the config, else ./evaluation"
     )
     sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default error")
-    sub.add_argument("--untrained", action="store_true", help="the recipe's model before training")
+    sub.add_argument("--untrained", action="store_true", help="the config's model before training")
     sub.add_argument("--predictions", metavar="JSONL", help="score these answers anew, without a model")
     sub.add_argument(
         "--vocabulary",
         metavar="JSON",
-        help="file of `rode data vocabulary`: merge names of ingredients before they are compared (default: the recipe's)",
+        help="file of `rode data vocabulary`: merge names of ingredients before they are compared (default: the config's)",
     )
 
 
@@ -59,44 +59,46 @@ def run(args: argparse.Namespace) -> int:
     from rode_food.vocabulary import Vocabulary
 
     if args.predictions:
-        if args.recipe or args.model or args.adapter or args.data:
+        if args.config or args.model or args.adapter or args.data:
             raise ValueError(
-                "--predictions is scored as it stands: leave out recipe, --model, --adapter and --data"
+                "--predictions is scored as it stands: leave out config, --model, --adapter and --data"
             )
         vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
         print(format_scores(rescore(args.predictions, vocabulary)))
         return 0
-    from rode.training.config import EvaluationConfig, load_recipe
+    from rode.training.config import EvaluationConfig, load_experiment
     from rode_food.source import Source
 
-    recipe = load_recipe(args.recipe, args.overrides) if args.recipe else None
-    if recipe is None and not args.data:
+    experiment = load_experiment(args.config, args.overrides) if args.config else None
+    if experiment is None and not args.data:
         raise ValueError(
-            "nothing to evaluate on: give a RECIPE, or --data records.jsonl with --model or --adapter"
+            "nothing to evaluate on: give a CONFIG, or --data records.jsonl with --model or --adapter"
         )
-    settings = recipe.evaluation if recipe else EvaluationConfig()
+    settings = experiment.evaluation if experiment else EvaluationConfig()
     vocabulary_file = args.vocabulary or settings.vocabulary
     vocabulary = Vocabulary.load(vocabulary_file) if vocabulary_file else None
-    if recipe and not args.untrained and not args.adapter and recipe.stage == "adapter":
-        args.adapter = str(recipe.run_dir)
-    if recipe and not args.untrained and not args.projector and recipe.stage == "projector":
-        args.projector = str(recipe.run_dir)
+    if experiment and not args.untrained and not args.adapter and experiment.stage == "adapter":
+        args.adapter = str(experiment.run_dir)
+    if experiment and not args.untrained and not args.projector and experiment.stage == "projector":
+        args.projector = str(experiment.run_dir)
     tasks = {"tasks": args.tasks} if args.tasks else {}
-    if args.data or recipe is None:
+    if args.data or experiment is None:
         sources = [Source(path, **tasks) for path in args.data]
     else:
-        sources = [Source(**{**vars(source), **tasks}) for source in recipe.data.sources]
+        sources = [Source(**{**vars(source), **tasks}) for source in experiment.data.sources]
     from rode.evaluation.evaluate import evaluation_examples
     from rode.vlm import drop_bad_images
 
     examples = evaluation_examples(sources, args.split or settings.split, args.limit or settings.limit)
-    on_bad_image = args.on_bad_image or (recipe.data.on_bad_image if recipe else "error")
+    on_bad_image = args.on_bad_image or (experiment.data.on_bad_image if experiment else "error")
     examples, skipped = drop_bad_images(examples, on_bad_image)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
-    model, processor, prompt = load(args, recipe)
+    model, processor, prompt = load(args, experiment)
     default_out = (
-        recipe.run_dir / ("untrained" if args.untrained else "evaluation") if recipe else Path("evaluation")
+        experiment.run_dir / ("untrained" if args.untrained else "evaluation")
+        if experiment
+        else Path("evaluation")
     )
     out = Path(args.out) if args.out else default_out
     scores = evaluate(

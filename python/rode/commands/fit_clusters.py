@@ -1,4 +1,4 @@
-"""`rode fit-clusters RECIPE`."""
+"""`rode fit-clusters CONFIG`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from typing import Unpack
 
 DESCRIPTION = """\
-Group the training questions of a recipe into clusters, for an adapter with router_input: cluster (MoCLE).
+Group the training questions of a config into clusters, for an adapter with router_input: cluster (MoCLE).
 
-A question's embedding is the mean of its tokens' input embeddings in the recipe's own language model, or with --encoder the mean
+A question's embedding is the mean of its tokens' input embeddings in the config's own language model, or with --encoder the mean
 of the last hidden states of a sentence encoder; k-means (scikit-learn) finds the centres. Name the file in model.clusters.
 
 example:
@@ -28,8 +28,8 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         "fit-clusters", help="group questions, for cluster routers", description=DESCRIPTION, **options
     )
     sub.set_defaults(run=run)
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the config")
     sub.add_argument("--clusters", type=int, required=True, metavar="N", help="how many")
     sub.add_argument("--encoder", metavar="DIR", help="sentence encoder in place of the model's embeddings")
     sub.add_argument("--out", metavar="FILE", help="default: runs/clusters.safetensors")
@@ -38,18 +38,18 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from rode.training.clusters import FILE, Embedder, fit_clusters
-    from rode.training.config import load_recipe
+    from rode.training.config import load_experiment
     from rode.vlm import load_vlm
     from rode.vlm.load import input_embeddings
     from rode_food.data_mixture import load_examples
     from rode_food.source import Source
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    experiment = load_experiment(args.config, args.overrides)
     if args.clusters < 2:
         raise ValueError(f"--clusters: expected at least 2, got {args.clusters}")
-    sources = [Source(**vars(source)) for source in recipe.data.sources]
+    sources = [Source(**vars(source)) for source in experiment.data.sources]
     questions = [e.question for e in load_examples(sources, "train", wording="all").examples]
-    m = recipe.model
+    m = experiment.model
     model, processor = load_vlm(m.path, dtype=m.dtype, device=m.device, attention=m.attention)
     embed = Embedder(processor.tokenizer, input_embeddings(model), args.encoder)
     clusters, ids = fit_clusters(questions, embed, args.clusters, args.seed)

@@ -11,7 +11,7 @@ from rode_food.commands.options import positive
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from rode.training.config import Recipe
+    from rode.training.config import Experiment
     from rode.training.side_inputs import Routes
 
 
@@ -37,27 +37,25 @@ def model_options(adapter: bool = True, answers: bool = True) -> argparse.Argume
     return model
 
 
-def saved_recipe(adapter: str | None) -> Recipe | None:
-    """The recipe beside an adapter that `rode train` wrote (one folder up for a checkpoint), or None."""
-    from rode.training.config import load_recipe
+def saved_experiment(adapter: str | None) -> Experiment | None:
+    """The config beside an adapter that `rode train` wrote (one folder up for a checkpoint), or None."""
+    from rode.training.config import load_experiment, saved_config
 
     if adapter is None:
         return None
-    for folder in (Path(adapter), Path(adapter).parent):
-        if (folder / "recipe.yaml").is_file():
-            return load_recipe(folder / "recipe.yaml")
-    return None
+    file = saved_config(Path(adapter)) or saved_config(Path(adapter).parent)
+    return None if file is None else load_experiment(file)
 
 
-def load(args: argparse.Namespace, recipe: Recipe | None = None) -> tuple[Any, Any, str]:
-    """(model, processor, prompt style) that the options and the recipe name."""
+def load(args: argparse.Namespace, experiment: Experiment | None = None) -> tuple[Any, Any, str]:
+    """(model, processor, prompt style) that the options and the config name."""
     from rode.training.config import ModelConfig
     from rode.vlm import load_adapter, load_vlm
 
-    recipe = recipe or saved_recipe(args.adapter)
-    if recipe is None and args.model is None:
+    experiment = experiment or saved_experiment(args.adapter)
+    if experiment is None and args.model is None:
         raise ValueError("no model: give --model DIR, or an --adapter that `rode train` wrote")
-    config = recipe.model if recipe else ModelConfig(path=args.model)
+    config = experiment.model if experiment else ModelConfig(path=args.model)
     model, processor = load_vlm(
         args.model or config.path,
         dtype=args.dtype or config.dtype,

@@ -21,7 +21,7 @@ DESCRIPTION = """\
 Train and evaluate what a table or figure of the paper (arXiv 2407.12730) names, and show our numbers beside the paper's.
 
 WHAT: table2 to table6, fig6 (router outputs by block), fig7 (bars of three routers), fig8 (parameters against metrics); or a
-recipe file, for a table of the variants in its sweep (docs/training.md), without numbers of the paper.
+config file, for a table of the variants in its sweep (docs/training.md), without numbers of the paper.
 Each variant with each seed is a run of its own; what is finished stays, what was stopped goes on, and tables share runs.
 A row that was not run is empty. Results: RESULTS/BASE/VARIANT/seed-N.json, the table or figure beside them.
 
@@ -42,17 +42,17 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         **options,
     )
     sub.set_defaults(run=run)
-    sub.add_argument("what", metavar="WHAT", help="table2 ... table6, fig6, fig7, fig8, or a recipe file")
+    sub.add_argument("what", metavar="WHAT", help="table2 ... table6, fig6, fig7, fig8, or a config file")
     sub.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="change every recipe: training.epochs=2"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="change every config: training.epochs=2"
     )
     sub.add_argument(
-        "--recipes",
+        "--configs",
         default="configs/paper",
         metavar="DIR",
         help="variants and tables.yaml (default configs/paper)",
     )
-    sub.add_argument("--base", metavar="RECIPE", help="another model and data below the variants")
+    sub.add_argument("--base", metavar="CONFIG", help="another model and data below the variants")
     sub.add_argument(
         "--seeds",
         nargs="+",
@@ -99,11 +99,11 @@ def _launcher(text: str | None) -> list[str]:
 
 
 def _base_name(base: Path) -> str:
-    from rode.training.config import RecipeError, recipe_values
+    from rode.training.config import ConfigError, experiment_values
 
-    name = recipe_values(base).get("name")
+    name = experiment_values(base).get("name")
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise RecipeError(f"{base}: name: expected text that can name a folder, got {name!r}")
+        raise ConfigError(f"{base}: name: expected text that can name a folder, got {name!r}")
     return name
 
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         tables = own_table(Path(args.what))
         (args.what,) = tables.items
     else:
-        tables = read_tables(Path(args.recipes))
+        tables = read_tables(Path(args.configs))
     item = tables.item(args.what)
     only = _only(only, item.variants, args.what)
     base = Path(args.base) if args.base else tables.base(item)

@@ -1,4 +1,4 @@
-"""`rode train RECIPE`."""
+"""`rode train CONFIG`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 from rode.processes import is_main
 
 DESCRIPTION = """\
-Train what a recipe says: an adapter, or (stage: projector) LLaVA's projector.
+Train what a config says: an adapter, or (stage: projector) LLaVA's projector.
 
-Writes to output_dir (runs/NAME): the adapter, recipe.yaml, history.json, tensorboard/ and checkpoint-N/ with adapter,
+Writes to output_dir (runs/NAME): the adapter, config.yaml, history.json, tensorboard/ and checkpoint-N/ with adapter,
 optimizer, scheduler and random state. Ctrl-C ends after the step under way and leaves a checkpoint to --resume from.
 
 examples:
@@ -29,11 +29,11 @@ examples:
 
 def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub = commands.add_parser(
-        "train", help="train an adapter or a projector from a recipe", description=DESCRIPTION, **options
+        "train", help="train an adapter or a projector from a config", description=DESCRIPTION, **options
     )
     sub.set_defaults(run=run)
-    sub.add_argument("recipe", metavar="RECIPE", help="YAML file")
-    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the recipe: training.seed=1")
+    sub.add_argument("config", metavar="CONFIG", help="YAML file")
+    sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the config: training.seed=1")
     sub.add_argument(
         "--resume",
         nargs="?",
@@ -45,12 +45,12 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode.training.config import load_recipe
+    from rode.training.config import load_experiment
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    experiment = load_experiment(args.config, args.overrides)
     from rode.training.train import train
 
-    result = train(recipe, resume=args.resume, progress=not args.quiet)
+    result = train(experiment, resume=args.resume, progress=not args.quiet)
     if result.interrupted:
         print(
             f"interrupted at step {result.metrics['steps']}; go on with --resume ({result.checkpoint})",
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             "training.max_steps or training.epochs"
         )
         return 0
-    what = "projector" if recipe.stage == "projector" else "adapter"
+    what = "projector" if experiment.stage == "projector" else "adapter"
     print(
         f"{what} in {result.output_dir}: {result.metrics['steps']} steps on {result.metrics['examples']} examples, "
         f"mean loss {result.metrics['train_loss']:.4f}"

@@ -1,6 +1,6 @@
 """`rode demo` (`make demo`): from two pretrained parts and drawn plates to a trained LLaVA-RoDE, its metrics and a report.
 
-Everything goes through `rode.training.train` and `rode.evaluation.evaluate`, with recipes made here. The plates, the joined model
+Everything goes through `rode.training.train` and `rode.evaluation.evaluate`, with configs made here. The plates, the joined model
 and the projector's start (`rode.demo.align`) are the demo's own. Numbers of steps are fixed, never a clock: one seed, one table.
 """
 
@@ -22,7 +22,7 @@ from rode_food.html import require_matplotlib
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from rode.training.config import Recipe
+    from rode.training.config import Experiment
     from rode.training.train import TrainResult
     from rode.vlm import FeatureSource
 
@@ -78,7 +78,7 @@ class Paths:
     report = property(lambda self: self.out / "report.html")
 
 
-def recipe(
+def experiment(
     paths: Paths,
     model: str,
     data: Path,
@@ -88,9 +88,9 @@ def recipe(
     seed: int,
     projector: Path | None,
     drawn: bool,
-) -> Recipe:
-    """The recipe of one run: "projector" is LLaVA's stage 1, "lora" and "rode" are the adapters of `METHODS`."""
-    from rode.training.config import recipe_from_dict
+) -> Experiment:
+    """The config of one run: "projector" is LLaVA's stage 1, "lora" and "rode" are the adapters of `METHODS`."""
+    from rode.training.config import experiment_from_dict
 
     stage_1 = run == "projector"
     training = {
@@ -108,7 +108,7 @@ def recipe(
     if not stage_1 and projector is not None:
         # So few steps leave the projector unfinished: it trains along, for both methods alike.
         training["projector_learning_rate"] = 5e-4
-    return recipe_from_dict(
+    return experiment_from_dict(
         {
             "name": run,
             "stage": "projector" if stage_1 else "adapter",
@@ -192,8 +192,8 @@ class Demo:
         return outcome
 
     def run_prepare(self) -> Path:
-        """Everything up to the adapters: plates, model, projector, and a recipe to train any adapter from there; its path."""
-        from rode.training.config import dump_recipe
+        """Everything up to the adapters: plates, model, projector, and a config to train any adapter from there; its path."""
+        from rode.training.config import dump_experiment
         from rode_food.atomic import write_text
 
         parts.check_packages(drawings=self.drawn, models=self.small)
@@ -201,14 +201,14 @@ class Demo:
         self.prepare()
         self.describe()
         projector = self.train_projector(self.train_examples)
-        settings = self.recipe("rode", SIZES.adapter_steps, projector)
+        settings = self.experiment("rode", SIZES.adapter_steps, projector)
         settings.name, settings.output_dir, settings.adapter = "plates" if self.drawn else "demo", None, {}
         settings.evaluation.batch_size = SIZES.test_records if self.small else 8
         settings.evaluation.max_new_tokens = SIZES.max_new_tokens if self.drawn else 256
         file = self.paths.out / "base.yaml"
-        write_text(file, dump_recipe(settings))
+        write_text(file, dump_experiment(settings))
         print(
-            f"\nrecipe: {file}\n\nnext:\n  rode reproduce table4 --base {file}   # the paper's Table 4 on it"
+            f"\nconfig: {file}\n\nnext:\n  rode reproduce table4 --base {file}   # the paper's Table 4 on it"
         )
         return file
 
@@ -280,10 +280,10 @@ class Demo:
         self.outcome.histories["words"] = [{"step": i, "loss": x} for i, x in enumerate(found.losses, 1)]
         return save_projector(model, self.paths.runs / "words").parent
 
-    def recipe(self, run: str, base_steps: int, projector: Path | None) -> Recipe:
+    def experiment(self, run: str, base_steps: int, projector: Path | None) -> Experiment:
         assert self.model is not None, "given, or joined by prepare()"
         assert self.data is not None, "given, or drawn by prepare()"
-        return recipe(
+        return experiment(
             self.paths,
             self.model,
             self.data,
@@ -297,7 +297,7 @@ class Demo:
     def train(self, run: str, base_steps: int, projector: Path | None) -> TrainResult:
         from rode.training.train import train
 
-        settings = self.recipe(run, base_steps, projector)
+        settings = self.experiment(run, base_steps, projector)
         result = train(settings, progress=self.progress)
         if result.interrupted:
             raise KeyboardInterrupt
@@ -363,7 +363,7 @@ class Demo:
             (f"tensorboard --logdir {runs}", "losses and gates, step by step"),
             ("make demo SCALE=4", "train four times as long"),
             ("make demo DATA=DIR MODEL=DIR", "your records.jsonl (docs/records.md), a LLaVA checkpoint"),
-            ("rode train configs/own-records.yaml", "the same from a recipe file"),
+            ("rode train configs/own-records.yaml", "the same from a config file"),
         ]
 
 

@@ -79,7 +79,7 @@ def make_report(
     Args:
         what: name of the table or figure.
         results: variant -> results, for each of its variants.
-        base: name of the recipe that the runs stand on.
+        base: name of the config that the runs stand on.
         papers_data: False where `base` is another than the table's, so that only our own rows compare with each other.
     """
     item = tables.item(what)

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rode.training.config import Recipe, RecipeError, adapter_config
+from rode.training.config import ConfigError, Experiment, adapter_config
 from rode_food.settings import assign, build
 from rode_food.shards.index import open_shards
 
@@ -53,48 +53,48 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any], ignore: Collect
     ]
 
 
-def plain(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+def plain(experiment: Experiment) -> dict[str, Any]:
+    """A config as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 
-def settings(recipe: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
-    """A recorded recipe for comparison, without its adapter: keys that came later at their defaults, and for files of records
+def settings(experiment: dict[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
+    """A recorded config for comparison, without its adapter: keys that came later at their defaults, and for files of records
     and the vocabulary their hashes, for what they hold counts and not where they lie."""
     try:
-        recipe = plain(build(Recipe, recipe))
-    except RecipeError:  # keys that are no more show as a difference
-        recipe = json.loads(json.dumps(recipe))
-    recipe.pop("adapter", None)
-    for source in recipe["data"]["sources"]:
+        experiment = plain(build(Experiment, experiment))
+    except ConfigError:  # keys that are no more show as a difference
+        experiment = json.loads(json.dumps(experiment))
+    experiment.pop("adapter", None)
+    for source in experiment["data"]["sources"]:
         source["path"] = data.get(source["path"], source["path"])
-    vocabulary = recipe["evaluation"].get("vocabulary")
-    recipe["evaluation"]["vocabulary"] = data.get(vocabulary, vocabulary)
-    return recipe
+    vocabulary = experiment["evaluation"].get("vocabulary")
+    experiment["evaluation"]["vocabulary"] = data.get(vocabulary, vocabulary)
+    return experiment
 
 
 def adapter_differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """`differences` of two recorded recipes' adapters; a default is the same whether it is written out or not."""
+    """`differences` of two recorded configs' adapters; a default is the same whether it is written out or not."""
     if now["adapter"] == then["adapter"]:
         return []
     try:
-        pair = [adapter_values(build(Recipe, recipe)) for recipe in (now, then)]
-    except RecipeError:  # keys that are no more
+        pair = [adapter_values(build(Experiment, experiment)) for experiment in (now, then)]
+    except ConfigError:  # keys that are no more
         pair = [now["adapter"], then["adapter"]]
     return [f"adapter.{text}" for text in differences(*pair)]
 
 
-def adapter_values(recipe: Recipe) -> dict[str, Any]:
+def adapter_values(experiment: Experiment) -> dict[str, Any]:
     """The adapter's whole configuration as JSON gives it back."""
-    return json.loads(json.dumps(adapter_config(recipe).to_dict(), default=str))
+    return json.loads(json.dumps(adapter_config(experiment).to_dict(), default=str))
 
 
 def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:
-    """SHA-256 of a file that a recipe names; the pictures that records name are not read. For a
+    """SHA-256 of a file that a config names; the pictures that records name are not read. For a
     folder of shards it is the hash of its shards' digests, pictures included.
 
     Args:
-        what, key: for the error: what the file is, and the recipe's key that names it.
+        what, key: for the error: what the file is, and the config's key that names it.
 
     Raises:
         FileNotFoundError: naming the override that mends it. ShardError: for a folder of no or damaged shards.
@@ -111,7 +111,7 @@ def file_hash(path: str, what: str = "file of records", key: str = "data.sources
         return digest.hexdigest()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such {what}; {key}=FILE or --base RECIPE names another"
+            f"{path}: no such {what}; {key}=FILE or --base CONFIG names another"
         ) from None
 
 
@@ -153,25 +153,27 @@ def _losses(history: list[dict[str, Any]]) -> list[list[float | None]]:
     return [[step, float(f"{loss:.5g}") if math.isfinite(loss) else None] for step, loss in kept]
 
 
-def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[dict[str, Any]]) -> Result:
+def collect(
+    experiment: Experiment, base: str, data: Mapping[str, str], commands: list[dict[str, Any]]
+) -> Result:
     """The result of a run from what training and evaluation left in its folder.
 
     Args:
-        recipe: what was run.
-        base: name of the recipe below the variant.
+        experiment: what was run.
+        base: name of the config below the variant.
         data: file of records, or vocabulary -> hash.
         commands: {"command", "seconds", "exit_code"} of each process that the run took, failed ones too.
     """
-    folder = recipe.run_dir
+    folder = experiment.run_dir
 
     def read(name: str) -> Any:
         return json.loads((folder / name).read_text(encoding="utf-8"))
 
     training = read("training.json")
     return {
-        "variant": recipe.name,
+        "variant": experiment.name,
         "base": base,
-        "seed": recipe.training.seed,
+        "seed": experiment.training.seed,
         "metrics": read("evaluation/metrics.json")["all"],
         **{key: training["metrics"][key] for key in ("trainable_parameters", "steps", "examples")},
         "seconds": round(sum(entry["seconds"] for entry in commands), 1),
@@ -179,8 +181,8 @@ def collect(recipe: Recipe, base: str, data: Mapping[str, str], commands: list[d
         "machine": training["machine"],
         "versions": _versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "adapter": adapter_values(recipe),
-        "recipe": plain(recipe),
+        "adapter": adapter_values(experiment),
+        "config": plain(experiment),
         "data": dict(data),
         "loss": _losses(read("history.json")),
         "gates": _gates(folder / "evaluation" / "gates.json"),
@@ -191,7 +193,9 @@ def read_result(path: Path) -> Result:
     """Raises ValueError for what is no result, naming the file."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(result[key], dict) for key in ("metrics", "recipe", "data")):
+        if "recipe" in result:  # the key's name in older results
+            result["config"] = result.pop("recipe")
+        if not all(isinstance(result[key], dict) for key in ("metrics", "config", "data")):
             raise TypeError
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{path}: not a result of `rode reproduce`; move it away") from None
@@ -215,17 +219,17 @@ def incomparable(results: Mapping[str, list[Result]], swept: Iterable[str] = ())
 
     Args:
         results: variant -> its results.
-        swept: keys of the recipe in which variants are meant to differ.
+        swept: keys of the config in which variants are meant to differ.
     """
     every = [result for found in results.values() for result in found]
     lines = []
     for result in every:
         first, mine = every[0], results[result["variant"]][0]
-        now, then = (settings(r["recipe"], r["data"]) for r in (result, first))
+        now, then = (settings(r["config"], r["data"]) for r in (result, first))
         for key in swept:
-            for recipe in (now, then):
-                assign(recipe, key, None, key)
-        found = differences(now, then, OF_A_RUN) + adapter_differences(result["recipe"], mine["recipe"])
+            for experiment in (now, then):
+                assign(experiment, key, None, key)
+        found = differences(now, then, OF_A_RUN) + adapter_differences(result["config"], mine["config"])
         if found:
             lines.append(
                 f"{result['variant']} seed {result['seed']} was not run as {first['variant']} seed {first['seed']} was: "

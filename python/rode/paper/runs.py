@@ -28,7 +28,7 @@ from rode.paper.results import (
 )
 from rode.paper.tables import Tables
 from rode.training import sweep
-from rode.training.config import Recipe, RecipeError, dump_recipe, load_recipe
+from rode.training.config import ConfigError, Experiment, dump_experiment, load_experiment, saved_config
 from rode_food.atomic import write_json, write_text
 
 Call = Callable[[Sequence[str]], int]
@@ -45,26 +45,26 @@ class Run:
     """One variant with one seed.
 
     Attributes:
-        recipe: resolved; its output_dir is the run's folder.
-        base: name of the recipe below the variant.
+        experiment: resolved; its output_dir is the run's folder.
+        base: name of the config below the variant.
         result: the file that its result is kept in.
         data: file of records, or vocabulary -> hash.
     """
 
-    recipe: Recipe
+    experiment: Experiment
     base: str
     result: Path
     data: dict[str, str]
 
     def __str__(self) -> str:
-        return f"{self.recipe.name} seed {self.recipe.training.seed}"
+        return f"{self.experiment.name} seed {self.experiment.training.seed}"
 
     @property
     def state(self) -> Literal["finished", "trained", "begun", "new"]:
         """How far it has come: "trained" lacks the evaluation, "begun" has a checkpoint to go on from."""
         from rode.training.checkpoints import latest_checkpoint
 
-        folder = self.recipe.run_dir
+        folder = self.experiment.run_dir
         if self.result.is_file():
             return "finished"
         if (folder / "training.json").is_file():
@@ -83,40 +83,40 @@ def plan(
     results: Path,
     runs: Path,
 ) -> list[Run]:
-    """The runs, each seed of all variants before the next seed; every recipe is checked before anything starts.
+    """The runs, each seed of all variants before the next seed; every config is checked before anything starts.
 
     Args:
-        base: recipe below the variants.
+        base: config below the variants.
         base_name: its name, by which results and run folders are kept apart.
-        overrides: of every recipe.
+        overrides: of every config.
         results, runs: folders of results and of run folders.
 
     Raises:
-        RecipeError, FileNotFoundError: recipes and files of records.
-        ValueError: a result or a run folder that another recipe or other data has made.
+        ConfigError, FileNotFoundError: configs and files of records.
+        ValueError: a result or a run folder that another config or other data has made.
     """
     for assignment in overrides:
         key = assignment.partition("=")[0]
         if key in OURS:
-            raise RecipeError(
+            raise ConfigError(
                 f"override {assignment!r}: {key} is set here for each run: see --only, --seeds, --runs and --results"
             )
     hashes: dict[str, str] = {}
     out = []
     for seed in seeds:
         for variant in variants:
-            recipe = tables.load(variant, overrides, base)
-            recipe.name, recipe.training.seed = variant, seed
-            recipe.output_dir = str(runs / base_name / f"{variant}-seed{seed}")
-            for source in recipe.data.sources:
+            experiment = tables.load(variant, overrides, base)
+            experiment.name, experiment.training.seed = variant, seed
+            experiment.output_dir = str(runs / base_name / f"{variant}-seed{seed}")
+            for source in experiment.data.sources:
                 if source.path not in hashes:
                     hashes[source.path] = file_hash(source.path)
-            data = {source.path: hashes[source.path] for source in recipe.data.sources}
-            if (vocabulary := recipe.evaluation.vocabulary) is not None:
+            data = {source.path: hashes[source.path] for source in experiment.data.sources}
+            if (vocabulary := experiment.evaluation.vocabulary) is not None:
                 if vocabulary not in hashes:
                     hashes[vocabulary] = file_hash(vocabulary, "vocabulary", "evaluation.vocabulary")
                 data[vocabulary] = hashes[vocabulary]
-            run = Run(recipe, base_name, result_path(results, base_name, variant, seed), data)
+            run = Run(experiment, base_name, result_path(results, base_name, variant, seed), data)
             _check_unchanged(run)
             out.append(run)
     return out
@@ -124,27 +124,26 @@ def plan(
 
 def _check_unchanged(run: Run) -> None:
     """Checks that what is there of a run was made by its config; raises ValueError."""
-    recipe_file = run.recipe.run_dir / "recipe.yaml"
     if run.result.is_file():
         result = read_result(run.result)
-        place, then, data = run.result, result["recipe"], result["data"]
+        place, then, data = run.result, result["config"], result["data"]
         mend = "give its settings again, move the file away, or write to another folder with --results"
-    elif recipe_file.is_file() and run.state != "new":
+    elif (file := saved_config(run.experiment.run_dir)) and run.state != "new":
         try:
-            then, data = plain(load_recipe(recipe_file)), run.data
-        except RecipeError as error:
+            then, data = plain(load_experiment(file)), run.data
+        except ConfigError as error:
             raise ValueError(f"{run}: {error}; delete its folder to begin anew") from error
         place, mend = (
-            run.recipe.run_dir,
+            run.experiment.run_dir,
             "give its settings again, delete the folder, or use another with --runs",
         )
     else:
         return
-    now = plain(run.recipe)
+    now = plain(run.experiment)
     found = differences(settings(now, run.data), settings(then, data), NOT_COMPARED)
     found += adapter_differences(now, then)
     if found:
-        raise ValueError(f"{run}: {place} was made by another recipe: {'; '.join(found)}; {mend}")
+        raise ValueError(f"{run}: {place} was made by another config: {'; '.join(found)}; {mend}")
 
 
 def call(command: Sequence[str]) -> int:
@@ -220,26 +219,26 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
     Raises:
         RunFailed: training or evaluation ended with an error. KeyboardInterrupt: it was stopped.
     """
-    state, folder = run.state, run.recipe.run_dir
+    state, folder = run.state, run.experiment.run_dir
     if state == "finished":
         return
-    recipe_file = folder / "recipe.yaml"
+    config_file = folder / "config.yaml"
     options = ["--quiet"] if quiet else []
     if state == "new":
         (folder / "attempts.json").unlink(missing_ok=True)
     attempts = Attempts(folder)
     python = [sys.executable, "-m", "rode"]
     if state != "trained":
-        write_text(recipe_file, dump_recipe(run.recipe))
+        write_text(config_file, dump_experiment(run.experiment))
         resume = ["--resume"] if state == "begun" else []
         start = [*launcher, "-m", "rode"] if launcher else python
-        _succeed(run, "training", attempts.make([*start, "train", str(recipe_file), *resume, *options], call))
+        _succeed(run, "training", attempts.make([*start, "train", str(config_file), *resume, *options], call))
         if not (folder / "training.json").is_file():
             raise RunFailed(
                 f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
             )
-    _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(recipe_file), *options], call))
-    write_json(run.result, collect(run.recipe, run.base, run.data, attempts.entries))
+    _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(config_file), *options], call))
+    write_json(run.result, collect(run.experiment, run.base, run.data, attempts.entries))
 
 
 def _succeed(run: Run, what: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""The runs that a table wants, and what the paper printed: `configs/paper/tables.yaml`, or a recipe of one's own, checked."""
+"""The runs that a table wants, and what the paper printed: `configs/paper/tables.yaml`, or a config of one's own, checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from rode.training import sweep
-from rode.training.config import Recipe, RecipeError, load_recipe, recipe_values
+from rode.training.config import ConfigError, Experiment, experiment_values, load_experiment
 from rode_food.settings import build, did_you_mean, read_mapping
 
 FILE = "tables.yaml"
@@ -41,7 +41,7 @@ OWN_METRICS = ("sacrebleu", "rouge_l", "ingredient_iou", "pmae", "category_accur
 
 @dataclass(frozen=True)
 class Variant:
-    """One adapter of the paper; its recipe is the file of its name."""
+    """One adapter of the paper; its config is the file of its name."""
 
     label: str
     ranks: str
@@ -68,7 +68,7 @@ class Data:
     """The data that the runs of a table learn from.
 
     Attributes:
-        base: the recipe that its variants extend, relative to the file.
+        base: the config that its variants extend, relative to the file.
         adapted: of the paper's model.
         paper: variant -> metric -> the number printed; empty for what the paper does not have.
     """
@@ -95,7 +95,7 @@ class Tables:
     """All of the file.
 
     Attributes:
-        folder: holds the variants' recipes, each in a file of its name.
+        folder: holds the variants' configs, each in a file of its name.
         file: holds all of them instead; swept: as variants of its sweep over these keys.
     """
 
@@ -111,16 +111,16 @@ class Tables:
         return self.items[name]
 
     def base(self, item: Item) -> Path:
-        """The recipe below the item's variants."""
+        """The config below the item's variants."""
         return self.folder / self.data[item.data].base
 
-    def recipe(self, variant: str) -> Path:
+    def config_file(self, variant: str) -> Path:
         return self.file or self.folder / f"{variant}.yaml"
 
-    def load(self, variant: str, overrides: Sequence[str], base: Path) -> Recipe:
-        """A variant's recipe above `base`."""
+    def load(self, variant: str, overrides: Sequence[str], base: Path) -> Experiment:
+        """A variant's config above `base`."""
         choice = [f"{sweep.KEY}={variant}"] if self.swept else []
-        return load_recipe(self.recipe(variant), [*choice, *overrides], base=base)
+        return load_experiment(self.config_file(variant), [*choice, *overrides], base=base)
 
     def name(self, item: Item, variant: str) -> str:
         """A variant as the item's rows name it."""
@@ -130,7 +130,7 @@ class Tables:
 def _known(names: Iterable[str], known: Iterable[str], what: str) -> None:
     for name in names:
         if name not in set(known):
-            raise RecipeError(f"{what} {name!r}: no such one; {did_you_mean(name, known)}")
+            raise ConfigError(f"{what} {name!r}: no such one; {did_you_mean(name, known)}")
 
 
 def read_tables(folder: Path) -> Tables:
@@ -138,20 +138,20 @@ def read_tables(folder: Path) -> Tables:
 
     Raises:
         FileNotFoundError: there is none.
-        RecipeError: unknown keys or names, wrong types, a variant without a recipe.
+        ConfigError: unknown keys or names, wrong types, a variant without a config.
     """
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such file; --recipes names the folder that holds it (configs/paper of the repository)"
+            f"{path}: no such file; --configs names the folder that holds it (configs/paper of the repository)"
         )
     try:
-        tables = dataclasses.replace(build(Tables, recipe_values(path)), folder=folder)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        tables = dataclasses.replace(build(Tables, experiment_values(path)), folder=folder)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     for name in tables.variants:
-        if not tables.recipe(name).is_file():
-            raise RecipeError(f"{path}: variants.{name}: expected its recipe in {tables.recipe(name)}")
+        if not tables.config_file(name).is_file():
+            raise ConfigError(f"{path}: variants.{name}: expected its config in {tables.config_file(name)}")
     for name, data in tables.data.items():
         where = f"{path}: data.{name}.paper:"
         _known(data.paper, tables.variants, f"{where} variant")
@@ -166,21 +166,21 @@ def read_tables(folder: Path) -> Tables:
 
 
 def own_table(path: Path) -> Tables:
-    """One table, named as the recipe in `path`: a row for each variant of its sweep, or for itself.
+    """One table, named as the config in `path`: a row for each variant of its sweep, or for itself.
 
     Raises:
-        FileNotFoundError; RecipeError: it extends no recipe, or its sweep is none.
+        FileNotFoundError; ConfigError: it extends no config, or its sweep is none.
     """
-    values = recipe_values(path)
+    values = experiment_values(path)
     base = read_mapping(path).get("extends")
     if base is None:
-        raise RecipeError(
-            f"{path}: extends: missing; results are kept by the name of the recipe that it extends"
+        raise ConfigError(
+            f"{path}: extends: missing; results are kept by the name of the config that it extends"
         )
     try:
         variants = list(sweep.variants(values))
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     name = str(values.get("name"))
     item = Item(f"Variants of {name}", "own", variants or [name], list(OWN_METRICS), [])
     return Tables({}, {"own": Data(base)}, {name: item}, path.parent, path, list(values.get(sweep.KEY, ())))

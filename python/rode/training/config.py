@@ -1,8 +1,8 @@
-"""The recipe: one YAML file for an experiment, checked field by field when it is read.
+"""The config of an experiment: one YAML file, checked field by field when it is read.
 
-Paths in a recipe are relative to the working directory; `~` and `$VARIABLES` are expanded. `extends: other.yaml`, relative to
+Paths in a config are relative to the working directory; `~` and `$VARIABLES` are expanded. `extends: other.yaml`, relative to
 the file that names it, is merged below it: mappings key by key, all else (and `adapter`, whose fields for one method
-another may refuse) as a whole. A file with a `sweep` (`rode.training.sweep`) holds several recipes; `sweep=NAME` chooses one.
+another may refuse) as a whole. A file with a `sweep` (`rode.training.sweep`) holds several experiments; `sweep=NAME` chooses one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
-RecipeError = SettingsError
-"""A recipe that cannot be used. One line: which key, what it got, what was wanted."""
+ConfigError = SettingsError
+"""A config that cannot be used. One line: which key, what it got, what was wanted."""
 
 
 @dataclass
@@ -129,7 +129,9 @@ class EvaluationConfig:
 
 
 @dataclass
-class Recipe:
+class Experiment:
+    """One experiment: the values of a config file."""
+
     name: str
     model: ModelConfig
     data: DataConfig
@@ -161,36 +163,36 @@ _POSITIVE = (
 )
 
 
-def _check(recipe: Recipe) -> None:
+def _check(experiment: Experiment) -> None:
     """Checks beyond types."""
-    training = recipe.training
+    training = experiment.training
     for name in _POSITIVE:
         if getattr(training, name) <= 0:
-            raise RecipeError(f"training.{name}: expected more than 0, got {getattr(training, name)}")
+            raise ConfigError(f"training.{name}: expected more than 0, got {getattr(training, name)}")
     for name in ("max_steps", "max_length"):
         if getattr(training, name) is not None and getattr(training, name) < 1:
-            raise RecipeError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
+            raise ConfigError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
     if len(training.betas) != 2:
-        raise RecipeError(f"training.betas: expected two numbers, got {training.betas}")
-    if not recipe.data.sources:
-        raise RecipeError("data.sources: expected at least one source, got none")
-    for i, source in enumerate(recipe.data.sources):
+        raise ConfigError(f"training.betas: expected two numbers, got {training.betas}")
+    if not experiment.data.sources:
+        raise ConfigError("data.sources: expected at least one source, got none")
+    for i, source in enumerate(experiment.data.sources):
         try:
             Source(**vars(source))
         except ValueError as error:
-            raise RecipeError(f"data.sources[{i}]: {error}") from error
-    if recipe.stage == "projector":
-        if recipe.adapter:
-            raise RecipeError("adapter: stage 'projector' trains no adapter; leave it out")
+            raise ConfigError(f"data.sources[{i}]: {error}") from error
+    if experiment.stage == "projector":
+        if experiment.adapter:
+            raise ConfigError("adapter: stage 'projector' trains no adapter; leave it out")
         if training.projector_learning_rate is not None:
-            raise RecipeError(
+            raise ConfigError(
                 "training.projector_learning_rate: in stage 'projector' it is training.learning_rate"
             )
     else:
-        _check_routing(recipe, adapter_config(recipe))
+        _check_routing(experiment, adapter_config(experiment))
 
 
-def _check_routing(recipe: Recipe, config: Any) -> None:
+def _check_routing(experiment: Experiment, config: Any) -> None:
     """Checks that data and model have what the adapter's router reads."""
     by_row = (
         getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
@@ -198,20 +200,20 @@ def _check_routing(recipe: Recipe, config: Any) -> None:
         or getattr(config, "gate", "") == "expert-choice"
         or getattr(config, "n_tasks", None)
     )
-    if by_row and recipe.training.questions_per_picture > 1:
-        raise RecipeError(
+    if by_row and experiment.training.questions_per_picture > 1:
+        raise ConfigError(
             "training.questions_per_picture: this adapter treats a sequence as one question, so its picture cannot be shared by "
-            f"several; set it to 1, got {recipe.training.questions_per_picture}"
+            f"several; set it to 1, got {experiment.training.questions_per_picture}"
         )
-    if getattr(config, "id_input", None) == "rode_cluster_ids" and recipe.model.clusters is None:
-        raise RecipeError(
+    if getattr(config, "id_input", None) == "rode_cluster_ids" and experiment.model.clusters is None:
+        raise ConfigError(
             "model.clusters: router_input 'cluster' wants the file that `rode fit-clusters` writes"
         )
 
 
-def adapter_config(recipe: Recipe) -> Any:
-    """The PEFT configuration (or MoeConfig) that the recipe's `adapter` describes, every key checked."""
-    values = dict(recipe.adapter)
+def adapter_config(experiment: Experiment) -> Any:
+    """The PEFT configuration (or MoeConfig) that the config's `adapter` describes, every key checked."""
+    values = dict(experiment.adapter)
     method = values.pop("method", "rode")
     if method == "peft":
         cls, values = _peft_class(values)
@@ -224,25 +226,25 @@ def adapter_config(recipe: Recipe) -> Any:
             try:
                 values = preset_fields(values.pop("preset"), **values)
             except ValueError as error:
-                raise RecipeError(f"adapter.{error}") from error
+                raise ConfigError(f"adapter.{error}") from error
         if values.get("layers_to_transform") is None:  # which selects among names, where a regex says it all
             values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
     elif method == "moe-llava":
         from rode.baselines.moe_llava import MoeConfig as cls
     else:
-        raise RecipeError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
+        raise ConfigError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
     known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
     for key in values:
         if key not in known:
-            raise RecipeError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
+            raise ConfigError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
     if method != "moe-llava":
         values = {"task_type": "CAUSAL_LM", **values}
-    if method != "moe-llava" and recipe.training.projector_learning_rate is not None:
+    if method != "moe-llava" and experiment.training.projector_learning_rate is not None:
         values["modules_to_save"] = [*(values.get("modules_to_save") or []), "multi_modal_projector"]
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"adapter: {error}") from error
+        raise ConfigError(f"adapter: {error}") from error
 
 
 def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -255,13 +257,13 @@ def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     known = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     name = values.pop("peft_type", None)
     if name not in known or name == "RODE":
-        raise RecipeError(
+        raise ConfigError(
             f"adapter.peft_type: expected a method of PEFT such as LORA, POLY or XLORA, got {name!r}"
         )
     cls = known[name]
     if issubclass(cls, PromptLearningConfig) or name == "ADALORA":
         why = "has a loss of its own" if name == "ADALORA" else "puts tokens before the picture"
-        raise RecipeError(
+        raise ConfigError(
             f"adapter.peft_type: {name} {why}, which training on answers does not know; use another method"
         )
     if "target_modules" in {f.name for f in fields(cls)}:
@@ -271,11 +273,11 @@ def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return cls, values
 
 
-def recipe_from_dict(values: dict[str, Any]) -> Recipe:
-    """A recipe from plain values, checked. Raises RecipeError."""
-    recipe = build(Recipe, values)
-    _check(recipe)
-    return recipe
+def experiment_from_dict(values: dict[str, Any]) -> Experiment:
+    """A config from plain values, checked. Raises ConfigError."""
+    experiment = build(Experiment, values)
+    _check(experiment)
+    return experiment
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -286,15 +288,15 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def recipe_values(path: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
-    """The plain values of a recipe file with those of the file that it extends below them, unchecked.
+def experiment_values(path: str | Path, *, base: str | Path | None = None) -> dict[str, Any]:
+    """The plain values of a config file with those of the file that it extends below them, unchecked.
 
     Args:
         path: the YAML file.
         base: stands in for what the file's `extends` names, whether it has one or not.
 
     Raises:
-        FileNotFoundError; RecipeError for what is not YAML, no mapping, or extends itself.
+        FileNotFoundError; ConfigError for what is not YAML, no mapping, or extends itself.
     """
     chain: list[dict[str, Any]] = []
     seen: list[Path] = []
@@ -303,14 +305,14 @@ def recipe_values(path: str | Path, *, base: str | Path | None = None) -> dict[s
         file = following
         if not file.is_file():
             named = f", which {seen[-1]} extends" if seen else ""
-            raise FileNotFoundError(f"{file}: no such recipe{named}")
+            raise FileNotFoundError(f"{file}: no such config{named}")
         if any(file.samefile(other) for other in seen):
-            raise RecipeError(f"{path}: extends: expected an end, got {' -> '.join(map(str, [*seen, file]))}")
+            raise ConfigError(f"{path}: extends: expected an end, got {' -> '.join(map(str, [*seen, file]))}")
         seen.append(file)
         values = read_mapping(file)
         parent = values.pop("extends", None)
         if not isinstance(parent, str | None):
-            raise RecipeError(f"{file}: extends: expected the name of a recipe file, got {parent!r}")
+            raise ConfigError(f"{file}: extends: expected the name of a config file, got {parent!r}")
         chain.append(values)
         following = None if parent is None else file.parent / parent
         if base is not None and len(chain) == 1:
@@ -318,20 +320,20 @@ def recipe_values(path: str | Path, *, base: str | Path | None = None) -> dict[s
     return functools.reduce(_merge, reversed(chain))
 
 
-def load_recipe(
+def load_experiment(
     path: str | Path, overrides: typing.Sequence[str] = (), *, base: str | Path | None = None
-) -> Recipe:
-    """Read a recipe file and what it extends.
+) -> Experiment:
+    """Read a config file and what it extends.
 
     Args:
         path: the YAML file.
         overrides: "training.max_steps=20", "data.sources.0.path=my.jsonl": values as YAML. "sweep=NAME" chooses a variant.
-        base: see `recipe_values`.
+        base: see `experiment_values`.
 
     Raises:
-        FileNotFoundError; RecipeError for unknown keys, wrong types and impossible values.
+        FileNotFoundError; ConfigError for unknown keys, wrong types and impossible values.
     """
-    values = recipe_values(path, base=base)
+    values = experiment_values(path, base=base)
     choice = f"{sweep.KEY}="
     chosen = [text.removeprefix(choice) for text in overrides if text.startswith(choice)]
     try:
@@ -339,11 +341,16 @@ def load_recipe(
         for assignment in overrides:
             if not assignment.startswith(choice):
                 override(values, assignment)
-        return recipe_from_dict(values)
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from error
+        return experiment_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML that `load_recipe` reads back to an equal recipe; what it extends is written out."""
-    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+def saved_config(folder: Path) -> Path | None:
+    """The config file that `rode train` left in a run's folder, or None. Older runs left it as recipe.yaml."""
+    return next((file for name in ("config.yaml", "recipe.yaml") if (file := folder / name).is_file()), None)
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """YAML that `load_experiment` reads back to an equal config; what it extends is written out."""
+    return yaml.safe_dump(asdict(experiment), sort_keys=False, allow_unicode=True)

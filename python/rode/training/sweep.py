@@ -1,13 +1,13 @@
-"""Sweeps: one recipe file for runs that differ in a few keys.
+"""Sweeps: one config file for runs that differ in a few keys.
 
-`sweep` names keys of the recipe, and for each key the values that it takes, every value under a label:
+`sweep` names keys of the config, and for each key the values that it takes, every value under a label:
 
     name: ranks
     sweep:
       adapter.ranks: {2-4-8-16: [2, 4, 8, 16], 30: [30]}
       data.sources.0.tasks: {"": [ingredients, recipe], recipe: [recipe]}
 
-Each combination is a variant. Its name is the recipe's name followed by the labels: ranks-2-4-8-16, ranks-2-4-8-16-recipe,
+Each combination is a variant. Its name is the config's name followed by the labels: ranks-2-4-8-16, ranks-2-4-8-16-recipe,
 ranks-30, ranks-30-recipe. An empty label adds nothing to the name.
 """
 
@@ -24,7 +24,7 @@ KEY = "sweep"
 
 
 def variants(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The variants of a recipe's plain values, in order: name -> key -> value. Empty for a recipe without a sweep.
+    """The variants of a config's plain values, in order: name -> key -> value. Empty for a config without a sweep.
 
     Raises:
         SettingsError: the sweep is no mapping of keys to labelled values, or names two variants alike.
@@ -46,7 +46,7 @@ def variants(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def choose(values: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """The plain values of one variant; those of a recipe without a sweep as they are.
+    """The plain values of one variant; those of a config without a sweep as they are.
 
     Args:
         name: of the variant; None where none was asked for.
@@ -62,7 +62,7 @@ def choose(values: dict[str, Any], name: str | None) -> dict[str, Any]:
             f"{KEY}: expected {KEY}=NAME to choose one of its variants, got none: {', '.join(found)}"
         )
     if name not in found:
-        hint = did_you_mean(name, found) if found else "the recipe has no sweep; leave it out"
+        hint = did_you_mean(name, found) if found else "the config has no sweep; leave it out"
         raise SettingsError(f"{KEY}={name}: no such variant; {hint}")
     chosen = copy.deepcopy({key: value for key, value in values.items() if key != KEY})
     chosen["name"] = name

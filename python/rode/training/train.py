@@ -1,4 +1,4 @@
-"""`rode train`: from a recipe to a trained adapter (or projector)."""
+"""`rode train`: from a config to a trained adapter (or projector)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.training.checkpoints import latest_checkpoint, read_state, starting_point
 from rode.training.clusters import FILE as CLUSTERS
-from rode.training.config import Recipe, adapter_config, dump_recipe
+from rode.training.config import Experiment, adapter_config, dump_experiment
 from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.side_inputs import make_routes
@@ -45,7 +45,7 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        output_dir: holds the adapter (or projector.safetensors), recipe.yaml, history.json, training.json (metrics and
+        output_dir: holds the adapter (or projector.safetensors), config.yaml, history.json, training.json (metrics and
             machine; there once training has ended), tensorboard/, checkpoint-N/.
         model: the trained model, in eval mode (a PeftModel in stage "adapter"); None where the run was done already.
         processor: its processor, or None likewise.
@@ -69,9 +69,9 @@ class TrainResult:
     was_done: bool = False
 
 
-def data_sources(recipe: Recipe) -> list[Source]:
-    """The recipe's sources as `rode_food.data_mixture` wants them."""
-    return [Source(**vars(source)) for source in recipe.data.sources]
+def data_sources(experiment: Experiment) -> list[Source]:
+    """The config's sources as `rode_food.data_mixture` wants them."""
+    return [Source(**vars(source)) for source in experiment.data.sources]
 
 
 def _usable(mixture: DataMixture[Example], on_bad_image: str) -> tuple[DataMixture[Example], list[str]]:
@@ -101,8 +101,8 @@ def _packed(mixture: DataMixture[Example], most: int) -> DataMixture[tuple[Examp
     )
 
 
-def make_trainable(model: Any, recipe: Recipe) -> Any:
-    """Freeze the model and add what the recipe trains, in float32: a PeftModel in stage "adapter" (a MoE-LLaVA is
+def make_trainable(model: Any, experiment: Experiment) -> Any:
+    """Freeze the model and add what the config trains, in float32: a PeftModel in stage "adapter" (a MoE-LLaVA is
     the model itself, converted), else the model.
 
     Everything random in it follows `training.seed`.
@@ -110,15 +110,15 @@ def make_trainable(model: Any, recipe: Recipe) -> Any:
     from peft import get_peft_model
 
     match_projector_input(model)
-    if recipe.stage == "projector":
+    if experiment.stage == "projector":
         model.requires_grad_(False)
         get_projector(model).float().requires_grad_(True)
         return model
-    config = adapter_config(recipe)
-    set_seed(recipe.training.seed)
+    config = adapter_config(experiment)
+    set_seed(experiment.training.seed)
     if isinstance(config, MoeConfig):
         convert_to_moe(model, config)
-        if recipe.training.projector_learning_rate is not None:
+        if experiment.training.projector_learning_rate is not None:
             get_projector(model).float().requires_grad_(True)
         return model
     if getattr(config, "modules_to_save", None):
@@ -127,12 +127,12 @@ def make_trainable(model: Any, recipe: Recipe) -> Any:
 
 
 def image_source(
-    recipe: Recipe, model: Any, processor: LlavaProcessor, examples: Sequence[Example], progress: bool
+    experiment: Experiment, model: Any, processor: LlavaProcessor, examples: Sequence[Example], progress: bool
 ) -> PictureSource:
-    """Pictures as the recipe wants them: read at every step, or the tower's features computed now."""
-    if recipe.model.vision_features == "live":
+    """Pictures as the config wants them: read at every step, or the tower's features computed now."""
+    if experiment.model.vision_features == "live":
         return PixelSource(processor)
-    directory = recipe.model.features_dir if recipe.model.vision_features == "disk" else None
+    directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
     source = FeatureSource(model, processor, directory)
     source.precompute([example.image for example in examples], progress)
     return source
@@ -159,7 +159,7 @@ def _machine(device: torch.device, processes: int) -> str:
 
 
 def train(
-    recipe: Recipe,
+    experiment: Experiment,
     *,
     examples: Sequence[Example] | None = None,
     model: Any = None,
@@ -168,12 +168,12 @@ def train(
     resume: bool | str | os.PathLike[str] = False,
     progress: bool = True,
 ) -> TrainResult:
-    """Train what the recipe says and write it to `recipe.run_dir`.
+    """Train what the config says and write it to `experiment.run_dir`.
 
     Args:
-        recipe: see `rode.training.config`.
-        examples: in place of the recipe's data sources.
-        model, processor: a LLaVA already loaded, in place of `recipe.model.path`; the model is changed.
+        experiment: see `rode.training.config`.
+        examples: in place of the config's data sources.
+        model, processor: a LLaVA already loaded, in place of `experiment.model.path`; the model is changed.
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
         resume: True for the latest checkpoint in `run_dir`, or a checkpoint's path.
         progress: show bars.
@@ -185,7 +185,7 @@ def train(
         NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    if recipe.model.dtype == "float16":
+    if experiment.model.dtype == "float16":
         raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
@@ -193,13 +193,13 @@ def train(
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
-    arguments = training_arguments(recipe, progress)
-    with one_run(recipe.run_dir, arguments):
-        return _train(recipe, arguments, examples, model, processor, source, resume, progress)
+    arguments = training_arguments(experiment, progress)
+    with one_run(experiment.run_dir, arguments):
+        return _train(experiment, arguments, examples, model, processor, source, resume, progress)
 
 
 def _train(
-    recipe: Recipe,
+    experiment: Experiment,
     arguments: TrainingArguments,
     examples: Sequence[Example] | None,
     model: Any,
@@ -209,18 +209,18 @@ def _train(
     progress: bool,
 ) -> TrainResult:
     """`train` in a folder that no other run writes to."""
-    run_dir = recipe.run_dir
+    run_dir = experiment.run_dir
     start = starting_point(run_dir, resume, arguments.world_size, say=arguments.process_index == 0)
-    seed = recipe.training.seed
+    seed = experiment.training.seed
     if examples is None:
-        mixture = load_examples(data_sources(recipe), "train", wording=recipe.data.wording, seed=seed)
+        mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
     else:
         mixture = DataMixture(list(examples), [len(examples)], [1.0], seed)
-    mixture, skipped = _usable(mixture, recipe.data.on_bad_image)
+    mixture, skipped = _usable(mixture, experiment.data.on_bad_image)
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
-    training = recipe.training
+    training = experiment.training
     items: DataMixture[Any] = mixture
     if training.questions_per_picture > 1:
         items = _packed(mixture, training.questions_per_picture)
@@ -232,21 +232,21 @@ def _train(
         history = state.get("log_history", [])
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     if model is None or processor is None:
-        m = recipe.model
+        m = experiment.model
         model, processor = load_vlm(
             m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
         )
     if at_end:  # no picture is looked at any more
         source = PixelSource(processor)
-    source = source or image_source(recipe, model, processor, examples, progress)
-    model = make_trainable(model, recipe)
+    source = source or image_source(experiment, model, processor, examples, progress)
+    model = make_trainable(model, experiment)
     if items is not mixture and "flash" in str(model.config._attn_implementation):
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
         )
-    encoder = PromptEncoder(processor, recipe.model.prompt, training.max_length, training.on_long_answer)
+    encoder = PromptEncoder(processor, experiment.model.prompt, training.max_length, training.on_long_answer)
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "recipe.yaml", dump_recipe(recipe))
+    write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)
     callbacks: list[TrainerCallback] = [stop := StopOnInterrupt()]
     board = None
@@ -259,7 +259,7 @@ def _train(
     routed = getattr(config, "routed", False)
     if getattr(config, "target_sparsity", None) is not None:
         callbacks.append(HoldSparsity())
-    routes = make_routes(config, model, processor, recipe.model.clusters)
+    routes = make_routes(config, model, processor, experiment.model.clusters)
     if routes.cluster_input is not None and routes.clusters is not None and arguments.process_index == 0:
         routes.clusters.save(run_dir / CLUSTERS)  # answers need them as the training did
     statistics = GateStatistics().attach(model) if routed and training.gate_statistics else None
@@ -272,7 +272,7 @@ def _train(
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
         lengths=_lengths(items) if training.group_by_length else None,
-        projector_only=recipe.stage == "projector",
+        projector_only=experiment.stage == "projector",
         statistics=statistics,
     )
     try:

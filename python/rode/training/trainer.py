@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.training.checkpoints import STATE
-from rode.training.config import Recipe
+from rode.training.config import Experiment
 from rode.training.finite import StepGuard
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
@@ -281,12 +281,12 @@ def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {name: False}
 
 
-def training_arguments(recipe: Recipe, progress: bool = True) -> TrainingArguments:
-    """transformers' TrainingArguments of a recipe."""
-    t = recipe.training
+def training_arguments(experiment: Experiment, progress: bool = True) -> TrainingArguments:
+    """transformers' TrainingArguments of a config."""
+    t = experiment.training
     schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]
     arguments = TrainingArguments(
-        output_dir=str(recipe.run_dir),
+        output_dir=str(experiment.run_dir),
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.gradient_accumulation,
         num_train_epochs=t.epochs,
@@ -319,7 +319,7 @@ def training_arguments(recipe: Recipe, progress: bool = True) -> TrainingArgumen
         ddp_find_unused_parameters=False,
         report_to="none",  # TensorBoard is added as a callback, in a folder of its own
         disable_tqdm=not progress,
-        use_cpu=recipe.model.device == "cpu",
+        use_cpu=experiment.model.device == "cpu",
     )
     if arguments.n_gpu > 1:
         # Several visible GPUs and one process would make Trainer use DataParallel, which cannot share frozen weights.
@@ -327,7 +327,7 @@ def training_arguments(recipe: Recipe, progress: bool = True) -> TrainingArgumen
     world = arguments.world_size
     if world != t.devices:
         logger.warning(
-            "the recipe means %d device(s) and a global batch of %d; on %d it is %d",
+            "the config means %d device(s) and a global batch of %d; on %d it is %d",
             t.devices,
             t.batch_size * t.gradient_accumulation * t.devices,
             world,

@@ -16,7 +16,7 @@ from rode import RodeConfig, cli
 from rode.baselines.lorahub import compose_adapters, find_coefficients
 from rode.cli import main
 from rode.commands import compose as compose_command
-from rode.training.config import recipe_from_dict
+from rode.training.config import experiment_from_dict
 from rode.training.train import train
 from rode.vlm import load_adapter, load_vlm
 from rode_food import Example
@@ -227,7 +227,7 @@ def folders(llava_dir, tmp_path_factory):
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(recipe_from_dict(values), progress=False)
+    train(experiment_from_dict(values), progress=False)
     model, _ = load_vlm(llava_dir, dtype="float32", device="cpu")
     torch.manual_seed(4)
     config = RodeConfig(init_weights=False, task_type="CAUSAL_LM", **values["adapter"])
@@ -244,7 +244,7 @@ def test_from_two_folders_to_an_answer(capsys, folders, tmp_path):
     assert f"adapter in {out}: loss" in said
     assert {path.name for path in out.iterdir()} >= {
         "adapter_model.safetensors",
-        "recipe.yaml",
+        "config.yaml",
         "compose.json",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
@@ -316,12 +316,12 @@ def test_errors_of_the_command(capsys, folders, tmp_path, llava_dir):
     model, _ = load_vlm(llava_dir, dtype="float32", device="cpu")
     get_peft_model(model, RodeConfig(ranks=(2, 4))).save_pretrained(other)
     fails(capsys, ["compose", trained, str(other), *out], f"{other}: expected plain LoRA")
-    recipe = (folders[0] / "recipe.yaml").read_text().replace(str(llava_dir), "/elsewhere")
-    (folders[1] / "recipe.yaml").write_text(recipe)
+    experiment = (folders[0] / "config.yaml").read_text().replace(str(llava_dir), "/elsewhere")
+    (folders[1] / "config.yaml").write_text(experiment)
     try:
         fails(capsys, ["compose", trained, noise, *out], "trained with different model.path")
     finally:
-        (folders[1] / "recipe.yaml").unlink()
+        (folders[1] / "config.yaml").unlink()
     assert not (tmp_path / "out").exists()
     for argv in (["compose", "a", "b"], ["compose", "a", "b", *out, "--budget", "0"]):
         with pytest.raises(SystemExit) as exit:

@@ -118,13 +118,13 @@ def test_mean_baseline():
 def test_both_methods_get_the_same_training(tmp_path):
     paths = run.Paths(tmp_path)
     lora, rode = (
-        run.recipe(paths, "m", tmp_path, name, steps=7, seed=3, projector=tmp_path, drawn=True)
+        run.experiment(paths, "m", tmp_path, name, steps=7, seed=3, projector=tmp_path, drawn=True)
         for name in run.METHODS
     )
     assert (lora.training, lora.data, lora.model) == (rode.training, rode.data, rode.model)
     assert (lora.adapter, rode.adapter["ranks"]) == ({"ranks": [8], "gate": "none"}, [2, 4, 8, 16])
     assert lora.training.projector_learning_rate is not None
-    given = run.recipe(paths, "m", tmp_path, "rode", steps=7, seed=3, projector=None, drawn=False)
+    given = run.experiment(paths, "m", tmp_path, "rode", steps=7, seed=3, projector=None, drawn=False)
     assert given.training.projector_learning_rate is None  # a real checkpoint keeps its projector
     assert (rode.model.attention, given.model.attention) == ("eager", None)  # eager only where rows are short
 

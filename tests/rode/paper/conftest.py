@@ -1,4 +1,4 @@
-"""A base recipe over one file of records, and a stand-in for the processes of a run."""
+"""A base config over one file of records, and a stand-in for the processes of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from rode.cli import main
-from rode.training.config import load_recipe
+from rode.training.config import load_experiment
 
-RECIPES = Path(__file__).parents[3] / "configs" / "paper"
+CONFIGS = Path(__file__).parents[3] / "configs" / "paper"
 SACREBLEU = {"relu-8888": (9.0, 10.0, 12.0), "softmax-8888": (8.0, 8.0, 8.5)}
 """What the stand-in measures with seeds 0, 1 and 2; other variants get their seed."""
 
@@ -35,8 +35,8 @@ class Processes:
     def __call__(self, command: Sequence[str]) -> int:
         self.calls.append(list(command))
         step, path = command[command.index("rode") + 1 :][:2]
-        recipe = load_recipe(path)
-        folder, key = recipe.run_dir, (step, recipe.name)
+        experiment = load_experiment(path)
+        folder, key = experiment.run_dir, (step, experiment.name)
         if key in self.failing:
             return 1
         if key in self.stopped:
@@ -45,29 +45,29 @@ class Processes:
                 (folder / "checkpoint-3").mkdir(parents=True)
                 (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
             raise KeyboardInterrupt
-        getattr(self, step)(recipe, folder)
+        getattr(self, step)(experiment, folder)
         return 0
 
-    def train(self, recipe: Any, folder: Path) -> None:
-        count = 1000 * sum(recipe.adapter["ranks"])
+    def train(self, experiment: Any, folder: Path) -> None:
+        count = 1000 * sum(experiment.adapter["ranks"])
         metrics = {"trainable_parameters": count, "steps": 6, "examples": 12, "train_loss": 1.5}
         write(folder / "training.json", {"metrics": metrics, "machine": "1 x cpu, 2 CPU cores (x86_64)"})
         write(folder / "history.json", [{"step": i, "loss": 3.0 / i} for i in range(1, 7)] + [{"step": 6}])
 
-    def evaluate(self, recipe: Any, folder: Path) -> None:
-        seed = recipe.training.seed
-        value = SACREBLEU.get(recipe.name, (0.0, 1.0, 2.0))[seed]
+    def evaluate(self, experiment: Any, folder: Path) -> None:
+        seed = experiment.training.seed
+        value = SACREBLEU.get(experiment.name, (0.0, 1.0, 2.0))[seed]
         write(folder / "evaluation" / "metrics.json", {"all": {"sacrebleu": value, "n_recipe": 4}, "s": {}})
-        if recipe.adapter["gate"] == "none":
+        if experiment.adapter["gate"] == "none":
             return
-        experts = len(recipe.adapter["ranks"])
+        experts = len(experiment.adapter["ranks"])
         gates = {"all": [seed + 0.25 * i for i in range(experts)], "image": None, "text": None}
         layers = [
             {
                 "name": f"layers.{block}.q_proj",
                 "block": block,
                 "adapter": "default",
-                "ranks": recipe.adapter["ranks"],
+                "ranks": experiment.adapter["ranks"],
                 "tokens": {"all": 9, "image": 0, "text": 0},
                 "open_rate": gates,
                 "mean_gate": gates,
@@ -100,7 +100,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Processes:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A recipe "small" with its file of records, in tmp_path."""
+    """A config "small" with its file of records, in tmp_path."""
     (tmp_path / "records.jsonl").write_text("{}\n")
     values = {
         "name": "small",
@@ -117,7 +117,7 @@ def reproduce(base: Path, tmp_path: Path) -> Callable[..., int]:
     """`rode reproduce` over that base, with everything in tmp_path."""
 
     def run(*argv: str) -> int:
-        folders = ["--recipes", RECIPES, "--results", tmp_path / "results", "--runs", tmp_path / "runs"]
+        folders = ["--configs", CONFIGS, "--results", tmp_path / "results", "--runs", tmp_path / "runs"]
         return main(["reproduce", *argv, "--base", str(base), *map(str, folders), "--quiet"])
 
     return run

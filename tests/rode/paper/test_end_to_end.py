@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rode.cli import main
-from rode.training.config import dump_recipe, load_recipe
+from rode.training.config import dump_experiment, load_experiment
 from rode.training.train import train
 from rode_food.atomic import write_text
 
@@ -39,17 +39,19 @@ def test_a_table_from_a_tiny_model(capsys, monkeypatch, tmp_path, llava_dir, foo
     }
     base.write_text(yaml.safe_dump(values))
     folders = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
-    argv = ["reproduce", "fig6", "--recipes", ROOT / "configs" / "paper", "--base", base, *folders, "--quiet"]
+    argv = ["reproduce", "fig6", "--configs", ROOT / "configs" / "paper", "--base", base, *folders, "--quiet"]
     argv = list(map(str, argv))
 
     # the relu run is there as far as its first checkpoint, as a stop would leave it
     folder = tmp_path / "runs" / "tiny" / "relu-8888-seed0"
-    recipe = load_recipe(ROOT / "configs" / "paper" / "relu-8888.yaml", [f"output_dir={folder}"], base=base)
-    recipe.training.max_steps = 2
-    train(recipe, progress=False)
+    experiment = load_experiment(
+        ROOT / "configs" / "paper" / "relu-8888.yaml", [f"output_dir={folder}"], base=base
+    )
+    experiment.training.max_steps = 2
+    train(experiment, progress=False)
     (folder / "training.json").unlink()
-    recipe.training.max_steps = 4
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
+    experiment.training.max_steps = 4
+    write_text(folder / "config.yaml", dump_experiment(experiment))
 
     assert main([*argv, "--only", "relu-8888"]) == 0
     launcher = shlex.join([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"])

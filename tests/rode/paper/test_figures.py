@@ -13,13 +13,13 @@ from rode.paper.report import make_report
 from rode.paper.results import read_results
 from rode.paper.tables import read_tables
 
-RECIPES = Path(__file__).parents[3] / "configs" / "paper"
+CONFIGS = Path(__file__).parents[3] / "configs" / "paper"
 
 
 @pytest.fixture
 def drawn(tmp_path):
     """The figure of what is in tmp_path's results."""
-    tables = read_tables(RECIPES)
+    tables = read_tables(CONFIGS)
 
     def make(what):
         results = read_results(tmp_path / "results", "small", tables.item(what).variants)

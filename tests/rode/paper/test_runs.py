@@ -15,12 +15,12 @@ import pytest
 from made_up_dishes import dishes
 from rode.paper.results import _losses, adapter_differences, differences, file_hash, read_result
 from rode.paper.runs import call
-from rode.training.config import load_recipe, recipe_values
+from rode.training.config import experiment_values, load_experiment
 from rode_food import read_records
 from rode_food.shards.address import ShardError
 from rode_food.shards.write import write_shards
 
-RECIPES = Path(__file__).parents[3] / "configs" / "paper"
+CONFIGS = Path(__file__).parents[3] / "configs" / "paper"
 
 
 def result(tmp_path, variant, seed=0):
@@ -41,10 +41,14 @@ def test_each_variant_and_seed_is_trained_and_evaluated_once(capsys, processes, 
     assert processes.steps() == [(step, run, False) for run in runs for step in ("train", "evaluate")]
     assert "== relu-8888 seed 1 (3 of 4): new" in capsys.readouterr().out
 
-    recipe = load_recipe(tmp_path / "runs" / "small" / "relu-8888-seed1" / "recipe.yaml")
-    assert (recipe.name, recipe.training.seed, recipe.training.logging_steps) == ("relu-8888", 1, 3)
-    assert (recipe.model.path, recipe.training.max_steps) == ("models/small", 6)
-    assert recipe.adapter["ranks"] == [8, 8, 8, 8]
+    experiment = load_experiment(tmp_path / "runs" / "small" / "relu-8888-seed1" / "config.yaml")
+    assert (experiment.name, experiment.training.seed, experiment.training.logging_steps) == (
+        "relu-8888",
+        1,
+        3,
+    )
+    assert (experiment.model.path, experiment.training.max_steps) == ("models/small", 6)
+    assert experiment.adapter["ranks"] == [8, 8, 8, 8]
 
     # table 6 wants a run that table 5 made
     assert reproduce("table6", "--only", "relu-8888", "training.logging_steps=3") == 0
@@ -62,7 +66,7 @@ def test_what_a_result_holds(processes, reproduce, tmp_path):
     assert found["loss"] == [[1, 3.0], [2, 1.5], [3, 1.0], [4, 0.75], [5, 0.6], [6, 0.5]]
     folder = tmp_path / "runs" / "small" / "top1-8888-seed2"
     assert [entry["command"] for entry in found["commands"]] == [
-        f"python -m rode {step} {folder / 'recipe.yaml'} --quiet" for step in ("train", "evaluate")
+        f"python -m rode {step} {folder / 'config.yaml'} --quiet" for step in ("train", "evaluate")
     ]
     assert [entry["exit_code"] for entry in found["commands"]] == [0, 0]
     assert found["gates"]["all"] == {
@@ -73,7 +77,7 @@ def test_what_a_result_holds(processes, reproduce, tmp_path):
     assert found["gates"]["image"]["blocks"] == []
     assert result(tmp_path, "lora-8", 2)["gates"] is None
     assert found["adapter"]["ranks"] == [8, 8, 8, 8]
-    assert found["recipe"]["training"]["seed"] == 2
+    assert found["config"]["training"]["seed"] == 2
     # sha256 of "{}\n"
     assert found["data"] == {
         str(tmp_path / "records.jsonl"): "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
@@ -119,15 +123,15 @@ def test_a_failed_run_loses_no_other(capsys, processes, reproduce, tmp_path):
 def test_the_launcher_starts_training_alone(processes, reproduce, tmp_path):
     launcher = f'"{sys.executable}" -m accelerate.commands.launch --num_processes 2'
     assert reproduce("table4", "--only", "lora-8", "--launcher", launcher) == 0
-    recipe = str(tmp_path / "runs" / "small" / "lora-8-seed0" / "recipe.yaml")
+    experiment = str(tmp_path / "runs" / "small" / "lora-8-seed0" / "config.yaml")
     words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     assert processes.calls == [
-        [*words, "-m", "rode", "train", recipe, "--quiet"],
-        [sys.executable, "-m", "rode", "evaluate", recipe, "--quiet"],
+        [*words, "-m", "rode", "train", experiment, "--quiet"],
+        [sys.executable, "-m", "rode", "evaluate", experiment, "--quiet"],
     ]
 
 
-def test_another_recipe_is_refused(capsys, processes, reproduce, tmp_path):
+def test_another_config_is_refused(capsys, processes, reproduce, tmp_path):
     argv = ["table4", "--only", "lora-8"]
     assert reproduce(*argv) == 0
     fails(capsys, reproduce(*argv, "training.max_steps=7"), "training.max_steps: 7 (was 6)")
@@ -178,12 +182,13 @@ def test_shards_count_by_what_they_hold(tmp_path):
         file_hash(str(tmp_path))
 
 
-def test_keys_that_came_later_are_at_their_defaults(processes, reproduce, tmp_path):
+def test_older_results_are_compared_key_by_key(processes, reproduce, tmp_path):
     argv = ["table4", "--only", "lora-8"]
     assert reproduce(*argv) == 0
     file = tmp_path / "results" / "small" / "lora-8" / "seed-0.json"
     found = json.loads(file.read_text())
-    del found["recipe"]["training"]["questions_per_picture"]
+    del found["config"]["training"]["questions_per_picture"]
+    found["recipe"] = found.pop("config")  # the key's name in older results
     file.write_text(json.dumps(found))
     assert reproduce(*argv) == 0
 
@@ -278,12 +283,12 @@ def test_an_interrupt_reaches_the_command_and_its_end_is_waited_for(monkeypatch,
 
 
 def test_kept_results_are_of_the_variants_as_they_are_today():
-    """Their recipes write out defaults that the files of today leave out."""
-    files = sorted((RECIPES.parents[1] / "results" / "plates").glob("*/seed-*.json"))
+    """Their configs write out defaults that the files of today leave out."""
+    files = sorted((CONFIGS.parents[1] / "results" / "plates").glob("*/seed-*.json"))
     assert len(files) == 27
     for file in files:
-        then = read_result(file)["recipe"]
-        now = {**then, "adapter": recipe_values(RECIPES / f"{then['name']}.yaml")["adapter"]}
+        then = read_result(file)["config"]
+        now = {**then, "adapter": experiment_values(CONFIGS / f"{then['name']}.yaml")["adapter"]}
         assert now["adapter"] != then["adapter"]
         assert adapter_differences(now, then) == []
         now["adapter"] = {**now["adapter"], "dropout": 0.1}

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from rode.paper.tables import read_tables
-from rode.training.config import RecipeError, load_recipe, recipe_values
+from rode.training.config import ConfigError, experiment_values, load_experiment
 
-RECIPES = Path(__file__).parents[3] / "configs" / "paper"
+CONFIGS = Path(__file__).parents[3] / "configs" / "paper"
 ITEMS = ("table2", "table3", "table4", "table5", "table6", "fig6", "fig7", "fig8")
 
 # Columns as the paper has them.
@@ -40,7 +40,7 @@ FIELDS = ["pmae_mass", "pmae_energy", "pmae_fat", "pmae_protein", "pmae_carb"]
 
 @pytest.fixture(scope="module")
 def tables():
-    return read_tables(RECIPES)
+    return read_tables(CONFIGS)
 
 
 def rows(text):
@@ -89,22 +89,22 @@ def test_nothing_else_is_printed(tables):
 def test_rows_say_what_the_variants_are(tables):
     routers = {"none": "none", "top-1": "top", "softmax": "softmax", "relu": "relu"}
     for name, variant in tables.variants.items():
-        adapter = recipe_values(tables.recipe(name))["adapter"]
+        adapter = experiment_values(tables.config_file(name))["adapter"]
         assert variant.ranks == ",".join(map(str, adapter["ranks"]))
         assert adapter["gate"].startswith(routers[variant.router])
     assert tables.name(tables.item("table5"), "relu-2468") == "2,4,6,8 relu"
 
 
 def test_bases(tables):
-    assert load_recipe(tables.base(tables.item("fig7"))).name == "unifood-7b"
-    nutrition = load_recipe(tables.recipe("lora-8"), base=tables.base(tables.item("table3")))
+    assert load_experiment(tables.base(tables.item("fig7"))).name == "unifood-7b"
+    nutrition = load_experiment(tables.config_file("lora-8"), base=tables.base(tables.item("table3")))
     assert [(s.name, s.tasks) for s in nutrition.data.sources] == [("nutrition5k", ["nutrition"])]
-    shared = load_recipe(tables.recipe("lora-8"))
+    shared = load_experiment(tables.config_file("lora-8"))
     assert nutrition.training == shared.training
 
 
 def test_parameters_that_the_paper_plots(tables):
-    # 64 layers of 4096 x 4096; RoDE's count is the one that test_recipe finds in the model
+    # 64 layers of 4096 x 4096; RoDE's count is the one that test_config finds in the model
     adapted = tables.data["unifood"].adapted
     assert adapted.parameters(tables.variants["lora-8"]) == 64 * 8 * 8192 == 4_194_304
     assert adapted.parameters(tables.variants["relu-2-4-8-16"]) == 16_777_216
@@ -139,22 +139,22 @@ def test_parameters_that_the_paper_plots(tables):
             "    kind: pie",
             "items.fig7.kind: expected one of table, heat_map, bars, parameters, got 'pie'",
         ),
-        ("  lora-8: {label", "  lora-9: {label", "variants.lora-9: expected its recipe in .*lora-9.yaml"),
+        ("  lora-8: {label", "  lora-9: {label", "variants.lora-9: expected its config in .*lora-9.yaml"),
     ],
 )
 def test_what_is_refused(tmp_path, old, new, message):
-    shutil.copytree(RECIPES, tmp_path / "paper")
+    shutil.copytree(CONFIGS, tmp_path / "paper")
     file = tmp_path / "paper" / "tables.yaml"
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
-    with pytest.raises(RecipeError, match=message) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         read_tables(tmp_path / "paper")
     assert str(error.value).startswith(str(file))
 
 
 def test_no_such_table_or_folder(tables, tmp_path):
-    with pytest.raises(RecipeError, match="table or figure 'table7': no such one; did you mean table6"):
+    with pytest.raises(ConfigError, match="table or figure 'table7': no such one; did you mean table6"):
         tables.item("table7")
-    with pytest.raises(FileNotFoundError, match="no such file; --recipes names the folder"):
+    with pytest.raises(FileNotFoundError, match="no such file; --configs names the folder"):
         read_tables(tmp_path)

@@ -1,4 +1,4 @@
-"""Recipes: what is refused and how it is said; the paper's run, number for number."""
+"""Configs: what is refused and how it is said; the paper's run, number for number."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from transformers import (
 )
 
 from rode.training.config import (
-    RecipeError,
+    ConfigError,
     adapter_config,
-    dump_recipe,
-    load_recipe,
-    recipe_from_dict,
-    recipe_values,
+    dump_experiment,
+    experiment_from_dict,
+    experiment_values,
+    load_experiment,
+    saved_config,
 )
 from rode.training.trainer import parameter_groups, training_arguments
 from rode.tuner import RodeLayer
 
-RECIPES = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 MINIMAL = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "r.jsonl"}]}}
 
 
@@ -72,15 +73,15 @@ BAD = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_what_is_refused(tmp_path, changes, message):
-    with pytest.raises(RecipeError, match=message) as error:
-        load_recipe(write(tmp_path, changes))
+    with pytest.raises(ConfigError, match=message) as error:
+        load_experiment(write(tmp_path, changes))
     assert str(error.value).startswith(str(tmp_path / "r.yaml"))
     assert "\n" not in str(error.value)
 
 
 def test_overrides(tmp_path):
     file = write(tmp_path)
-    recipe = load_recipe(
+    experiment = load_experiment(
         file,
         [
             "training.learning_rate=1e-2",
@@ -90,11 +91,11 @@ def test_overrides(tmp_path):
             "model.projector=null",
         ],
     )
-    assert recipe.training.learning_rate == 0.01  # YAML 1.1 reads 1e-2 as text
-    assert recipe.data.sources[0].tasks == ["recipe"]
-    assert adapter_config(recipe).ranks == (3, 5)
-    assert recipe.run_dir == Path("x")
-    assert load_recipe(file).run_dir == Path("runs/a")
+    assert experiment.training.learning_rate == 0.01  # YAML 1.1 reads 1e-2 as text
+    assert experiment.data.sources[0].tasks == ["recipe"]
+    assert adapter_config(experiment).ranks == (3, 5)
+    assert experiment.run_dir == Path("x")
+    assert load_experiment(file).run_dir == Path("runs/a")
     for override, message in [
         ("training.sed=1", "did you mean seed"),
         ("training.seed", "expected key.sub=value"),
@@ -102,10 +103,10 @@ def test_overrides(tmp_path):
         ("name.x=1", "which is no mapping"),
         ("training.seed=[", "is not YAML"),
     ]:
-        with pytest.raises(RecipeError, match=message):
-            load_recipe(file, [override])
-    with pytest.raises(FileNotFoundError, match="no such recipe"):
-        load_recipe(tmp_path / "none.yaml")
+        with pytest.raises(ConfigError, match=message):
+            load_experiment(file, [override])
+    with pytest.raises(FileNotFoundError, match="no such config"):
+        load_experiment(tmp_path / "none.yaml")
 
 
 def written(folder, **files):
@@ -126,19 +127,23 @@ def test_what_is_extended_lies_below(tmp_path):
     file.write_text(
         "extends: ../b.yaml\nadapter: {ranks: [2, 4]}\ndata: {sources: [{path: z}]}\ntraining: {seed: 8}\n"
     )
-    recipe = load_recipe(file, ["training.batch_size=5"])
-    assert recipe.name == "b"
-    assert (recipe.model.path, recipe.model.dtype) == ("m", "float32")
-    assert [source.path for source in recipe.data.sources] == ["z"]  # a list is replaced
-    assert recipe.adapter == {"ranks": [2, 4]}  # so is the adapter: alpha stays behind
-    assert (recipe.training.seed, recipe.training.batch_size, recipe.training.betas) == (8, 5, [0.1, 0.2])
-    assert "extends" not in dump_recipe(recipe)
-    assert load_recipe(tmp_path / "a.yaml").training.seed == 7  # what is below is not changed
+    experiment = load_experiment(file, ["training.batch_size=5"])
+    assert experiment.name == "b"
+    assert (experiment.model.path, experiment.model.dtype) == ("m", "float32")
+    assert [source.path for source in experiment.data.sources] == ["z"]  # a list is replaced
+    assert experiment.adapter == {"ranks": [2, 4]}  # so is the adapter: alpha stays behind
+    assert (experiment.training.seed, experiment.training.batch_size, experiment.training.betas) == (
+        8,
+        5,
+        [0.1, 0.2],
+    )
+    assert "extends" not in dump_experiment(experiment)
+    assert load_experiment(tmp_path / "a.yaml").training.seed == 7  # what is below is not changed
 
-    on_other = load_recipe(file, base=tmp_path / "other.yaml")
+    on_other = load_experiment(file, base=tmp_path / "other.yaml")
     assert (on_other.name, on_other.model.path, on_other.adapter) == ("other", "n", {"ranks": [2, 4]})
     assert (on_other.training.seed, on_other.training.batch_size) == (8, 4)
-    assert load_recipe(tmp_path / "other.yaml", base=tmp_path / "b.yaml").training.betas == [0.1, 0.2]
+    assert load_experiment(tmp_path / "other.yaml", base=tmp_path / "b.yaml").training.betas == [0.1, 0.2]
 
 
 def test_what_cannot_be_extended(tmp_path):
@@ -146,39 +151,39 @@ def test_what_cannot_be_extended(tmp_path):
         tmp_path, a="extends: b.yaml\n", b="extends: a.yaml\n", c="extends: [a.yaml]\n", d="extends: e.yaml\n"
     )
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    with pytest.raises(RecipeError, match=f"{a}: extends: expected an end, got {a} -> {b} -> {a}"):
-        load_recipe(a)
+    with pytest.raises(ConfigError, match=f"{a}: extends: expected an end, got {a} -> {b} -> {a}"):
+        load_experiment(a)
     with pytest.raises(
-        RecipeError, match=r"c.yaml: extends: expected the name of a recipe file, got \['a.yaml'\]"
+        ConfigError, match=r"c.yaml: extends: expected the name of a config file, got \['a.yaml'\]"
     ):
-        load_recipe(tmp_path / "c.yaml")
+        load_experiment(tmp_path / "c.yaml")
     with pytest.raises(
-        FileNotFoundError, match=f"e.yaml: no such recipe, which {tmp_path / 'd.yaml'} extends"
+        FileNotFoundError, match=f"e.yaml: no such config, which {tmp_path / 'd.yaml'} extends"
     ):
-        load_recipe(tmp_path / "d.yaml")
-    with pytest.raises(RecipeError, match="extends: expected an end"):
-        load_recipe(tmp_path / "d.yaml", base=tmp_path / "d.yaml")
+        load_experiment(tmp_path / "d.yaml")
+    with pytest.raises(ConfigError, match="extends: expected an end"):
+        load_experiment(tmp_path / "d.yaml", base=tmp_path / "d.yaml")
 
 
-@pytest.mark.parametrize("file", sorted((RECIPES / "paper").glob("*-*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((CONFIGS / "paper").glob("*-*.yaml")), ids=lambda file: file.stem)
 def test_a_variant_is_the_shared_run_but_for_its_adapter(file):
-    values, shared = recipe_values(file), recipe_values(RECIPES / "unifood-7b.yaml")
+    values, shared = experiment_values(file), experiment_values(CONFIGS / "unifood-7b.yaml")
     assert values["name"] == file.stem
     assert {**values, "name": "", "adapter": {}} == {**shared, "name": "", "adapter": {}}
-    load_recipe(file)
+    load_experiment(file)
 
 
 def test_paths_are_expanded(monkeypatch):
     monkeypatch.setenv("MODELS", "/big")
-    assert recipe_from_dict({**MINIMAL, "model": {"path": "$MODELS/llava"}}).model.path == "/big/llava"
+    assert experiment_from_dict({**MINIMAL, "model": {"path": "$MODELS/llava"}}).model.path == "/big/llava"
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_recipe_loads_and_comes_back(file, tmp_path):
-    recipe = load_recipe(file)
-    assert recipe.name == file.stem
-    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
-    assert load_recipe(tmp_path / "again.yaml") == recipe
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_loads_and_comes_back(file, tmp_path):
+    experiment = load_experiment(file)
+    assert experiment.name == file.stem
+    (tmp_path / "again.yaml").write_text(dump_experiment(experiment))
+    assert load_experiment(tmp_path / "again.yaml") == experiment
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +203,17 @@ def llava_7b():
         return lambda: LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
 
 
-def adapted(recipe, model):
+def adapted(experiment, model):
     with torch.device("meta"):
-        return get_peft_model(model, adapter_config(recipe))
+        return get_peft_model(model, adapter_config(experiment))
 
 
 def test_the_papers_run(llava_7b, tmp_path, caplog):
-    recipe = load_recipe(RECIPES / "unifood-rode-7b.yaml", [f"output_dir={tmp_path}", "model.device=cpu"])
+    experiment = load_experiment(
+        CONFIGS / "unifood-rode-7b.yaml", [f"output_dir={tmp_path}", "model.device=cpu"]
+    )
     with torch.device("meta"):
-        model = adapted(recipe, llava_7b())
+        model = adapted(experiment, llava_7b())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, RodeLayer)}
     names = {
         f"base_model.model.model.language_model.layers.{i}.self_attn.{p}_proj"
@@ -224,7 +231,7 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
     assert trained == 64 * (30 * 4096 + 4096 * 30 + 4 * 4096) == 16_777_216
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
-    arguments = training_arguments(recipe, progress=False)
+    arguments = training_arguments(experiment, progress=False)
     expected = {
         "learning_rate": 3e-4,
         "weight_decay": 0.0,
@@ -241,10 +248,14 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
         "lr_scheduler_type": "linear",
     }
     assert {name: getattr(arguments, name) for name in expected} == expected
-    assert recipe.training.devices * 4 * 10 == 160
-    assert (recipe.model.dtype, recipe.model.prompt, recipe.stage) == ("bfloat16", "vicuna", "adapter")
-    assert recipe.training.projector_learning_rate is None
-    # one device here: the recipe says that it means four
+    assert experiment.training.devices * 4 * 10 == 160
+    assert (experiment.model.dtype, experiment.model.prompt, experiment.stage) == (
+        "bfloat16",
+        "vicuna",
+        "adapter",
+    )
+    assert experiment.training.projector_learning_rate is None
+    # one device here: the config says that it means four
     assert "a global batch of 160; on 1 it is 40" in caplog.text
 
     groups = parameter_groups(model, arguments.learning_rate, None, arguments.weight_decay)
@@ -265,17 +276,25 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
 
 
 def test_foodlmm_is_one_lora_of_rank_8_and_nothing_else_differs(llava_7b):
-    recipe = load_recipe(RECIPES / "unifood-foodlmm-7b.yaml")
+    experiment = load_experiment(CONFIGS / "unifood-foodlmm-7b.yaml")
     with torch.device("meta"):
-        model = adapted(recipe, llava_7b())
+        model = adapted(experiment, llava_7b())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 64 * (8 * 4096 * 2)
-    other = load_recipe(RECIPES / "unifood-rode-7b.yaml")
-    assert (recipe.training, recipe.data, recipe.model, recipe.evaluation) == (
+    other = load_experiment(CONFIGS / "unifood-rode-7b.yaml")
+    assert (experiment.training, experiment.data, experiment.model, experiment.evaluation) == (
         other.training,
         other.data,
         other.model,
         other.evaluation,
     )
-    assert {k: v for k, v in recipe.adapter.items() if k not in ("ranks", "gate")} == {
+    assert {k: v for k, v in experiment.adapter.items() if k not in ("ranks", "gate")} == {
         k: v for k, v in other.adapter.items() if k not in ("ranks", "gate")
     }
+
+
+def test_an_older_runs_recipe_yaml_is_still_found(tmp_path):
+    assert saved_config(tmp_path) is None
+    (tmp_path / "recipe.yaml").write_text("name: a")
+    assert saved_config(tmp_path) == tmp_path / "recipe.yaml"
+    (tmp_path / "config.yaml").write_text("name: a")
+    assert saved_config(tmp_path) == tmp_path / "config.yaml"

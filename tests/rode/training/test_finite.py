@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rode.cli import main
 from rode.training import trainer
-from rode.training.config import dump_recipe
+from rode.training.config import dump_experiment
 from rode.training.finite import NotFiniteError, StepGuard
 from rode.training.train import train
 from rode.vlm import load_vlm
@@ -52,10 +52,10 @@ def spoiled_at(call, kind):
     [("nan", "the loss is nan"), ("inf", "the loss is inf"), ("gradient", "the gradient norm is nan")],
 )
 def test_training_stops_before_the_step(
-    make_recipe, examples, llava_dir, monkeypatch, kind, words, accumulation, most
+    make_experiment, examples, llava_dir, monkeypatch, kind, words, accumulation, most
 ):
     size = 4 // accumulation
-    recipe = make_recipe(
+    experiment = make_experiment(
         training={
             "max_steps": 6,
             "save_steps": 1,
@@ -70,11 +70,11 @@ def test_training_stops_before_the_step(
     monkeypatch.setattr(trainer, "answer_loss", spoiled_at(STEP * accumulation - 1, kind))
     model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
     with pytest.raises(NotFiniteError) as caught:
-        train(recipe, examples=examples, model=model, processor=processor, progress=False)
-    order = DataMixture(examples, [12], [1.0], recipe.training.seed).plan(1)[:4]
+        train(experiment, examples=examples, model=model, processor=processor, progress=False)
+    order = DataMixture(examples, [12], [1.0], experiment.training.seed).plan(1)[:4]
     named = order if kind == "gradient" else order[4 - size :]
     ids = ", ".join(examples[i].record_id for i in named)
-    folder = recipe.run_dir
+    folder = experiment.run_dir
     assert str(caught.value).startswith(f"step 4: {words} on the records {ids}; training has stopped")
     assert f"the last good checkpoint is {folder / 'checkpoint-3'}:" in str(caught.value)
     assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
@@ -90,30 +90,30 @@ def test_training_stops_before_the_step(
         assert torch.equal(weight, saved[f"base_model.model.{name}"]), name
 
 
-def test_the_run_goes_on_where_it_was(make_recipe, examples, tmp_path, monkeypatch):
+def test_the_run_goes_on_where_it_was(make_experiment, examples, tmp_path, monkeypatch):
     training = {"max_steps": 3, "save_steps": 1, "gate_statistics": False}
-    whole = train(make_recipe(training=training), examples=examples, progress=False)
-    recipe = make_recipe(training=training, output_dir=str(tmp_path / "stopped"))
+    whole = train(make_experiment(training=training), examples=examples, progress=False)
+    experiment = make_experiment(training=training, output_dir=str(tmp_path / "stopped"))
     monkeypatch.setattr(trainer, "answer_loss", spoiled_at(1, "nan"))
     with pytest.raises(NotFiniteError, match="step 2: "):
-        train(recipe, examples=examples, progress=False)
+        train(experiment, examples=examples, progress=False)
     monkeypatch.setattr(trainer, "answer_loss", REAL_LOSS)
-    rest = train(recipe, examples=examples, resume=True, progress=False)
+    rest = train(experiment, examples=examples, resume=True, progress=False)
     want, got = (load_file(r.output_dir / "adapter_model.safetensors") for r in (whole, rest))
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_the_command_says_so_in_one_line(make_recipe, tmp_path, food, monkeypatch, capsys):
-    recipe = make_recipe(training={"max_steps": 2})
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(recipe))
+def test_the_command_says_so_in_one_line(make_experiment, tmp_path, food, monkeypatch, capsys):
+    experiment = make_experiment(training={"max_steps": 2})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_experiment(experiment))
     monkeypatch.setattr(trainer, "answer_loss", spoiled_at(0, "nan"))
     assert main(["train", str(file), "--quiet"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rode: ")]
     assert len(lines) == 1
     assert lines[0].startswith("rode: step 1: the loss is nan on the records dish")
     assert "and there is no checkpoint yet:" in lines[0]
-    assert json.loads((recipe.run_dir / "history.json").read_text()) == []
+    assert json.loads((experiment.run_dir / "history.json").read_text()) == []
 
 
 class CountWaits(TorchDispatchMode):
@@ -149,19 +149,19 @@ from rode.cli import main
 from test_finite import spoiled_at
 if os.environ["RANK"] == "1":
     trainer.answer_loss = spoiled_at(2, "inf")
-sys.exit(main(["train", {recipe!r}, "--quiet"]))
+sys.exit(main(["train", {config!r}, "--quiet"]))
 """
 
 
 @pytest.mark.slow
-def test_all_processes_stop_for_the_loss_of_one(make_recipe, tmp_path):
+def test_all_processes_stop_for_the_loss_of_one(make_experiment, tmp_path):
     """An infinite loss whose gradient is finite is known to its own process alone."""
     training = {"max_steps": 5, "save_steps": 1, "save_total_limit": 1, "devices": 2, "batch_size": 2}
-    recipe = make_recipe(training=training)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    experiment = make_experiment(training=training)
+    (tmp_path / "config.yaml").write_text(dump_experiment(experiment))
     script = tmp_path / "script.py"
     here = os.path.dirname(__file__)
-    script.write_text(RANK_ONE.format(tests=here, recipe=str(tmp_path / "recipe.yaml")))
+    script.write_text(RANK_ONE.format(tests=here, config=str(tmp_path / "config.yaml")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(script)],
@@ -175,6 +175,6 @@ def test_all_processes_stop_for_the_loss_of_one(make_recipe, tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith("rode: step 3: the loss is inf on the records dish")
     assert len(lines[0].split(" on the records ")[1].split(";")[0].split(", ")) <= 2  # those of one process
-    assert {p.name for p in recipe.run_dir.glob("checkpoint-*")} == {"checkpoint-2"}
-    history = json.loads((recipe.run_dir / "history.json").read_text())
+    assert {p.name for p in experiment.run_dir.glob("checkpoint-*")} == {"checkpoint-2"}
+    history = json.loads((experiment.run_dir / "history.json").read_text())
     assert [entry["step"] for entry in history] == [1, 2]

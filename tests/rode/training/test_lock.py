@@ -15,7 +15,7 @@ import pytest
 
 from forked import forked
 from rode.cli import main
-from rode.training.config import dump_recipe
+from rode.training.config import dump_experiment
 from rode.training.lock import NAME, folder_lock, one_run
 from rode.training.train import train
 
@@ -43,24 +43,24 @@ def holder(tmp_path):
     os.kill(worker, signal.SIGKILL)
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(make_recipe, food, tmp_path, holder, capsys):
+def test_a_second_run_is_refused_until_the_first_is_gone(make_experiment, food, tmp_path, holder, capsys):
     process, _ = holder
-    recipe = make_recipe(training={"max_steps": 1})
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(recipe))
+    experiment = make_experiment(training={"max_steps": 1})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_experiment(experiment))
     for option in ([], ["--resume"]):
         assert main(["train", str(file), "--quiet", *option]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert error.startswith(
-            f"rode: {recipe.run_dir}: another run is at work there (process {process.pid} on "
+            f"rode: {experiment.run_dir}: another run is at work there (process {process.pid} on "
         )
-    assert [path.name for path in recipe.run_dir.iterdir()] == [NAME]
+    assert [path.name for path in experiment.run_dir.iterdir()] == [NAME]
     process.kill()  # its worker lives on
     process.wait()
     assert main(["train", str(file), "--quiet"]) == 0
-    assert (recipe.run_dir / "training.json").is_file()
-    assert not (recipe.run_dir / NAME).exists()
+    assert (experiment.run_dir / "training.json").is_file()
+    assert not (experiment.run_dir / NAME).exists()
 
 
 def test_two_threads_of_one_process(tmp_path):
@@ -99,11 +99,11 @@ def test_a_forked_child_neither_keeps_nor_ends_the_lock(tmp_path):
         os._exit(0)
 
 
-def test_a_folder_made_for_nothing_goes(make_recipe, tmp_path):
-    recipe = make_recipe(output_dir=str(tmp_path / "runs" / "new"))
+def test_a_folder_made_for_nothing_goes(make_experiment, tmp_path):
+    experiment = make_experiment(output_dir=str(tmp_path / "runs" / "new"))
     with pytest.raises(FileNotFoundError, match="no checkpoint to resume from"):
-        train(recipe, resume=True, progress=False)
-    assert not recipe.run_dir.exists()
+        train(experiment, resume=True, progress=False)
+    assert not experiment.run_dir.exists()
 
 
 def test_a_lock_that_is_removed_while_it_is_waited_for(tmp_path, monkeypatch):
@@ -125,12 +125,12 @@ def test_a_lock_that_is_removed_while_it_is_waited_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_said_once(make_recipe, examples, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_said_once(make_experiment, examples, monkeypatch, caplog, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    result = train(make_recipe(training={"max_steps": 1}), examples=examples, progress=False)
+    result = train(make_experiment(training={"max_steps": 1}), examples=examples, progress=False)
     assert (result.output_dir / "training.json").is_file()
     lines = [r.getMessage() for r in caplog.records if "cannot be locked" in r.getMessage()]
     assert len(lines) == 1
@@ -154,10 +154,10 @@ def test_other_processes_of_the_run_are_let_in(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_refused_in_one_sentence(make_recipe, tmp_path, holder):
-    recipe = make_recipe(training={"max_steps": 1, "devices": 2, "batch_size": 2})
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(recipe))
+def test_two_processes_are_refused_in_one_sentence(make_experiment, tmp_path, holder):
+    experiment = make_experiment(training={"max_steps": 1, "devices": 2, "batch_size": 2})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_experiment(experiment))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "rode", "train", str(file), "--quiet"],
@@ -168,4 +168,4 @@ def test_two_processes_are_refused_in_one_sentence(make_recipe, tmp_path, holder
     )
     assert done.returncode == 1
     assert done.stderr.count("another run is at work there") == 1
-    assert [path.name for path in recipe.run_dir.iterdir()] == [NAME]
+    assert [path.name for path in experiment.run_dir.iterdir()] == [NAME]

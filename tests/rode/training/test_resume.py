@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rode.cli import main
 from rode.training.checkpoints import latest_checkpoint, starting_point
-from rode.training.config import dump_recipe
+from rode.training.config import dump_experiment
 from rode.training.train import train
 from rode.training.trainer import total_steps, training_arguments
 
@@ -27,28 +27,28 @@ def assert_same(a, b):
 
 
 @pytest.fixture
-def four_steps(make_recipe, examples):
-    """A function that makes the recipe of a run with a checkpoint every two steps, trained for `steps` of them."""
+def four_steps(make_experiment, examples):
+    """A function that makes the config of a run with a checkpoint every two steps, trained for `steps` of them."""
 
     def run(steps=4, **training):
         training = {"max_steps": steps, "save_steps": 2, "save_total_limit": 10, **training}
-        recipe = make_recipe(training=training)
-        train(recipe, examples=examples, progress=False)
-        return recipe
+        experiment = make_experiment(training=training)
+        train(experiment, examples=examples, progress=False)
+        return experiment
 
     return run
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_a_part_is_refused(four_steps, examples, name):
-    recipe = four_steps()
-    recipe.training.max_steps = 6
-    (recipe.run_dir / "checkpoint-4" / name).unlink()
+    experiment = four_steps()
+    experiment.training.max_steps = 6
+    (experiment.run_dir / "checkpoint-4" / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing, and without it"):
-        train(recipe, examples=examples, resume=True, progress=False)
+        train(experiment, examples=examples, resume=True, progress=False)
     with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing"):
-        train(recipe, examples=examples, resume=recipe.run_dir / "checkpoint-4", progress=False)
-    rest = train(recipe, examples=examples, resume=recipe.run_dir / "checkpoint-2", progress=False)
+        train(experiment, examples=examples, resume=experiment.run_dir / "checkpoint-4", progress=False)
+    rest = train(experiment, examples=examples, resume=experiment.run_dir / "checkpoint-2", progress=False)
     assert rest.metrics["steps"] == 6
 
 
@@ -94,28 +94,28 @@ def test_as_many_processes_go_on(tmp_path):
 
 @pytest.mark.parametrize("text", ["", '{"global_step": 4, "log_hist', "null"])
 def test_a_torn_checkpoint_is_passed_over(four_steps, examples, tmp_path, caplog, text):
-    recipe = four_steps()
-    whole = weights(recipe.run_dir)
-    (recipe.run_dir / "checkpoint-4" / "trainer_state.json").write_text(text)
-    assert latest_checkpoint(recipe.run_dir).name == "checkpoint-2"
-    train(recipe, examples=examples, resume=True, progress=False)
+    experiment = four_steps()
+    whole = weights(experiment.run_dir)
+    (experiment.run_dir / "checkpoint-4" / "trainer_state.json").write_text(text)
+    assert latest_checkpoint(experiment.run_dir).name == "checkpoint-2"
+    train(experiment, examples=examples, resume=True, progress=False)
     lines = [r.getMessage() for r in caplog.records if "cut short" in r.getMessage()]
-    torn = recipe.run_dir / "checkpoint-4" / "trainer_state.json"
+    torn = experiment.run_dir / "checkpoint-4" / "trainer_state.json"
     assert lines == [f"{torn} was cut short while it was written: going on from checkpoint-2"]
-    assert_same(weights(recipe.run_dir), whole)
-    assert latest_checkpoint(recipe.run_dir).name == "checkpoint-4"  # written anew
+    assert_same(weights(experiment.run_dir), whole)
+    assert latest_checkpoint(experiment.run_dir).name == "checkpoint-4"  # written anew
 
 
 def test_nothing_but_torn_checkpoints_is_one_error(four_steps, examples):
-    recipe = four_steps(2)
-    torn = recipe.run_dir / "checkpoint-2" / "trainer_state.json"
+    experiment = four_steps(2)
+    torn = experiment.run_dir / "checkpoint-2" / "trainer_state.json"
     torn.write_text("")
     with pytest.raises(FileNotFoundError, match=r"checkpoint-2/trainer_state.json was cut short .* no whole"):
-        train(recipe, examples=examples, resume=True, progress=False)
+        train(experiment, examples=examples, resume=True, progress=False)
     with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state.json was cut short"):
-        train(recipe, examples=examples, resume=torn.parent, progress=False)
-    train(recipe, examples=examples, progress=False)  # and without --resume it trains anew
-    assert latest_checkpoint(recipe.run_dir) == torn.parent
+        train(experiment, examples=examples, resume=torn.parent, progress=False)
+    train(experiment, examples=examples, progress=False)  # and without --resume it trains anew
+    assert latest_checkpoint(experiment.run_dir) == torn.parent
 
 
 def bytes_of(folder):
@@ -126,41 +126,41 @@ def bytes_of(folder):
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": None, "epochs": 2, "batch_size": 6}])
-def test_a_run_that_is_done_is_left_alone(make_recipe, tmp_path, capsys, length):
-    source = {"path": make_recipe().data.sources[0].path, "tasks": ["category"]}
-    recipe = make_recipe(data={"sources": [source]}, training={**length, "save_steps": 3})
-    file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(recipe))
+def test_a_run_that_is_done_is_left_alone(make_experiment, tmp_path, capsys, length):
+    source = {"path": make_experiment().data.sources[0].path, "tasks": ["category"]}
+    experiment = make_experiment(data={"sources": [source]}, training={**length, "save_steps": 3})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_experiment(experiment))
     assert main(["train", str(file), "--quiet"]) == 0
-    before = bytes_of(recipe.run_dir)
+    before = bytes_of(experiment.run_dir)
     capsys.readouterr()
     for _ in range(2):
         assert main(["train", str(file), "--resume", "--quiet"]) == 0
         assert "run is done after 4 steps, and nothing was changed" in capsys.readouterr().out
-        assert bytes_of(recipe.run_dir) == before
+        assert bytes_of(experiment.run_dir) == before
     more = {"max_steps": 5} if length["max_steps"] else {"epochs": 3}
     for name, value in more.items():
-        setattr(recipe.training, name, value)
-    rest = train(recipe, resume=True, progress=False)
+        setattr(experiment.training, name, value)
+    rest = train(experiment, resume=True, progress=False)
     assert rest.metrics["steps"] == (5 if length["max_steps"] else 6)
 
 
 def test_a_run_that_lacks_nothing_but_its_adapter_gets_it(four_steps, examples, monkeypatch):
     """As one that was stopped at its last step leaves it: the checkpoint's weights are the result, and no step is trained."""
-    recipe = four_steps(logging_steps=2)  # entries for steps 1, 2 and 3 to 4
-    whole = weights(recipe.run_dir)
-    history = json.loads((recipe.run_dir / "history.json").read_text())
-    metrics = json.loads((recipe.run_dir / "training.json").read_text())["metrics"]
+    experiment = four_steps(logging_steps=2)  # entries for steps 1, 2 and 3 to 4
+    whole = weights(experiment.run_dir)
+    history = json.loads((experiment.run_dir / "history.json").read_text())
+    metrics = json.loads((experiment.run_dir / "training.json").read_text())["metrics"]
     for name in ("adapter_model.safetensors", "training.json"):
-        (recipe.run_dir / name).unlink()
+        (experiment.run_dir / name).unlink()
     monkeypatch.setattr("rode.training.train.AnswerTrainer.training_step", lambda *_, **__: 1 / 0)
-    result = train(recipe, examples=examples, resume=True, progress=False)
-    assert_same(weights(recipe.run_dir), whole)
+    result = train(experiment, examples=examples, resume=True, progress=False)
+    assert_same(weights(experiment.run_dir), whole)
     assert not result.was_done
     assert result.metrics["steps"] == 4
     assert result.metrics["train_loss"] == pytest.approx(metrics["train_loss"], rel=1e-6)
     assert result.history == [entry for entry in history if "loss" in entry]
-    assert json.loads((recipe.run_dir / "training.json").read_text())["metrics"] == result.metrics
+    assert json.loads((experiment.run_dir / "training.json").read_text())["metrics"] == result.metrics
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_a_run_that_lacks_nothing_but_its_adapter_gets_it(four_steps, examples, 
         ({"epochs": 0.1, "batch_size": 12}, 1),
     ],
 )
-def test_steps_are_counted_as_trainer_does(make_recipe, examples, training, steps):
-    recipe = make_recipe(training={"max_steps": None, **training})
-    assert total_steps(12, training_arguments(recipe)) == steps
-    assert train(recipe, examples=examples, progress=False).metrics["steps"] == steps
+def test_steps_are_counted_as_trainer_does(make_experiment, examples, training, steps):
+    experiment = make_experiment(training={"max_steps": None, **training})
+    assert total_steps(12, training_arguments(experiment)) == steps
+    assert train(experiment, examples=examples, progress=False).metrics["steps"] == steps
 
 
 def test_steps_of_several_processes():

@@ -30,10 +30,10 @@ def shards_dir(food, tmp_path_factory):
 
 
 @pytest.fixture
-def recipe_of(make_recipe, shards_dir, tmp_path):
+def experiment_of(make_experiment, shards_dir, tmp_path):
     def make(name="run", **changes):
         data = {"sources": [{"path": str(shards_dir), "shuffle_shards": 2}], "wording": "random"}
-        return make_recipe(**{"data": data, "output_dir": str(tmp_path / name), **changes})
+        return make_experiment(**{"data": data, "output_dir": str(tmp_path / name), **changes})
 
     return make
 
@@ -62,18 +62,18 @@ def assert_same(a, b):
         assert torch.equal(a[name], b[name]), name
 
 
-def planned(recipe, epochs):
+def planned(experiment, epochs):
     """(record id, task) in the order of the plan."""
-    sources = [Source(**vars(source)) for source in recipe.data.sources]
-    mixture = load_examples(sources, "train", wording="random", seed=recipe.training.seed)
+    sources = [Source(**vars(source)) for source in experiment.data.sources]
+    mixture = load_examples(sources, "train", wording="random", seed=experiment.training.seed)
     plan = [i for epoch in range(epochs) for i in mixture.plan(epoch)]
     return [(mixture.examples[i].record_id, mixture.examples[i].task) for i in plan]
 
 
-def test_training_reads_the_plan(recipe_of, read):
-    recipe = recipe_of(training={"max_steps": None, "epochs": 2, "batch_size": 6})
-    result = train(recipe, progress=False)
-    wanted = planned(recipe, 2)
+def test_training_reads_the_plan(experiment_of, read):
+    experiment = experiment_of(training={"max_steps": None, "epochs": 2, "batch_size": 6})
+    result = train(experiment, progress=False)
+    wanted = planned(experiment, 2)
     assert read == wanted
     assert len(wanted) == 96
     assert sorted(wanted[:48]) == sorted(wanted[48:])
@@ -81,15 +81,17 @@ def test_training_reads_the_plan(recipe_of, read):
     assert result.metrics["examples"] == 48
 
 
-def test_workers_change_nothing(recipe_of):
-    runs = [train(recipe_of(str(n), training={"max_steps": 4, "workers": n}), progress=False) for n in (0, 2)]
+def test_workers_change_nothing(experiment_of):
+    runs = [
+        train(experiment_of(str(n), training={"max_steps": 4, "workers": n}), progress=False) for n in (0, 2)
+    ]
     assert_same(weights(runs[0].output_dir), weights(runs[1].output_dir))
     assert [h["loss"] for h in runs[0].history[:-1]] == [h["loss"] for h in runs[1].history[:-1]]
 
 
 @pytest.mark.parametrize(("workers", "grouped"), [(0, False), (0, True), (2, False)])
 def test_resuming_in_the_middle_of_an_epoch_is_exact_and_reads_nothing_again(
-    recipe_of, read, monkeypatch, workers, grouped
+    experiment_of, read, monkeypatch, workers, grouped
 ):
     """Killed in the second epoch: the same bits as without, and only what was still to come is read."""
     training = {
@@ -101,13 +103,13 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact_and_reads_nothing_again(
     }
     training["save_total_limit"] = 10
     common = {"training": training, "adapter": {"dropout": 0.5}}
-    whole = train(recipe_of("whole", **common), progress=False)
+    whole = train(experiment_of("whole", **common), progress=False)
     everything, first = list(read), 15 * 4
     read.clear()
     taken = []
     make = ShardExamples.__getitem__
     monkeypatch.setattr(ShardExamples, "__getitem__", lambda self, i: taken.append(i) or make(self, i))
-    rest = train(recipe_of("rest", **common), resume=whole.output_dir / "checkpoint-15", progress=False)
+    rest = train(experiment_of("rest", **common), resume=whole.output_dir / "checkpoint-15", progress=False)
     assert_same(weights(rest.output_dir), weights(whole.output_dir))
     assert not torch.equal(
         *(next(iter(weights(d).values())) for d in (whole.output_dir / "checkpoint-15", whole.output_dir))
@@ -118,25 +120,25 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact_and_reads_nothing_again(
         assert len(read) == len(taken) == 20 + 4  # one batch is read ahead
 
 
-def test_packed_questions(recipe_of, make_recipe, food, tmp_path):
+def test_packed_questions(experiment_of, make_experiment, food, tmp_path):
     """One epoch from shards, packed and not, and from the file of records: the same tokens, hence the same loss."""
     common = {"max_steps": None, "epochs": 1, "schedule": "constant", "warmup_steps": 0}
     losses = []
-    for name, count, make in (("a", 1, recipe_of), ("b", 4, recipe_of), ("c", 4, make_recipe)):
-        recipe = make(
-            **({"name": name} if make is recipe_of else {}),
+    for name, count, make in (("a", 1, experiment_of), ("b", 4, experiment_of), ("c", 4, make_experiment)):
+        experiment = make(
+            **({"name": name} if make is experiment_of else {}),
             adapter={"dropout": 0.0},
             training={**common, "questions_per_picture": count, "batch_size": 48 // count},
             output_dir=str(tmp_path / name),
         )
-        recipe.data.wording = "first"
-        result = train(recipe, progress=False)
+        experiment.data.wording = "first"
+        result = train(experiment, progress=False)
         assert result.metrics["steps"] == 1
         losses.append(result.history[0]["loss"])
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
-def test_shards_beside_records(recipe_of, shards_dir, food, read, tmp_path):
+def test_shards_beside_records(experiment_of, shards_dir, food, read, tmp_path):
     (tmp_path / "more").mkdir()
     lines = (food / "records.jsonl").read_text().splitlines()[:3]
     (tmp_path / "more/bad.png").write_bytes(b"no")
@@ -147,11 +149,11 @@ def test_shards_beside_records(recipe_of, shards_dir, food, read, tmp_path):
         {"path": str(shards_dir), "tasks": ["category"], "weight": 0.5},
         {"path": str(tmp_path / "more/records.jsonl"), "tasks": ["category"], "name": "loose"},
     ]
-    recipe = recipe_of(
+    experiment = experiment_of(
         data={"sources": sources, "on_bad_image": "skip"},
         training={"max_steps": None, "epochs": 1, "batch_size": 2, "group_by_length": True},
     )
-    result = train(recipe, progress=False)
+    result = train(experiment, progress=False)
     assert result.metrics["examples"] == 12 + 2
     assert result.metrics["skipped_records"] == 1
     assert len(read) == 6 + 2
@@ -183,25 +185,25 @@ def test_evaluation_from_shards(food, shards_dir, llava_dir, tmp_path):
     assert all(row["image"].startswith(f"{shards_dir}/food-test-00000") for row in rows)
 
 
-def test_a_shard_spoiled_during_training_names_itself(recipe_of, shards_dir, monkeypatch):
+def test_a_shard_spoiled_during_training_names_itself(experiment_of, shards_dir, monkeypatch):
     address = Shards.image
     monkeypatch.setattr(Shards, "image", lambda self, i: address(self, i).replace("+", "+9"))
     with pytest.raises(OSError, match=r"record dish\d+: .*food-train-00000\d\.tar: cut short: expected 9\d+"):
-        train(recipe_of(training={"max_steps": 1}), progress=False)
+        train(experiment_of(training={"max_steps": 1}), progress=False)
 
 
-def test_the_sampler_is_told_its_epoch_through_any_wrapper(recipe_of, monkeypatch):
+def test_the_sampler_is_told_its_epoch_through_any_wrapper(experiment_of, monkeypatch):
     """On several devices a resumed run wraps the sampler twice, where Trainer no longer finds it."""
     from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
     from torch.utils.data import BatchSampler
 
     from rode.training.trainer import AnswerTrainer
 
-    recipe = recipe_of(training={"max_steps": 1})
+    experiment = experiment_of(training={"max_steps": 1})
     kept = []
     monkeypatch.setattr(AnswerTrainer, "train", lambda self, **_: kept.append(self) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(recipe, progress=False)
+        train(experiment, progress=False)
     (trainer,) = kept
     sampler = trainer._get_train_sampler()
     batches = SkipBatchSampler(BatchSamplerShard(BatchSampler(sampler, 4, False), 2, 1), skip_batches=2)
@@ -214,7 +216,7 @@ def test_the_sampler_is_told_its_epoch_through_any_wrapper(recipe_of, monkeypatc
 
 RANKS = """
 import json, os, sys
-from rode.training.config import load_recipe
+from rode.training.config import load_experiment
 from rode.training.train import train
 from rode.vlm import TrainingCollator
 
@@ -226,19 +228,19 @@ def noting(self, batch):
     return collate(self, batch)
 
 TrainingCollator.__call__ = noting
-train(load_recipe(sys.argv[1]), resume=sys.argv[3] if len(sys.argv) > 3 else False, progress=False)
+train(load_experiment(sys.argv[1]), resume=sys.argv[3] if len(sys.argv) > 3 else False, progress=False)
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_order_and_resume_within_the_second_epoch(recipe_of, tmp_path):
-    from rode.training.config import dump_recipe
+def test_two_ranks_share_the_order_and_resume_within_the_second_epoch(experiment_of, tmp_path):
+    from rode.training.config import dump_experiment
 
     def run(name, *resume):
         training = {"max_steps": 10, "save_steps": 8, "batch_size": 4, "devices": 2, "save_total_limit": 9}
-        recipe = recipe_of(name, training=training, adapter={"dropout": 0.0})
+        experiment = experiment_of(name, training=training, adapter={"dropout": 0.0})
         (tmp_path / "ranks.py").write_text(RANKS)
-        (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe))
+        (tmp_path / f"{name}.yaml").write_text(dump_experiment(experiment))
         logs = tmp_path / f"{name}-logs"
         logs.mkdir()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -250,12 +252,12 @@ def test_two_ranks_share_the_order_and_resume_within_the_second_epoch(recipe_of,
             [tuple(line.rsplit(" ", 1)) for line in (logs / f"rank{r}").read_text().splitlines()]
             for r in (0, 1)
         ]
-        return recipe, ranks
+        return experiment, ranks
 
-    recipe, ranks = run("whole")
-    order = planned(recipe, 2)[: (10 + 1) * 8]  # one batch is read ahead
+    experiment, ranks = run("whole")
+    order = planned(experiment, 2)[: (10 + 1) * 8]  # one batch is read ahead
     for rank in (0, 1):
         assert ranks[rank] == [item for i in range(rank * 4, len(order), 8) for item in order[i : i + 4]]
-    _, rest = run("rest", Path(recipe.run_dir) / "checkpoint-8")
+    _, rest = run("rest", Path(experiment.run_dir) / "checkpoint-8")
     assert rest == [rank[8 * 4 :] for rank in ranks]
     assert_same(weights(tmp_path / "rest"), weights(tmp_path / "whole"))

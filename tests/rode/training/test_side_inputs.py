@@ -10,7 +10,7 @@ import torch
 
 from rode.cli import main
 from rode.training.clusters import FILE, Clusters, Embedder, fit_clusters
-from rode.training.config import RecipeError
+from rode.training.config import ConfigError
 from rode.training.side_inputs import Routes
 from rode.training.train import make_trainable, train
 from rode.tuner import RodeConfig
@@ -137,30 +137,30 @@ def test_clusters_find_what_is_alike(tmp_path):
         ),
     ],
 )
-def test_recipes_that_cannot_be_are_refused(make_recipe, changes, words):
-    with pytest.raises(RecipeError, match=words):
-        make_recipe_with(make_recipe, dict(changes))
+def test_configs_that_cannot_be_are_refused(make_experiment, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        make_experiment_with(make_experiment, dict(changes))
 
 
-def make_recipe_with(make_recipe, changes):
-    """make_recipe merges sections; an adapter is replaced whole."""
+def make_experiment_with(make_experiment, changes):
+    """make_experiment merges sections; an adapter is replaced whole."""
     from dataclasses import asdict
 
-    from rode.training.config import recipe_from_dict
+    from rode.training.config import experiment_from_dict
 
     adapter = changes.pop("adapter")
-    values = asdict(make_recipe(**changes)) if "training" not in changes else asdict(make_recipe())
+    values = asdict(make_experiment(**changes)) if "training" not in changes else asdict(make_experiment())
     values["training"].update(changes.get("training", {}))
     values["model"].update(changes.get("model", {}))
     values["adapter"] = adapter
-    return recipe_from_dict(values)
+    return experiment_from_dict(values)
 
 
-def test_a_preset_is_its_fields(make_recipe):
+def test_a_preset_is_its_fields(make_experiment):
     from rode.training.config import adapter_config
 
-    recipe = make_recipe_with(make_recipe, {"adapter": {"preset": "hydralora", "alpha": 8.0}})
-    config = adapter_config(recipe)
+    experiment = make_experiment_with(make_experiment, {"adapter": {"preset": "hydralora", "alpha": 8.0}})
+    config = adapter_config(experiment)
     assert isinstance(config, RodeConfig)
     assert (config.ranks, config.alpha, config.shared_A) == ((4,) * 4, 8.0, True)
 
@@ -169,9 +169,9 @@ def predictions(folder: Path) -> list[str]:
     return [json.loads(line)["answer"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_task_router_from_training_to_answers(make_recipe, food, tmp_path, capsys):
-    recipe = make_recipe_with(make_recipe, {"adapter": BY_TASK, "training": {"max_steps": 3}})
-    result = train(recipe, progress=False)
+def test_a_task_router_from_training_to_answers(make_experiment, food, tmp_path, capsys):
+    experiment = make_experiment_with(make_experiment, {"adapter": BY_TASK, "training": {"max_steps": 3}})
+    result = train(experiment, progress=False)
     layer = next(m for m in result.model.modules() if hasattr(m, "rode_table"))
     assert (
         layer.rode_table["default"].detach().abs() > 1e-3
@@ -205,20 +205,20 @@ def test_a_task_router_from_training_to_answers(make_recipe, food, tmp_path, cap
     assert "reads the task of a question" in capsys.readouterr().err
 
 
-def test_clusters_from_fitting_to_answers(make_recipe, food, tmp_path, monkeypatch, capsys):
-    from rode.training.config import dump_recipe
+def test_clusters_from_fitting_to_answers(make_experiment, food, tmp_path, monkeypatch, capsys):
+    from rode.training.config import dump_experiment
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(make_recipe()))
-    assert main(["fit-clusters", "recipe.yaml", "--clusters", "3", "--out", "c/clusters.safetensors"]) == 0
+    (tmp_path / "config.yaml").write_text(dump_experiment(make_experiment()))
+    assert main(["fit-clusters", "config.yaml", "--clusters", "3", "--out", "c/clusters.safetensors"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("questions, such as") == 3
     adapter = {"preset": "mocle", "ranks": [2, 2, 2], "num_ids": 3, "embedding_dim": 4}
-    recipe = make_recipe_with(
-        make_recipe,
+    experiment = make_experiment_with(
+        make_experiment,
         {"adapter": adapter, "model": {"clusters": "c/clusters.safetensors"}, "training": {"max_steps": 2}},
     )
-    result = train(recipe, progress=False)
+    result = train(experiment, progress=False)
     assert (result.output_dir / FILE).is_file()
     image = str(food / "1.png")
     ask = ["generate", "--adapter", str(result.output_dir), "--image", image, "--max-new-tokens", "4"]
@@ -227,8 +227,8 @@ def test_clusters_from_fitting_to_answers(make_recipe, food, tmp_path, monkeypat
     capsys.readouterr()
     assert main([*ask, "--question", "Anything at all?"]) == 1
     assert "fit-clusters" in capsys.readouterr().err
-    wrong = make_recipe_with(
-        make_recipe,
+    wrong = make_experiment_with(
+        make_experiment,
         {"adapter": {**adapter, "num_ids": 5}, "model": {"clusters": "c/clusters.safetensors"}},
     )
     wrong.output_dir = str(tmp_path / "other")
@@ -259,24 +259,24 @@ def plates_folder(tmp_path_factory):
     return folder
 
 
-def learns(make_recipe, adapter, records, tmp_path, **model):
+def learns(make_experiment, adapter, records, tmp_path, **model):
     """Trains on plates; the loss falls, and the saved adapter gives the trained model's logits."""
-    recipe = make_recipe_with(
-        make_recipe,
+    experiment = make_experiment_with(
+        make_experiment,
         {
             "adapter": adapter,
             "model": model,
             "training": {"max_steps": 40, "learning_rate": 1e-2, "batch_size": 8},
         },
     )
-    recipe.output_dir = str(tmp_path / "run")
-    recipe.data.sources[0].path = str(records)
-    result = train(recipe, progress=False)
+    experiment.output_dir = str(tmp_path / "run")
+    experiment.data.sources[0].path = str(records)
+    result = train(experiment, progress=False)
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     # the averaged factors of Polytropon start slowly, here as in PEFT's Poly: 1 / r is a small scale
     slow = "polytropon" in adapter.values() or "POLY" in adapter.values()
     assert sum(losses[-5:]) < (0.95 if slow else 0.8) * sum(losses[:5]), losses
-    plain, _ = load_vlm(recipe.model.path, dtype="float32", device="cpu")
+    plain, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu")
     again = load_adapter(plain, result.output_dir)
     trained = dict(result.model.named_parameters())
     for name, p in again.named_parameters():
@@ -286,14 +286,14 @@ def learns(make_recipe, adapter, records, tmp_path, **model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_learns_from_plates(name, make_recipe, plates_folder, tmp_path):
+def test_every_preset_learns_from_plates(name, make_experiment, plates_folder, tmp_path):
     records, model = plates_folder / "records.jsonl", {}
     if name == "mocle":
         questions = [e.question for e in load_examples([Source(str(records))], "train").examples]
-        vlm, processor = load_vlm(make_recipe().model.path, dtype="float32", device="cpu")
+        vlm, processor = load_vlm(make_experiment().model.path, dtype="float32", device="cpu")
         embed = Embedder(processor.tokenizer, vlm.get_input_embeddings().weight)
         model["clusters"] = str(fit_clusters(questions, embed, 2)[0].save(tmp_path / FILE))
-    learns(make_recipe, {"preset": name, **SMALL.get(name, {})}, records, tmp_path, **model)
+    learns(make_experiment, {"preset": name, **SMALL.get(name, {})}, records, tmp_path, **model)
 
 
 PEFT = {
@@ -304,31 +304,31 @@ PEFT = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*PEFT, "moe-llava"])
-def test_other_methods_learn_from_plates(name, make_recipe, plates_folder, tmp_path):
+def test_other_methods_learn_from_plates(name, make_experiment, plates_folder, tmp_path):
     adapter = {"method": "moe-llava"} if name == "moe-llava" else {"method": "peft", **PEFT[name]}
-    learns(make_recipe, adapter, plates_folder / "records.jsonl", tmp_path)
+    learns(make_experiment, adapter, plates_folder / "records.jsonl", tmp_path)
 
 
 @pytest.mark.slow
-def test_x_lora_mixes_trained_adapters(make_recipe, plates_folder, tmp_path):
+def test_x_lora_mixes_trained_adapters(make_experiment, plates_folder, tmp_path):
     """PEFT's X-LoRA over two LoRA adapters that PEFT trained; its classifier learns, they stay."""
     from rode.training.config import adapter_config
 
     records, adapters = plates_folder / "records.jsonl", {}
     for number in "ab":
         (tmp_path / number).mkdir()
-        result = learns(make_recipe, {"method": "peft", **PEFT["lora"]}, records, tmp_path / number)
+        result = learns(make_experiment, {"method": "peft", **PEFT["lora"]}, records, tmp_path / number)
         adapters[number] = str(result.output_dir)
     hidden = result.model.config.text_config.hidden_size
     adapter = {"method": "peft", "peft_type": "XLORA", "hidden_size": hidden, "adapters": adapters}
-    recipe = make_recipe_with(
-        make_recipe, {"adapter": adapter, "training": {"max_steps": 5, "learning_rate": 1e-2}}
+    experiment = make_experiment_with(
+        make_experiment, {"adapter": adapter, "training": {"max_steps": 5, "learning_rate": 1e-2}}
     )
-    recipe.data.sources[0].path = str(records)
-    assert type(adapter_config(recipe)).__name__ == "XLoraConfig"
-    plain, _ = load_vlm(recipe.model.path, dtype="float32", device="cpu")
-    start = {n: p.detach().clone() for n, p in make_trainable(plain, recipe).named_parameters()}
-    result = train(recipe, progress=False)
+    experiment.data.sources[0].path = str(records)
+    assert type(adapter_config(experiment)).__name__ == "XLoraConfig"
+    plain, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu")
+    start = {n: p.detach().clone() for n, p in make_trainable(plain, experiment).named_parameters()}
+    result = train(experiment, progress=False)
     moved = {n for n, p in result.model.named_parameters() if not torch.equal(p, start[n])}
     assert moved
     assert all("xlora_classifier" in name for name in moved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rode.training.config import RecipeError, load_recipe, recipe_values
+from rode.training.config import ConfigError, experiment_values, load_experiment
 from rode.training.sweep import variants
 
 BASE = {
@@ -32,7 +32,7 @@ def file(tmp_path):
 
 
 def test_variants_are_the_combinations_in_order(file):
-    assert variants(recipe_values(file)) == {
+    assert variants(experiment_values(file)) == {
         "ranks-2-4": {"adapter.ranks": [2, 4], "data.sources.0.tasks": ["recipe", "nutrition"]},
         "ranks-2-4-recipe": {"adapter.ranks": [2, 4], "data.sources.0.tasks": ["recipe"]},
         "ranks-30": {"adapter.ranks": [30], "data.sources.0.tasks": ["recipe", "nutrition"]},
@@ -41,22 +41,24 @@ def test_variants_are_the_combinations_in_order(file):
     assert variants(BASE) == {}
 
 
-def test_one_variant_is_one_recipe(file):
-    recipe = load_recipe(file, ["training.seed=4", "sweep=ranks-30-recipe", "adapter.alpha=8"])
-    assert recipe.name == "ranks-30-recipe"
-    assert recipe.adapter == {"gate": "softmax", "ranks": [30], "alpha": 8}
-    first, second = recipe.data.sources
+def test_one_variant_is_one_config(file):
+    experiment = load_experiment(file, ["training.seed=4", "sweep=ranks-30-recipe", "adapter.alpha=8"])
+    assert experiment.name == "ranks-30-recipe"
+    assert experiment.adapter == {"gate": "softmax", "ranks": [30], "alpha": 8}
+    first, second = experiment.data.sources
     assert (first.path, first.name, first.tasks) == ("r.jsonl", "r", ["recipe"])  # the rest of a source stays
     assert (second.path, len(second.tasks)) == ("s.jsonl", 4)
-    assert (recipe.training.batch_size, recipe.training.seed) == (3, 4)
-    twice = load_recipe(file, ["sweep=ranks-30-recipe", "sweep=ranks-2-4"])  # the last one, as for every key
+    assert (experiment.training.batch_size, experiment.training.seed) == (3, 4)
+    twice = load_experiment(
+        file, ["sweep=ranks-30-recipe", "sweep=ranks-2-4"]
+    )  # the last one, as for every key
     assert twice.name == "ranks-2-4"
 
 
 def test_a_sweep_stays_over_another_base(file, tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({**BASE, "name": "other", "adapter": {"alpha": 2}}))
-    recipe = load_recipe(file, ["sweep=ranks-2-4"], base=tmp_path / "other.yaml")
-    assert recipe.adapter == {"gate": "softmax", "ranks": [2, 4]}  # adapters are taken as a whole
+    experiment = load_experiment(file, ["sweep=ranks-2-4"], base=tmp_path / "other.yaml")
+    assert experiment.adapter == {"gate": "softmax", "ranks": [2, 4]}  # adapters are taken as a whole
 
 
 @pytest.mark.parametrize(
@@ -70,11 +72,11 @@ def test_a_sweep_stays_over_another_base(file, tmp_path):
     ],
 )
 def test_a_variant_must_be_chosen(file, overrides, message):
-    with pytest.raises(RecipeError, match=message) as error:
-        load_recipe(file, overrides)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_experiment(file, overrides)
     assert str(error.value).startswith(f"{file}: ")
-    with pytest.raises(RecipeError, match="sweep=a: no such variant; the recipe has no sweep; leave it out"):
-        load_recipe(file.with_name("base.yaml"), ["sweep=a"])
+    with pytest.raises(ConfigError, match="sweep=a: no such variant; the config has no sweep; leave it out"):
+        load_experiment(file.with_name("base.yaml"), ["sweep=a"])
 
 
 @pytest.mark.parametrize(
@@ -92,5 +94,5 @@ def test_a_variant_must_be_chosen(file, overrides, message):
 def test_what_is_no_sweep(tmp_path, sweep, message):
     file = tmp_path / "a.yaml"
     file.write_text(yaml.safe_dump(BASE) + f"sweep: {sweep}\n")
-    with pytest.raises(RecipeError, match=message):
-        load_recipe(file, ["sweep=base-a"])
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(file, ["sweep=base-a"])

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from rode.training.checkpoints import latest_checkpoint
-from rode.training.config import dump_recipe, load_recipe
+from rode.training.config import dump_experiment, load_experiment
 from rode.training.train import train
 from rode.training.trainer import EpochSampler, checkpointing_options, training_arguments
 from rode.vlm import FeatureSource, load_vlm
@@ -37,8 +37,8 @@ def losses(result):
     return [entry["loss"] for entry in result.history if "loss" in entry]
 
 
-def test_it_learns_and_saves_the_adapter_alone(make_recipe, examples, llava_dir):
-    recipe = make_recipe(
+def test_it_learns_and_saves_the_adapter_alone(make_experiment, examples, llava_dir):
+    experiment = make_experiment(
         training={"max_steps": 40, "projector_learning_rate": 1e-2, "learning_rate": 1e-2, "save_steps": 20}
     )
     model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
@@ -47,7 +47,7 @@ def test_it_learns_and_saves_the_adapter_alone(make_recipe, examples, llava_dir)
         for name, tensor in model.state_dict().items()
         if "multi_modal_projector" not in name
     }
-    result = train(recipe, examples=examples, model=model, processor=processor, progress=False)
+    result = train(experiment, examples=examples, model=model, processor=processor, progress=False)
     assert losses(result)[-1] < losses(result)[0] - 0.3
     assert not result.interrupted
     assert result.metrics["steps"] == 40
@@ -66,7 +66,7 @@ def test_it_learns_and_saves_the_adapter_alone(make_recipe, examples, llava_dir)
     assert (
         sum(f.stat().st_size for f in checkpoint.iterdir()) < 200_000
     )  # optimizer and adapter, not 53,424 weights
-    assert load_recipe(result.output_dir / "recipe.yaml") == recipe
+    assert load_experiment(result.output_dir / "config.yaml") == experiment
     assert json.loads((result.output_dir / "history.json").read_text()) == result.history
     assert any(
         f.name.startswith("events.out.tfevents") for f in (result.output_dir / "tensorboard").iterdir()
@@ -75,8 +75,8 @@ def test_it_learns_and_saves_the_adapter_alone(make_recipe, examples, llava_dir)
     assert all(0 < rate < 1 for rate in gates)
 
 
-def test_the_two_rates_reach_their_parameters(make_recipe, examples):
-    recipe = make_recipe(
+def test_the_two_rates_reach_their_parameters(make_experiment, examples):
+    experiment = make_experiment(
         adapter={"dropout": 0.0},
         training={
             "schedule": "constant",
@@ -86,7 +86,7 @@ def test_the_two_rates_reach_their_parameters(make_recipe, examples):
             "learning_rate": 5e-2,
         },
     )
-    result = train(recipe, examples=examples, progress=False)
+    result = train(experiment, examples=examples, progress=False)
     optimizer = torch.load(result.checkpoint / "optimizer.pt")
     assert sorted({group["lr"] for group in optimizer["param_groups"]}) == [1e-3, 5e-2]
     # Adam's first step moves every weight with a gradient by its rate: B starts at 0
@@ -131,22 +131,22 @@ def test_the_two_rates_reach_their_parameters(make_recipe, examples):
         ({"stage": "projector", "training": {"max_steps": 6, "save_steps": 4}}, 4),
     ],
 )
-def test_resume_is_bit_equal(make_recipe, examples, tmp_path, changes, stop):
+def test_resume_is_bit_equal(make_experiment, examples, tmp_path, changes, stop):
     changes["training"]["save_total_limit"] = 10
-    whole = train(make_recipe(**changes), examples=examples, progress=False)
+    whole = train(make_experiment(**changes), examples=examples, progress=False)
     start = whole.output_dir / f"checkpoint-{stop}"
-    recipe = make_recipe(**changes, output_dir=str(tmp_path / "second"))
-    rest = train(recipe, examples=examples, resume=start, progress=False)
+    experiment = make_experiment(**changes, output_dir=str(tmp_path / "second"))
+    rest = train(experiment, examples=examples, resume=start, progress=False)
     assert_same(weights(rest.output_dir), weights(whole.output_dir))
     assert not torch.equal(*(next(iter(weights(d).values())) for d in (start, whole.output_dir)))
     assert losses(rest)[-1] == losses(whole)[-1]
 
 
-def test_the_seed_decides(make_recipe, examples, tmp_path):
+def test_the_seed_decides(make_experiment, examples, tmp_path):
     runs = [
         weights(
             train(
-                make_recipe(training={"max_steps": 3, "seed": seed}, output_dir=str(tmp_path / name)),
+                make_experiment(training={"max_steps": 3, "seed": seed}, output_dir=str(tmp_path / name)),
                 examples=examples,
                 progress=False,
             ).output_dir
@@ -157,12 +157,12 @@ def test_the_seed_decides(make_recipe, examples, tmp_path):
     assert not torch.equal(next(iter(runs[0].values())), next(iter(runs[2].values())))
 
 
-def test_accumulated_batches_are_one_batch(make_recipe, examples, tmp_path):
+def test_accumulated_batches_are_one_batch(make_experiment, examples, tmp_path):
     """Answers differ in length: a mean of per-batch means would weigh their tokens unequally."""
     common = {"max_steps": 1, "warmup_steps": 0, "schedule": "constant"}
     whole, parts = (
         train(
-            make_recipe(
+            make_experiment(
                 adapter={"dropout": 0.0},
                 training={**common, "batch_size": size, "gradient_accumulation": 12 // size},
                 output_dir=str(tmp_path / str(size)),
@@ -177,10 +177,10 @@ def test_accumulated_batches_are_one_batch(make_recipe, examples, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_features_in_memory_train_as_pictures_do(make_recipe, examples, tmp_path, llava_dir):
+def test_features_in_memory_train_as_pictures_do(make_experiment, examples, tmp_path, llava_dir):
     live, cached = (
         train(
-            make_recipe(
+            make_experiment(
                 model={"vision_features": how}, training={"batch_size": 1}, output_dir=str(tmp_path / how)
             ),
             examples=examples,
@@ -191,14 +191,16 @@ def test_features_in_memory_train_as_pictures_do(make_recipe, examples, tmp_path
     assert_same(weights(live.output_dir), weights(cached.output_dir))
     model, processor = load_vlm(llava_dir, dtype="float32", device="cpu")
     shared = FeatureSource(model, processor)
-    recipe = make_recipe(training={"batch_size": 1}, output_dir=str(tmp_path / "shared"))
-    result = train(recipe, examples=examples, model=model, processor=processor, source=shared, progress=False)
+    experiment = make_experiment(training={"batch_size": 1}, output_dir=str(tmp_path / "shared"))
+    result = train(
+        experiment, examples=examples, model=model, processor=processor, source=shared, progress=False
+    )
     assert_same(weights(live.output_dir), weights(result.output_dir))
 
 
-def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
-    recipe = make_recipe(training={"max_steps": 400, "save_steps": 3, "gate_statistics": False})
-    directory = recipe.run_dir
+def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_experiment, examples):
+    experiment = make_experiment(training={"max_steps": 400, "save_steps": 3, "gate_statistics": False})
+    directory = experiment.run_dir
 
     def interrupt():
         for _ in range(6000):  # a minute, then the assertions below say what happened
@@ -209,7 +211,7 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    result = train(recipe, examples=examples, progress=False)
+    result = train(experiment, examples=examples, progress=False)
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
     assert result.interrupted
@@ -219,10 +221,10 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
     assert not (directory / "adapter_model.safetensors").exists()  # an unfinished run has no result
     assert not (directory / "training.json").exists()
     with pytest.raises(FileExistsError, match=rf"holds checkpoint-{step}: pass --resume"):
-        train(recipe, examples=examples)
+        train(experiment, examples=examples)
     # a short way on: the schedule is that of the longer run, the weights those of the checkpoint
-    recipe.training.max_steps = step + 2
-    rest = train(recipe, examples=examples, resume=True, progress=False)
+    experiment.training.max_steps = step + 2
+    rest = train(experiment, examples=examples, resume=True, progress=False)
     assert rest.metrics["steps"] == step + 2
     assert (directory / "adapter_model.safetensors").exists()
     recorded = json.loads((directory / "training.json").read_text())
@@ -230,18 +232,18 @@ def test_an_interrupt_leaves_a_checkpoint_to_go_on_from(make_recipe, examples):
     assert recorded["machine"].startswith("1 x cpu, ")
 
 
-def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_recipe, examples, monkeypatch):
-    recipe = make_recipe(training={"max_steps": 1})
-    mark = train(recipe, examples=examples, progress=False).output_dir / "training.json"
+def test_the_mark_of_an_ended_training_goes_when_it_is_gone_on_with(make_experiment, examples, monkeypatch):
+    experiment = make_experiment(training={"max_steps": 1})
+    mark = train(experiment, examples=examples, progress=False).output_dir / "training.json"
     assert mark.exists()
-    recipe.training.max_steps = 2
+    experiment.training.max_steps = 2
     monkeypatch.setattr("rode.training.train.AnswerTrainer.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(recipe, examples=examples, resume=True, progress=False)
+        train(experiment, examples=examples, resume=True, progress=False)
     assert not mark.exists()
 
 
-def test_bad_pictures(make_recipe, examples, tmp_path, caplog):
+def test_bad_pictures(make_experiment, examples, tmp_path, caplog):
     (tmp_path / "bad.png").write_bytes(b"no")
     spoiled = [
         *examples[:3],
@@ -249,9 +251,9 @@ def test_bad_pictures(make_recipe, examples, tmp_path, caplog):
         *examples[4:],
     ]
     with pytest.raises(OSError, match=r"record dish3: .*bad.png: not a readable picture"):
-        train(make_recipe(), examples=spoiled, progress=False)
-    recipe = make_recipe(data={"on_bad_image": "skip"}, training={"max_steps": 1})
-    result = train(recipe, examples=spoiled, progress=False)
+        train(make_experiment(), examples=spoiled, progress=False)
+    experiment = make_experiment(data={"on_bad_image": "skip"}, training={"max_steps": 1})
+    result = train(experiment, examples=spoiled, progress=False)
     assert result.metrics["examples"] == 11
     assert result.metrics["skipped_records"] == 1
     assert result.skipped[0].startswith("record dish3:")
@@ -259,39 +261,39 @@ def test_bad_pictures(make_recipe, examples, tmp_path, caplog):
     alone = [spoiled[3]]
     with pytest.raises(ValueError, match="no example left to train on"):
         train(
-            make_recipe(data={"on_bad_image": "skip"}, output_dir=str(tmp_path / "x")),
+            make_experiment(data={"on_bad_image": "skip"}, output_dir=str(tmp_path / "x")),
             examples=alone,
             progress=False,
         )
 
 
-def test_cut_answers_are_counted(make_recipe, examples):
+def test_cut_answers_are_counted(make_experiment, examples):
     from rode.vlm import PromptEncoder
 
-    recipe = make_recipe(training={"max_steps": 3})
-    _, processor = load_vlm(recipe.model.path, dtype="float32", device="cpu")
+    experiment = make_experiment(training={"max_steps": 3})
+    _, processor = load_vlm(experiment.model.path, dtype="float32", device="cpu")
     prompt = len(PromptEncoder(processor, "vicuna").encode_prompt("What is it?", 4))
-    recipe.training.max_length = prompt + 7  # soup fits; apple pie and rice and beans do not
-    result = train(recipe, examples=examples, progress=False)
+    experiment.training.max_length = prompt + 7  # soup fits; apple pie and rice and beans do not
+    result = train(experiment, examples=examples, progress=False)
     assert result.metrics["truncated_answers"] == 8  # one epoch of 12 examples
 
 
-def test_sources_and_weights_from_records(make_recipe, food, tmp_path):
+def test_sources_and_weights_from_records(make_experiment, food, tmp_path):
     source = {"path": str(food / "records.jsonl"), "tasks": ["category"]}
-    recipe = make_recipe(
+    experiment = make_experiment(
         data={"sources": [{**source, "name": "once"}, {**source, "name": "half", "weight": 0.5}]},
         training={"max_steps": None, "epochs": 2, "batch_size": 3},
     )
-    result = train(recipe, progress=False)
+    result = train(experiment, progress=False)
     assert result.metrics["steps"] == 2 * 18 / 3
 
 
-def test_questions_packed_behind_their_picture(make_recipe, tmp_path):
+def test_questions_packed_behind_their_picture(make_experiment, tmp_path):
     """One epoch of all questions, apart and packed: the same tokens, hence the same first loss."""
     common = {"max_steps": None, "epochs": 1, "schedule": "constant", "warmup_steps": 0}
     apart, packed = (
         train(
-            make_recipe(
+            make_experiment(
                 adapter={"dropout": 0.0},
                 training={**common, "questions_per_picture": count, "batch_size": 48 // count},
                 output_dir=str(tmp_path / str(count)),
@@ -328,16 +330,18 @@ def test_the_order_is_the_plans_and_like_stands_by_like():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
+def test_two_processes_are_one_with_twice_the_batch(make_experiment, tmp_path):
     """DDP over gloo: the same order, the same mean over tokens, the same weights to rounding; one adapter on disk."""
     common = {"max_steps": 3, "warmup_steps": 0, "schedule": "constant"}
-    alone = train(make_recipe(adapter={"dropout": 0.0}, training={**common, "batch_size": 4}), progress=False)
-    recipe = make_recipe(
+    alone = train(
+        make_experiment(adapter={"dropout": 0.0}, training={**common, "batch_size": 4}), progress=False
+    )
+    experiment = make_experiment(
         adapter={"dropout": 0.0},
         training={**common, "batch_size": 2, "devices": 2},
         output_dir=str(tmp_path / "two"),
     )
-    (tmp_path / "two.yaml").write_text(dump_recipe(recipe))
+    (tmp_path / "two.yaml").write_text(dump_experiment(experiment))
     command = [
         "torch.distributed.run",
         "--standalone",
@@ -364,7 +368,7 @@ def test_two_processes_are_one_with_twice_the_batch(make_recipe, tmp_path):
         torch.testing.assert_close(tensor, weights(alone.output_dir)[name], rtol=1e-3, atol=1e-5)
 
 
-def test_checkpointing_under_both_of_its_names(make_recipe):
+def test_checkpointing_under_both_of_its_names(make_experiment):
     both = {"gradient_checkpointing", "activation_checkpointing"}
     again = {"use_reentrant": False}
     for known, name in (
@@ -374,18 +378,18 @@ def test_checkpointing_under_both_of_its_names(make_recipe):
         assert checkpointing_options(True, known) == {name: True, f"{name}_kwargs": again}
         assert checkpointing_options(False, known) == {name: False}
     for wanted in (True, False):  # and the installed transformers takes it
-        arguments = training_arguments(make_recipe(training={"gradient_checkpointing": wanted}))
+        arguments = training_arguments(make_experiment(training={"gradient_checkpointing": wanted}))
         names = [name for name in both if getattr(arguments, name, None) is not None]
         assert [getattr(arguments, name) for name in names] == [wanted] * len(names)
         assert names
 
 
-def test_float16_is_refused(make_recipe, examples):
+def test_float16_is_refused(make_experiment, examples):
     with pytest.raises(ValueError, match=r"model.dtype: float16 .* train in bfloat16 or float32"):
-        train(make_recipe(model={"dtype": "float16"}), examples=examples)
+        train(make_experiment(model={"dtype": "float16"}), examples=examples)
 
 
-def test_without_tensorboard_it_says_what_to_install(make_recipe, examples, monkeypatch):
+def test_without_tensorboard_it_says_what_to_install(make_experiment, examples, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'rode\[train\]'"):
-        train(make_recipe(), examples=examples)
+        train(make_experiment(), examples=examples)

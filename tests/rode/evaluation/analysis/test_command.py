@@ -11,17 +11,17 @@ from xml.etree import ElementTree
 import pytest
 
 from rode.cli import main
-from rode.training.config import dump_recipe
+from rode.training.config import dump_experiment
 from rode.training.train import train
 
 pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def adapter(make_recipe):
-    """An adapter of two steps, with the recipe beside it."""
-    train(make_recipe(training={"max_steps": 2}), progress=False)
-    return make_recipe().run_dir
+def adapter(make_experiment):
+    """An adapter of two steps, with the config beside it."""
+    train(make_experiment(training={"max_steps": 2}), progress=False)
+    return make_experiment().run_dir
 
 
 def fails(capsys, argv, message):
@@ -31,7 +31,7 @@ def fails(capsys, argv, message):
     assert message in said
 
 
-def test_the_saved_recipe_says_what_to_run_on(capsys, adapter):
+def test_the_saved_config_says_what_to_run_on(capsys, adapter):
     assert main(["analyze", str(adapter), "--quiet"]) == 0
     said = capsys.readouterr().out
     found = json.loads((adapter / "analysis" / "analysis.json").read_text())
@@ -58,8 +58,8 @@ def test_the_saved_recipe_says_what_to_run_on(capsys, adapter):
     assert not list(adapter.rglob("*.tmp"))
 
 
-def test_options_and_another_adapter(capsys, adapter, make_recipe, tmp_path, food, llava_dir):
-    softmax = make_recipe(
+def test_options_and_another_adapter(capsys, adapter, make_experiment, tmp_path, food, llava_dir):
+    softmax = make_experiment(
         adapter={"gate": "softmax"}, output_dir=str(tmp_path / "softmax"), training={"max_steps": 1}
     )
     train(softmax, progress=False)
@@ -84,8 +84,8 @@ def test_options_and_another_adapter(capsys, adapter, make_recipe, tmp_path, foo
     assert found["against"]["gate"] == "relu"
     assert found["against"]["open_rate"] != found["open_rate"]
     assert "of untrained" in capsys.readouterr().out
-    # without a recipe beside the adapter: the model and the records are named
-    (adapter / "recipe.yaml").unlink()
+    # without a config beside the adapter: the model and the records are named
+    (adapter / "config.yaml").unlink()
     bare = [
         "analyze",
         str(adapter),
@@ -106,16 +106,16 @@ def test_options_and_another_adapter(capsys, adapter, make_recipe, tmp_path, foo
     assert "Which experts tasks share" not in page
 
 
-def test_what_is_said_when_it_cannot_run(capsys, adapter, monkeypatch, make_recipe, tmp_path, llava_dir):
-    fails(capsys, ["analyze", str(tmp_path)], "no recipe.yaml that names records: give --data records.jsonl")
-    plain = make_recipe(
+def test_what_is_said_when_it_cannot_run(capsys, adapter, monkeypatch, make_experiment, tmp_path, llava_dir):
+    fails(capsys, ["analyze", str(tmp_path)], "no config.yaml that names records: give --data records.jsonl")
+    plain = make_experiment(
         adapter={"gate": "none"}, output_dir=str(tmp_path / "plain"), training={"max_steps": 1}
     )
     train(plain, progress=False)
     fails(capsys, ["analyze", str(tmp_path / "plain"), "--quiet"], "gate='none': without a router")
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "recipe.yaml").write_text(dump_recipe(make_recipe()))
+    (empty / "config.yaml").write_text(dump_experiment(make_experiment()))
     fails(capsys, ["analyze", str(empty), "--quiet"], "no adapter here")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     fails(capsys, ["analyze", "/nowhere"], "figures need matplotlib: pip install 'rode[plots]'")
