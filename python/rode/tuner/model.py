@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -31,6 +31,9 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _OF_PEFT = (
@@ -216,7 +219,7 @@ class RodeModel(BaseTuner):
             self._context.handles += shared.attach(parent)
         layer.block_pass = shared
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
         active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
