@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mixture_oracle import ON_GPUS
-from rode_kernels import backends
+from rode_kernels import backends, fast_path
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 
 CONFORMING = ("reference", "cpu", "cuda-emulated", "triton")
@@ -24,6 +24,13 @@ def backend(request, monkeypatch) -> str:
     if request.param == "cuda-emulated":  # warps and blocks in another order for each test
         monkeypatch.setattr(cuda_emulated.machine, "seed", zlib.crc32(request.node.name.encode()))
     return request.param
+
+
+@pytest.fixture
+def nothing_known(monkeypatch):
+    """No call was prepared before, and the environment names no backend."""
+    monkeypatch.setattr(fast_path, "_known", {})
+    monkeypatch.delenv("RODE_BACKEND", raising=False)
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from rode_kernels import gated_mixture, rectified_mixture
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of x, and of the parameters; None for the same.
+MIXED = [(d, None) for d in DTYPES] + [(torch.float16, torch.float32), (torch.bfloat16, torch.float32)]
 ON_GPUS = ("cuda-emulated", "triton")  # what runs the code of GPU backends, which refuse float64
 
 
@@ -261,3 +266,14 @@ def true_logits(p: Problem) -> Tensor:
 
 def with_dropout(p: Problem, keep: Tensor, dropout_p: float, seed: int) -> Problem:
     return replace(p, keep=keep.view(p.x.shape), dropout_p=dropout_p, dropout_seed=seed)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within this context PyTorch has this number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

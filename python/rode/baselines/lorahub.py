@@ -13,9 +13,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -26,6 +27,8 @@ from rode_food import Example
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
+
+    from rode.vlm.load import Model
 
 BOUND, PENALTY, BUDGET, EXAMPLES = 1.5, 0.05, 40, 5  # LoRAHub's
 
@@ -107,7 +110,7 @@ def find_coefficients(
     return Search(min(finite, key=lambda e: e.objective), evaluations, name)
 
 
-def check_composable(configs: Mapping[str, Any]) -> None:
+def check_composable(configs: Mapping[str, PeftConfig]) -> None:
     """Checks that need the configurations alone.
 
     Args:
@@ -116,7 +119,7 @@ def check_composable(configs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an adapter is no plain LoRA, or they differ in rank or in the modules that they save.
     """
-    first = next(iter(configs))
+    known: dict[str, RodeConfig] = {}
     for name, config in configs.items():
         if not isinstance(config, RodeConfig):
             raise ValueError(
@@ -127,26 +130,28 @@ def check_composable(configs: Mapping[str, Any]) -> None:
                 f"{name}: expected plain LoRA (gate 'none', one rank), got gate {config.gate!r} and ranks {list(config.ranks)}; "
                 "LoRAHub composes no mixtures"
             )
-        if config.ranks != configs[first].ranks:
+        known[name] = config
+        first, like = next(iter(known.items()))
+        if config.ranks != like.ranks:
             raise ValueError(
-                f"{name} has rank {config.ranks[0]}, but {first} has {configs[first].ranks[0]}; LoRAHub adds up the matrices "
+                f"{name} has rank {config.ranks[0]}, but {first} has {like.ranks[0]}; LoRAHub adds up the matrices "
                 "themselves, which takes equal ranks"
             )
-        if set(config.modules_to_save or ()) != set(configs[first].modules_to_save or ()):
+        if set(config.modules_to_save or ()) != set(like.modules_to_save or ()):
             raise ValueError(
-                f"{name} saves the modules {config.modules_to_save or []}, but {first} {configs[first].modules_to_save or []}; "
+                f"{name} saves the modules {config.modules_to_save or []}, but {first} {like.modules_to_save or []}; "
                 "train all with the same ones, frozen"
             )
 
 
 @torch.no_grad()
-def compose_adapters(model: Any, names: Sequence[str], weights: Sequence[float], into: str) -> None:
+def compose_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[float], into: str) -> None:
     """Fills the adapter `into` with `sum_i w_i A_i` and `sum_i w_i B_i`, in place; the first call adds it, and activates nothing.
 
     Its output is `scaling * (sum_i w_i B_i) (sum_i w_i A_i) x`, for the scaling that the adapters have in common.
 
     Args:
-        model: a PeftModel. names: of its adapters. weights: a finite number for each. into: another name.
+        model: with adapters. names: of its adapters. weights: a finite number for each. into: another name.
 
     Raises:
         ValueError: naming what is unknown, or what the adapters do not agree in.
@@ -213,7 +218,7 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 
 
 def few_shot_loss(
-    model: Any,
+    model: Model,
     processor: LlavaProcessor,
     examples: Sequence[Example],
     *,
@@ -249,7 +254,7 @@ def few_shot_loss(
 
 
 def compose(
-    model: Any,
+    model: PeftModel,
     names: Sequence[str],
     loss: Callable[[], float],
     into: str = "composed",
@@ -264,7 +269,7 @@ def compose(
     No vector costs more than the adapter's own tensors and what `loss` does.
 
     Args:
-        model: a PeftModel. names: of its adapters. loss: of the model as it is when called, such as `few_shot_loss` makes.
+        model: with adapters. names: of its adapters. loss: of the model as it is when called, such as `few_shot_loss` makes.
         budget, seed, bound, penalty: see `find_coefficients`.
     """
 

@@ -122,7 +122,7 @@ class MoeFeedForward(nn.Module):
         chosen, kept = self._choose(logits.detach(), valid)  # (S, k) both
         probabilities = logits.softmax(-1)
         if self.training:
-            self._record(probabilities, chosen[:, 0], valid)
+            self._record((probabilities, chosen[:, 0], valid))
         gates = torch.where(kept, probabilities.gather(-1, chosen), 0)  # (S, k)
         if k > 1:
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).eps)
@@ -152,7 +152,7 @@ class MoeFeedForward(nn.Module):
             )
         return mask.to(x.device)
 
-    def _record(self, *gates: Tensor) -> None:
+    def _record(self, gates: tuple[Tensor, Tensor, Tensor]) -> None:
         context = self.context
         if context.records is not None and context.differentiable and not torch.is_grad_enabled():
             raise ValueError(

@@ -56,15 +56,14 @@ def load(args: argparse.Namespace, experiment: Experiment | None = None) -> tupl
     if experiment is None and args.model is None:
         raise ValueError("no model: give --model DIR, or an --adapter that `rode train` wrote")
     config = experiment.model if experiment else ModelConfig(path=args.model)
-    model, processor = load_vlm(
+    llava, processor = load_vlm(
         args.model or config.path,
         dtype=args.dtype or config.dtype,
         device=args.device or config.device,
         attention=config.attention,
         projector=args.projector or config.projector,
     )
-    if args.adapter:
-        model = load_adapter(model, args.adapter)
+    model = load_adapter(llava, args.adapter) if args.adapter else llava
     return model, processor, args.prompt or config.prompt
 
 

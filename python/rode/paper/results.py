@@ -86,7 +86,11 @@ def adapter_differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
 
 def adapter_values(experiment: Experiment) -> dict[str, Any]:
     """The adapter's whole configuration as JSON gives it back."""
-    return json.loads(json.dumps(adapter_config(experiment).to_dict(), default=str))
+    from peft import PeftConfig
+
+    config = adapter_config(experiment)
+    values = config.to_dict() if isinstance(config, PeftConfig) else dataclasses.asdict(config)
+    return json.loads(json.dumps(values, default=str))
 
 
 def file_hash(path: str, what: str = "file of records", key: str = "data.sources.0.path") -> str:

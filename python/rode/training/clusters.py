@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from rode.vlm.pretrained import from_pretrained
 from rode_food.atomic import written_aside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FILE = "clusters.safetensors"
 
@@ -30,7 +33,7 @@ class Embedder:
         encoder: directory of a transformers encoder with its tokenizer, such as a sentence-transformers model; None for the table.
     """
 
-    def __init__(self, tokenizer: Any, table: Tensor, encoder: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: Tensor, encoder: str | None = None) -> None:
         # on the CPU: workers of a data loader embed too
         self.tokenizer, self.table, self.encoder = tokenizer, table.detach().cpu(), encoder
         if encoder is not None:

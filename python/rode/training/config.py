@@ -11,13 +11,18 @@ import functools
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
 from rode.training import sweep
 from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
 from rode_food.source import Source
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from rode.baselines.moe_llava import MoeConfig
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -192,7 +197,7 @@ def _check(experiment: Experiment) -> None:
         _check_routing(experiment, adapter_config(experiment))
 
 
-def _check_routing(experiment: Experiment, config: Any) -> None:
+def _check_routing(experiment: Experiment, config: PeftConfig | MoeConfig) -> None:
     """Checks that data and model have what the adapter's router reads."""
     by_row = (
         getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
@@ -211,10 +216,11 @@ def _check_routing(experiment: Experiment, config: Any) -> None:
         )
 
 
-def adapter_config(experiment: Experiment) -> Any:
+def adapter_config(experiment: Experiment) -> PeftConfig | MoeConfig:
     """The PEFT configuration (or MoeConfig) that the config's `adapter` describes, every key checked."""
     values = dict(experiment.adapter)
     method = values.pop("method", "rode")
+    cls: type[PeftConfig | MoeConfig]
     if method == "peft":
         cls, values = _peft_class(values)
     elif method == "rode":
@@ -247,7 +253,7 @@ def adapter_config(experiment: Experiment) -> Any:
         raise ConfigError(f"adapter: {error}") from error
 
 
-def _peft_class(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _peft_class(values: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any]]:
     """PEFT's configuration class for `peft_type`, and the other values; default targets are the language model's."""
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

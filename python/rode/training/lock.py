@@ -8,9 +8,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rode.processes import of_all_processes
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 try:
     import fcntl
@@ -105,7 +108,7 @@ def _is(file: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def one_run(folder: str | os.PathLike[str], arguments: Any) -> Iterator[None]:
+def one_run(folder: str | os.PathLike[str], arguments: TrainingArguments) -> Iterator[None]:
     """Hold a run's folder on behalf of all its processes: the main one takes it, and all stop where it is taken.
 
     Args:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftConfig, PolyConfig
 from torch import Tensor
 
 from rode.training.clusters import FILE, Clusters, Embedder
+from rode.tuner import RodeConfig
+from rode.vlm.load import input_embeddings
 from rode_food import TASKS
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
+
+    from rode.vlm.load import Model
 
 
 class Routes:
@@ -27,19 +32,22 @@ class Routes:
         ValueError: the adapter has another number of tasks or clusters.
     """
 
-    def __init__(self, config: Any, clusters: Clusters | None = None, embed: Embedder | None = None) -> None:
+    def __init__(
+        self, config: PeftConfig | None, clusters: Clusters | None = None, embed: Embedder | None = None
+    ) -> None:
         self.clusters, self.embed = clusters, embed
         self.task_input: str | None = None
-        if str(getattr(config, "peft_type", "")).rpartition(".")[2] == "POLY":  # PEFT's own name for them
-            self.task_input = "task_ids"
+        if isinstance(config, PolyConfig):
+            self.task_input = "task_ids"  # PEFT's own name for them
             self._count("n_tasks", config.n_tasks)
-        by_id = getattr(config, "id_input", None)
-        groups = getattr(config, "aux_groups", None)
+        by_id = config.id_input if isinstance(config, RodeConfig) else None
+        groups = config.aux_groups if isinstance(config, RodeConfig) else None
+        ids = config.num_ids if isinstance(config, RodeConfig) else None
         self.reads_tasks = self.task_input is not None or by_id == "rode_task_ids"
         if by_id == "rode_task_ids" or groups is not None:
             self.task_input = "rode_task_ids"
             if by_id == "rode_task_ids":
-                self._count("num_ids", config.num_ids)
+                self._count("num_ids", ids)
             if groups is not None:
                 self._count("aux_groups", len(groups))
         self.cluster_input = "rode_cluster_ids" if by_id == "rode_cluster_ids" else None
@@ -49,14 +57,14 @@ class Routes:
                     "adapter: router_input 'cluster' reads the cluster of each question; name the file of `rode fit-clusters` in "
                     "model.clusters"
                 )
-            if len(clusters) != config.num_ids:
+            if len(clusters) != ids:
                 raise ValueError(
-                    f"adapter.num_ids: expected the {len(clusters)} clusters of the file, got {config.num_ids}"
+                    f"adapter.num_ids: expected the {len(clusters)} clusters of the file, got {ids}"
                 )
         self._known: dict[str, int] = {}  # cluster of each question seen
 
     @staticmethod
-    def _count(name: str, count: int) -> None:
+    def _count(name: str, count: int | None) -> None:
         if count != len(TASKS):
             raise ValueError(
                 f"adapter.{name}: expected {len(TASKS)}, for the tasks {', '.join(TASKS)}; got {count}"
@@ -86,14 +94,12 @@ class Routes:
 
 
 def make_routes(
-    config: Any, model: Any, processor: LlavaProcessor, clusters: str | Path | None = None
+    config: PeftConfig | None, model: Model, processor: LlavaProcessor, clusters: str | Path | None = None
 ) -> Routes:
     """The routes of an adapter on a model; `clusters` is a file of `rode fit-clusters`, or a folder that may hold one."""
-    if getattr(config, "id_input", None) != "rode_cluster_ids":
+    if not isinstance(config, RodeConfig) or config.id_input != "rode_cluster_ids":
         return Routes(config)
     if clusters is None or (Path(clusters).is_dir() and not (Path(clusters) / FILE).is_file()):
         return Routes(config)  # says what is missing
     found = Clusters.load(clusters)
-    return Routes(
-        config, found, Embedder(processor.tokenizer, model.get_input_embeddings().weight, found.encoder)
-    )
+    return Routes(config, found, Embedder(processor.tokenizer, input_embeddings(model), found.encoder))

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -35,7 +35,9 @@ from rode_food.shards.examples import ShardExamples
 from rode_food.source import Source
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import LlavaProcessor, PreTrainedModel
+
+    from rode.vlm.load import Model
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class TrainResult:
     """
 
     output_dir: Path
-    model: Any
+    model: Model | None
     processor: LlavaProcessor | None
     metrics: dict[str, float]
     history: list[dict[str, float]]
@@ -101,7 +103,7 @@ def _packed(mixture: DataMixture[Example], most: int) -> DataMixture[tuple[Examp
     )
 
 
-def make_trainable(model: Any, experiment: Experiment) -> Any:
+def make_trainable(model: Model, experiment: Experiment) -> Model:
     """Freeze the model and add what the config trains, in float32: a PeftModel in stage "adapter" (a MoE-LLaVA is
     the model itself, converted), else the model.
 
@@ -127,7 +129,11 @@ def make_trainable(model: Any, experiment: Experiment) -> Any:
 
 
 def image_source(
-    experiment: Experiment, model: Any, processor: LlavaProcessor, examples: Sequence[Example], progress: bool
+    experiment: Experiment,
+    model: Model,
+    processor: LlavaProcessor,
+    examples: Sequence[Example],
+    progress: bool,
 ) -> PictureSource:
     """Pictures as the config wants them: read at every step, or the tower's features computed now."""
     if experiment.model.vision_features == "live":
@@ -143,7 +149,7 @@ def _length(item: Example | tuple[Example, ...]) -> int:
     return sum(len(e.question) + len(e.answer) for e in (item if isinstance(item, tuple) else (item,)))
 
 
-def _lengths(mixture: DataMixture[Any]) -> list[int]:
+def _lengths(mixture: DataMixture[Example | tuple[Example, ...]]) -> list[int]:
     """Lengths of all items; the index of shards knows those of its own."""
     lengths: list[int] = []
     for part in mixture.parts():
@@ -162,7 +168,7 @@ def train(
     experiment: Experiment,
     *,
     examples: Sequence[Example] | None = None,
-    model: Any = None,
+    model: PreTrainedModel | None = None,
     processor: LlavaProcessor | None = None,
     source: PictureSource | None = None,
     resume: bool | str | os.PathLike[str] = False,
@@ -202,9 +208,9 @@ def _train(
     experiment: Experiment,
     arguments: TrainingArguments,
     examples: Sequence[Example] | None,
-    model: Any,
-    processor: Any,
-    source: Any,
+    model: Model | None,
+    processor: LlavaProcessor | None,
+    source: PictureSource | None,
     resume: bool | str | os.PathLike[str],
     progress: bool,
 ) -> TrainResult:
@@ -221,7 +227,7 @@ def _train(
     if not len(mixture):
         raise ValueError("no example to train on")
     training = experiment.training
-    items: DataMixture[Any] = mixture
+    items: DataMixture[Example | tuple[Example, ...]] = mixture
     if training.questions_per_picture > 1:
         items = _packed(mixture, training.questions_per_picture)
     state = None if start is None else read_state(start)

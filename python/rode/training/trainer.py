@@ -10,11 +10,19 @@ import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import Dataset, Sampler
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
@@ -97,7 +105,9 @@ class _TellEpoch(TrainerCallback):
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
@@ -165,7 +175,7 @@ class AnswerTrainer(Trainer):
         self.guard.add(loss, ids)
         return loss
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
         """Trainer asks for it once a step, right before the optimizer, whether it clips or not."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.guard.check(norm, self.state.global_step + 1, self.args.world_size)
@@ -187,7 +197,7 @@ class AnswerTrainer(Trainer):
                     logs.update(callback.scalars())
         super().log(logs, *args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         sampler = EpochSampler(self.plan, self.lengths, self.args.train_batch_size, self.args.seed)
         self.add_callback(_TellEpoch(sampler))
         return sampler
@@ -213,7 +223,9 @@ class AnswerTrainer(Trainer):
             if self.projector_only or self.projector_rate is not None:
                 save_projector(model, directory)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         mixtures = moe_layers(self.model)
         if not self.projector_only and not mixtures:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -241,9 +253,9 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -261,7 +273,9 @@ class StopOnInterrupt(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         asked = torch.tensor(self.asked, device=args.device, dtype=torch.int32)
         if args.world_size > 1:  # all processes stop at the same step, or the others would wait for ever
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
     from rode.tuner.config import RodeConfig
 
 IGNORE = -100  # labels of what is not learned
@@ -124,6 +127,7 @@ def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | N
     if config.aux_loss == "l1":
         return l1(gates, open_, weights, config.target_sparsity)
     if config.aux_loss == "load-balance":
+        assert routed.shares is not None, "checked with the configuration: the gate is a softmax"
         shares = _rows(routed.shares, tokens)
         if config.gate == "softmax":  # all are open; the largest counts as the choice
             open_ = torch.zeros_like(open_).scatter(-1, shares.argmax(-1, keepdim=True), True)
@@ -137,6 +141,7 @@ def auxiliary_loss(record: GateRecord, mask: Tensor | None, task_ids: Tensor | N
             f"aux_groups: which group a sequence belongs to follows from its task; pass rode_task_ids ({tokens[0]},) to the model, "
             f"got {got}"
         )
+    assert config.aux_delta is not None, "set with the configuration"
     check_ids("rode_task_ids", task_ids, len(config.aux_groups), "aux_groups")
     groups = torch.tensor(config.aux_groups, device=gates.device)[task_ids.to(gates.device)]
     by_sequence = kept.unflatten(0, (tokens[0], -1)).sum(1)  # (batch, N)
@@ -154,18 +159,20 @@ def mean_over_routers(
     by_adapter: dict[str, list[GateRecord]] = {}
     for record in records:
         by_adapter.setdefault(record.adapter, []).append(record)
-    total: Tensor | None = None
+    means: list[Tensor] = []
     for group in by_adapter.values():
         config = group[0].config
+        assert config.aux_weight is not None, "set with the configuration"
         losses = [auxiliary_loss(record, mask, task_ids) for record in group]
         first = losses[0]
         weight = config.aux_weight * (l1_factor if config.target_sparsity is not None else 1.0)
-        mean = torch.stack([x.to(first.device, first.dtype) for x in losses]).mean() * weight
-        total = mean if total is None else total + mean.to(total.device, total.dtype)
-    return total
+        means.append(torch.stack([x.to(first.device, first.dtype) for x in losses]).mean() * weight)
+    return reduce(lambda total, mean: total + mean.to(total.device, total.dtype), means)
 
 
-def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
+def add_to_output(
+    output: tuple[Any, ...] | ModelOutput, aux: Tensor, given: dict[str, Any]
+) -> tuple[Any, ...] | ModelOutput:
     """A model's output with `aux_loss` in it, and added to its loss where it has one.
 
     A micro-batch of an accumulated batch counts by its share of learned tokens, as its cross-entropy does, where Trainer tells
@@ -181,8 +188,9 @@ def add_to_output(output: Any, aux: Tensor, given: dict[str, Any]) -> Any:
         raise ValueError(
             "aux_loss: the model has an auxiliary loss of its own (output_router_logits); turn it off, or the adapter's"
         )
-    if getattr(output, "loss", None) is not None:
-        output["loss"] = output.loss + _share(aux, given).to(output.loss.device)
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        output["loss"] = loss + _share(aux, given).to(loss.device)
     output["aux_loss"] = aux
     return output
 

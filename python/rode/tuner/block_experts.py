@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rode.tuner.routers import Routed, top_experts
 
@@ -27,7 +28,7 @@ class BlockPass:
         # Layer name -> its input, and what the frozen weight made of it.
         self._base: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def attach(self, block: nn.Module) -> list[Any]:
+    def attach(self, block: nn.Module) -> list[RemovableHandle]:
         """Sets the hooks on the block; their handles."""
         return [
             block.register_forward_pre_hook(self._before),

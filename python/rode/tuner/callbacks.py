@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -33,14 +34,14 @@ class HoldSparsity(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        callbacks: Any = state.stateful_callbacks or {}  # a dict by now, whatever its annotation says
-        saved = callbacks.get(type(self).__name__)
+        callbacks: object = state.stateful_callbacks  # a dict by now, whatever its annotation says
+        saved = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
         if state.global_step > 0 and isinstance(saved, dict):
             self.multiplier = saved["args"]["multiplier"]
-        context = context_of(model)
+        context = None if model is None else context_of(model)
         if context is not None:
             context.l1_factor, context.closed, context.gates_seen = self.multiplier, None, None
 
@@ -49,10 +50,10 @@ class HoldSparsity(TrainerCallback, ExportableState):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any = None,
+        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        context = context_of(model)
+        context = None if model is None else context_of(model)
         if context is None or context.closed is None or context.gates_seen is None:
             return
         assert context.target_sparsity is not None, "gates are counted for adapters that have one"

@@ -9,14 +9,17 @@ backward and must find it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import reduce
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from rode.tuner.aux_losses import (
     IGNORE,
@@ -26,9 +29,15 @@ from rode.tuner.aux_losses import (
     sparsity,
     warn_without_gradient,
 )
+from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
+    from transformers import Cache
+    from transformers.utils import ModelOutput
+
     from rode.tuner.config import RodeConfig
+
+Item = TypeVar("Item")
 
 SIDE_INPUTS = ("rode_task_ids", "rode_cluster_ids", "rode_prompt_mask")
 
@@ -46,7 +55,7 @@ class ForwardCall:
     training: bool
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> Cache | None:
         """The key-value cache, or None; transformers calls it `cache` from 5.24 on."""
         past = self.given.get("past_key_values")
         new = self.given.get("cache")
@@ -90,20 +99,21 @@ class ForwardContext:
         self.prompt: Tensor | None = None
         self._told_prompt = True
         self.decoding = False
-        self.records: dict[Hashable, list[Any]] | None = None
+        self.records: dict[Callable[[ForwardContext, list[Any]], Tensor | None], list[Any]] | None = None
         self.differentiable = False
         self.sequence_logits: dict[tuple[str, str], Tensor] = {}
-        self.block_gates: dict[tuple[str, str], Any] = {}
+        self.block_gates: dict[tuple[str, str], Tensor] = {}
         self.generating: Tensor | None = None  # (batch, T) bool: the prompt that `generate` was called with
-        self.unreadable_mask: Any = None  # a mask that is not (batch, T): its shape or type
-        self._past: Any = None
-        self._kept: WeakKeyDictionary[Any, dict[tuple[str, str], Tensor]] = WeakKeyDictionary()
+        # A mask that is not (batch, T): its shape or type.
+        self.unreadable_mask: tuple[int, ...] | str | None = None
+        self._past: Cache | None = None
+        self._kept: WeakKeyDictionary[Cache, dict[tuple[str, str], Tensor]] = WeakKeyDictionary()
         self.l1_factor = 1.0
         self.target_sparsity: float | None = None
         self.closed: Tensor | None = None
         self.gates_seen: Tensor | None = None
         self.listeners: list[Listener] = []
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
         self.attached = self.needed = False  # whether the hooks on the model are set, and layers need them
         self._signature: inspect.Signature | None = None  # of the model's forward, read at the first pass
 
@@ -118,10 +128,9 @@ class ForwardContext:
     @classmethod
     def on(cls, model: nn.Module) -> ForwardContext:
         """The context whose hooks are on `model`; else that of its adapted layers, or a new one, with its hooks set."""
-        hooks = model._forward_pre_hooks.values()
-        hanging = [hook.__self__ for hook in hooks if getattr(hook, "__func__", None) is cls._before]
-        if hanging:
-            return hanging[0]
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(hook, MethodType) and isinstance(hook.__self__, cls):
+                return hook.__self__
         own = context_of(model)
         # Layers of a model within this one may be called apart from it: they keep a context of their own.
         context = own if own is not None and not own.attached else cls()
@@ -186,7 +195,7 @@ class ForwardContext:
             listener.begin(call)
         return args, kwargs
 
-    def _set_mask(self, mask: Any, tokens: tuple[int, int] | None) -> None:
+    def _set_mask(self, mask: object, tokens: tuple[int, int] | None) -> None:
         self.mask = self.unreadable_mask = None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             # With a key-value cache the mask covers the past too.
@@ -244,7 +253,9 @@ class ForwardContext:
         """Logits that the prompt of the running pass's key-value cache led to."""
         return {} if self._past is None else self._kept.get(self._past, {})
 
-    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Any, ...] | ModelOutput | None:
         for listener in self.listeners:
             listener.end()
         if self.sequence_logits:
@@ -262,9 +273,11 @@ class ForwardContext:
         if not losses:
             return None
         first = losses[0]
-        return add_to_output(output, sum(x.to(first.device, first.dtype) for x in losses), kwargs)
+        return add_to_output(
+            output, reduce(torch.add, (x.to(first.device, first.dtype) for x in losses)), kwargs
+        )
 
-    def record(self, loss: Callable[[ForwardContext, list[Any]], Tensor | None], item: Any) -> None:
+    def record(self, loss: Callable[[ForwardContext, list[Item]], Tensor | None], item: Item) -> None:
         """Keeps what an auxiliary loss is made of; not outside of a pass, as when checkpointing computes a layer again.
 
         Args:
@@ -274,7 +287,7 @@ class ForwardContext:
             self.records.setdefault(loss, []).append(item)
 
     def record_gates(
-        self, adapter: str, config: RodeConfig, routed: Any, tokens: tuple[int, ...], in_tower: bool
+        self, adapter: str, config: RodeConfig, routed: Routed, tokens: tuple[int, ...], in_tower: bool
     ) -> None:
         """Keeps an adapter's gates for its auxiliary loss, if it has one."""
         if config.aux_loss != "none" and self.differentiable:
@@ -287,6 +300,7 @@ class ForwardContext:
             ValueError: they were not given, do not fit the batch, or are none of the adapter's.
         """
         name = config.id_input
+        assert name is not None, "called for adapters that read ids"
         ids = self.side.get(name)
         if ids is None:
             raise ValueError(

@@ -23,6 +23,7 @@ SCALINGS = ("alpha/r", "alpha/sqrt(r)", "alpha/sum r", "1/r")
 AUX_LOSSES = ("none", "load-balance", "importance", "l1")
 SCOPES = ("projection", "block")
 COMBINES = ("outputs", "factors")
+Targets = list[str] | set[str] | str  # names of modules, or a regex
 
 
 @dataclass
@@ -34,14 +35,14 @@ class RodeFields(PeftConfig):
     dropout: float = field(
         default=0.05, metadata={"help": "Dropout of the experts' input (not of the router's), in [0, 1)."}
     )
-    target_modules: list[str] | set[str] | str | None = field(
+    target_modules: Targets | None = field(
         default=None,
         metadata={
             "help": "Names, one regex, or 'all-linear'. Default: q_proj and v_proj of the language model. The vision tower and the "
             "projector are adapted only where an entry names them."
         },
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
+    exclude_modules: Targets | None = field(
         default=None, metadata={"help": "Names or one regex of modules to leave alone."}
     )
     gate: str = field(default="relu", metadata={"help": f"One of {', '.join(GATES)}."})

@@ -21,22 +21,24 @@ class Gated:
 
     rode_ranks: dict[str, tuple[int, ...]]
     rode_config: dict[str, RodeConfig]
-    rode_shares_gates: dict[str, bool]
+    rode_shares_gates: dict[str, bool]  # whether another layer of the block computes them
     rode_router: nn.ParameterDict
     rode_router_bias: nn.ParameterDict
     rode_table: nn.ParameterDict
     rode_threshold: nn.ParameterDict
     rode_threshold_bias: nn.ParameterDict
     context: ForwardContext
-    block_pass: BlockPass | None
+    block_pass: BlockPass | None  # set where whole blocks are experts
     place: str  # the layer's name, for messages
     block: str  # the name of the module that holds it
     in_tower: bool  # its tokens are a tower's, and not those of input_ids
+    training: bool  # the module's that this is part of
 
     def gates(self, adapter: str, x: Tensor) -> Tensor:
         """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""
-        if self.runs_block(adapter) and (gates := self.block_pass.gates(adapter)) is not None:
-            return gates
+        block = self.block_of_experts(adapter)
+        if block is not None and (kept := block.gates(adapter)) is not None:
+            return kept
         if self.rode_shares_gates[adapter]:
             return self._shared_gates(adapter, x)
         config = self.rode_config[adapter]
@@ -49,11 +51,14 @@ class Gated:
         )
         gates = with_universal(routed.gates) if config.universal_expert else routed.gates
         self.keep(adapter, routed, gates, x)
-        return self.block_pass.begin(adapter, routed, config.top_k) if self.runs_block(adapter) else gates
+        if block is None:
+            return gates
+        assert config.top_k is not None, "checked with the configuration"
+        return block.begin(adapter, routed, config.top_k)
 
-    def runs_block(self, adapter: str) -> bool:
-        """Whether this adapter's experts are the whole block."""
-        return self.block_pass is not None and self.rode_config[adapter].expert_per == "block"
+    def block_of_experts(self, adapter: str) -> BlockPass | None:
+        """The passes through the block, if this adapter's experts are the whole block."""
+        return self.block_pass if self.rode_config[adapter].expert_per == "block" else None
 
     def keeps_gates(self, adapter: str) -> bool:
         """Whether anybody reads what `keep` keeps."""
@@ -88,6 +93,7 @@ class Gated:
         table = self.rode_table[adapter]
         if config.router_input == "constant":
             return table.to(wide).reshape(*(1,) * (x.dim() - 1), -1)
+        assert config.id_input is not None, "the other inputs were dealt with"
         ids = self.context.ids(config, x)
         check_ids(config.id_input, ids, len(table), "num_ids")
         rows = table[ids]

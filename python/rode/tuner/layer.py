@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import ForwardContext
 from rode.tuner.gating import Gated
 from rode.tuner.ownership import may_write_into
 from rode.tuner.recorder import GateRecorder
 from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
-from rode.tuner.variants import Variant, mixed_factors, operand, pick_variant
+from rode.tuner.variants import Options, Variant, mixed_factors, operand, pick_variant
+
+
+class _Like(TypedDict):
+    """Device and dtype of a new parameter."""
+
+    device: torch.device | None
+    dtype: torch.dtype
 
 
 class RodeLayer(Gated, BaseTunerLayer):
@@ -50,6 +56,17 @@ class RodeLayer(Gated, BaseTunerLayer):
     )
     other_param_names = ("rode_ranks", "rode_scaling", "rode_config", "rode_shares_gates", "rode_variant")
 
+    rode_A: nn.ParameterDict
+    rode_B: nn.ParameterDict
+    rode_norm: nn.ParameterDict
+    rode_norm_bias: nn.ParameterDict
+    rode_scaling: dict[str, tuple[float, ...]]
+    rode_variant: dict[str, Variant]
+    base_layer: nn.Module
+    gate_recorder: GateRecorder | None  # set while GateStatistics are attached
+    in_features: int
+    out_features: int
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
@@ -57,18 +74,17 @@ class RodeLayer(Gated, BaseTunerLayer):
         )
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.rode_ranks: dict[str, tuple[int, ...]] = {}
-        self.rode_scaling: dict[str, tuple[float, ...]] = {}
-        self.rode_config: dict[str, RodeConfig] = {}
-        self.rode_shares_gates: dict[str, bool] = {}  # whether another layer of the block computes them
-        self.rode_variant: dict[str, Variant] = {}
-        self.gate_recorder: GateRecorder | None = None  # set while GateStatistics are attached
+        self.rode_ranks, self.rode_scaling, self.rode_config = {}, {}, {}
+        self.rode_shares_gates, self.rode_variant = {}, {}
         self.context = ForwardContext()
-        self.block_pass: BlockPass | None = None  # set where whole blocks are experts
+        self.gate_recorder = self.block_pass = None
         self.place, self.block, self.in_tower = "", "", False
         self._disable_adapters = False
         self.merged_adapters = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None, "checked before a layer is replaced"
+        assert out_features is not None, "checked before a layer is replaced"
+        self.in_features, self.out_features = in_features, out_features
 
     def _parameters_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
         for name in self.adapter_layer_names:
@@ -106,7 +122,7 @@ class RodeLayer(Gated, BaseTunerLayer):
         """Adds an adapter, or starts it anew; with shares_gates its gates are computed by another layer of the block."""
         base = self.get_base_layer()
         device, base_dtype = self._get_base_layer_device_and_dtype(base)
-        like = {
+        like: _Like = {
             "device": device,
             "dtype": torch.float64 if base_dtype == torch.float64 else torch.float32,
         }
@@ -127,8 +143,8 @@ class RodeLayer(Gated, BaseTunerLayer):
         self.reset_parameters(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _add_router(self, name: str, config: RodeConfig, routed: int, like: dict[str, Any]) -> None:
-        width = self.in_features
+    def _add_router(self, name: str, config: RodeConfig, routed: int, like: _Like) -> None:
+        width: int | None = self.in_features
         if config.id_input or config.router_input == "constant":
             width = config.embedding_dim
             self.rode_table[name] = nn.Parameter(torch.empty(config.num_ids or 1, width or routed, **like))
@@ -259,7 +275,7 @@ class Linear(nn.Module, RodeLayer):
         inputs = _autocast(x)
         same = result.dtype == inputs.dtype
         owned = same and self.block_pass is None and may_write_into(result, self.base_layer)
-        options = {
+        options: Options = {
             "ranks": self.rode_ranks[adapter],
             "scaling": self.rode_scaling[adapter],
             "dropout_p": self.rode_config[adapter].dropout if self.training else 0.0,
@@ -269,13 +285,16 @@ class Linear(nn.Module, RodeLayer):
         A, B = operand(self.packed_A(adapter), inputs), operand(self.rode_B[adapter], inputs)
         y, gates = self.rode_variant[adapter].add(self, adapter, x, inputs, A, B, options)
         if gates is not None and self.gate_recorder is not None:
-            self._tell_recorder(adapter, gates)
+            self._tell(self.gate_recorder, adapter, gates)
         return y if same else result + y.to(result.dtype)
 
-    def _tell_recorder(self, adapter: str, gates: Tensor) -> None:
+    def _tell(self, recorder: GateRecorder, adapter: str, gates: Tensor) -> None:
         if self.block_pass is None or self.block_pass.slot == 0:
-            gates = self.block_pass.whole if self.runs_block(adapter) else gates
-            self.gate_recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
+            block = self.block_of_experts(adapter)
+            if block is not None:
+                assert block.whole is not None, "set when the first gates of the block were computed"
+                gates = block.whole
+            recorder.record(adapter, self.rode_ranks[adapter], gates.detach())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -30,6 +32,9 @@ from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_in
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _OF_PEFT = (
     "task_type",
@@ -40,6 +45,7 @@ _OF_PEFT = (
     "revision",
     "inference_mode",
 )
+_TARGETS = {"llama": list(DEFAULT_NAMES)}
 
 
 class RodeModel(BaseTuner):
@@ -65,7 +71,7 @@ class RodeModel(BaseTuner):
 
     prefix: str = "rode_"
     tuner_layer_cls = RodeLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {"llama": list(DEFAULT_NAMES)}
+    target_module_mapping = _TARGETS
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Injects as PEFT does; no match at all is a ValueError that lists near misses."""
@@ -73,7 +79,7 @@ class RodeModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(self._no_match(model, adapter_name, str(error))) from None
-        config = self.peft_config[adapter_name]
+        config = _own(self.peft_config[adapter_name])
         if config.needs_forward_hooks:
             self._context.attach(self.model, needed=True)
         # Bare names match a tower as a matter of course; of a regex it may not be what was meant.
@@ -86,14 +92,16 @@ class RodeModel(BaseTuner):
             )
 
     def _no_match(self, model: nn.Module, adapter_name: str, reason: str) -> str:
-        config = self.peft_config[adapter_name]
-        text = f"{reason} RodeConfig.target_modules={config.target_modules!r} matches no layer that may be adapted."
+        config = _own(self.peft_config[adapter_name])
+        targets = config.target_modules
+        assert targets is not None, "set before the model is searched"
+        text = f"{reason} RodeConfig.target_modules={targets!r} matches no layer that may be adapted."
         if held := self._held_back(model, config):
             text += (
                 f" {len(held)} matches lie in the vision tower or projector, such as {held[0]}: those are adapted only where "
                 "target_modules names the tower."
             )
-        misses = near_misses(model, config.target_modules, closed=self._closed)
+        misses = near_misses(model, targets, closed=self._closed)
         return f"{text} Near misses: {'; '.join(misses) or 'none, the model has no linear layer'}."
 
     def _held_back(self, model: nn.Module, config: RodeConfig) -> list[str]:
@@ -105,51 +113,57 @@ class RodeModel(BaseTuner):
             and not isinstance(found, _ExcludedModule)
         ]
 
-    def _prepare_adapter_config(self, peft_config: RodeConfig, model_config: dict[str, Any]) -> RodeConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(self.model, peft_config)
-        return peft_config
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = _own(peft_config)
+        if config.target_modules is None:
+            config.target_modules = default_targets(self.model, config)
+        return config
 
-    def _prepare_model(self, peft_config: RodeConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settles which towers are closed to this adapter, before PEFT asks about the first module."""
-        targets = peft_config.target_modules
+        config = _own(peft_config)
+        targets = config.target_modules
+        assert targets is not None, "set by _prepare_adapter_config"
         self._context = context_of(model) or ForwardContext()
         self._roots = roots = towers(model)
         opened = named_towers(targets, roots)
         self._closed = tuple(root for root in roots if root not in opened)
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             # PEFT's list of every linear layer, less the towers': what is saved then says what was adapted.
-            names = _maybe_include_all_linear_layers(peft_config, model).target_modules
-            peft_config.target_modules = {name for name in names if not under(name, self._closed)}
+            names = _own(_maybe_include_all_linear_layers(config, model)).target_modules or ()
+            config.target_modules = {name for name in names if not under(name, self._closed)}
 
-    def _check_target_module_exists(self, peft_config: RodeConfig, key: str) -> Any:
+    def _check_target_module_exists(  # type: ignore[override]  # PEFT's is static, and called on the tuner
+        self, peft_config: PeftConfig, key: str
+    ) -> bool | re.Match[str] | None:
         found = check_target_module_exists(peft_config, key)
         excluded = isinstance(found, _ExcludedModule)
         return False if found and not excluded and under(key, self._closed) else found
 
     def _create_and_replace(
         self,
-        config: RodeConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        ranks = config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.ranks)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, current_key), config.alpha)
-        siblings = [m for m in parent.children() if isinstance(m, RodeLayer) and m is not target]
+        config = _own(peft_config)
+        ranks = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.ranks)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(list(config.alpha_pattern), current_key), config.alpha
+        )
+        siblings: list[RodeLayer] = [
+            m for m in parent.children() if isinstance(m, RodeLayer) and m is not target
+        ]
         shares = self._shares_gates(config, adapter_name, siblings, ranks, current_key)
+        layer: RodeLayer
         if isinstance(target, RodeLayer):
             layer = target
             layer.update_layer(
-                adapter_name,
-                ranks,
-                alpha,
-                config,
-                inference_mode=config.inference_mode,
-                shares_gates=shares,
+                adapter_name, ranks, alpha, config, inference_mode=config.inference_mode, shares_gates=shares
             )
         else:
             _check_supported(target, current_key)
@@ -205,7 +219,7 @@ class RodeModel(BaseTuner):
             self._context.handles += shared.attach(parent)
         layer.block_pass = shared
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
         active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
@@ -244,7 +258,7 @@ class RodeModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: RodeConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Renames as PEFT does; missing and surplus tensors are a ValueError, where PEFT's other methods warn."""
         remapped = super()._remap_adapter_state_dict_for_load(
@@ -275,7 +289,7 @@ class RodeModel(BaseTuner):
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, and says None
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -284,11 +298,11 @@ class RodeModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names)
-        model = super()._unload_and_optionally_merge(
+        super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         self._context.detach()
-        return model
+        return self.model
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
@@ -316,7 +330,7 @@ class RodeModel(BaseTuner):
             raise ValueError(f"adapters: {unknown} not in the model, which has {sorted(self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: {adapter_name!r} is in the model already")
-        configs = [self.peft_config[name] for name in adapters]
+        configs = [_own(self.peft_config[name]) for name in adapters]
         first = configs[0]
         own = {"ranks", "alpha", "scaling", "router_bias", "router_init", "init_weights", "modules_to_save"}
         shared = [f.name for f in fields(first) if f.name not in own and f.name not in _PATTERNS + _OF_PEFT]
@@ -357,12 +371,18 @@ class RodeModel(BaseTuner):
             if isinstance(layer, RodeLayer) and adapter_name in layer.rode_A:
                 layer.concatenate(adapters, adapter_name)
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "adapter_names: RoDE runs one set of adapters for the whole batch; call set_adapter and split the batch"
             )
         return nullcontext()
+
+
+def _own(config: PeftConfig) -> RodeConfig:
+    """The configuration as what it is: PEFT gives this tuner no other kind."""
+    assert isinstance(config, RodeConfig), f"expected a RodeConfig, got {type(config).__name__}"
+    return config
 
 
 def _check_supported(target: nn.Module, name: str) -> None:

@@ -8,6 +8,7 @@ import re
 from torch import nn
 
 from rode.tuner.config import RodeConfig
+from rode.tuner.fields import Targets
 
 DEFAULT_NAMES = ("q_proj", "v_proj")
 # One regex for the LLaVA family, whose CLIP and SigLIP towers have a q_proj and a v_proj too.
@@ -50,7 +51,7 @@ def default_targets(model: nn.Module, config: RodeConfig) -> str | set[str]:
     return set(DEFAULT_NAMES)
 
 
-def named_towers(target_modules: str | set[str], roots: tuple[str, ...]) -> tuple[str, ...]:
+def named_towers(target_modules: Targets, roots: tuple[str, ...]) -> tuple[str, ...]:
     """The towers that target_modules asks for by name, as `.*vision_tower.*q_proj` does and `q_proj` or `.*q_proj` do not."""
     text = target_modules if isinstance(target_modules, str) else " ".join(target_modules)
     opened = []
@@ -63,7 +64,7 @@ def named_towers(target_modules: str | set[str], roots: tuple[str, ...]) -> tupl
 
 
 def near_misses(
-    model: nn.Module, target_modules: str | set[str], closed: tuple[str, ...] = (), limit: int = 6
+    model: nn.Module, target_modules: Targets, closed: tuple[str, ...] = (), limit: int = 6
 ) -> list[str]:
     """Names of linear layers outside of `closed` that resemble what target_modules asked for, best first."""
     linear = [

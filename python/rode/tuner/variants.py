@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rode.tuner.routers import Routed
 from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
-    from rode.tuner.gating import Gated
+
+
+class Options(TypedDict):
+    """Keywords of `gated_mixture` that every variant passes on."""
+
+    ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
+    dropout_p: float
+    base: Tensor | None
+    inplace: bool
+
+
+class Layer(Protocol):
+    """The part of a `RodeLayer` that variants use; see there."""
+
+    rode_router: nn.ParameterDict
+    rode_router_bias: nn.ParameterDict
+    rode_norm: nn.ParameterDict
+    rode_norm_bias: nn.ParameterDict
+
+    def gates(self, adapter: str, x: Tensor) -> Tensor: ...
+
+    def keeps_gates(self, adapter: str) -> bool: ...
+
+    def keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None: ...
 
 
 class Variant(Protocol):
     """One kind of adapter. It holds no state: parameters and settings are the layer's."""
 
     def add(
-        self,
-        layer: Gated,
-        adapter: str,
-        x: Tensor,
-        inputs: Tensor,
-        A: Tensor,
-        B: Tensor,
-        options: dict[str, Any],
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         """The mixture, added to `options["base"]`.
 
         Args:
             x: the layer's input (..., in_features). inputs: the same as the operation takes it, under autocast rounded.
             A, B: packed, in a dtype that goes with inputs.
-            options: keywords of `gated_mixture`: ranks, scaling, dropout_p, base, inplace.
+            options: see `Options`.
 
         Returns:
             y (..., out_features), and the gates (..., N) that `GateStatistics` counts; None for an adapter without a router.
@@ -44,14 +61,18 @@ class Variant(Protocol):
 class PlainSum:
     """Experts without a router: every gate is 1."""
 
-    def add(self, layer, adapter, x, inputs, A, B, options):
+    def add(
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
         return gated_mixture(inputs, A, B, A.new_ones(len(options["ranks"])), **options), None
 
 
 class RectifiedRouter:
     """RoDE's own kind: relu gates of the layer's own router, computed inside the operation."""
 
-    def add(self, layer, adapter, x, inputs, A, B, options):
+    def add(
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
         bias = layer.rode_router_bias.get(adapter)
         bias = None if bias is None else operand(bias, inputs)
         router = operand(layer.rode_router[adapter], inputs)
@@ -64,7 +85,9 @@ class RectifiedRouter:
 class GivenGates:
     """Gates that are computed before the operation: any other router, or another layer's."""
 
-    def add(self, layer, adapter, x, inputs, A, B, options):
+    def add(
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
         gates = layer.gates(adapter, x)
         return gated_mixture(inputs, A, B, gates, **options), gates
 
@@ -72,7 +95,9 @@ class GivenGates:
 class NormedExperts:
     """The experts' activations are normalised; the operation gates them and takes them up, with the identity in place of A."""
 
-    def add(self, layer, adapter, x, inputs, A, B, options):
+    def add(
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
         gates = layer.gates(adapter, x)
         down = F.linear(F.dropout(inputs, options["dropout_p"]), A.to(inputs.dtype))
         factor, shift = layer.rode_norm[adapter], layer.rode_norm_bias[adapter]
@@ -84,7 +109,9 @@ class NormedExperts:
 class MixedFactors:
     """One expert for each sequence, made of averaged A and averaged B; each sequence's gate is open for its own alone."""
 
-    def add(self, layer, adapter, x, inputs, A, B, options):
+    def add(
+        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+    ) -> tuple[Tensor, Tensor | None]:
         gates = layer.gates(adapter, x)
         rank, count = options["ranks"][0], gates.shape[0]
         if any(size != 1 for size in gates.shape[1:-1]):

@@ -26,6 +26,8 @@ from rode_food.images import open_picture
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
+    from rode.vlm.load import Model
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +36,7 @@ class _TakesFeatures(torch.nn.Module):
 
     _feature_layers: int | list[int]
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         if pixel_values is None or pixel_values.dim() != 3:
             return super().forward(pixel_values, **kwargs)
         layers = self._feature_layers
@@ -47,7 +49,7 @@ class _TakesFeatures(torch.nn.Module):
         )
 
 
-def accept_features(model: Any) -> None:
+def accept_features(model: Model) -> None:
     """Let `pixel_values` of a LLaVA be (batch, tower tokens, hidden x layers) hidden states instead of pictures.
 
     The class of the tower is extended rather than the tower wrapped: parameter names stay those of the checkpoint.
@@ -89,7 +91,7 @@ class FeatureSource:
             preprocessing; None keeps them in memory.
     """
 
-    def __init__(self, model: Any, processor: LlavaProcessor, directory: str | Path | None = None) -> None:
+    def __init__(self, model: Model, processor: LlavaProcessor, directory: str | Path | None = None) -> None:
         accept_features(model)
         self.llava = get_llava(model)
         self.pixels = PixelSource(processor)

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,11 @@ from rode.vlm.pretrained import from_pretrained
 from rode_food.atomic import written_aside
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from peft import PeftModel
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+
+    Model = PreTrainedModel | PeftModel
+    """A LLaVA, under PEFT or not."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +97,9 @@ def load_vlm(
     return model, processor
 
 
-def fit_processor(processor: LlavaProcessor, config: Any) -> None:
+def fit_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
     """Make the processor count a picture's tokens as the model does: older checkpoints lack the fields for it."""
-    vision = config.vision_config
+    vision: Any = config.vision_config  # of the tower's own class, which transformers does not say
     wanted = {
         "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
@@ -111,19 +115,22 @@ def fit_processor(processor: LlavaProcessor, config: Any) -> None:
             setattr(processor, name, value)
 
 
-def get_llava(model: Any) -> LlavaForConditionalGeneration:
+def get_llava(model: Model) -> LlavaForConditionalGeneration:
     """The LlavaForConditionalGeneration, under PEFT or not."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model = getattr(model, "get_base_model", None)
+    llava = model if get_base_model is None else get_base_model()
+    return cast("LlavaForConditionalGeneration", llava)
 
 
-def get_projector(model: Any) -> torch.nn.Module:
+def get_projector(model: Model) -> torch.nn.Module:
     """The module between tower and language model."""
     return get_llava(model).model.multi_modal_projector
 
 
-def input_embeddings(model: Any) -> torch.Tensor:
+def input_embeddings(model: Model) -> torch.Tensor:
     """The table of token embeddings: (vocabulary, hidden)."""
-    table: torch.Tensor = model.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor), "an embedding's weight"
     return table
 
 
@@ -132,7 +139,7 @@ def _match_input(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tup
     return (args[0].to(dtype), *args[1:])
 
 
-def match_projector_input(model: Any) -> None:
+def match_projector_input(model: Model) -> None:
     """Let the projector be float32 (when it is trained) between a tower and a language model in 16 bit: its input is
     cast here, its output by LLaVA itself."""
     projector = get_projector(model)
@@ -140,7 +147,7 @@ def match_projector_input(model: Any) -> None:
         projector.register_forward_pre_hook(_match_input)
 
 
-def save_projector(model: Any, directory: str | Path) -> Path:
+def save_projector(model: Model, directory: str | Path) -> Path:
     """Write `projector.safetensors` (aside, then renamed); its path."""
     file = Path(directory) / PROJECTOR_FILE
     state = get_projector(model).state_dict()
@@ -149,7 +156,7 @@ def save_projector(model: Any, directory: str | Path) -> Path:
     return file
 
 
-def load_projector(model: Any, path: str | Path) -> None:
+def load_projector(model: Model, path: str | Path) -> None:
     """Load a projector of the same shape, in the precision in which it was saved (float32 from stage 1)."""
     file = Path(path) / PROJECTOR_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -162,7 +169,7 @@ def load_projector(model: Any, path: str | Path) -> None:
     projector.to(next(iter(state.values())).dtype).load_state_dict(state)
 
 
-def load_adapter(model: Any, directory: str | Path, name: str = "default") -> Any:
+def load_adapter(model: Model, directory: str | Path, name: str = "default") -> Model:
     """Put a saved adapter on a model, for inference: a PeftModel in eval mode. A PeftModel gets one more, which is not active.
 
     An adapter that was trained with the projector carries it and gets it back in float32. A folder of MoE-LLaVA turns the model

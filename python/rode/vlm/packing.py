@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from rode.vlm.images import E
 from rode.vlm.load import input_embeddings
 from rode.vlm.prompts import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX, PADDING = 0, -1  # segment numbers; questions have 1, 2, ...
 
@@ -67,13 +70,15 @@ def attention_of(segments: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def packed_attention(language_model: torch.nn.Module, segments: torch.Tensor) -> Iterator[None]:
+def packed_attention(language_model: PreTrainedModel, segments: torch.Tensor) -> Iterator[None]:
     """Within this context `language_model` attends as `segments` say; its caller passes the usual two-dimensional mask."""
     dtype = input_embeddings(language_model).dtype
     closed = torch.finfo(dtype).min
     mask = torch.zeros((), dtype=dtype, device=segments.device).where(attention_of(segments), closed)
 
-    def swap(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def swap(
+        _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "attention_mask": mask}
 
     handle = language_model.register_forward_pre_hook(swap, with_kwargs=True)

@@ -120,9 +120,8 @@ class PromptEncoder:
         self.image_token_id: int = processor.image_token_id
         self._prompt = lru_cache(maxsize=4096)(self._tokenize_prompt)
 
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # an lru_cache cannot be pickled; data-loader workers need the rest
+    def __reduce__(self) -> tuple[type[PromptEncoder], tuple[LlavaProcessor, str, int | None, str]]:
+        # An lru_cache cannot be pickled; data-loader workers need the rest.
         return PromptEncoder, (self.processor, self.style, self.max_length, self.on_long_answer)
 
     def _ids(self, text: str) -> list[int]:
