@@ -105,11 +105,13 @@ class MoeFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         first = next(dense.parameters())
-        wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+        acc_dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.config = config
         self.context = context
         self.loss = SumOfLayers(config.aux_loss)
-        self.router = nn.Linear(hidden_size, config.num_experts, bias=False, device=first.device, dtype=wide)
+        self.router = nn.Linear(
+            hidden_size, config.num_experts, bias=False, device=first.device, dtype=acc_dtype
+        )
         self.experts = nn.ModuleList(copy.deepcopy(dense) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor
 from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
-
     from rode.tuner.config import RodeConfig
 
 IGNORE = -100  # labels of what is not learned
@@ -171,9 +169,9 @@ def mean_over_routers(
 
 
 def add_to_output(
-    output: tuple[Any, ...] | ModelOutput, aux: Tensor, given: dict[str, Any]
-) -> tuple[Any, ...] | ModelOutput:
-    """A model's output with `aux_loss` in it, and added to its loss where it has one.
+    output: tuple[Any, ...] | dict[str, Any], aux: Tensor, given: dict[str, Any]
+) -> tuple[Any, ...] | dict[str, Any]:
+    """A model's output (a tuple, a ModelOutput or a plain dict) with `aux_loss` in it, and added to its loss where it has one.
 
     A micro-batch of an accumulated batch counts by its share of learned tokens, as its cross-entropy does, where Trainer tells
     (`num_items_in_batch`).
@@ -188,7 +186,7 @@ def add_to_output(
         raise ValueError(
             "aux_loss: the model has an auxiliary loss of its own (output_router_logits); turn it off, or the adapter's"
         )
-    loss = getattr(output, "loss", None)
+    loss = output.get("loss")
     if loss is not None:
         output["loss"] = loss + _share(aux, given).to(loss.device)
     output["aux_loss"] = aux

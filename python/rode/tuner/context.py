@@ -33,7 +33,6 @@ from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
     from transformers import Cache
-    from transformers.utils import ModelOutput
 
     from rode.tuner.config import RodeConfig
 
@@ -255,7 +254,7 @@ class ForwardContext:
 
     def _after(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[Any, ...] | ModelOutput | None:
+    ) -> tuple[Any, ...] | dict[str, Any] | None:
         for listener in self.listeners:
             listener.end()
         if self.sequence_logits:

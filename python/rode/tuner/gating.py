@@ -29,7 +29,7 @@ class Gated:
     rode_threshold_bias: nn.ParameterDict
     context: ForwardContext
     block_pass: BlockPass | None  # set where whole blocks are experts
-    place: str  # the layer's name, for messages
+    module_name: str  # the layer's name, for messages
     block: str  # the name of the module that holds it
     in_tower: bool  # its tokens are a tower's, and not those of input_ids
     training: bool  # the module's that this is part of
@@ -76,15 +76,15 @@ class Gated:
         gates = self.context.block_gates.get((self.block, adapter))
         if gates is None or any(n not in (1, m) for n, m in zip(gates.shape, x.shape[:-1], strict=False)):
             raise RuntimeError(
-                f"{self.place}: router_per='block' takes the gates of the block's first adapted layer, which has not run on this "
-                "input; use router_per='projection' for a model that calls its layers in another order"
+                f"{self.module_name}: router_per='block' takes the gates of the block's first adapted layer, which has not run on "
+                "this input; use router_per='projection' for a model that calls its layers in another order"
             )
         return gates
 
     def _logits(self, adapter: str, x: Tensor) -> Tensor:
         """(..., N') in float32 (float64 for float64 x)."""
         config = self.rode_config[adapter]
-        wide = torch.promote_types(x.dtype, torch.float32)
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)
         router, bias = self.rode_router.get(adapter), self.rode_router_bias.get(adapter)
         if config.router_input == "token":
             return router_logits(x, router, bias)
@@ -92,42 +92,43 @@ class Gated:
             return self._sequence_logits(adapter, x, router, bias)
         table = self.rode_table[adapter]
         if config.router_input == "constant":
-            return table.to(wide).reshape(*(1,) * (x.dim() - 1), -1)
+            return table.to(acc_dtype).reshape(*(1,) * (x.dim() - 1), -1)
         assert config.id_input is not None, "the other inputs were dealt with"
         ids = self.context.ids(config, x)
         check_ids(config.id_input, ids, len(table), "num_ids")
         rows = table[ids]
-        return rows.to(wide) if config.table_of_logits else router_logits(rows, router, bias)
+        return rows.to(acc_dtype) if config.table_of_logits else router_logits(rows, router, bias)
 
     def _sequence_logits(self, adapter: str, x: Tensor, router: Tensor, bias: Tensor | None) -> Tensor:
         """Logits of the mean input over the prompt's tokens: (batch, 1, N'). While an answer grows, those of its prompt."""
         if x.dim() != 3:
             raise ValueError(
-                f"{self.place}: router_input='sequence' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
+                f"{self.module_name}: router_input='sequence' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        context, key = self.context, (self.place, adapter)
+        context, key = self.context, (self.module_name, adapter)
         if context.decoding:
             kept = context.kept_logits().get(key)
             if kept is None or kept.shape[0] != x.shape[0]:
                 raise RuntimeError(
-                    f"{self.place}: router_input='sequence' reads the prompt, which this cache was not filled with by this adapter"
+                    f"{self.module_name}: router_input='sequence' reads the prompt, "
+                    "which this cache was not filled with by this adapter"
                 )
             return kept
         prompt = None if self.in_tower else context.read_prompt()
-        wide = torch.promote_types(x.dtype, torch.float32)
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)
         if prompt is None:
-            weights = torch.ones(x.shape[:2], dtype=wide, device=x.device)
+            weights = torch.ones(x.shape[:2], dtype=acc_dtype, device=x.device)
         else:
-            weights = self._fit(prompt, x).to(x.device, wide)
+            weights = self._fit(prompt, x).to(x.device, acc_dtype)
         tokens = weights.sum(1, keepdim=True)
         if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool((tokens == 0).any()):
             raise ValueError(
-                f"{self.place}: router_input='sequence' reads the prompt, and a row has none: labels learn every token of it; pass "
-                "rode_prompt_mask"
+                f"{self.module_name}: router_input='sequence' reads the prompt, and a row has none: labels learn every "
+                "token of it; pass rode_prompt_mask"
             )
         weights = weights / tokens.clamp(min=1)
         with torch.autocast(x.device.type, enabled=False):
-            pooled = torch.bmm(weights[:, None], x.to(wide))
+            pooled = torch.bmm(weights[:, None], x.to(acc_dtype))
         logits = router_logits(pooled, router, bias)
         context.sequence_logits[key] = logits.detach()
         return logits
@@ -150,7 +151,7 @@ class Gated:
             )
         if x.dim() != 3:
             raise ValueError(
-                f"{self.place}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
+                f"{self.module_name}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
         mask = None if self.in_tower else self.context.read_mask()
         return None if mask is None else self._fit(mask, x).to(x.device)
@@ -158,6 +159,7 @@ class Gated:
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
         if mask.shape != x.shape[:-1]:
             raise ValueError(
-                f"{self.place}: attention_mask is for tokens of shape {tuple(mask.shape)}, but the layer saw {tuple(x.shape[:-1])}"
+                f"{self.module_name}: attention_mask is for tokens of shape {tuple(mask.shape)}, "
+                f"but the layer saw {tuple(x.shape[:-1])}"
             )
         return mask

@@ -78,7 +78,7 @@ class RodeLayer(Gated, BaseTunerLayer):
         self.rode_shares_gates, self.rode_variant = {}, {}
         self.context = ForwardContext()
         self.gate_recorder = self.block_pass = None
-        self.place, self.block, self.in_tower = "", "", False
+        self.module_name, self.block, self.in_tower = "", "", False
         self._disable_adapters = False
         self.merged_adapters = []
         in_features, out_features = _get_in_out_features(self.get_base_layer())
@@ -260,7 +260,7 @@ class Linear(nn.Module, RodeLayer):
         result = (
             self.base_layer(x, *args, **kwargs)
             if block is None
-            else block.base(self.place, self.base_layer, x, args, kwargs)
+            else block.base(self.module_name, self.base_layer, x, args, kwargs)
         )
         if self.disable_adapters or self.merged:
             return result

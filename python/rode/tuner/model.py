@@ -171,7 +171,7 @@ class RodeModel(BaseTuner):
                 target, adapter_name, ranks, alpha, config, shares, **get_quantization_kwargs(self)
             )
             self._replace_module(parent, target_name, layer, target)
-        layer.place, layer.block = current_key, current_key.rpartition(".")[0]
+        layer.module_name, layer.block = current_key, current_key.rpartition(".")[0]
         layer.in_tower = under(current_key, self._roots) is not None
         layer.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
@@ -200,8 +200,8 @@ class RodeModel(BaseTuner):
         )
         if first is not None and len(first.rode_ranks[adapter_name]) != len(ranks):
             raise ValueError(
-                f"{name}: router_per='block' shares the gates of {first.place}, which has {len(first.rode_ranks[adapter_name])} "
-                f"experts, but rank_pattern gives {len(ranks)}; give them as many"
+                f"{name}: router_per='block' shares the gates of {first.module_name}, which has "
+                f"{len(first.rode_ranks[adapter_name])} experts, but rank_pattern gives {len(ranks)}; give them as many"
             )
         return first is not None
 
@@ -210,8 +210,8 @@ class RodeModel(BaseTuner):
         takes = inspect.signature(parent.forward).parameters
         if "attention_mask" in takes or any("attn" in n.lower() or "attention" in n.lower() for n in inside):
             raise ValueError(
-                f"{layer.place}: expert_per='block' runs a feed-forward block once for each expert, and the module around this "
-                "layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
+                f"{layer.module_name}: expert_per='block' runs a feed-forward block once for each expert, and the module around "
+                "this layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
             )
         shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
         if shared is None:

@@ -55,9 +55,11 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        wide = torch.promote_types(x.dtype, torch.float32)
+        acc_dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            return F.linear(
+                x.to(acc_dtype), weight.to(acc_dtype), None if bias is None else bias.to(acc_dtype)
+            )
 
     @staticmethod
     @once_differentiable

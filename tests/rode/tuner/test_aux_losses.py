@@ -272,3 +272,11 @@ def test_a_models_own_auxiliary_loss_is_not_overwritten():
     output = MoeCausalLMOutputWithPast(loss=torch.tensor(1.0), aux_loss=torch.tensor(2.0))
     with pytest.raises(ValueError, match="an auxiliary loss of its own"):
         add_to_output(output, torch.tensor(3.0), {})
+
+
+def test_a_plain_dict_carries_the_loss_too():
+    from rode.tuner.aux_losses import add_to_output
+
+    output = add_to_output({"loss": torch.tensor(1.0)}, torch.tensor(3.0), {})
+    assert output == {"loss": torch.tensor(4.0), "aux_loss": torch.tensor(3.0)}
+    assert add_to_output({"logits": torch.zeros(1)}, torch.tensor(3.0), {})["aux_loss"] == 3.0
