@@ -104,7 +104,7 @@ void define_pack(py::module_& m) {
 }
 
 void define_gates(py::module_& m) {
-  Class<rode::cuda::GatesLayout> c(m, "Weigh", py::module_local());
+  Class<rode::cuda::GatesLayout> c(m, "ApplyGates", py::module_local());
   {
     using Owner = rode::cuda::ApplyGates;
     rode::define_init(c RODE_GATES_LAYOUT(RODE_KEYWORD));

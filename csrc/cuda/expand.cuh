@@ -61,9 +61,9 @@ RODE_DEVICE void apply_gates(const ForwardParams<T>& p, const float (&u)[4], int
     gated[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
     store(p.u + (offset(m0 + row, p.R) + column), open || p.dense ? u[i] : 0.0f, inside && keep);
   }
-  const int step = is_wide<T> ? j : j / 2;
+  const int step = is_fp32<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
     v.a[step][0] = float_to_bits(gated[0]);
     v.a[step][1] = float_to_bits(gated[2]);
     v.a[step][2] = float_to_bits(gated[1]);

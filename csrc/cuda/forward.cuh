@@ -43,7 +43,7 @@ struct FusedShared {
 
 // grid (token tiles)
 template <class T, int kExpertTiles, int kRouterTiles, bool kAligned>
-RODE_KERNEL(kBlock<64>, is_wide<T> && kExpertTiles == 8 ? 1 : 2)
+RODE_KERNEL(kBlock<64>, is_fp32<T> && kExpertTiles == 8 ? 1 : 2)
 forward_fused(ForwardParams<T> p) {
   using Shared = FusedShared<T, kExpertTiles, kRouterTiles>;
   constexpr int kTiles = kExpertTiles + kRouterTiles;
@@ -63,7 +63,7 @@ forward_fused(ForwardParams<T> p) {
     any = given_gates(p, warp_m0, gates, keep);
   }
   const bool block_open = sync_threads_or(any);  // and the gates are there
-  constexpr int kCount = kExpertTiles / (is_wide<T> ? 1 : 2);
+  constexpr int kCount = kExpertTiles / (is_fp32<T> ? 1 : 2);
   GatedV<kCount> v;
 #pragma unroll
   for (int j = 0; j < kExpertTiles; ++j) apply_gates(p, sums[j], j, j, warp_m0, gates, keep, v);
@@ -93,7 +93,7 @@ forward_shrink(ForwardParams<T> p) {
     for (int half = 0; half < 2; ++half) {
       const int m = row0 + fragment_row(2 * half);
       const gmem<float> to = p.partial + ((static_cast<int64_t>(split) * p.M + m) * columns + 8 * tile + fragment_column<T>(0));
-      if constexpr (is_wide<T>) {
+      if constexpr (is_fp32<T>) {
         store(to, c[2 * half], exists && m < p.M);
         store(to + 4, c[2 * half + 1], exists && m < p.M);
       } else {
@@ -130,7 +130,7 @@ RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int fir
       for (int half = 0; half < 2; ++half) {
         const gmem<const float> of_row = from + half * 8 * columns;
         const bool inside = m + 8 * half < p.M && split + i * by < p.splits;
-        if constexpr (is_wide<T>) {
+        if constexpr (is_fp32<T>) {
           part[i][half] = {load(of_row, inside), load(of_row + 4, inside)};
         } else {
           part[i][half] = load<vec<float, 2>>(of_row, inside);

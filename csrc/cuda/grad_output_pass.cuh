@@ -11,8 +11,8 @@ namespace rode::gpu {
 // beside them.
 template <class T, int kTiles>
 struct OTileShape {
-  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
-  static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
+  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_fp32<T> ? 2 : 1;
+  static constexpr int kSteps = !is_fp32<T> ? 3 : kTiles == 4 ? 6 : 2;
   static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kOTile = kWarpsY * kColumns;
   static constexpr int kRowTiles = kOTile / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
   static constexpr int kGatedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
@@ -31,8 +31,8 @@ grad_output_pass(BackwardParams<T> p) {
   const int lane = lane_index(), warp = warp_index(), thread = thread_index();
   const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.o_tile_columns,
             o_end = p.O - o0 < p.o_tile_columns ? p.O : o0 + p.o_tile_columns;
-  const int first = static_cast<int>(block_index().y) * p.share_y, left = p.M - first;
-  const int count = ((left < p.share_y ? left : p.share_y) + kTokens - 1) / kTokens;
+  const int first = static_cast<int>(block_index().y) * p.tokens_per_split_y, left = p.M - first;
+  const int count = ((left < p.tokens_per_split_y ? left : p.tokens_per_split_y) + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(block_index().z) * kTiles,
             tiles = p.expert_tiles - tile0 < kTiles ? p.expert_tiles - tile0 : kTiles;
   const int warp_o = warp * Shape::kColumns;

@@ -16,7 +16,7 @@ inline constexpr int kBlock = kRows == 64 ? 256 : 128;
 constexpr int kRowBytes = 128, kChunk = 16, kRowSteps = 4;
 
 template <class T>
-inline constexpr bool is_wide = sizeof(T) == 4;
+inline constexpr bool is_fp32 = sizeof(T) == 4;
 template <class T>
 inline constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // values of a tile's row
 template <class T>
@@ -84,7 +84,7 @@ template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, 
 RODE_DEVICE void load_tile(smem<T> tile, Source source, Swizzle swizzle, int k, int columns, int copy) {
   if (copy == 16) {
     load_tile_by<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
-  } else if (is_wide<T> || copy == 4) {
+  } else if (is_fp32<T> || copy == 4) {
     load_tile_by<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else {
     load_tile_by<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
@@ -160,17 +160,17 @@ RODE_DEVICE int fragment_row(int i) { return lane_index() / 4 + i / 2 * 8; }
 template <class T>
 RODE_DEVICE int fragment_column(int i) {
   const int t = lane_index() % 4;
-  return is_wide<T> ? t + i % 2 * 4 : 2 * t + i % 2;
+  return is_fp32<T> ? t + i % 2 * 4 : 2 * t + i % 2;
 }
 template <class T>
 RODE_DEVICE int tile_row(int n) {
-  return is_wide<T> ? n / 2 + n % 2 * 4 : n;
+  return is_fp32<T> ? n / 2 + n % 2 * 4 : n;
 }
 
 // The values of 4 bytes: one float32, or two of 16 bits, the first in the lower half.
 template <class T>
 RODE_DEVICE float unpack(uint32_t word, int i) {
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
     return bits_to_float(word);
   } else {
     return to_float(T{static_cast<uint16_t>(i == 0 ? word : word >> 16)});
@@ -178,7 +178,7 @@ RODE_DEVICE float unpack(uint32_t word, int i) {
 }
 template <class T, int kEach>
 RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
     return float_to_bits(value[0]);
   } else {
     return pack2<T>(value[0], value[1]);
@@ -204,7 +204,7 @@ RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
   FragmentA<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (!is_wide<T>) {
+    if constexpr (!is_fp32<T>) {
       a.high[i] = bits[i];
       a.low[i] = 0;
     } else if (fast) {
@@ -220,7 +220,7 @@ RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
 // c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
 template <class T>
 RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uint32_t b1, bool fast) {
-  if constexpr (!is_wide<T>) {
+  if constexpr (!is_fp32<T>) {
     mma<T>(c, a.high, b0, b1);
   } else if (fast) {
     mma<tf32>(c, a.high, to_tf32(bits_to_float(b0)), to_tf32(bits_to_float(b1)));
@@ -237,7 +237,7 @@ RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uin
 // Sums over 128 bytes, added to c. Tensor cores truncate when they add: float32 keeps its accuracy by adding up such pieces itself.
 template <class T, int kTiles, class Products>
 RODE_DEVICE void accumulate(float (&c)[kTiles][4], Products products) {
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
     float piece[kTiles][4] = {};
     products(piece);
 #pragma unroll

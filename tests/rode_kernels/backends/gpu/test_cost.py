@@ -114,7 +114,7 @@ def test_the_lowest_floor_is_chosen(tokens, multiprocessors, open_share):
 def test_what_is_expected_to_be_open_decides():
     """With little to read of dy more parts of t cost less than ranges of dB."""
     half, few = (plan_backward(ProblemShape(8192, *LLAVA, open_share=s), 132) for s in (1.0, 0.05))
-    assert few.slabs > half.slabs
+    assert few.o_tiles > half.o_tiles
 
 
 def test_a_launch_of_few_blocks_has_their_share_of_the_device():

@@ -93,8 +93,8 @@ def test_v_is_kept_with_two_launches_and_several_passes_alone(fused):
     Plan(False, 64, 1, 1, keep_v=True).check(65, 4, 2)
 
 
-def test_a_slab_that_no_block_holds_is_refused():
+def test_a_tile_of_O_that_no_block_holds_is_refused():
     plan = plan_backward(ProblemShape(8192, 4096, 4096, 30, 4), 132)
     plan.check(2)
     with pytest.raises(ValueError, match="at most 384 columns of y"):
-        replace(plan, slab=448).check(2)
+        replace(plan, o_tile_columns=448).check(2)
