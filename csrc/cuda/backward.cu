@@ -86,7 +86,7 @@ Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
   const int x = k.tokens_per_split_x, dx = k.tokens_per_split_dx;
   const int shortest = !kManyColumns || !k.need_x ? x : !sums ? dx : x < dx ? x : dx;
   const int longest = kManyColumns && dx > x ? dx : x;
-  const unsigned shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u);
+  const int shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0);
   const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, shortest), chunks);
   return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<Type, kGroups, kManyColumns, kAligned>, k);
 }

@@ -114,7 +114,7 @@ apply_gates_backward(GateParams<T> p) {
   const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   const auto product_at = [&](int row, int column) {
     const int pitch = product_pitch(p.pitch_R);
-    return shared_array<float>(static_cast<unsigned>(kGateTokens * p.N * 4), kGateTokens * pitch) +
+    return shared_array<float>(kGateTokens * p.N * 4, kGateTokens * pitch) +
            (row * pitch + column + column / 16);
   };
   for (int i = thread_index(); i < rows * p.N; i += kThreads) store(gates + i, load(p.old_g + (offset(m0, p.N) + i)));

@@ -18,16 +18,8 @@ struct ColumnShape {
   static constexpr int kMaskWords = kColumns / 32, kMaskBytes = kTokens * kMaskWords * 4;
   static constexpr int kFlags = kStages * kStageBytes;
   // Two masks of dropout stand behind the flags of so many tiles of tokens.
-  RODE_HOST_DEVICE static constexpr unsigned masks(int count) { return static_cast<unsigned>(kFlags + (count + 7) / 8 * 16); }
+  RODE_HOST_DEVICE static constexpr int masks(int count) { return kFlags + (count + 7) / 8 * 16; }
 };
-
-// Where a row of [A; Wr] padded as D's columns are stands, if it exists.
-template <class T>
-RODE_DEVICE Row<T> weight_row(const BackwardParams<T>& p, int row) {
-  const int router = row - 16 * p.expert_groups;
-  return router < 0 ? Row<T>{p.A + offset(row, p.ld_A), row < p.R}
-                    : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
-}
 
 // In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only which weights stand in which
 // registers depends on it.
@@ -45,17 +37,8 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
     const int m = m0 + fragment_row(2 * half);
     const gmem<T> to = p.dx + (static_cast<int64_t>(m) * p.K + k);
     if constexpr (kAligned) {
-      constexpr int kEach = 4 / static_cast<int>(sizeof(T)), kWords = 2 * kTiles / kEach;
-      static_assert(kWords == 4);
-      vec<uint32_t, kWords> out;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float value[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) value[i] = c[(w * kEach + i) / 2][2 * half + (w * kEach + i) % 2];
-        out.v[w] = pack<T>(value);
-      }
-      store(to, out, m < p.M && k < p.K);
+      static_assert(2 * kTiles == kChunkValues<T>);
+      store(to, pack_words<T, 4>([&](int i) { return c[i / 2][2 * half + i % 2]; }), m < p.M && k < p.K);
     } else {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) store(to + i, from_float<T>(c[i / 2][2 * half + i % 2]), m < p.M && k + i < p.K);
@@ -122,12 +105,12 @@ grad_input_pass(BackwardParams<T> p) {
     store(flags + tile, static_cast<uint16_t>(open));
   }
   const auto x_tile = [](int stage, int tile) {
-    return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes),
+    return shared_array<T>(stage * Shape::kStageBytes + tile * Shape::kTileBytes,
                            Shape::kTokens * kDepth<T>);
   };
   const auto D_tile = [&](int stage, int part) { return x_tile(stage, 2 + part); };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(Shape::masks(count) + static_cast<unsigned>(tile % 2 * Shape::kMaskBytes), Shape::kMaskBytes / 4);
+    return shared_array<uint32_t>(Shape::masks(count) + tile % 2 * Shape::kMaskBytes, Shape::kMaskBytes / 4);
   };
   const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
@@ -176,7 +159,7 @@ grad_input_pass(BackwardParams<T> p) {
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
           const int k = is_fp32<T> ? lane_t + 4 * i : 2 * lane_t + i % 2 + i / 2 * 8;
-          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k, 16 * p.expert_groups);
           raw[step][i] = load<vec<uint32_t, 4>>(row.at + lane_k, row.inside && lane_k < p.K);
         }
     }
@@ -188,7 +171,7 @@ grad_input_pass(BackwardParams<T> p) {
       for (int j = 0; j < kTiles; ++j) {
         if constexpr (!kAligned) {
           gather_b<T>(to[step][j], [&](int k, int n) {
-            const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+            const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k, 16 * p.expert_groups);
             const int column = k0 + warp_k + dx_column<kTiles>(j, n);
             return load(row.at + column, row.inside && column < p.K);
           });
@@ -248,7 +231,7 @@ grad_input_pass(BackwardParams<T> p) {
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
     if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
-    accumulate<T, kTiles>(c, [&](float (&part)[kTiles][4]) {
+    accumulate<T>(c, [&](float (&part)[kTiles][4]) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int at = (i * kSteps + step) * 2;
@@ -284,22 +267,10 @@ grad_input_pass(BackwardParams<T> p) {
     if (step == turns - 1) mask(tile + 1);
     const bool open = is_open(turn);
     if (sums_up && open) {
-      const auto sum = [&](float (&c)[kGroups][kTiles][4]) {
+      accumulate<T>(sums, [&](float (&c)[kGroups][kTiles][4]) {
         if (p.dropout) return add_up.template operator()<true>(stage, tile, c);
         add_up.template operator()<false>(stage, tile, c);
-      };
-      if constexpr (is_fp32<T>) {  // in pieces, as tensor cores truncate when they add
-        float piece[kGroups][kTiles][4] = {};
-        sum(piece);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[group][j][i] += piece[group][j][i];
-      } else {
-        sum(sums);
-      }
+      });
     }
     if constexpr (kManyColumns) {
       if (writes) {
@@ -340,7 +311,7 @@ grad_input_pass(BackwardParams<T> p) {
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * (group0 + group) + fragment_row(2 * half);
       const gmem<float> to = p.dA_partial + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
-      const bool exists = sums_up && weight_row(p, row).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_router);
+      const bool exists = sums_up && weight_row(p, row, 16 * p.expert_groups).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_router);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int k = 8 * j + sum_column(0);

@@ -61,7 +61,7 @@ grad_output_pass(BackwardParams<T> p) {
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
-    return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes), kTokens * kDepth<T>);
+    return shared_array<T>(stage * Shape::kStageBytes + tile * Shape::kTileBytes, kTokens * kDepth<T>);
   };
   const auto load_stage = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
@@ -104,7 +104,7 @@ grad_output_pass(BackwardParams<T> p) {
     }
   };
   const auto v_tile = [&](int buffer, int tile) {
-    return shared_array<T>(static_cast<unsigned>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes),
+    return shared_array<T>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes,
                            kTokens * kDepth<T>);
   };
   const auto apply_gates = [&](int buffer) {
@@ -181,7 +181,7 @@ grad_output_pass(BackwardParams<T> p) {
       }
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i)
-        accumulate<T, kTiles>(sums[i], [&](float (&c)[kTiles][4]) {
+        accumulate<T>(sums[i], [&](float (&c)[kTiles][4]) {
 #pragma unroll
           for (int pair = 0; pair < kPairs; ++pair) {
             const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));

@@ -34,6 +34,14 @@ struct Row {
   bool inside;
 };
 
+// Where row `row` of A stands, or of the router, whose rows begin at `first_router`.
+template <class T, template <class> class Params>
+RODE_DEVICE Row<T> weight_row(const Params<T>& p, int row, int first_router) {
+  const int router = row - first_router;
+  return router < 0 ? Row<T>{p.A + offset(row, p.ld_A), row < p.R}
+                    : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
+}
+
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
 // are copied at once by kFilling threads. Chunk c of a row stands at chunk c ^ swizzle(row), so that the rows which one ldmatrix
 // reads meet all banks.
@@ -176,13 +184,19 @@ RODE_DEVICE float unpack(uint32_t word, int i) {
     return to_float(T{static_cast<uint16_t>(i == 0 ? word : word >> 16)});
   }
 }
-template <class T, int kEach>
-RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
-  if constexpr (is_fp32<T>) {
-    return float_to_bits(value[0]);
-  } else {
-    return pack2<T>(value[0], value[1]);
+// The other way: words of the values that value(i) gives.
+template <class T, int kWords, class Value>
+RODE_DEVICE vec<uint32_t, kWords> pack_words(Value value) {
+  vec<uint32_t, kWords> out;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if constexpr (is_fp32<T>) {
+      out.v[w] = float_to_bits(value(w));
+    } else {
+      out.v[w] = pack2<T>(value(2 * w), value(2 * w + 1));
+    }
   }
+  return out;
 }
 
 // The left operand of an mma (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without
@@ -234,16 +248,25 @@ RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uin
   }
 }
 
+// c += piece, for arrays of any shape.
+template <class V, int kCount>
+RODE_DEVICE void add_to(V (&c)[kCount], const V (&piece)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if constexpr (std::is_array_v<V>) {
+      add_to(c[i], piece[i]);
+    } else {
+      c[i] += piece[i];
+    }
+}
+
 // Sums over 128 bytes, added to c. Tensor cores truncate when they add: float32 keeps its accuracy by adding up such pieces itself.
-template <class T, int kTiles, class Products>
-RODE_DEVICE void accumulate(float (&c)[kTiles][4], Products products) {
+template <class T, class Sums, class Products>
+RODE_DEVICE void accumulate(Sums& c, Products products) {
   if constexpr (is_fp32<T>) {
-    float piece[kTiles][4] = {};
+    Sums piece = {};
     products(piece);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[j][i] += piece[j][i];
+    add_to(c, piece);
   } else {
     products(c);
   }

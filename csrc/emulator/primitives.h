@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "machine.h"
 
@@ -57,7 +56,7 @@ class smem {
 };
 
 template <class T>
-smem<T> shared_array(unsigned offset, int count, At at = At::current()) {
+smem<T> shared_array(int offset, int count, At at = At::current()) {
   const int64_t end = offset + static_cast<int64_t>(count) * static_cast<int64_t>(sizeof(T));
   if (end > machine().current().shared_bytes)
     machine().fail("shared_array ends at byte " + std::to_string(end) + " of " +
@@ -65,12 +64,6 @@ smem<T> shared_array(unsigned offset, int count, At at = At::current()) {
                    at);
   return {offset, offset, end};
 }
-
-template <class V, class T>
-using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
-template <class V, class T>
-inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) && sizeof(V) % sizeof(T) == 0 &&
-                                sizeof(V) <= 16 && alignof(V) == sizeof(V);
 
 template <class V = void, class T>
 moved<V, T> load(gmem<T> from, bool when = true, At at = At::current()) {
