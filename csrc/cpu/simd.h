@@ -232,7 +232,7 @@ void sums(const Vector<C>* v, int64_t n, C* out) {
 
 // kLanes elements of T as the accumulation type, and back, rounded.
 template <class T>
-inline Vector<typename AccumulationOf<T>::type> load_wide(const T* p) {
+inline Vector<typename AccumulationOf<T>::type> load_widened(const T* p) {
   using C = typename AccumulationOf<T>::type;
   if constexpr (sizeof(T) == sizeof(C)) {
     return load(reinterpret_cast<const C*>(p));
@@ -254,7 +254,7 @@ inline void store_narrow(T* p, Vector<typename AccumulationOf<T>::type> v) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 template <>
-inline Vector<float> load_wide<BFloat16>(const BFloat16* p) {
+inline Vector<float> load_widened<BFloat16>(const BFloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
   const Words w = __builtin_convertvector(h, Words) << 16;
@@ -281,7 +281,7 @@ inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
 
 #if defined(__F16C__)
 template <>
-inline Vector<float> load_wide<Float16>(const Float16* p) {
+inline Vector<float> load_widened<Float16>(const Float16* p) {
 #if defined(__AVX512F__)
   // with a mask of all lanes: GCC 12 warns of its own header otherwise
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -327,7 +327,7 @@ inline void scale_rounded(C factor, const C* in, int64_t n, C* out) {
     if constexpr (sizeof(T) != sizeof(C)) {
       T rounded[lanes];
       store_narrow<T>(rounded, v);
-      v = load_wide<T>(rounded);
+      v = load_widened<T>(rounded);
     }
     store_first<C, C>(out + i, v, some);
   }
