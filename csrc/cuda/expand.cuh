@@ -40,7 +40,7 @@ RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gate
 // v of 16 tokens as left operands of kCount steps, and a bit for each step in which anything is open.
 template <int kCount>
 struct GatedV {
-  uint32_t a[kCount][4];
+  vec<uint32_t, 4> a[kCount];
   uint32_t open = 0;
 };
 
@@ -64,13 +64,13 @@ RODE_DEVICE void apply_gates(const ForwardParams<T>& p, const float (&u)[4], int
   const int step = is_fp32<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
   if constexpr (is_fp32<T>) {
-    v.a[step][0] = float_to_bits(gated[0]);
-    v.a[step][1] = float_to_bits(gated[2]);
-    v.a[step][2] = float_to_bits(gated[1]);
-    v.a[step][3] = float_to_bits(gated[3]);
+    v.a[step].v[0] = float_to_bits(gated[0]);
+    v.a[step].v[1] = float_to_bits(gated[2]);
+    v.a[step].v[2] = float_to_bits(gated[1]);
+    v.a[step].v[3] = float_to_bits(gated[3]);
   } else {
-    v.a[step][j % 2 * 2] = pack2<T>(gated[0], gated[1]);
-    v.a[step][j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
+    v.a[step].v[j % 2 * 2] = pack2<T>(gated[0], gated[1]);
+    v.a[step].v[j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
   }
 }
 
@@ -213,7 +213,7 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
 #pragma unroll
         for (int step = part * kRowSteps; step < kCount && step < (part + 1) * kRowSteps; ++step) {
           if (!(v.open >> step & 1)) continue;
-          const FragmentA<T> a = fragment_a<T>(v.a[step], p.fast);
+          const FragmentA<T> a = fragment_a<T>(v.a[step].v, p.fast);
           const smem<T> tile = B_tile(stage, part);
 #pragma unroll
           for (int j = 0; j < kTiles; j += 2) {

@@ -239,8 +239,7 @@ forward_expand(ForwardParams<T> p) {
       if constexpr (kPasses == Passes::kKept) {
         store(kept_open(pass), v.open, lane == 0);
 #pragma unroll
-        for (int step = 0; step < kCount; ++step)
-          store(kept(pass, step), vec<uint32_t, 4>{{v.a[step][0], v.a[step][1], v.a[step][2], v.a[step][3]}});
+        for (int step = 0; step < kCount; ++step) store(kept(pass, step), v.a[step]);
       }
     }
     sync_threads();  // partials are free
@@ -259,10 +258,7 @@ forward_expand(ForwardParams<T> p) {
     } else if constexpr (kPasses == Passes::kKept) {
       w.open = load(kept_open(chunk));
 #pragma unroll
-      for (int step = 0; step < kCount; ++step) {
-        const vec<uint32_t, 4> a = load<vec<uint32_t, 4>>(kept(chunk, step));
-        for (int i = 0; i < 4; ++i) w.a[step][i] = a.v[i];
-      }
+      for (int step = 0; step < kCount; ++step) w.a[step] = load<vec<uint32_t, 4>>(kept(chunk, step));
     }
   };
   const int outs = (p.O + kDepth<T> - 1) / kDepth<T>, first = static_cast<int>(block_index().y) * p.out_tiles;

@@ -171,13 +171,8 @@ grad_output_pass(BackwardParams<T> p) {
       for (int pair = 0; pair < kPairs; ++pair) {
         constexpr int kOfTile = kTiles / Shape::kGatedTiles;
 #pragma unroll
-        for (int tile = 0; tile < Shape::kGatedTiles; ++tile) {
-          uint32_t part[kOfTile][2];
-          load_b_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
-#pragma unroll
-          for (int j = 0; j < kOfTile; ++j)
-            v[pair][tile * kOfTile + j][0] = part[j][0], v[pair][tile * kOfTile + j][1] = part[j][1];
-        }
+        for (int tile = 0; tile < Shape::kGatedTiles; ++tile)
+          load_b_transposed<T, kOfTile>(v[pair] + tile * kOfTile, v_tile(buffer, tile), pair * kStepRows<T>, 0);
       }
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i)

@@ -32,9 +32,9 @@ RODE_DEVICE void load_a_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int
   }
 }
 
-// Rows row0 .. of 8 kCount columns from chunk `chunk` on, as right operands of 8 columns each.
+// Rows row0 .. of 8 kCount columns from chunk `chunk` on, as kCount right operands of 8 columns each.
 template <class T, int kCount>
-RODE_DEVICE void load_b_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_b_transposed(uint32_t (*b)[2], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
   if constexpr (is_fp32<T>) {
 #pragma unroll
