@@ -112,12 +112,12 @@ def emulate(case: Case, plan: Plan, *, inplace: bool) -> Count:
 
 def emulate_backward(case: Case, plan: BackwardPlan) -> Count:
     """One backward call, its gradients checked."""
-    wide = [t.double().requires_grad_() for t in case.arguments]
-    x, A, B, router, bias = wide
+    doubles = [t.double().requires_grad_() for t in case.arguments]
+    x, A, B, router, bias = doubles
     gates = torch.relu(x @ router.t() + bias)
     columns = torch.tensor(SCALING).double().repeat_interleave(torch.tensor(RANKS))
     v = (x @ A.t()) * gates.repeat_interleave(torch.tensor(RANKS), 1) * columns
-    truth = torch.autograd.grad(v @ B.t(), wide, case.base.double())
+    truth = torch.autograd.grad(v @ B.t(), doubles, case.base.double())
     leaves = [t.detach().requires_grad_() for t in case.arguments]
     y = rectified_mixture(*leaves, **case.options)
     machine.backward_plan = plan

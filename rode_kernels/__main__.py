@@ -86,7 +86,7 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
     chosen, by_gemm = plan_forward(shape, device.multiprocessors, memory), prefer_gemm(shape)
-    rows = [("cuda: products of PyTorch's library", cost.gemm_path(shape), by_gemm)]
+    rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape), by_gemm)]
     for plan in variants_forward(shape, device.multiprocessors, memory):
         name = (
             "one launch"
@@ -116,7 +116,7 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
     chosen, by_gemm = plan_backward(shape, device.multiprocessors, memory), prefer_gemm(shape, backward=True)
-    rows = [("cuda: products of PyTorch's library", cost.gemm_path(shape, backward=True), by_gemm)]
+    rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape, backward=True), by_gemm)]
     for plan in variants_backward(shape, device.multiprocessors, memory):
         name = f"{plan.o_tiles} tiles of O, ranges of {plan.tokens_per_split_y} and {plan.tokens_per_split_x} tokens"
         rows.append((f"cuda: {name}", cost.backward(shape, plan), plan == chosen and not by_gemm))

@@ -1,4 +1,4 @@
-// Host side of the kernels around library products, for one type, RODE_TYPE: parameters, launches.
+// Host side of the kernels around PyTorch's matrix products, for one type, RODE_TYPE: parameters, launches.
 #include "gates.cuh"
 #include "gates.h"
 #include "host.h"

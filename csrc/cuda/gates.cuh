@@ -1,9 +1,9 @@
-// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between products that a
-// library computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
+// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between matrix products by
+// PyTorch, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
 //
-//   forward    sums = x [A; Wr]^T (library)   apply_gates: g, u, v                       y = base + v B^T (library)
-//   backward   t = dy B (library)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
-//                                                                                        dx = D [A; Wr] (library)
+//   forward    sums = x [A; Wr]^T (PyTorch)   apply_gates: g, u, v                       y = base + v B^T (PyTorch)
+//   backward   t = dy B (PyTorch)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
+//                                                                                        dx = D [A; Wr] (PyTorch)
 //
 // Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
 //   pack_parameters: 8, 8

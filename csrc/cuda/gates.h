@@ -1,5 +1,5 @@
-// Kernels around products that a library computes: parameters in x's type before them, gates between them. No torch, no Python, and
-// no CUDA header.
+// Kernels around PyTorch's matrix products: parameters in x's type before them, gates between them. No torch, no Python, and no
+// CUDA header.
 #pragma once
 
 #include "forward.h"

@@ -214,7 +214,7 @@ class PreparedBackward:
         self.parameters = Parameters(kernels, layout, device)
         tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
         splits_y, splits_x = divide_up(M, plan.tokens_per_split_y), divide_up(M, plan.tokens_per_split_x)
-        # What comes between launches stands in one piece of memory: each part's first byte, all multiples of 256.
+        # Intermediate results stand in one piece of memory: each part's size, and the multiple of 256 bytes at which it begins.
         parts = {
             "D": (self.need_v, M * 16 * groups * layout.dtype.itemsize),
             "open": (self.need_v, divide_up(M, 16) * 4),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
+# Limits of the CUDA kernels; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
 ROW_BYTES = 128  # of a tile in shared memory, whatever the dtype
 

@@ -79,7 +79,7 @@ def test_edges(dtype, router, M, K, O, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_wide_sweep(dtype, dropout):
+def test_sweep_of_many_columns(dtype, dropout):
     """K and O over whole, ragged and odd tiles; M around the edges of both tiles; all numbers of stages on their way."""
     depth = 128 // dtype.itemsize
     for K, O in product(
@@ -93,7 +93,7 @@ def test_wide_sweep(dtype, dropout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
-def test_wide_mixtures(dtype, dropout, router):
+def test_many_columns(dtype, dropout, router):
     for ranks in [
         (1,),
         (9,),

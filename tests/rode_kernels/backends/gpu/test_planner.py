@@ -36,8 +36,8 @@ def test_every_plan_is_one_that_the_kernels_have(
     plan.check(total_rank, routed_experts, element_size)
     depth = 128 // element_size
     stages, outs = -(-in_features // depth), -(-out_features // depth)
-    share = -(-stages // plan.splits)
-    assert (plan.splits - 1) * share < stages, "a split without work"
+    per_split = -(-stages // plan.splits)
+    assert (plan.splits - 1) * per_split < stages, "a split without work"
     assert plan.splits <= 65535
     assert -(-outs // plan.out_tiles) <= 65535
     assert plan.out_tiles <= outs
@@ -63,7 +63,7 @@ def test_few_tokens_share_k():
         assert bytes_of(plan.splits) <= 1.15 * bytes_of(min(better, -(-108 // tiles)))
 
 
-def test_wide_mixtures_take_two_launches():
+def test_many_columns_take_two_launches():
     assert can_fuse(64, 16)
     assert not can_fuse(65, 0)
     assert not can_fuse(32, 17)
