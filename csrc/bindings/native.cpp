@@ -19,10 +19,8 @@ template <>
 struct rode::Keyword<rode::Weight> {
   using Given = StridedWeight;
   static rode::Weight stored(const Given& s) {
-    rode::Weight w;
-    w.data = reinterpret_cast<void*>(std::get<0>(s)), w.row = std::get<1>(s), w.column = std::get<2>(s),
-    w.in_acc_dtype = std::get<3>(s);
-    return w;
+    const auto& [data, row, column, in_acc_dtype] = s;
+    return {{reinterpret_cast<void*>(data), row, column}, in_acc_dtype};
   }
 };
 

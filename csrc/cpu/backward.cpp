@@ -303,12 +303,10 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
 
 }  // namespace
 
-namespace rode {
-namespace RODE_ISA {
+namespace rode::RODE_ISA {
 
 void backward(const Problem& p, const Backward& a) {
   with_type(p.dtype, [&](auto of) { ::backward<decltype(of)>(p, a); });
 }
 
-}  // namespace RODE_ISA
-}  // namespace rode
+}  // namespace rode::RODE_ISA

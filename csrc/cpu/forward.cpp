@@ -297,8 +297,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
 
 }  // namespace
 
-namespace rode {
-namespace RODE_ISA {
+namespace rode::RODE_ISA {
 
 void forward(const Problem& p, const Forward& a) {
   with_type(p.dtype, [&](auto of) { ::forward<decltype(of)>(p, a); });
@@ -309,5 +308,4 @@ void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out) {
   drop(dropout, first, n, out, out);
 }
 
-}  // namespace RODE_ISA
-}  // namespace rode
+}  // namespace rode::RODE_ISA

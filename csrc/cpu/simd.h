@@ -147,19 +147,20 @@ typedef float QuadInMemory __attribute__((vector_size(16), aligned(2), may_alias
 typedef uint32_t QuadWords __attribute__((vector_size(4 * kQuadRows)));
 typedef uint16_t QuadHalves __attribute__((vector_size(2 * kQuadRows)));
 
-// v rounded to bfloat16, as `narrow` rounds.
-inline QuadWords bfloat16_bits(Quads v) {
-  const QuadWords w = (QuadWords)v;
-  return v != v ? QuadWords{} + 0x7FC0u : (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+// v, of floats, rounded to bfloat16, as `narrow` rounds. W: as many words.
+template <class W, class V>
+inline W bfloat16_bits(V v) {
+  const W w = (W)v;
+  return v != v ? W{} + 0x7FC0u : (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
 }
 // v rounded to T as what stands at `out`, float or bfloat16.
 template <class T, class Out>
 inline void store_rounded(Out* out, Quads v) {
   if constexpr (sizeof(Out) == sizeof(uint16_t)) {
-    const QuadHalves bits = __builtin_convertvector(bfloat16_bits(v), QuadHalves);
+    const QuadHalves bits = __builtin_convertvector(bfloat16_bits<QuadWords>(v), QuadHalves);
     std::memcpy(out, &bits, sizeof bits);
   } else {
-    if constexpr (sizeof(T) == sizeof(uint16_t)) v = (Quads)(bfloat16_bits(v) << 16);
+    if constexpr (sizeof(T) == sizeof(uint16_t)) v = (Quads)(bfloat16_bits<QuadWords>(v) << 16);
     std::memcpy(out, &v, sizeof v);
   }
 }
@@ -257,10 +258,7 @@ template <>
 inline Vector<float> load_widened<BFloat16>(const BFloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  const Words w = __builtin_convertvector(h, Words) << 16;
-  Vector<float> v;
-  std::memcpy(&v, &w, sizeof v);
-  return v;
+  return (Vector<float>)(__builtin_convertvector(h, Words) << 16);
 }
 template <>
 inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
@@ -271,11 +269,7 @@ inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
     return;
   }
 #endif
-  Words w;
-  std::memcpy(&w, &v, sizeof w);
-  w = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
-  w = v != v ? Words{} + 0x7FC0u : w;
-  const Halves h = __builtin_convertvector(w, Halves);
+  const Halves h = __builtin_convertvector(bfloat16_bits<Words>(v), Halves);
   std::memcpy(p, &h, sizeof h);
 }
 

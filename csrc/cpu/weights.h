@@ -266,7 +266,7 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
         transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const Word*>(w.data), w.row,
                         [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                           RODE_UNROLL for (int l = 0; l < 4; l += 2) if (begin <= l && l < end) {
-                            const QuadWords pairs = bfloat16_bits(v[l]) | bfloat16_bits(v[l + 1]) << 16;
+                            const QuadWords pairs = bfloat16_bits<QuadWords>(v[l]) | bfloat16_bits<QuadWords>(v[l + 1]) << 16;
                             std::memcpy(out + (j + l) / 2 * width + o, &pairs, sizeof pairs);
                           }
                         });
@@ -333,10 +333,7 @@ void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t
       for (int64_t c = 0; c < chunks.width; c += lanes) {
         const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
         const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already
-          const Vector<float> v = some > 0 ? weights_at<T>(w, rank, first + c, some) : Vector<float>{};
-          Words b;
-          std::memcpy(&b, &v, sizeof b);
-          return b;
+          return some > 0 ? (Words)weights_at<T>(w, rank, first + c, some) : Words{};
         };
         Words pairs = bits(j) >> 16;
         if (j + 1 < end) pairs |= bits(j + 1);

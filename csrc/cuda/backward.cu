@@ -16,11 +16,7 @@ BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& pl
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.expert_groups = divide_up(p.total_rank, 16);
   k.router_groups = routed ? divide_up(p.experts, 16) : 0;
-  k.o_tiles = plan.o_tiles;
-  k.o_tile_columns = plan.o_tile_columns;
-  k.tokens_per_split_y = plan.tokens_per_split_y;
-  k.tokens_per_split_x = plan.tokens_per_split_x;
-  k.tokens_per_split_dx = plan.tokens_per_split_dx;
+  k.plan = plan;
   k.chunks = divide_up(k.expert_groups + k.router_groups, plan.groups);
   return k;
 }
@@ -40,14 +36,14 @@ BackwardParams<Type> parameters(const Problem& p, const Backward& a) {
   k.g = array<float>(a.g, M * N);
   k.dgates = array<float>(a.dgates, M * N);
   k.seed = array<int64_t>(a.seed, 1);
-  k.D = output<Type>(a.D, M * 16 * groups);
-  k.dx = output<Type>(a.dx, M * K);
-  k.dh = output<float>(a.dh, M * N);
-  k.open = output<uint32_t>(a.open, divide_up(M, 16));
-  k.t = output<float>(a.t, a.o_tiles * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
-  k.dB_partial = output<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
-  k.dA_partial = output<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
-  k.dbias_partial = output<float>(a.dbias_partial, divide_up(M, 16) * N);
+  k.D = array<Type>(a.D, M * 16 * groups);
+  k.dx = array<Type>(a.dx, M * K);
+  k.dh = array<float>(a.dh, M * N);
+  k.open = array<uint32_t>(a.open, divide_up(M, 16));
+  k.t = array<float>(a.t, a.o_tiles * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
+  k.dB_partial = array<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
+  k.dA_partial = array<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
+  k.dbias_partial = array<float>(a.dbias_partial, divide_up(M, 16) * N);
   k.ld_dy = a.ld_dy[0];
   k.dy_column = a.ld_dy[1];
   k.ld_x = static_cast<int>(a.ld_x);
@@ -68,8 +64,8 @@ BackwardParams<Type> parameters(const Problem& p, const Backward& a) {
 template <int kTiles, bool kAligned, class Go>
 Status launch_grad_output(const BackwardParams<Type>& k, Go go) {
   using Shape = OTileShape<Type, kTiles>;
-  const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.tokens_per_split_y), divide_up(k.expert_tiles, kTiles));
-  const int shared = Shape::kFlags + divide_up(divide_up(k.tokens_per_split_y, Shape::kTokens), 8) * 16;
+  const Dim blocks = grid(k.plan.o_tiles, divide_up(k.M, k.plan.tokens_per_split_y), divide_up(k.expert_tiles, kTiles));
+  const int shared = Shape::kFlags + divide_up(divide_up(k.plan.tokens_per_split_y, Shape::kTokens), 8) * 16;
   return go("grad_output_pass", blocks, Shape::kThreadsY, shared, grad_output_pass<Type, kTiles, kAligned>, k);
 }
 
@@ -83,7 +79,7 @@ Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
   using Shape = ColumnShape<Type, kGroups>;
   const bool sums = k.need_A || k.need_router;
   const int chunks = kManyColumns ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
-  const int x = k.tokens_per_split_x, dx = k.tokens_per_split_dx;
+  const int x = k.plan.tokens_per_split_x, dx = k.plan.tokens_per_split_dx;
   const int shortest = !kManyColumns || !k.need_x ? x : !sums ? dx : x < dx ? x : dx;
   const int longest = kManyColumns && dx > x ? dx : x;
   const int shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0);
@@ -101,13 +97,13 @@ bool aligned_x(const BackwardParams<Type>& k, const Backward& a) {
 }
 
 template <bool kAligned, class Go>
-Status grad_output(const BackwardParams<Type>& k, const BackwardPlan& plan, Go go) {
-  return plan.many_columns ? launch_grad_output<8, kAligned>(k, go) : launch_grad_output<4, kAligned>(k, go);
+Status grad_output(const BackwardParams<Type>& k, Go go) {
+  return k.plan.many_columns ? launch_grad_output<8, kAligned>(k, go) : launch_grad_output<4, kAligned>(k, go);
 }
 template <bool kAligned, class Go>
-Status grad_input(const BackwardParams<Type>& k, const BackwardPlan& plan, Go go) {
-  return plan.groups == 3   ? launch_grad_input<3, false, kAligned>(k, go)
-         : plan.groups == 5 ? launch_grad_input<5, false, kAligned>(k, go)
+Status grad_input(const BackwardParams<Type>& k, Go go) {
+  return k.plan.groups == 3   ? launch_grad_input<3, false, kAligned>(k, go)
+         : k.plan.groups == 5 ? launch_grad_input<5, false, kAligned>(k, go)
                             : launch_grad_input<4, true, kAligned>(k, go);
 }
 
@@ -124,9 +120,9 @@ Status reduce(const BackwardParams<Type>& k, const Backward& a) {
   s.dB = parameter<Type>(a.dB, fp32_B, s.size_B);
   s.dA = parameter<Type>(a.dA, fp32_A, s.size_A);
   s.drouter_weight = parameter<Type>(a.drouter_weight, fp32_router, s.size_router);
-  s.dbias = output<float>(a.dbias, k.N);
-  s.ranges_y = divide_up(k.M, k.tokens_per_split_y);
-  s.ranges_x = divide_up(k.M, k.tokens_per_split_x);
+  s.dbias = array<float>(a.dbias, k.N);
+  s.ranges_y = divide_up(k.M, k.plan.tokens_per_split_y);
+  s.ranges_x = divide_up(k.M, k.plan.tokens_per_split_x);
   s.K = k.K;
   s.O = k.O;
   s.R = k.R;
@@ -149,10 +145,10 @@ Status backward<Type>(const Problem& p, const Backward& a) {
   const BackwardParams<Type> k = parameters(p, a);
   const Start start{a.stream};
   Status status;
-  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<true>(k, a, start) : grad_output<false>(k, a, start);
+  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<true>(k, start) : grad_output<false>(k, start);
   if (!status.error && k.dh) status = launch_gate_backward(k, start);
   if (!status.error && (k.need_A || k.need_router || k.need_x))
-    status = aligned_x(k, a) ? grad_input<true>(k, a, start) : grad_input<false>(k, a, start);
+    status = aligned_x(k, a) ? grad_input<true>(k, start) : grad_input<false>(k, start);
   return status.error ? status : reduce(k, a);
 }
 
@@ -162,9 +158,9 @@ unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& p
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
-  grad_output<true>(k, plan, ask);
+  grad_output<true>(k, ask);
   launch_gate_backward(k, ask);
-  grad_input<true>(k, plan, ask);
+  grad_input<true>(k, ask);
   return most;
 }
 

@@ -23,6 +23,7 @@
 //   reduce_partials: 8, 8
 #pragma once
 
+#include "backward.h"
 #include "params.cuh"
 #include "transposed.cuh"
 
@@ -46,11 +47,8 @@ struct BackwardParams {
   int M, K, O, R, N;
   int expert_tiles;                  // of 8 columns
   int expert_groups, router_groups;  // of 16 columns
-  int o_tiles, o_tile_columns;       // of O, and columns of one
-  int tokens_per_split_y;            // tokens of a range of t and dB,
-  int tokens_per_split_x;            // of dA and dWr,
-  int tokens_per_split_dx;           // and of dx
   int chunks;                        // of groups that a block has
+  cuda::BackwardPlan plan;
   int copy_dy, copy_x;
   bool routed, dropout, drop_all, dense, fast;
   bool need_t, need_B, need_A, need_router, need_x;

@@ -29,10 +29,10 @@ ForwardParams<Type> parameters(const Problem& p, const Forward& a) {
   k.base = array<Type>(a.base, extent(M, a.ld_base, O));
   k.bias = array<float>(a.bias, N);
   k.gates = array<float>(a.gates, M * N);
-  k.y = output<Type>(a.y, (M - 1) * a.ld_y + O);
-  k.u = output<float>(a.u, M * R);
-  k.g = output<float>(a.g, M * N);
-  k.partial = output<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
+  k.y = array<Type>(a.y, (M - 1) * a.ld_y + O);
+  k.u = array<float>(a.u, M * R);
+  k.g = array<float>(a.g, M * N);
+  k.partial = array<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
   k.seed = array<int64_t>(a.seed, 1);
   k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);

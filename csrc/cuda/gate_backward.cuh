@@ -49,7 +49,7 @@ gate_backward(BackwardParams<T> p) {
         u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted[i]);
       }
 #pragma unroll 8
-      for (int o_tile = 0; o_tile < p.o_tiles; ++o_tile) {
+      for (int o_tile = 0; o_tile < p.plan.o_tiles; ++o_tile) {
         const vec<float, 4> part =
             load<vec<float, 4>>(p.t + (((static_cast<int64_t>(o_tile) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
 #pragma unroll

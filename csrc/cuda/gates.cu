@@ -27,11 +27,11 @@ Status pack_parameters<Type>(const Problem& p, const Pack& a) {
   const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
   const auto [fp32_A, fp32_router, fp32_B] = a.params_fp32;
   PackParams<Type> k{};
-  k.A = parameter<const Type>(a.A, fp32_A, R * K);
-  k.router = parameter<const Type>(a.router, fp32_router, N * K);
-  k.B = parameter<const Type>(a.B, fp32_B, O * R);
-  k.W = output<Type>(a.to_W, a.rows * a.pitch_K);
-  k.to_B = output<Type>(a.to_B, O * a.pitch_R);
+  k.A = parameter<Type>(a.A, fp32_A, R * K);
+  k.router = parameter<Type>(a.router, fp32_router, N * K);
+  k.B = parameter<Type>(a.B, fp32_B, O * R);
+  k.W = array<Type>(a.to_W, a.rows * a.pitch_K);
+  k.to_B = array<Type>(a.to_B, O * a.pitch_R);
   k.K = static_cast<int>(K);
   k.R = static_cast<int>(R);
   k.N = static_cast<int>(N);
@@ -51,9 +51,9 @@ Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
   k.sums = array<float>(a.sums, p.tokens * a.columns);
   k.bias = array<float>(a.bias, p.experts);
   k.gates = array<float>(a.gates, p.tokens * p.experts);
-  k.u = output<float>(a.u, p.tokens * p.total_rank);
-  k.g = output<float>(a.g, p.tokens * p.experts);
-  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
+  k.u = array<float>(a.u, p.tokens * p.total_rank);
+  k.g = array<float>(a.g, p.tokens * p.experts);
+  k.v = array<Type>(a.v, p.tokens * a.pitch_R);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("apply_gates", blocks, kThreads, apply_gates_bytes(k.N), gpu::apply_gates<Type>, k);
 }
@@ -66,9 +66,9 @@ Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a)
   k.old_u = array<float>(a.u, p.tokens * p.total_rank);
   k.old_g = array<float>(a.g, p.tokens * p.experts);
   k.dgates = array<float>(a.dgates, p.tokens * p.experts);
-  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
-  k.D = output<Type>(a.D, p.tokens * a.columns);
-  k.dh = output<float>(a.dh, p.tokens * p.experts);
+  k.v = array<Type>(a.v, p.tokens * a.pitch_R);
+  k.D = array<Type>(a.D, p.tokens * a.columns);
+  k.dh = array<float>(a.dh, p.tokens * p.experts);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("apply_gates_backward", blocks, kThreads, apply_gates_backward_bytes(k.N, k.pitch_R),
                          gpu::apply_gates_backward<Type>, k);

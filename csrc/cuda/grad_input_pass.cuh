@@ -86,7 +86,7 @@ grad_input_pass(BackwardParams<T> p) {
   const int k0 = static_cast<int>(block_index().x) * Shape::kColumns, warp_k = warp * kTiles * 8;
   const int of_dx = kManyColumns && p.need_x ? 1 : 0, chunk = static_cast<int>(block_index().z) - of_dx;
   const bool writes = kManyColumns ? chunk < 0 : p.need_x, sums_up = (p.need_A || p.need_router) && chunk >= 0;
-  const int most = kManyColumns && writes ? p.tokens_per_split_dx : p.tokens_per_split_x, first = range * most, left = p.M - first;
+  const int most = kManyColumns && writes ? p.plan.tokens_per_split_dx : p.plan.tokens_per_split_x, first = range * most, left = p.M - first;
   if (left <= 0) return;  // the other kind has more ranges
   const int tokens = left < most ? left : most, count = (tokens + Shape::kTokens - 1) / Shape::kTokens;
   const int groups = p.expert_groups + p.router_groups, pitch = 16 * groups;

@@ -29,10 +29,10 @@ grad_output_pass(BackwardParams<T> p) {
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
   constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;
   const int lane = lane_index(), warp = warp_index(), thread = thread_index();
-  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.o_tile_columns,
-            o_end = p.O - o0 < p.o_tile_columns ? p.O : o0 + p.o_tile_columns;
-  const int first = static_cast<int>(block_index().y) * p.tokens_per_split_y, left = p.M - first;
-  const int count = ((left < p.tokens_per_split_y ? left : p.tokens_per_split_y) + kTokens - 1) / kTokens;
+  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.plan.o_tile_columns,
+            o_end = p.O - o0 < p.plan.o_tile_columns ? p.O : o0 + p.plan.o_tile_columns;
+  const int first = static_cast<int>(block_index().y) * p.plan.tokens_per_split_y, left = p.M - first;
+  const int count = ((left < p.plan.tokens_per_split_y ? left : p.plan.tokens_per_split_y) + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(block_index().z) * kTiles,
             tiles = p.expert_tiles - tile0 < kTiles ? p.expert_tiles - tile0 : kTiles;
   const int warp_o = warp * Shape::kColumns;

@@ -9,25 +9,19 @@ namespace rode::cuda {
 using namespace rode::gpu;
 using Type = RODE_TYPE;  // of x, in this translation unit
 
-template <class T>
-gmem<const T> array(const void* data, int64_t count) {
-  return gmem<const T>(static_cast<const T*>(data), count);
-}
-template <class T>
-gmem<T> output(void* data, int64_t count) {
-  return gmem<T>(static_cast<T*>(data), count);
-}
-// `count` elements of T, or of float32.
+// T, constant if Data is.
 template <class T, class Data>
-auto parameter(Data* data, bool fp32, int64_t count) {
-  using Float = std::conditional_t<std::is_const_v<T>, const float, float>;
-  Parameter<T, Float> made{};
-  if (fp32) {
-    made.fp32 = gmem<Float>(static_cast<Float*>(data), count);
-  } else {
-    made.narrow = gmem<T>(static_cast<T*>(data), count);
-  }
-  return made;
+using Element = std::conditional_t<std::is_const_v<Data>, const T, T>;
+
+// `count` elements of T.
+template <class T, class Data>
+gmem<Element<T, Data>> array(Data* data, int64_t count) {
+  return {static_cast<Element<T, Data>*>(data), count};
+}
+// The same, or of float32.
+template <class T, class Data>
+Parameter<Element<T, Data>, Element<float, Data>> parameter(Data* data, bool fp32, int64_t count) {
+  return {array<T>(fp32 ? nullptr : data, count), array<float>(fp32 ? data : nullptr, count)};
 }
 
 // Elements that `rows` rows take.
