@@ -23,7 +23,7 @@ def count(text: str) -> int:
     return value
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """A number in [0, 1]."""
     value = float(text)
     if not 0.0 <= value <= 1.0:
@@ -51,7 +51,7 @@ def of_mixture(command: Parser) -> None:
     names = ", ".join(dict.fromkeys([*ON_CPU, *ON_GPU]))
     add("--cases", nargs="+", metavar="CASE", help=f"default: the device's; of {names}")
     add("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:2], help="default: float32 bfloat16")
-    add("--open", nargs="+", type=share, metavar="SHARE", help="of gates; default: the case's")
+    add("--open", nargs="+", type=fraction, metavar="FRACTION", help="of gates; default: the case's")
     add("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all")
     add(
         "--no-compile", action="store_false", dest="compile", help="leave torch.compile out, which takes long"

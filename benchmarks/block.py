@@ -131,8 +131,8 @@ def check(steps: dict[str, Step]) -> None:
     Raises:
         RuntimeError: one is off by more than rounding explains.
     """
-    wide = copy.deepcopy(steps["loop"].model).double()
-    truth = Step(wide, steps["loop"].x.detach().double(), steps["loop"].dy.double())
+    double = copy.deepcopy(steps["loop"].model).double()
+    truth = Step(double, steps["loop"].x.detach().double(), steps["loop"].dy.double())
     bound = 1e-4 if steps["loop"].x.dtype == torch.float32 else 5e-2  # of a whole block's roundings
     y, dx = truth.forward().detach(), truth()[0]
     for name in ("rode", "packed", "loop"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import write_json
-from benchmarks.problem import Problem, best_backend, check, forms, place, trained
+from benchmarks.problem import Problem, best_backend, check, device_of, forms, trained
 from benchmarks.timing import dtype_name, headline, interleaved, machine, ratios, spread
 from rode_kernels import backends
 
@@ -38,7 +38,7 @@ def repeated(run: Callable[..., object], arguments: list[list]) -> Callable[[], 
 def main(options: Namespace) -> None:
     """`options` as `python -m benchmarks decode` has them."""
     backend = options.backend or best_backend()
-    device = place(backend)
+    device = device_of(backend)
     if device is None:
         sizes = ", ".join(map(str, TOKENS))
         print(

@@ -25,10 +25,10 @@ from benchmarks.problem import (
     Problem,
     best_backend,
     check,
+    device_of,
     enough,
     forms,
     gradients_in_place,
-    place,
     results,
     trained,
 )
@@ -210,7 +210,7 @@ def chosen(all_shapes: dict[str, Shape], names: list[str] | None) -> dict[str, S
 def main(options: Namespace) -> None:
     """`options` as `python -m benchmarks mixture` has them."""
     names = options.backend or [best_backend()]
-    places = {name: place(name) for name in names}
+    places = {name: device_of(name) for name in names}
     on_gpu = names[0] != "cpu"
     if any((name != "cpu") != on_gpu for name in names):
         raise SystemExit("--backend: one run is on one device; run cpu apart from cuda and triton")

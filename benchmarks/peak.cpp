@@ -119,8 +119,8 @@ double bfloat16_seconds(long repetitions, int threads) {
 
 // Reads `bytes`, a share for each thread.
 double read_seconds(const char* from, size_t bytes, int threads) {
-    const size_t share = bytes / threads / (8 * kBytes) * (8 * kBytes);
-    return timed(threads, [=](int t) { read(from + t * share, share); });
+  const size_t per_thread = bytes / threads / (8 * kBytes) * (8 * kBytes);
+  return timed(threads, [=](int t) { read(from + t * per_thread, per_thread); });
 }
 
 // The time to read `bytes` once, by this thread that has just done so: from cache as far as they fit.
@@ -133,8 +133,8 @@ double read_again_seconds(const char* from, size_t bytes, int times) {
 }
 
 double copy_seconds(const char* from, char* to, size_t bytes, int threads) {
-    const size_t share = bytes / threads;
-    return timed(threads, [=](int t) { std::memcpy(to + t * share, from + t * share, share); });
+  const size_t per_thread = bytes / threads;
+  return timed(threads, [=](int t) { std::memcpy(to + t * per_thread, from + t * per_thread, per_thread); });
 }
 
 }  // extern "C"

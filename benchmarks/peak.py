@@ -102,12 +102,12 @@ def _build(cxx: str, folder: str) -> ctypes.CDLL:
     if done.returncode:
         raise RuntimeError(f"{cxx} does not compile {SOURCE.name}: {done.stderr.strip().splitlines()[0]}")
     loaded = ctypes.CDLL(str(library))
-    pointer, size, count, wide = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_long
+    pointer, size, count, long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_long
     for name, arguments in {
         "float32_operations": [],
         "bfloat16_operations": [],
-        "float32_seconds": [wide, count],
-        "bfloat16_seconds": [wide, count],
+        "float32_seconds": [long, count],
+        "bfloat16_seconds": [long, count],
         "read_seconds": [pointer, size, count],
         "read_again_seconds": [pointer, size, count],
         "copy_seconds": [pointer, pointer, size, count],

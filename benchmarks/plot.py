@@ -68,19 +68,19 @@ def read(file: str) -> dict[str, Any]:
     return found
 
 
-def most(rows: Sequence[Row], alike: Sequence[str], by: str) -> list[Row]:
-    """The group of rows that agree in `alike` with most values of `by`; empty where no group has two."""
+def most(rows: Sequence[Row], same: Sequence[str], by: str) -> list[Row]:
+    """The group of rows that agree in `same` with most values of `by`; empty where no group has two."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[json.dumps([row[name] for name in alike])].append(row)
+        groups[json.dumps([row[name] for name in same])].append(row)
     best = max(groups.values(), key=lambda group: len({row[by] for row in group}))
     return best if len({row[by] for row in best}) > 1 else []
 
 
 def shape(row: Row) -> str:
     ranks = row["ranks"]
-    alike = len(ranks) > 1 and len(set(ranks)) == 1
-    experts = f"{len(ranks)} experts of rank {ranks[0]}" if alike else f"ranks {', '.join(map(str, ranks))}"
+    equal = len(ranks) > 1 and len(set(ranks)) == 1
+    experts = f"{len(ranks)} experts of rank {ranks[0]}" if equal else f"ranks {', '.join(map(str, ranks))}"
     return f"K = {row['in_features']}, O = {row['out_features']}, {experts}"
 
 

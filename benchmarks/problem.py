@@ -17,11 +17,11 @@ MARGIN = 0.1
 """No logit is nearer to 0, so that no form's rounding decides whether a gate is open."""
 
 
-def draw_open(tokens: int, experts: int, share: float, run: int, generator: torch.Generator) -> Tensor:
-    """(M, N) bool: of the (run of tokens, expert) pairs as many as `share` says, to the nearest one, drawn at random."""
+def draw_open(tokens: int, experts: int, fraction: float, run: int, generator: torch.Generator) -> Tensor:
+    """(M, N) bool: of the (run of tokens, expert) pairs as many as `fraction` says, to the nearest one, drawn at random."""
     runs = -(-tokens // run)
     pairs = torch.zeros(runs * experts, dtype=torch.bool)
-    pairs[torch.randperm(len(pairs), generator=generator)[: round(share * len(pairs))]] = True
+    pairs[torch.randperm(len(pairs), generator=generator)[: round(fraction * len(pairs))]] = True
     return pairs.view(runs, experts).repeat_interleave(run, 0)[:tokens]
 
 
@@ -237,7 +237,7 @@ def check(p: Problem, all_forms: dict[str, Form], train: bool = True, chunk: int
                 compare(name, f"the gradient of {what}", grad, truth)
 
 
-def place(backend: str) -> str | None:
+def device_of(backend: str) -> str | None:
     """The device on which a backend runs here; None where it cannot."""
     device = "cpu" if backend == "cpu" else "cuda"
     available = backends()[backend].available and (device == "cpu" or torch.cuda.is_available())
@@ -246,4 +246,4 @@ def place(backend: str) -> str | None:
 
 def best_backend() -> str:
     """Where no backend is named: of a GPU where there is one, else the CPU's."""
-    return next((name for name in ("cuda", "triton") if place(name)), "cpu")
+    return next((name for name in ("cuda", "triton") if device_of(name)), "cpu")

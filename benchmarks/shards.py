@@ -123,15 +123,15 @@ def drop_cached(paths: Sequence[Path]) -> None:
         os.close(number)
 
 
-def share_cached(paths: Sequence[Path], tries: int = 200) -> float:
+def fraction_cached(paths: Sequence[Path], tries: int = 200) -> float:
     """The fraction of `tries` places in these files that the system still holds."""
     generator, held = random.Random(0), 0
     for _ in range(tries):
         path = generator.choice(paths)
         number = os.open(path, os.O_RDONLY)
-        place = generator.randrange(max(1, path.stat().st_size - 4096))
+        offset = generator.randrange(max(1, path.stat().st_size - 4096))
         try:
-            held += os.preadv(number, [bytearray(1)], place, os.RWF_NOWAIT)
+            held += os.preadv(number, [bytearray(1)], offset, os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         finally:
@@ -200,14 +200,14 @@ def _rows(
         def prepared() -> Callable[[], None]:
             if cache == "cold":
                 drop_cached(files[form])
-                held[form] = max(held.get(form, 0.0), share_cached(files[form]))
+                held[form] = max(held.get(form, 0.0), fraction_cached(files[form]))
             return lambda: read(mixture, indices, decode)
 
         return prepared
 
     calls = {form: prepare(form) for form in forms}
     times = interleaved(calls, rounds, warm_up=int(cache == "warm"), prepared=True)
-    if any(share > 0.05 for share in held.values()):
+    if any(fraction > 0.05 for fraction in held.values()):
         raise RuntimeError(f"the system did not drop these files from its cache: {held}")
     out = []
     for form, mixture in forms.items():

@@ -112,12 +112,12 @@ def emulate(case: Case, plan: Plan, *, inplace: bool) -> Count:
 
 def emulate_backward(case: Case, plan: BackwardPlan) -> Count:
     """One backward call, its gradients checked."""
-    wide = [t.double().requires_grad_() for t in case.arguments]
-    x, A, B, router, bias = wide
+    doubles = [t.double().requires_grad_() for t in case.arguments]
+    x, A, B, router, bias = doubles
     gates = torch.relu(x @ router.t() + bias)
     columns = torch.tensor(SCALING).double().repeat_interleave(torch.tensor(RANKS))
     v = (x @ A.t()) * gates.repeat_interleave(torch.tensor(RANKS), 1) * columns
-    truth = torch.autograd.grad(v @ B.t(), wide, case.base.double())
+    truth = torch.autograd.grad(v @ B.t(), doubles, case.base.double())
     leaves = [t.detach().requires_grad_() for t in case.arguments]
     y = rectified_mixture(*leaves, **case.options)
     machine.backward_plan = plan
@@ -150,12 +150,12 @@ def backward(M: int, K: int, O: int, multiprocessors: int) -> Count:
     """The backward pass at M tokens, by its plan, from calls of one and two tiles of 64 tokens in one and two ranges."""
     plan = plan_backward(ProblemShape(M, K, O, sum(RANKS), len(RANKS)), multiprocessors)
 
-    def of(tiles: int, share_y: int, share_x: int) -> Count:
-        shares = replace(plan, share_y=share_y * TILE, share_x=share_x * TILE)
-        return emulate_backward(Case.random(tiles * TILE, K, O), shares)
+    def of(tiles: int, tiles_y: int, tiles_x: int) -> Count:
+        split = replace(plan, tokens_per_split_y=tiles_y * TILE, tokens_per_split_x=tiles_x * TILE)
+        return emulate_backward(Case.random(tiles * TILE, K, O), split)
 
     one, two, more_y, more_x = of(1, 1, 1), of(2, 2, 2), of(2, 1, 2), of(2, 2, 1)
-    ranges_y, ranges_x = -(-M // plan.share_y), -(-M // plan.share_x)
+    ranges_y, ranges_x = -(-M // plan.tokens_per_split_y), -(-M // plan.tokens_per_split_x)
     total = scaled(one, two, M / TILE)
     for name in ("dram", "l2", "sectors", "used"):
         of_two = getattr(two, name)

@@ -40,7 +40,7 @@ struct Problem {
 
 // A weight as the caller holds it: in dtype, or in C (float32 beside 16-bit x); the core rounds it to dtype once.
 struct Weight : Matrix {
-  bool wide = false;
+  bool in_acc_dtype = false;
 };
 
 // Contiguous arrays of C unless said otherwise; null where absent.
@@ -58,7 +58,7 @@ struct Backward {
   const void *u, *g;         // as forward left them
   Weight A, B, router;       // (R, K), (O, R), (N, K)
   void *v, *du, *dh;         // (M, R), (M, R), (M, N) out, from which weight gradients are summed; v null: no dB
-  void *dA, *dB, *drouter;   // (R, K), (O, R), (N, K) out, each in its weight's type
+  void *dA, *dB, *drouter_weight;  // (R, K), (O, R), (N, K) out, each in its weight's type
   void* dbias;               // (N) out
 };
 

@@ -54,14 +54,14 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(_count(part) for part in text.split(","))
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
-        share = float(text)
+        fraction = float(text)
     except ValueError:
-        share = -1.0
-    if not 0.0 <= share <= 1.0:
+        fraction = -1.0
+    if not 0.0 <= fraction <= 1.0:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return share
+    return fraction
 
 
 def shared_memory(device: cost.Device) -> SharedMemory | None:
@@ -70,12 +70,12 @@ def shared_memory(device: cost.Device) -> SharedMemory | None:
     return SharedMemory(native, device.shared) if native else None
 
 
-def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> None:
+def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> None:
     """Every variant of both passes with bytes, launches and floor, the chosen one marked, and why it is."""
-    gates = ("a router" if call.routed else "given gates") + (", dropout" if call.dropout else "")
+    gates = ("a router" if shape.routed else "given gates") + (", dropout" if shape.dropout else "")
     print(
-        f"M = {call.tokens}, K = {call.in_features}, O = {call.out_features}, ranks {ranks}, {gates}, "
-        f"{call.element_size} bytes an element, on {device.name} ({device.multiprocessors} multiprocessors)"
+        f"M = {shape.tokens}, K = {shape.in_features}, O = {shape.out_features}, ranks {ranks}, {gates}, "
+        f"{shape.element_size} bytes an element, on {device.name} ({device.multiprocessors} multiprocessors)"
     )
     memory = shared_memory(device)
     if memory is None:
@@ -85,70 +85,70 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    chosen, by_gemm = plan_forward(call, device.multiprocessors, memory), prefer_gemm(call)
-    rows = [("cuda: products of PyTorch's library", cost.gemm_path(call), by_gemm)]
-    for plan in variants_forward(call, device.multiprocessors, memory):
+    chosen, by_gemm = plan_forward(shape, device.multiprocessors, memory), prefer_gemm(shape)
+    rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape), by_gemm)]
+    for plan in variants_forward(shape, device.multiprocessors, memory):
         name = (
             "one launch"
             if plan.fused
             else f"two launches, K in {plan.splits} parts, tiles of {plan.rows} tokens"
         )
-        rows.append((f"cuda: {name}", cost.forward(call, plan), plan == chosen and not by_gemm))
-    rows += _triton(call, ranks, device, backward=False)
-    _table("forward", rows, cost.fewest(call), device)
-    tiles = -(-call.tokens // chosen.rows)
+        rows.append((f"cuda: {name}", cost.forward(shape, plan), plan == chosen and not by_gemm))
+    rows += _triton(shape, ranks, device, backward=False)
+    _table("forward", rows, cost.fewest(shape), device)
+    tiles = -(-shape.tokens // chosen.rows)
     if by_gemm:
         print(
-            f"  {call.total_rank} columns: matrix products dominate, and PyTorch multiplies faster (measured on one H100)."
+            f"  {shape.total_rank} columns: matrix products dominate, and PyTorch multiplies faster (measured on one H100)."
         )
     elif chosen.fused:
         print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
-    elif can_fuse(call.total_rank, call.routed_experts) and memory and not memory.fits(call, ONE_LAUNCH):
+    elif can_fuse(shape.total_rank, shape.routed_experts) and memory and not memory.fits(shape, ONE_LAUNCH):
         print(
-            f"  One launch would ask for {memory.asked(call, ONE_LAUNCH)} bytes of shared memory, a block gets {memory.limit}."
+            f"  One launch would ask for {memory.asked(shape, ONE_LAUNCH)} bytes of shared memory, a block gets {memory.limit}."
         )
     elif tiles >= device.multiprocessors:
         print(
-            f"  {call.total_rank} columns and {call.routed_experts} routed experts do not fit the registers of one block."
+            f"  {shape.total_rank} columns and {shape.routed_experts} routed experts do not fit the registers of one block."
         )
     else:
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen, by_gemm = plan_backward(call, device.multiprocessors, memory), prefer_gemm(call, backward=True)
-    rows = [("cuda: products of PyTorch's library", cost.gemm_path(call, backward=True), by_gemm)]
-    for plan in variants_backward(call, device.multiprocessors, memory):
-        name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
-        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not by_gemm))
-    rows += _triton(call, ranks, device, backward=True)
-    _table("backward", rows, cost.fewest(call, backward=True), device)
+    chosen, by_gemm = plan_backward(shape, device.multiprocessors, memory), prefer_gemm(shape, backward=True)
+    rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape, backward=True), by_gemm)]
+    for plan in variants_backward(shape, device.multiprocessors, memory):
+        name = f"{plan.o_tiles} tiles of O, ranges of {plan.tokens_per_split_y} and {plan.tokens_per_split_x} tokens"
+        rows.append((f"cuda: {name}", cost.backward(shape, plan), plan == chosen and not by_gemm))
+    rows += _triton(shape, ranks, device, backward=True)
+    _table("backward", rows, cost.fewest(shape, backward=True), device)
     if by_gemm:
         return print(
             "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
         )
     print(
-        f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "
-        f"{-(-call.tokens // chosen.share_y)} ranges of tokens."
+        f"  {chosen.o_tiles} tiles of O: fewer mean fewer parts of t, more mean fewer partial dB; each has "
+        f"{-(-shape.tokens // chosen.tokens_per_split_y)} ranges of tokens."
     )
 
 
-def _triton(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
+def _triton(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
     try:
         from rode_kernels.backends.triton.record import cost_of, record
     except ImportError:
         return []
     launches = record(
-        {4: torch.float32, 2: torch.bfloat16}[call.element_size],
-        tokens=call.tokens,
-        K=call.in_features,
-        O=call.out_features,
+        {4: torch.float32, 2: torch.bfloat16}[shape.element_size],
+        tokens=shape.tokens,
+        K=shape.in_features,
+        O=shape.out_features,
         ranks=ranks,
         multiprocessors=device.multiprocessors,
-        gated=not call.routed,
-        inplace=call.in_place,
+        gated=not shape.routed,
+        inplace=shape.in_place,
     )
-    name = "triton" if call.open_share == 1.0 else "triton, if all were open"
-    return [(name, cost_of(launches[-4:] if backward else launches[:-4], call.element_size), False)]
+    name = "triton" if shape.open_share == 1.0 else "triton, if all were open"
+    return [(name, cost_of(launches[-4:] if backward else launches[:-4], shape.element_size), False)]
 
 
 def _table(what: str, rows: list[tuple], fewest: float, device: cost.Device) -> None:
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan.add_argument("--device", choices=sorted(cost.DEVICES), default="A100")
     plan.add_argument("--multiprocessors", type=_count, help="instead of the device's")
     plan.add_argument(
-        "--open", type=_share, default=1.0, metavar="SHARE", help="of tiles of tokens with an open gate (1)"
+        "--open", type=_fraction, default=1.0, metavar="F", help="of tiles of tokens with an open gate (1)"
     )
     plan.add_argument("--gated", action="store_true", help="gates are given, there is no router")
     plan.add_argument("--in-place", action="store_true", help="y is accumulated into base")
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = cost.DEVICES[options.device]
     if options.multiprocessors:
         device = replace(device, multiprocessors=options.multiprocessors)
-    call = ProblemShape(
+    shape = ProblemShape(
         *(options.m, options.k, options.o, sum(options.ranks), len(options.ranks), SIZES[options.dtype]),
         routed=not options.gated,
         in_place=options.in_place,
@@ -196,14 +196,14 @@ def main(arguments: list[str] | None = None) -> None:
         ("--m", options.m, MAX_TOKENS),
         ("--k", options.k, MAX_FEATURES),
         ("--o", options.o, MAX_FEATURES),
-        ("sum of --ranks", call.total_rank, MAX_RANK),
-        ("number of --ranks", call.experts, MAX_EXPERTS),
+        ("sum of --ranks", shape.total_rank, MAX_RANK),
+        ("number of --ranks", shape.experts, MAX_EXPERTS),
     ):
         if value > most:
             parser.error(
                 f"{name}: the GPU kernels take at most {most}, got {value}; such a call runs on 'reference'"
             )
-    explain(call, options.ranks, device)
+    explain(shape, options.ranks, device)
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def find(
 def _prepare(
     operands: ForwardOperands, tensors: tuple[Tensor, ...], settings: Settings, inplace: bool, name: str
 ) -> _Prepared | None:
-    """Checks and prepares a call. What depends on where memory lies, `check_inplace` checks each time."""
+    """Checks and prepares a call. `check_inplace` checks each time what depends on where memory lies."""
     x, A, B, router_weight, router_bias, _, base, _ = operands
     device, mixture = x.device.type, settings.mixture
     native = _BACKENDS.get(device)
@@ -260,8 +260,8 @@ def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _repeats_backward(prepared: _Backward, operands: BackwardOperands) -> bool:
-    """Whether `prepared.run` serves these. What autograd saved need not come back as it was: hooks may have moved it away,
-    and back into other strides."""
+    """Whether `prepared.run` serves these. Saved tensors need not come back as they were: hooks may have moved
+    them away, and back into other strides."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     if dy is None or torch.is_grad_enabled() or _len_torch_function_stack() or _profiler_enabled():
         return False

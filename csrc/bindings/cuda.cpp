@@ -48,9 +48,6 @@ auto by_type(const rode::Problem& p, Run run) {
 #define RODE_KEYWORD(type, name) , rode::field(#name, &Owner::name)
 #define RODE_MEMBER(type, name) , &Owner::name
 
-template <class Layout>
-using Class = py::class_<rode::Prepared<Layout>>;
-
 // The most bytes of shared memory that a launch of a plan asks for, by the problem's sizes and the plan's fields.
 template <class Plan, class... Type>
 void define_shared_bytes(py::module_& m, const char* name, rode::Field<Plan, Type>... fields) {
@@ -82,7 +79,7 @@ auto checked(Launch launch) {
 
 void define_forward(py::module_& m) {
   using Owner = rode::cuda::Forward;
-  Class<rode::cuda::ForwardLayout> c(m, "Forward", py::module_local());
+  rode::Class<rode::cuda::ForwardLayout> c(m, "Forward", py::module_local());
   rode::define_init(c RODE_FORWARD_LAYOUT(RODE_KEYWORD) RODE_FORWARD_PLAN(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(forward) RODE_FORWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::Plan>(m, "forward_shared_bytes" RODE_FORWARD_PLAN(RODE_KEYWORD));
@@ -90,7 +87,7 @@ void define_forward(py::module_& m) {
 
 void define_backward(py::module_& m) {
   using Owner = rode::cuda::Backward;
-  Class<rode::cuda::BackwardLayout> c(m, "Backward", py::module_local());
+  rode::Class<rode::cuda::BackwardLayout> c(m, "Backward", py::module_local());
   rode::define_init(c RODE_BACKWARD_LAYOUT(RODE_KEYWORD) RODE_BACKWARD_PLAN(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(backward) RODE_BACKWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::BackwardPlan>(m, "backward_shared_bytes" RODE_BACKWARD_PLAN(RODE_KEYWORD));
@@ -98,13 +95,13 @@ void define_backward(py::module_& m) {
 
 void define_pack(py::module_& m) {
   using Owner = rode::cuda::Pack;
-  Class<rode::cuda::PackLayout> c(m, "Pack", py::module_local());
+  rode::Class<rode::cuda::PackLayout> c(m, "Pack", py::module_local());
   rode::define_init(c RODE_PACK_LAYOUT(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(pack_parameters) RODE_PACK_CALL(RODE_MEMBER));
 }
 
 void define_gates(py::module_& m) {
-  Class<rode::cuda::GatesLayout> c(m, "Weigh", py::module_local());
+  rode::Class<rode::cuda::GatesLayout> c(m, "ApplyGates", py::module_local());
   {
     using Owner = rode::cuda::ApplyGates;
     rode::define_init(c RODE_GATES_LAYOUT(RODE_KEYWORD));

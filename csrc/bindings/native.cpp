@@ -19,16 +19,12 @@ template <>
 struct rode::Keyword<rode::Weight> {
   using Given = StridedWeight;
   static rode::Weight stored(const Given& s) {
-    rode::Weight w;
-    w.data = reinterpret_cast<void*>(std::get<0>(s)), w.row = std::get<1>(s), w.column = std::get<2>(s), w.wide = std::get<3>(s);
-    return w;
+    const auto& [data, row, column, in_acc_dtype] = s;
+    return {{reinterpret_cast<void*>(data), row, column}, in_acc_dtype};
   }
 };
 
 namespace {
-
-template <class Layout>
-using Class = py::class_<rode::Prepared<Layout>>;
 
 // `p` with what a call gives.
 rode::Problem called(rode::Problem p, uintptr_t seed, int threads) {
@@ -41,7 +37,7 @@ rode::Problem called(rode::Problem p, uintptr_t seed, int threads) {
 void define_forward(py::module_& m) {
   using F = rode::Forward;
   using rode::field;
-  Class<F> c(m, "Forward", py::module_local());
+  rode::Class<F> c(m, "Forward", py::module_local());
   rode::define_init(c, field("x", &F::x), field("base", &F::base), field("y", &F::y), field("A", &F::A), field("B", &F::B),
                     field("router", &F::router));
   const auto run = [](const rode::Problem& p, const F& a, uintptr_t seed, int threads) {
@@ -55,14 +51,14 @@ void define_forward(py::module_& m) {
 void define_backward(py::module_& m) {
   using F = rode::Backward;
   using rode::field;
-  Class<F> c(m, "Backward", py::module_local());
+  rode::Class<F> c(m, "Backward", py::module_local());
   rode::define_init(c, field("dy", &F::dy), field("x", &F::x), field("A", &F::A), field("B", &F::B), field("router", &F::router));
   const auto run = [](const rode::Problem& p, F& a, uintptr_t seed, int threads) {
     a.dx.row = p.in_features, a.dx.column = 1;
     rode::backward(called(p, seed, threads), a);
   };
   rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::dy, &F::x, &F::dx, &F::dgates, &F::u, &F::g, &F::A, &F::B,
-                                       &F::router, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter, &F::dbias);
+                                       &F::router, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter_weight, &F::dbias);
 }
 
 }  // namespace

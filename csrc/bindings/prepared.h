@@ -49,6 +49,9 @@ struct Prepared : OwnedProblem {
   Layout layout{};
 };
 
+template <class Layout>
+using Class = pybind11::class_<Prepared<Layout>>;
+
 // A field and the keyword that fills it.
 template <class Owner, class Type>
 struct Field {
@@ -69,7 +72,7 @@ struct Keyword {
 
 // The constructor: keywords of the problem, then of `fields`.
 template <class Layout, class... Owner, class... Type>
-void define_init(pybind11::class_<Prepared<Layout>>& c, Field<Owner, Type>... fields) {
+void define_init(Class<Layout>& c, Field<Owner, Type>... fields) {
   using pybind11::arg;
   c.def(pybind11::init([fields...](int dtype, int64_t tokens, int64_t in_features, int64_t out_features,
                                    const std::vector<int64_t>& ranks, const std::vector<double>& scaling, double dropout_p,
@@ -95,7 +98,7 @@ void set(T*& pointer, uintptr_t address) {
 
 // A method that fills the fields `member` of Arrays, in this order, and hands them to run(problem, arrays, more...).
 template <class Arrays, class... More, class Layout, class Run, class... Owner, class... Type>
-void define_call(pybind11::class_<Prepared<Layout>>& c, const char* name, Run run, Type Owner::*... member) {
+void define_call(Class<Layout>& c, const char* name, Run run, Type Owner::*... member) {
   c.def(
       name,
       [run, member...](const Prepared<Layout>& self, Argument<Type>... argument, More... more) {

@@ -93,7 +93,7 @@ class TokenGradients {
   // t (M, R) of all tokens, for the team member's share of ranks.
   void grad_output_pass(Team team, C* t) {
     const C* g = static_cast<const C*>(a.g);
-    const Range mine = share_of_ranks(p, g, p.tokens, team);
+    const Range mine = ranks_of_thread(p, g, p.tokens, team);
     for (int64_t i = 0; i < p.tokens; ++i)
       for (int64_t r = mine.begin; r < mine.end; ++r) t[i * p.total_rank + r] = 0;
     for (int64_t m0 = 0; a.dy && m0 < p.tokens; m0 += block_) {
@@ -209,9 +209,9 @@ void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
   }
 }
 
-// Columns of weight gradients that belong to a thread: shares of dA are rounded up, those of dB down.
+// The first column of weight gradients that belongs to a thread: those of dA are rounded up, those of dB down.
 inline int64_t parts_of(int64_t columns) { return (columns + kLeastColumns - 1) / kLeastColumns; }
-inline int64_t share(int64_t columns, int64_t thread, int64_t threads, bool up) {
+inline int64_t first_column(int64_t columns, int64_t thread, int64_t threads, bool up) {
   const int64_t at = (thread * parts_of(columns) + (up ? threads - 1 : 0)) / threads * kLeastColumns;
   return at < columns ? at : columns;
 }
@@ -221,9 +221,9 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
-  const bool in = a.dA != nullptr || a.drouter != nullptr, out = a.dB != nullptr && a.dy;
+  const bool in = a.dA != nullptr || a.drouter_weight != nullptr, out = a.dB != nullptr && a.dy;
   const int64_t in_columns = in ? p.in_features : 0, out_columns = out ? p.out_features : 0;
-  if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.wide ? sizeof(C) : sizeof(T)));
+  if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.in_acc_dtype ? sizeof(C) : sizeof(T)));
   const int64_t terms = terms_of<T>(p);
 
   // Few tokens are one group: threads share dx by columns, and each lays out the weights of its own.
@@ -247,7 +247,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   OpenTokens<T> open(p, a.dA != nullptr, out);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const Team team = Team::here(), layers = own ? Team{0, 1} : team;
+    const Team team = Team::current(), layers = own ? Team{0, 1} : team;
     {
       Scratch<Row> own_B(own ? size_of_B : 0);
       Scratch<Column> own_A(own ? size_of_A : 0);
@@ -290,33 +290,23 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < (parts > 0 ? open.blocks() : 0); ++b)
       open.collect(b, static_cast<const C*>(a.g), a.dA == nullptr ? nullptr : static_cast<const C*>(a.du),
-                   out ? static_cast<const C*>(a.v) : nullptr, a.drouter == nullptr ? nullptr : static_cast<const C*>(a.dh));
+                   out ? static_cast<const C*>(a.v) : nullptr, a.drouter_weight == nullptr ? nullptr : static_cast<const C*>(a.dh));
     WeightGradients<T> pass(p, a, open);
     // A thread has neighbouring columns: otherwise the processor would read ahead into lines that another thread writes.
-    pass.input_columns(share(in_columns, team.thread, team.threads, true), share(in_columns, team.thread + 1, team.threads, true));
-    pass.output_columns(share(out_columns, team.thread, team.threads, false),
-                        share(out_columns, team.thread + 1, team.threads, false));
+    pass.input_columns(first_column(in_columns, team.thread, team.threads, true),
+                       first_column(in_columns, team.thread + 1, team.threads, true));
+    pass.output_columns(first_column(out_columns, team.thread, team.threads, false),
+                        first_column(out_columns, team.thread + 1, team.threads, false));
   }
   if (a.dbias != nullptr) bias_gradient<C>(p, a);
 }
 
 }  // namespace
 
-namespace rode {
-namespace RODE_ISA {
+namespace rode::RODE_ISA {
 
 void backward(const Problem& p, const Backward& a) {
-  switch (p.dtype) {
-    case DType::float64:
-      return ::backward<double>(p, a);
-    case DType::float32:
-      return ::backward<float>(p, a);
-    case DType::float16:
-      return ::backward<Float16>(p, a);
-    case DType::bfloat16:
-      return ::backward<BFloat16>(p, a);
-  }
+  with_type(p.dtype, [&](auto of) { ::backward<decltype(of)>(p, a); });
 }
 
-}  // namespace RODE_ISA
-}  // namespace rode
+}  // namespace rode::RODE_ISA

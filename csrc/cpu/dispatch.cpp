@@ -29,29 +29,17 @@ struct Isa {
   void (*keep_mask)(const Dropout&, uint64_t, int64_t, float*);
 };
 
-[[maybe_unused]] bool has_avx512() {
 #ifdef RODE_X86
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
 }
-[[maybe_unused]] bool has_avx512bf16() {
-#ifdef RODE_X86
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-[[maybe_unused]] bool has_avx2() {
-#ifdef RODE_X86
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx2() {
   unsigned a, b, c = 0, d;  // Clang's __builtin_cpu_supports does not know f16c in every version
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
-#else
-  return false;
-#endif
 }
+#endif
 bool has_generic() { return true; }
 
 #define RODE_ROW(NAME) {#NAME, has_##NAME, NAME::forward, NAME::backward, NAME::keep_mask},

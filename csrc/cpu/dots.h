@@ -15,10 +15,10 @@ constexpr int kMostTokens = 4, kMostRows = 2;
 constexpr int64_t kStepBytes = 2048;
 
 // sums[m * width + r] = (or += unless `first`) products of elements [0, n) of TM rows of tokens from k on with TR rows of weights.
-// Meanwhile as many elements from `ahead` on are prefetched.
+// Meanwhile as many elements from `ahead` on are prefetched. A function of its own has the registers for its sums.
 template <class E, int TM, int TR>
-void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride, int64_t n, bool first,
-              Vector<typename Operand<E>::C>* sums, int64_t width, const E* ahead) {
+__attribute__((noinline)) void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride, int64_t n, bool first,
+                                        Vector<typename Operand<E>::C>* sums, int64_t width, const E* ahead) {
   using O = Operand<E>;
   using C = typename O::C;
   Vector<C> s[TM][TR];
@@ -41,35 +41,12 @@ void dot_tile(const E* const* rows, int64_t k, const E* weights, int64_t stride,
   RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int r = 0; r < TR; ++r) sums[m * width + r] = s[m][r];
 }
 
-template <class E>
-using DotTile = void (*)(const E* const*, int64_t, const E*, int64_t, int64_t, bool, Vector<typename Operand<E>::C>*, int64_t,
-                         const E*);
-
-template <class E, int TM>
-constexpr DotTile<E> dot_tile_of(int64_t rows) {
-  if constexpr (kMostRows == 4) {
-    if (rows == 4) return dot_tile<E, TM, 4>;
-    if (rows == 3) return dot_tile<E, TM, 3>;
-  }
-  return rows == 2 ? dot_tile<E, TM, 2> : dot_tile<E, TM, 1>;
-}
-
-template <class E>
-DotTile<E> dot_tile_of(int64_t tokens, int64_t rows) {
-  if constexpr (kMostTokens == 6) {
-    if (tokens == 6) return dot_tile_of<E, 6>(rows);
-    if (tokens == 5) return dot_tile_of<E, 5>(rows);
-  }
-  switch (tokens) {
-    case 4:
-      return dot_tile_of<E, 4>(rows);
-    case 3:
-      return dot_tile_of<E, 3>(rows);
-    case 2:
-      return dot_tile_of<E, 2>(rows);
-    default:
-      return dot_tile_of<E, 1>(rows);
-  }
+// run<n>() for n in [1, kMost].
+template <int kMost, class Run>
+RODE_INLINE void with_constant(int64_t n, const Run& run) {
+  if constexpr (kMost > 1)
+    if (n < kMost) return with_constant<kMost - 1>(n, run);
+  run.template operator()<kMost>();
 }
 
 // Cuts n into the fewest parts of at most `most`, as even as they can be.
@@ -134,7 +111,7 @@ int64_t count_wanting(const rode::Problem& p, const C* gates, int64_t tokens, in
 
 // The ranks of a thread: an even share of those that tokens want.
 template <class C>
-Range share_of_ranks(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
+Range ranks_of_thread(const rode::Problem& p, const C* gates, int64_t tokens, Team team) {
   int64_t all = 0;
   for (int64_t e = 0; e < p.experts; ++e) all += (p.offsets[e + 1] - p.offsets[e]) * count_wanting(p, gates, tokens, e, p.dense);
   const auto first_of = [&](int64_t thread) {
@@ -254,8 +231,11 @@ class Dots {
     for (int64_t a = 0, m = 0; a < of_tokens.count; m += of_tokens.size(a++))
       for (int64_t b = 0, r = 0; b < of_rows.count; r += of_rows.size(b++)) {
         const E* ahead = upcoming.take(rows[m]) + k;  // rows[m]: nothing new
-        dot_tile_of<E>(of_tokens.size(a), of_rows.size(b))(rows + m, k, weights + r * stride, stride, n, k == 0,
-                                                           sums + m * count + r, count, ahead);
+        with_constant<kMostTokens>(of_tokens.size(a), [&]<int TM>() {
+          with_constant<kMostRows>(of_rows.size(b), [&]<int TR>() {
+            dot_tile<E, TM, TR>(rows + m, k, weights + r * stride, stride, n, k == 0, sums + m * count + r, count, ahead);
+          });
+        });
       }
   }
 

@@ -25,8 +25,8 @@ Chunks column_chunks(int64_t columns, int64_t terms, int64_t least = 1) {
 
 // The number of tokens in a unit of work: as many as can be grouped, but enough units for every thread.
 inline int64_t unit_tokens(const rode::Problem& p) {
-  const int64_t block = block_tokens(p), share = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
-  return share < block ? block : share > kGroupTokens ? kGroupTokens : share;
+  const int64_t block = block_tokens(p), per_thread = p.tokens / (p.threads > 0 ? p.threads : 1) / block * block;
+  return per_thread < block ? block : per_thread > kGroupTokens ? kGroupTokens : per_thread;
 }
 
 // Prefetches memory that sums will be added to and stored in, a few cache lines at a time while others are computed: a processor
@@ -131,24 +131,20 @@ class Expansion {
     if (by_expert_) list_open(tokens, g);
   }
 
-  // Columns [c, c + n) from a chunk of weights (terms, width). `finish.add<TM, V>(tokens, c, n, sums)` gets sums of tokens
-  // tokens[0 .. TM), n columns of V vectors; `finish.prefetch(i, c, prefetcher)` adds what it will touch for a token.
-  template <class Finish>
-  void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
-    if (by_expert_) return chunk_by_expert(B, width, c, n, finish);
+  // Columns [c, c + n) from a chunk of weights (terms, width). `epilogue.add<TM, V>(tokens, c, n, sums)` gets sums of tokens
+  // tokens[0 .. TM), n columns of V vectors; `epilogue.prefetch(i, c, prefetcher)` adds what it will touch for a token.
+  template <class Epilogue>
+  void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Epilogue& epilogue) {
+    if (by_expert_) return chunk_by_expert(B, width, c, n, epilogue);
     RowPrefetcher prefetcher;
     for (int64_t i = 0; i < groups_; ++i) {
       prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
       if (i + 1 < groups_)
-        for (int64_t k = 0; k < sizes_[i + 1]; ++k) finish.prefetch(order_[starts_[i + 1] + k], c, prefetcher);
+        for (int64_t k = 0; k < sizes_[i + 1]; ++k) epilogue.prefetch(order_[starts_[i + 1] + k], c, prefetcher);
       const int64_t* tokens = order_ + starts_[i];
       prefetcher.begin(steps(sizes_[i] == 1 ? kAlone : kTileVectors, n, counts_[*tokens]));
-      if (sizes_[i] == 1) tile<1, kAlone>(tokens, B, width, c, n, finish, prefetcher);
-      if (sizes_[i] == 2) tile<2, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
-      if constexpr (kTogether == 4) {
-        if (sizes_[i] == 3) tile<3, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
-        if (sizes_[i] == 4) tile<4, kTileVectors>(tokens, B, width, c, n, finish, prefetcher);
-      }
+      with_constant<kTogether>(
+          sizes_[i], [&]<int TM>() { tile<TM, TM == 1 ? kAlone : kTileVectors>(tokens, B, width, c, n, epilogue, prefetcher); });
     }
   }
 
@@ -208,25 +204,25 @@ class Expansion {
            std::memcmp(terms_.get() + i * all_terms_, terms_.get() + k * all_terms_, counts_[i] * sizeof(int32_t)) == 0;
   }
 
-  template <int TM, int V, class Finish>
-  void tile(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
+  template <int TM, int V, class Epilogue>
+  void tile(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Epilogue& epilogue,
             RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     int64_t k = 0;
-    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(tokens, B + k, width, c + k, V * lanes, finish, prefetcher);
+    for (; k + V * lanes <= n; k += V * lanes) columns<TM, V>(tokens, B + k, width, c + k, V * lanes, epilogue, prefetcher);
     if constexpr (V > kTileVectors)
       for (; k + kTileVectors * lanes <= n; k += kTileVectors * lanes)
-        columns<TM, kTileVectors>(tokens, B + k, width, c + k, kTileVectors * lanes, finish, prefetcher);
-    for (; k < n; k += lanes) columns<TM, 1>(tokens, B + k, width, c + k, n - k < lanes ? n - k : lanes, finish, prefetcher);
+        columns<TM, kTileVectors>(tokens, B + k, width, c + k, kTileVectors * lanes, epilogue, prefetcher);
+    for (; k < n; k += lanes) columns<TM, 1>(tokens, B + k, width, c + k, n - k < lanes ? n - k : lanes, epilogue, prefetcher);
   }
 
-  template <int TM, int V, class Finish>
-  void columns(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
+  template <int TM, int V, class Epilogue>
+  void columns(const int64_t* tokens, const Column* B, int64_t width, int64_t c, int64_t n, Epilogue& epilogue,
                RowPrefetcher& prefetcher) {
     Vector<C> sums[TM][V];
     RODE_UNROLL for (int m = 0; m < TM; ++m) RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = Vector<C>{};
     accumulate<TM, V>(tokens, B, width, terms_.get() + tokens[0] * all_terms_, counts_[tokens[0]], sums, prefetcher);
-    finish.template add<TM, V>(tokens, c, n, sums);
+    epilogue.template add<TM, V>(tokens, c, n, sums);
   }
 
   template <int TM, int V>
@@ -270,26 +266,19 @@ class Expansion {
   }
 
   // The same sums in the same order, in memory between a token's experts.
-  template <class Finish>
-  void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish) {
+  template <class Epilogue>
+  void chunk_by_expert(const Column* B, int64_t width, int64_t c, int64_t n, Epilogue& epilogue) {
     RowPrefetcher prefetcher;
     prefetcher.clear(n * static_cast<int64_t>(sizeof(T)));
     for (int64_t i = 0; i < groups_; ++i)
-      for (int64_t k = 0; k < sizes_[i]; ++k) finish.prefetch(order_[starts_[i] + k], c, prefetcher);
+      for (int64_t k = 0; k < sizes_[i]; ++k) epilogue.prefetch(order_[starts_[i] + k], c, prefetcher);
     prefetcher.begin(steps(kTileVectors, width, all_terms_));
     int32_t done[kGroupTokens] = {};
     for (int64_t e = 0; e < p.experts; ++e) {
       const int32_t* open = open_.get() + e * kGroupTokens;
       const Parts parts(open_counts_.get()[e], kTogether);
-      for (int64_t k = 0; k < parts.count; open += parts.size(k++)) {
-        const int64_t size = parts.size(k);
-        if (size == 1) expert<1>(open, done, e, B, width, c, n, finish, prefetcher);
-        if (size == 2) expert<2>(open, done, e, B, width, c, n, finish, prefetcher);
-        if constexpr (kTogether == 4) {
-          if (size == 3) expert<3>(open, done, e, B, width, c, n, finish, prefetcher);
-          if (size == 4) expert<4>(open, done, e, B, width, c, n, finish, prefetcher);
-        }
-      }
+      for (int64_t k = 0; k < parts.count; open += parts.size(k++))
+        with_constant<kTogether>(parts.size(k), [&]<int TM>() { expert<TM>(open, done, e, B, width, c, n, epilogue, prefetcher); });
     }
     for (int64_t i = 0; i < groups_; ++i)  // tokens with no open expert
       for (int64_t k = 0; k < sizes_[i]; ++k) {
@@ -297,14 +286,14 @@ class Expansion {
         if (experts_of_[at] != 0) continue;
         Vector<C> none[1][kTileVectors] = {};
         for (int64_t j = 0; j < n; j += kTile)
-          finish.template add<1, kTileVectors>(order_ + at, c + j, n - j < kTile ? n - j : kTile, none);
+          epilogue.template add<1, kTileVectors>(order_ + at, c + j, n - j < kTile ? n - j : kTile, none);
       }
   }
 
   // A token's first expert starts its sums, the last one ends them.
-  template <int TM, class Finish>
-  void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n, Finish& finish,
-              RowPrefetcher& prefetcher) {
+  template <int TM, class Epilogue>
+  void expert(const int32_t* open, int32_t* done, int64_t e, const Column* B, int64_t width, int64_t c, int64_t n,
+              Epilogue& epilogue, RowPrefetcher& prefetcher) {
     constexpr int64_t lanes = kLanes<C>;
     const int64_t begin = starts_of_experts_.get()[e], count = starts_of_experts_.get()[e + 1] - begin;
     int64_t tokens[TM];
@@ -327,7 +316,7 @@ class Expansion {
         } else {
           Vector<C> all[1][kTileVectors];
           RODE_UNROLL for (int v = 0; v < kTileVectors; ++v) all[0][v] = sums[m][v];
-          finish.template add<1, kTileVectors>(tokens + m, c + k, n - k < kTile ? n - k : kTile, all);
+          epilogue.template add<1, kTileVectors>(tokens + m, c + k, n - k < kTile ? n - k : kTile, all);
         }
       }
     }

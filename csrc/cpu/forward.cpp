@@ -56,7 +56,7 @@ struct IntoOutput {
     T* y = y_at(m, c);
     if (n == V * lanes && a.y.column == 1 && (!a.base || a.base.column == 1)) {
       RODE_UNROLL for (int i = 0; i < V; ++i) {
-        const Vector<C> start = base != nullptr ? load_wide<T>(base + i * lanes) : Vector<C>{};
+        const Vector<C> start = base != nullptr ? load_widened<T>(base + i * lanes) : Vector<C>{};
         store_narrow<T>(y + i * lanes, start + sums[i]);
       }
       return;
@@ -159,7 +159,7 @@ class ForwardPass {
       }
     }
     C* u = static_cast<C*>(a.u) + m0 * p.total_rank;
-    const Range ranks = team.threads == 1 ? Range{0, p.total_rank} : share_of_ranks(p, g, tokens, team);
+    const Range ranks = team.threads == 1 ? Range{0, p.total_rank} : ranks_of_thread(p, g, tokens, team);
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t r = ranks.begin; r < ranks.end; ++r) u[i * p.total_rank + r] = 0;
     if (w.A.data == nullptr) {
@@ -215,8 +215,9 @@ constexpr int64_t kLeastTokens = 4;  // fewer are not worth a thread
 
 // Tokens that a thread takes down where all tokens together are one group.
 inline int64_t tokens_per_thread(const rode::Problem& p) {
-  const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1, share = (p.tokens + threads - 1) / threads;
-  return share < kLeastTokens ? kLeastTokens : share > most ? most : share;
+  const int64_t most = block_tokens(p), threads = p.threads > 0 ? p.threads : 1;
+  const int64_t per_thread = (p.tokens + threads - 1) / threads;
+  return per_thread < kLeastTokens ? kLeastTokens : per_thread > most ? most : per_thread;
 }
 
 // With fewer tokens still, threads share the weights: a thread is not worth waking for fewer bytes of A and B.
@@ -252,7 +253,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
     Scratch<Column> own_B(own ? of_B : 0);
     Row *const A = own ? own_A.get() : shared_A.get(), *const router = own ? own_router.get() : shared_router.get();
     Column* const B = own ? own_B.get() : shared_B.get();
-    const Team team = Team::here(), layers = own ? Team{0, 1} : team;
+    const Team team = Team::current(), layers = own ? Team{0, 1} : team;
     layers.each(copies ? p.total_rank : 0, [&](int64_t r) { pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A); });
     layers.each(copies_router ? p.experts : 0,
                 [&](int64_t r) { copy_row<T>(a.router, r, 0, p.in_features, router + r * p.in_features); });
@@ -296,20 +297,10 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
 
 }  // namespace
 
-namespace rode {
-namespace RODE_ISA {
+namespace rode::RODE_ISA {
 
 void forward(const Problem& p, const Forward& a) {
-  switch (p.dtype) {
-    case DType::float64:
-      return ::forward<double>(p, a);
-    case DType::float32:
-      return ::forward<float>(p, a);
-    case DType::float16:
-      return ::forward<Float16>(p, a);
-    case DType::bfloat16:
-      return ::forward<BFloat16>(p, a);
-  }
+  with_type(p.dtype, [&](auto of) { ::forward<decltype(of)>(p, a); });
 }
 
 void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out) {
@@ -317,5 +308,4 @@ void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out) {
   drop(dropout, first, n, out, out);
 }
 
-}  // namespace RODE_ISA
-}  // namespace rode
+}  // namespace rode::RODE_ISA

@@ -103,9 +103,24 @@ struct MatrixPrefetcher {
   }
 };
 
+// Rows of `out`, `stride` apart, += V vectors each; of these `some` columns if kPart.
+template <bool kPart, int TR, int V, class C>
+RODE_INLINE void add_to_rows(const Vector<C> (&sums)[TR][V], int64_t some, C* out, int64_t stride) {
+  constexpr int64_t lanes = kLanes<C>;
+  for (int r = 0; r < TR; ++r)
+    for (int v = 0; v < V; ++v) {
+      C* to = out + r * stride + v * lanes;
+      const int64_t left = kPart ? some - v * lanes : lanes;
+      if (left >= lanes)
+        store(to, load(to) + sums[r][v]);
+      else
+        for (int64_t l = 0; l < left; ++l) to[l] += sums[r][v][l];
+    }
+}
+
 // out[r * stride + c] += sum_i coefficients[i * width + r] * rows[i][c], for TR rows and V vectors from column c on; `some` columns
 // of them where V is 1. Rows are of C, or narrower.
-template <class C, int TR, int V, class E>
+template <int TR, int V, class C, class E>
 void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int64_t count, int64_t c, int64_t some, C* out,
                 int64_t stride, MatrixPrefetcher& prefetcher) {
   constexpr int64_t lanes = kLanes<C>;
@@ -116,24 +131,17 @@ void outer_tile(const C* coefficients, int64_t width, const E* const* rows, int6
     mine.step();
     Vector<C> x[V];
     if (V > 1 || some == lanes) {
-      RODE_UNROLL for (int v = 0; v < V; ++v) x[v] = load_wide<E>(rows[i] + c + v * lanes);
+      RODE_UNROLL for (int v = 0; v < V; ++v) x[v] = load_widened<E>(rows[i] + c + v * lanes);
     } else {
       E first[lanes] = {};
       std::memcpy(first, rows[i] + c, some * sizeof(E));
-      x[0] = load_wide<E>(first);
+      x[0] = load_widened<E>(first);
     }
     RODE_UNROLL for (int r = 0; r < TR; ++r) RODE_UNROLL for (int v = 0; v < V; ++v) sums[r][v] +=
         coefficients[i * width + r] * x[v];
   }
   prefetcher = mine;
-  for (int r = 0; r < TR; ++r)
-    for (int v = 0; v < V; ++v) {
-      C* to = out + r * stride + c + v * lanes;
-      if (V > 1 || some == lanes)
-        store(to, load(to) + sums[r][v]);
-      else
-        for (int64_t l = 0; l < some; ++l) to[l] += sums[r][v][l];
-    }
+  add_to_rows<V == 1>(sums, some, out + c, stride);
 }
 
 #if defined(__AVX512BF16__)
@@ -182,45 +190,22 @@ void outer_tile(const uint32_t* coefficients, int64_t width, const E* const* row
     }
   }
   prefetcher = mine;
-  for (int r = 0; r < TR; ++r)
-    for (int v = 0; v < V; ++v) {
-      float* to = out + r * stride + c + v * lanes;
-      const int64_t left = V > 2 ? lanes : some - v * lanes;
-      if (left >= lanes)
-        store(to, load(to) + sums[r][v]);
-      else
-        for (int64_t l = 0; l < left; ++l) to[l] += sums[r][v][l];
-    }
+  add_to_rows<V == 2>(sums, some, out + c, stride);
 }
 #endif
-
-template <class Column>
-constexpr bool is_float = true;
-template <>
-inline constexpr bool is_float<uint32_t> = false;  // pairs
 
 // The tile of TR rows over columns [0, n), of `rows` and coefficients as they come: elements, or pairs of them.
 template <int TR, class Column, class E, class C>
 void outer_columns(const Column* coefficients, int64_t width, const E* const* rows, int64_t count, int64_t n, C* out,
                    int64_t stride, MatrixPrefetcher& prefetcher) {
-  constexpr int64_t lanes = kLanes<C>, wide = kOuterVectors * lanes;
+  constexpr int kTerm = std::is_same_v<Column, C> ? 1 : 2;  // and vectors of a narrow tile
+  constexpr int64_t tile = kOuterVectors * kLanes<C>, narrow = kTerm * kLanes<C>;
+  const int64_t terms = (count + kTerm - 1) / kTerm;
   int64_t c = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (!is_float<Column>) {
-    for (; c + wide <= n; c += wide)
-      outer_tile<TR, kOuterVectors>(coefficients, width, rows, (count + 1) / 2, c, 0, out, stride, prefetcher);
-    for (; c < n; c += 2 * lanes)
-      outer_tile<TR, 2>(coefficients, width, rows, (count + 1) / 2, c, n - c < 2 * lanes ? n - c : 2 * lanes, out, stride,
-                        prefetcher);
-    return;
-  } else
-#endif
-  {
-    for (; c + wide <= n; c += wide)
-      outer_tile<C, TR, kOuterVectors>(coefficients, width, rows, count, c, 0, out, stride, prefetcher);
-    for (; c < n; c += lanes)
-      outer_tile<C, TR, 1>(coefficients, width, rows, count, c, n - c < lanes ? n - c : lanes, out, stride, prefetcher);
-  }
+  for (; c + tile <= n; c += tile)
+    outer_tile<TR, kOuterVectors>(coefficients, width, rows, terms, c, tile, out, stride, prefetcher);
+  for (; c < n; c += narrow)
+    outer_tile<TR, kTerm>(coefficients, width, rows, terms, c, n - c < narrow ? n - c : narrow, out, stride, prefetcher);
 }
 
 // out[r * stride + c] += sum over `count` tokens of coefficients (token, r) * rows[token][c], for r in [0, width), c in [0, n).
@@ -229,19 +214,10 @@ void outer(const Column* coefficients, int64_t width, const E* const* rows, int6
            MatrixPrefetcher& prefetcher) {
   if (count == 0) return;
   const Parts parts(width, kOuterRows);
-  for (int64_t k = 0, r = 0; k < parts.count; r += parts.size(k++)) {
-    const Column* from = coefficients + r;
-    C* to = out + r * stride;
-    const int64_t size = parts.size(k);
-    if (size == 1) outer_columns<1>(from, width, rows, count, n, to, stride, prefetcher);
-    if (size == 2) outer_columns<2>(from, width, rows, count, n, to, stride, prefetcher);
-    if constexpr (kOuterRows == 6) {
-      if (size == 3) outer_columns<3>(from, width, rows, count, n, to, stride, prefetcher);
-      if (size == 4) outer_columns<4>(from, width, rows, count, n, to, stride, prefetcher);
-      if (size == 5) outer_columns<5>(from, width, rows, count, n, to, stride, prefetcher);
-      if (size == 6) outer_columns<6>(from, width, rows, count, n, to, stride, prefetcher);
-    }
-  }
+  for (int64_t k = 0, r = 0; k < parts.count; r += parts.size(k++))
+    with_constant<kOuterRows>(parts.size(k), [&]<int TR>() {
+      outer_columns<TR>(coefficients + r, width, rows, count, n, out + r * stride, stride, prefetcher);
+    });
 }
 
 }  // namespace

@@ -12,6 +12,21 @@
 
 namespace {
 
+// run(a value of the type that `dtype` names).
+template <class Run>
+void with_type(rode::DType dtype, Run run) {
+  switch (dtype) {
+    case rode::DType::float64:
+      return run(double{});
+    case rode::DType::float32:
+      return run(float{});
+    case rode::DType::float16:
+      return run(Float16{});
+    case rode::DType::bfloat16:
+      return run(BFloat16{});
+  }
+}
+
 // out[i] = element (m, first + i) in the accumulation type.
 template <class T>
 void widen_row(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n, typename AccumulationOf<T>::type* out) {
@@ -19,7 +34,7 @@ void widen_row(const rode::Matrix& matrix, int64_t m, int64_t first, int64_t n, 
   if (matrix.column == 1) {
     using C = typename AccumulationOf<T>::type;
     int64_t i = 0;
-    for (; i + kLanes<C> <= n; i += kLanes<C>) store(out + i, load_wide<T>(p + i));
+    for (; i + kLanes<C> <= n; i += kLanes<C>) store(out + i, load_widened<T>(p + i));
     for (; i < n; ++i) out[i] = widen(p[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) out[i] = widen(p[i * matrix.column]);
@@ -66,7 +81,7 @@ bool any_open(const C* gates, int64_t experts) {
 struct Team {
   int64_t thread, threads;
 
-  static Team here() {
+  static Team current() {
 #ifdef _OPENMP
     return {omp_get_thread_num(), omp_get_num_threads()};
 #else

@@ -147,19 +147,20 @@ typedef float QuadInMemory __attribute__((vector_size(16), aligned(2), may_alias
 typedef uint32_t QuadWords __attribute__((vector_size(4 * kQuadRows)));
 typedef uint16_t QuadHalves __attribute__((vector_size(2 * kQuadRows)));
 
-// v rounded to bfloat16, as `narrow` rounds.
-inline QuadWords bfloat16_bits(Quads v) {
-  const QuadWords w = (QuadWords)v;
-  return v != v ? QuadWords{} + 0x7FC0u : (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
+// v, of floats, rounded to bfloat16, as `narrow` rounds. W: as many words.
+template <class W, class V>
+inline W bfloat16_bits(V v) {
+  const W w = (W)v;
+  return v != v ? W{} + 0x7FC0u : (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
 }
 // v rounded to T as what stands at `out`, float or bfloat16.
 template <class T, class Out>
 inline void store_rounded(Out* out, Quads v) {
   if constexpr (sizeof(Out) == sizeof(uint16_t)) {
-    const QuadHalves bits = __builtin_convertvector(bfloat16_bits(v), QuadHalves);
+    const QuadHalves bits = __builtin_convertvector(bfloat16_bits<QuadWords>(v), QuadHalves);
     std::memcpy(out, &bits, sizeof bits);
   } else {
-    if constexpr (sizeof(T) == sizeof(uint16_t)) v = (Quads)(bfloat16_bits(v) << 16);
+    if constexpr (sizeof(T) == sizeof(uint16_t)) v = (Quads)(bfloat16_bits<QuadWords>(v) << 16);
     std::memcpy(out, &v, sizeof v);
   }
 }
@@ -232,7 +233,7 @@ void sums(const Vector<C>* v, int64_t n, C* out) {
 
 // kLanes elements of T as the accumulation type, and back, rounded.
 template <class T>
-inline Vector<typename AccumulationOf<T>::type> load_wide(const T* p) {
+inline Vector<typename AccumulationOf<T>::type> load_widened(const T* p) {
   using C = typename AccumulationOf<T>::type;
   if constexpr (sizeof(T) == sizeof(C)) {
     return load(reinterpret_cast<const C*>(p));
@@ -254,13 +255,10 @@ inline void store_narrow(T* p, Vector<typename AccumulationOf<T>::type> v) {
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 template <>
-inline Vector<float> load_wide<BFloat16>(const BFloat16* p) {
+inline Vector<float> load_widened<BFloat16>(const BFloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  const Words w = __builtin_convertvector(h, Words) << 16;
-  Vector<float> v;
-  std::memcpy(&v, &w, sizeof v);
-  return v;
+  return (Vector<float>)(__builtin_convertvector(h, Words) << 16);
 }
 template <>
 inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
@@ -271,17 +269,13 @@ inline void store_narrow<BFloat16>(BFloat16* p, Vector<float> v) {
     return;
   }
 #endif
-  Words w;
-  std::memcpy(&w, &v, sizeof w);
-  w = (w + 0x7FFFu + ((w >> 16) & 1u)) >> 16;
-  w = v != v ? Words{} + 0x7FC0u : w;
-  const Halves h = __builtin_convertvector(w, Halves);
+  const Halves h = __builtin_convertvector(bfloat16_bits<Words>(v), Halves);
   std::memcpy(p, &h, sizeof h);
 }
 
 #if defined(__F16C__)
 template <>
-inline Vector<float> load_wide<Float16>(const Float16* p) {
+inline Vector<float> load_widened<Float16>(const Float16* p) {
 #if defined(__AVX512F__)
   // with a mask of all lanes: GCC 12 warns of its own header otherwise
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -327,7 +321,7 @@ inline void scale_rounded(C factor, const C* in, int64_t n, C* out) {
     if constexpr (sizeof(T) != sizeof(C)) {
       T rounded[lanes];
       store_narrow<T>(rounded, v);
-      v = load_wide<T>(rounded);
+      v = load_widened<T>(rounded);
     }
     store_first<C, C>(out + i, v, some);
   }

@@ -22,7 +22,7 @@ class WeightGradients {
         open_(open),
         rows_(is_direct<T, Row>(a.x) && is_direct<T, Row>(a.dy) ? 0 : kSumTokens * kColumns),
         pairs_(Path<T>::kTerm == 1 ? 0 : kSumTokens / 2 * kColumns),
-        dense_(a.drouter == nullptr ? 0 : p.experts * kColumns),
+        dense_(a.drouter_weight == nullptr ? 0 : p.experts * kColumns),
         sums_((p.total_rank + p.experts) * kColumns),
         dropped_(p.dropout.on ? kSumTokens * kColumns : 0),
         zeros_(kColumns) {
@@ -49,7 +49,7 @@ class WeightGradients {
       const Row* rows[kSumTokens];
       take_rows(a.x, block, m0, tokens, c, n, rows);
       MatrixPrefetcher prefetcher = after(a.x, m0 + tokens, c, n, end);
-      if (a.drouter != nullptr) router_columns(block, m0, tokens, n, rows, of_router, prefetcher);
+      if (a.drouter_weight != nullptr) router_columns(block, m0, tokens, n, rows, of_router, prefetcher);
       if (a.dA == nullptr) continue;
       if (p.dropout.on)
         for (int64_t i = 0; i < tokens; ++i) {
@@ -61,8 +61,8 @@ class WeightGradients {
       for (int64_t e = 0; e < p.experts; ++e)
         expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, prefetcher);
     }
-    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.wide, a.dA, c, n);
-    if (a.drouter != nullptr) write_rows(of_router, p.experts, a.router.wide, a.drouter, c, n);
+    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.in_acc_dtype, a.dA, c, n);
+    if (a.drouter_weight != nullptr) write_rows(of_router, p.experts, a.router.in_acc_dtype, a.drouter_weight, c, n);
   }
 
   void output_columns(int64_t c, int64_t n, int64_t end) {
@@ -75,7 +75,7 @@ class WeightGradients {
       for (int64_t e = 0; e < p.experts; ++e)
         expert(block, e, open_.of_dy(block, e), rows, n, sums_.get() + p.offsets[e] * kColumns, prefetcher);
     }
-    a.B.wide ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
+    a.B.in_acc_dtype ? write_transposed(static_cast<C*>(a.dB), c, n) : write_transposed(static_cast<T*>(a.dB), c, n);
   }
   // Columns [c, c + n) of a block's tokens. Where all experts are open to all of them the pairs are the same for all experts: they
   // are interleaved once.
@@ -154,11 +154,11 @@ class WeightGradients {
   }
 
   // Columns [c, c + n) of a gradient's rows.
-  void write_rows(const C* sums, int64_t rows, bool wide, void* out, int64_t c, int64_t n) const {
+  void write_rows(const C* sums, int64_t rows, bool in_acc_dtype, void* out, int64_t c, int64_t n) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = r * p.in_features + c;
-      wide ? store_some<C, C>(static_cast<C*>(out) + at, sums + r * kColumns, n)
-           : store_some<T, C>(static_cast<T*>(out) + at, sums + r * kColumns, n);
+      in_acc_dtype ? store_some<C, C>(static_cast<C*>(out) + at, sums + r * kColumns, n)
+                   : store_some<T, C>(static_cast<T*>(out) + at, sums + r * kColumns, n);
     }
   }
 

@@ -10,7 +10,7 @@ template <class T>
 typename AccumulationOf<T>::type weight_at(const rode::Weight& w, int64_t r, int64_t c) {
   using C = typename AccumulationOf<T>::type;
   const int64_t at = r * w.row + c * w.column;
-  return w.wide ? round_to<T>(static_cast<const C*>(w.data)[at]) : widen(static_cast<const T*>(w.data)[at]);
+  return w.in_acc_dtype ? round_to<T>(static_cast<const C*>(w.data)[at]) : widen(static_cast<const T*>(w.data)[at]);
 }
 
 // The types that products read: the accumulation type, or pairs of bfloat16 where the processor has dot products of them.
@@ -39,31 +39,31 @@ Vector<typename AccumulationOf<T>::type> weights_at(const rode::Weight& w, int64
     for (int64_t i = 0; i < n; ++i) lanes[i] = weight_at<T>(w, r, c + i);
     return load(lanes);
   }
-  if (sizeof(T) == sizeof(C) || w.wide) {
+  if (sizeof(T) == sizeof(C) || w.in_acc_dtype) {
     const C* p = static_cast<const C*>(w.data) + at;
     const Vector<C> v = n == kLanes<C> ? load(p) : load_first(p, n);
-    if (!w.wide) return v;
+    if (!w.in_acc_dtype) return v;
     T rounded[kLanes<C>];
     store_narrow<T>(rounded, v);
-    return load_wide<T>(rounded);
+    return load_widened<T>(rounded);
   }
   const T* p = static_cast<const T*>(w.data) + at;
-  if (n == kLanes<C>) return load_wide<T>(p);
+  if (n == kLanes<C>) return load_widened<T>(p);
   T some[kLanes<C>] = {};
   std::memcpy(some, p, n * sizeof(T));
-  return load_wide<T>(some);
+  return load_widened<T>(some);
 }
 
 // Whether the rows of a weight can be used in place.
 template <class T>
 bool stands_as_rows(const rode::Weight& w, int64_t columns) {
-  return !w.wide && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
+  return !w.in_acc_dtype && sizeof(T) == sizeof(typename Path<T>::Row) && w.column == 1 && w.row == columns;
 }
 
 // Brings columns [c, c + n) of row r, which will be read soon, into the cache.
 template <class T>
 void prefetch(const rode::Weight& w, int64_t r, int64_t c, int64_t n) {
-  const int64_t element = w.wide ? sizeof(typename AccumulationOf<T>::type) : sizeof(T);
+  const int64_t element = w.in_acc_dtype ? sizeof(typename AccumulationOf<T>::type) : sizeof(T);
   const char* first = static_cast<const char*>(w.data) + (r * w.row + c * w.column) * element;
   for (int64_t at = 0; at < n * w.column * element; at += 64) __builtin_prefetch(first + at, 0, 2);
 }
@@ -216,7 +216,7 @@ void pack_transposed(const rode::Weight& w, int64_t i, const Chunks& chunks, Ran
   using C = typename AccumulationOf<T>::type;
   const int64_t width = chunks.width;
   if constexpr (std::is_same_v<C, float> && !std::is_same_v<T, Float16>) {
-    if (w.column == 1 && (w.wide || sizeof(T) == sizeof(float))) {
+    if (w.column == 1 && (w.in_acc_dtype || sizeof(T) == sizeof(float))) {
       transpose_words(i, chunks, wanted, rows, columns, static_cast<const Word*>(w.data), w.row,
                       [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                         RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
@@ -252,7 +252,7 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
 #if defined(__AVX512BF16__)
     const int64_t terms = terms_of<T>(p), width = chunks.width;
     const bool even = ranks_are_even(p);
-    if (even && !w.wide && w.column == 1 && w.row % 2 == 0) {
+    if (even && !w.in_acc_dtype && w.column == 1 && w.row % 2 == 0) {
       transpose_words(i, chunks, wanted, terms, p.out_features, static_cast<const Word*>(w.data), w.row / 2,
                       [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                         RODE_UNROLL for (int l = 0; l < 4; ++l) if (begin <= l && l < end)
@@ -260,13 +260,13 @@ void pack_columns(const rode::Problem& p, const rode::Weight& w, int64_t i, cons
                       });
       return;
     }
-    if (even && w.wide && w.column == 1) {
+    if (even && w.in_acc_dtype && w.column == 1) {
       for (const Range& range : wanted) {
         const Range ranks{2 * range.begin, 2 * range.end};
         transpose_words(i, chunks, {&ranks, 1}, p.total_rank, p.out_features, static_cast<const Word*>(w.data), w.row,
                         [=](int64_t j, int64_t o, const Quads* v, int64_t begin, int64_t end) __attribute__((always_inline)) {
                           RODE_UNROLL for (int l = 0; l < 4; l += 2) if (begin <= l && l < end) {
-                            const QuadWords pairs = bfloat16_bits(v[l]) | bfloat16_bits(v[l + 1]) << 16;
+                            const QuadWords pairs = bfloat16_bits<QuadWords>(v[l]) | bfloat16_bits<QuadWords>(v[l + 1]) << 16;
                             std::memcpy(out + (j + l) / 2 * width + o, &pairs, sizeof pairs);
                           }
                         });
@@ -333,10 +333,7 @@ void pack_rows_as_columns(const rode::Problem& p, const rode::Weight& w, int64_t
       for (int64_t c = 0; c < chunks.width; c += lanes) {
         const int64_t some = n - c >= lanes ? lanes : n > c ? n - c : 0;
         const auto bits = [&](int64_t rank) {  // exact: what is loaded is bfloat16 already
-          const Vector<float> v = some > 0 ? weights_at<T>(w, rank, first + c, some) : Vector<float>{};
-          Words b;
-          std::memcpy(&b, &v, sizeof b);
-          return b;
+          return some > 0 ? (Words)weights_at<T>(w, rank, first + c, some) : Words{};
         };
         Words pairs = bits(j) >> 16;
         if (j + 1 < end) pairs |= bits(j + 1);

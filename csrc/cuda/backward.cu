@@ -8,138 +8,121 @@
 namespace rode::cuda {
 namespace {
 
-using namespace rode::gpu;
-using Type = RODE_TYPE;
-
 // The parameters from which grids and shared memory follow.
-template <class T>
-BackwardParams<T> sizes(const Problem& p, bool routed, const BackwardPlan& plan) {
-  BackwardParams<T> k{};
+BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& plan) {
+  BackwardParams<Type> k{};
   set_sizes(p, k);
   k.routed = routed;
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.expert_groups = divide_up(p.total_rank, 16);
   k.router_groups = routed ? divide_up(p.experts, 16) : 0;
-  k.o_tiles = plan.slabs;
-  k.o_tile_columns = plan.slab;
-  k.share_y = plan.share_y;
-  k.share_x = plan.share_x;
-  k.share_dx = plan.share_dx;
+  k.plan = plan;
   k.chunks = divide_up(k.expert_groups + k.router_groups, plan.groups);
   return k;
 }
 
-template <class T>
-BackwardParams<T> parameters(const Problem& p, const Backward& a) {
+BackwardParams<Type> parameters(const Problem& p, const Backward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  BackwardParams<T> k = sizes<T>(p, a.router != nullptr, a);
-  const int64_t groups = k.expert_groups + k.router_groups, ranges_y = divide_up(M, a.share_y), ranges_x = divide_up(M, a.share_x);
+  BackwardParams<Type> k = sizes(p, a.router != nullptr, a);
+  const int64_t groups = k.expert_groups + k.router_groups;
+  const int64_t ranges_y = divide_up(M, a.tokens_per_split_y), ranges_x = divide_up(M, a.tokens_per_split_x);
   k.pitch = divide_up(K, 8) * 8;
-  k.dy = array<T>(a.dy, a.dy ? (M - 1) * a.ld_dy[0] + (O - 1) * a.ld_dy[1] + 1 : 0);
-  k.x = array<T>(a.x, extent(M, a.ld_x, K));
-  k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
-  k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
-  k.B = array<T>(a.B, (O - 1) * a.ld_B + R);
+  k.dy = array<Type>(a.dy, a.dy ? (M - 1) * a.ld_dy[0] + (O - 1) * a.ld_dy[1] + 1 : 0);
+  k.x = array<Type>(a.x, extent(M, a.ld_x, K));
+  k.A = array<Type>(a.A, (R - 1) * a.ld_A + K);
+  k.router = array<Type>(a.router, (N - 1) * a.ld_A + K);
+  k.B = array<Type>(a.B, (O - 1) * a.ld_B + R);
   k.u = array<float>(a.u, M * R);
   k.g = array<float>(a.g, M * N);
   k.dgates = array<float>(a.dgates, M * N);
   k.seed = array<int64_t>(a.seed, 1);
-  k.D = output<T>(a.D, M * 16 * groups);
-  k.dx = output<T>(a.dx, M * K);
-  k.dh = output<float>(a.dh, M * N);
-  k.open = output<uint32_t>(a.open, divide_up(M, 16));
-  k.t = output<float>(a.t, a.slabs * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
-  k.dB_partial = output<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
-  k.dA_partial = output<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
-  k.dbias_partial = output<float>(a.dbias_partial, divide_up(M, 16) * N);
+  k.D = array<Type>(a.D, M * 16 * groups);
+  k.dx = array<Type>(a.dx, M * K);
+  k.dh = array<float>(a.dh, M * N);
+  k.open = array<uint32_t>(a.open, divide_up(M, 16));
+  k.t = array<float>(a.t, a.o_tiles * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
+  k.dB_partial = array<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
+  k.dA_partial = array<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
+  k.dbias_partial = array<float>(a.dbias_partial, divide_up(M, 16) * N);
   k.ld_dy = a.ld_dy[0];
   k.dy_column = a.ld_dy[1];
   k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
   k.ld_B = static_cast<int>(a.ld_B);
-  k.copy_dy = copy_width<T>(a.dy, a.ld_dy[0]);
-  k.copy_x = copy_width<T>(a.x, a.ld_x);
+  k.copy_dy = copy_width<Type>(a.dy, a.ld_dy[0]);
+  k.copy_x = copy_width<Type>(a.x, a.ld_x);
   k.fast = a.fast;
   k.need_t = a.t != nullptr;
   k.need_B = a.dB_partial != nullptr;
   k.need_A = a.dA != nullptr;
-  k.need_W = a.dW != nullptr;
+  k.need_router = a.drouter_weight != nullptr;
   k.need_x = a.dx != nullptr;
   set_experts(p, k);
   return k;
 }
 
-template <class T, int kTiles, bool kAligned, class Go>
-Status launch_grad_output(const BackwardParams<T>& k, Go go) {
-  using Shape = OTileShape<T, kTiles>;
-  const Dim blocks = grid(k.o_tiles, divide_up(k.M, k.share_y), divide_up(k.expert_tiles, kTiles));
-  const int shared = Shape::kFlags + divide_up(divide_up(k.share_y, Shape::kTokens), 8) * 16;
-  return go("grad_output_pass", blocks, Shape::kThreadsY, shared, grad_output_pass<T, kTiles, kAligned>, k);
+template <int kTiles, bool kAligned, class Go>
+Status launch_grad_output(const BackwardParams<Type>& k, Go go) {
+  using Shape = OTileShape<Type, kTiles>;
+  const Dim blocks = grid(k.plan.o_tiles, divide_up(k.M, k.plan.tokens_per_split_y), divide_up(k.expert_tiles, kTiles));
+  const int shared = Shape::kFlags + divide_up(divide_up(k.plan.tokens_per_split_y, Shape::kTokens), 8) * 16;
+  return go("grad_output_pass", blocks, Shape::kThreadsY, shared, grad_output_pass<Type, kTiles, kAligned>, k);
 }
 
-template <class T, class Go>
-Status launch_gate_backward(const BackwardParams<T>& k, Go go) {
-  return go("gate_backward", grid(divide_up(k.M, 16)), kThreads, gate_backward_bytes(k.N), gate_backward<T>, k);
+template <class Go>
+Status launch_gate_backward(const BackwardParams<Type>& k, Go go) {
+  return go("gate_backward", grid(divide_up(k.M, 16)), kThreads, gate_backward_bytes(k.N), gate_backward<Type>, k);
 }
 
-template <class T, int kGroups, bool kWide, bool kAligned, class Go>
-Status launch_grad_input(const BackwardParams<T>& k, Go go) {
-  using Shape = ColumnShape<T, kGroups>;
-  const bool sums = k.need_A || k.need_W;
-  const int chunks = kWide ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
-  const int share = !kWide || !k.need_x ? k.share_x : !sums ? k.share_dx : k.share_x < k.share_dx ? k.share_x : k.share_dx;
-  const int longest = kWide && k.share_dx > k.share_x ? k.share_dx : k.share_x;
-  const unsigned shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0u);
-  const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, share), chunks);
-  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<T, kGroups, kWide, kAligned>, k);
+template <int kGroups, bool kManyColumns, bool kAligned, class Go>
+Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
+  using Shape = ColumnShape<Type, kGroups>;
+  const bool sums = k.need_A || k.need_router;
+  const int chunks = kManyColumns ? (sums ? k.chunks : 0) + (k.need_x ? 1 : 0) : 1;
+  const int x = k.plan.tokens_per_split_x, dx = k.plan.tokens_per_split_dx;
+  const int shortest = !kManyColumns || !k.need_x ? x : !sums ? dx : x < dx ? x : dx;
+  const int longest = kManyColumns && dx > x ? dx : x;
+  const int shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0);
+  const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, shortest), chunks);
+  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<Type, kGroups, kManyColumns, kAligned>, k);
 }
 
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
-template <class T>
-bool aligned_y(const BackwardParams<T>& k) {
-  return k.dy_column == 1 && k.copy_dy == 16 && k.O % kChunkValues<T> == 0;
+bool aligned_y(const BackwardParams<Type>& k) {
+  return k.dy_column == 1 && k.copy_dy == 16 && k.O % kChunkValues<Type> == 0;
 }
-template <class T>
-bool aligned_x(const BackwardParams<T>& k, const Backward& a) {
-  return k.copy_x == 16 && k.K % kChunkValues<T> == 0 && copy_width<T>(a.dx, k.K) == 16 && copy_width<T>(a.A, k.ld_A) == 16 &&
-         copy_width<T>(a.router, k.ld_A) == 16;
+bool aligned_x(const BackwardParams<Type>& k, const Backward& a) {
+  return k.copy_x == 16 && k.K % kChunkValues<Type> == 0 && copy_width<Type>(a.dx, k.K) == 16 && copy_width<Type>(a.A, k.ld_A) == 16 &&
+         copy_width<Type>(a.router, k.ld_A) == 16;
 }
 
-template <class T, bool kAligned, class Go>
-Status grad_output(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
-  return plan.wide ? launch_grad_output<T, 8, kAligned>(k, go) : launch_grad_output<T, 4, kAligned>(k, go);
+template <bool kAligned, class Go>
+Status grad_output(const BackwardParams<Type>& k, Go go) {
+  return k.plan.many_columns ? launch_grad_output<8, kAligned>(k, go) : launch_grad_output<4, kAligned>(k, go);
 }
-template <class T, bool kAligned, class Go>
-Status grad_input(const BackwardParams<T>& k, const BackwardPlan& plan, Go go) {
-  return plan.groups == 3   ? launch_grad_input<T, 3, false, kAligned>(k, go)
-         : plan.groups == 5 ? launch_grad_input<T, 5, false, kAligned>(k, go)
-                            : launch_grad_input<T, 4, true, kAligned>(k, go);
+template <bool kAligned, class Go>
+Status grad_input(const BackwardParams<Type>& k, Go go) {
+  return k.plan.groups == 3   ? launch_grad_input<3, false, kAligned>(k, go)
+         : k.plan.groups == 5 ? launch_grad_input<5, false, kAligned>(k, go)
+                            : launch_grad_input<4, true, kAligned>(k, go);
 }
 
-template <class T>
-Status reduce(const BackwardParams<T>& k, const Backward& a) {
-  ReduceParams<T> s{};
+Status reduce(const BackwardParams<Type>& k, const Backward& a) {
+  ReduceParams<Type> s{};
   s.dB_partial = k.dB_partial;
   s.dA_partial = k.dA_partial;
   s.dbias_partial = k.dbias_partial;
-  const int64_t R = k.R, K = k.K, N = k.N, O = k.O;
-  const auto both = [](void* data, bool wide, int64_t count, gmem<T>& narrow, gmem<float>& floats, int& size) {
-    if (!data) return;
-    if (wide) {
-      floats = output<float>(data, count);
-    } else {
-      narrow = output<T>(data, count);
-    }
-    size = static_cast<int>(count);
-  };
-  const auto [wide_A, wide_W, wide_B] = a.wide_parameters;
-  both(a.dB, wide_B, O * R, s.dB, s.wide_dB, s.size_B);
-  both(a.dA, wide_A, R * K, s.dA, s.wide_dA, s.size_A);
-  both(a.dW, wide_W, N * K, s.dW, s.wide_dW, s.size_W);
-  s.dbias = output<float>(a.dbias, N);
+  s.size_B = a.dB ? k.O * k.R : 0;
+  s.size_A = a.dA ? k.R * k.K : 0;
+  s.size_router = a.drouter_weight ? k.N * k.K : 0;
   s.size_bias = a.dbias ? k.N : 0;
-  s.ranges_y = divide_up(k.M, k.share_y);
-  s.ranges_x = divide_up(k.M, k.share_x);
+  const auto [fp32_A, fp32_router, fp32_B] = a.params_fp32;
+  s.dB = parameter<Type>(a.dB, fp32_B, s.size_B);
+  s.dA = parameter<Type>(a.dA, fp32_A, s.size_A);
+  s.drouter_weight = parameter<Type>(a.drouter_weight, fp32_router, s.size_router);
+  s.dbias = array<float>(a.dbias, k.N);
+  s.ranges_y = divide_up(k.M, k.plan.tokens_per_split_y);
+  s.ranges_x = divide_up(k.M, k.plan.tokens_per_split_x);
   s.K = k.K;
   s.O = k.O;
   s.R = k.R;
@@ -149,9 +132,9 @@ Status reduce(const BackwardParams<T>& k, const Backward& a) {
   s.pitch_A = k.pitch;
   s.first_router = 16 * k.expert_groups;
   s.parts_bias = divide_up(k.M, 16);
-  const int count = divide_up(s.size_B + s.size_A + s.size_W, 32) * 32 + 32 * s.size_bias;  // at most 2^27
+  const int count = divide_up(s.size_B + s.size_A + s.size_router, 32) * 32 + 32 * s.size_bias;  // at most 2^27
   if (count == 0) return {};
-  return Start{a.stream}("reduce_partials", grid(divide_up(count, kThreads)), kThreads, 0, reduce_partials<T>, s);
+  return Start{a.stream}("reduce_partials", grid(divide_up(count, kThreads)), kThreads, 0, reduce_partials<Type>, s);
 }
 
 }  // namespace
@@ -159,25 +142,25 @@ Status reduce(const BackwardParams<T>& k, const Backward& a) {
 template <>
 Status backward<Type>(const Problem& p, const Backward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  const BackwardParams<Type> k = parameters<Type>(p, a);
+  const BackwardParams<Type> k = parameters(p, a);
   const Start start{a.stream};
   Status status;
-  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<Type, true>(k, a, start) : grad_output<Type, false>(k, a, start);
-  if (!status.error && k.dh) status = launch_gate_backward<Type>(k, start);
-  if (!status.error && (k.need_A || k.need_W || k.need_x))
-    status = aligned_x(k, a) ? grad_input<Type, true>(k, a, start) : grad_input<Type, false>(k, a, start);
+  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<true>(k, start) : grad_output<false>(k, start);
+  if (!status.error && k.dh) status = launch_gate_backward(k, start);
+  if (!status.error && (k.need_A || k.need_router || k.need_x))
+    status = aligned_x(k, a) ? grad_input<true>(k, start) : grad_input<false>(k, start);
   return status.error ? status : reduce(k, a);
 }
 
 template <>
 unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& plan) {
-  BackwardParams<Type> k = sizes<Type>(p, routed, plan);
+  BackwardParams<Type> k = sizes(p, routed, plan);
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
-  grad_output<Type, true>(k, plan, ask);
-  launch_gate_backward<Type>(k, ask);
-  grad_input<Type, true>(k, plan, ask);
+  grad_output<true>(k, ask);
+  launch_gate_backward(k, ask);
+  grad_input<true>(k, ask);
   return most;
 }
 

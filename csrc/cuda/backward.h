@@ -9,23 +9,24 @@ namespace rode::cuda {
 // clang-format off: lists of fields keep their shape
 
 // The kernels of a call; the caller chooses them from shapes alone.
-//   wide      64 packed columns share a reading of dy, not 32
-//   slabs     tiles of O
-//   slab      columns of one, in whole rows of 128 bytes
-//   share_y   tokens of a range of grad_output_pass
-//   groups    of 16 columns of D that a block of grad_input_pass has: 3 or 5, all of them; or 4, as often as it takes
-//   share_x   tokens of a range of grad_input_pass
-//   share_dx  tokens of a range of its dx, with 4 groups
-#define RODE_BACKWARD_PLAN(X) \
-  X(bool, wide) X(int, slabs) X(int, slab) X(int, share_y) X(int, groups) X(int, share_x) X(int, share_dx)
+//   many_columns         64 packed columns share a reading of dy, not 32
+//   o_tiles              tiles of O
+//   o_tile_columns       columns of one, in whole rows of 128 bytes
+//   tokens_per_split_y   tokens of a range of grad_output_pass
+//   groups               of 16 columns of D that a block of grad_input_pass has: 3 or 5, all of them; or 4, as often as it takes
+//   tokens_per_split_x   tokens of a range of grad_input_pass
+//   tokens_per_split_dx  tokens of a range of its dx, with 4 groups
+#define RODE_BACKWARD_PLAN(X)                                                                            \
+  X(bool, many_columns) X(int, o_tiles) X(int, o_tile_columns) X(int, tokens_per_split_y) X(int, groups) \
+  X(int, tokens_per_split_x) X(int, tokens_per_split_dx)
 struct BackwardPlan {
   RODE_BACKWARD_PLAN(RODE_DECLARE)
 };
 
-// Elements from row to row, of dy also from column to column. wide_parameters: whether the gradients of A, router and B are float32
+// Elements from row to row, of dy also from column to column. params_fp32: whether the gradients of A, router and B are float32
 // beside a 16-bit x.
 #define RODE_BACKWARD_LAYOUT(X) \
-  X(int64_t, ld_x) X(Strides, ld_dy) X(int64_t, ld_A) X(int64_t, ld_B) X(ThreeFlags, wide_parameters) X(int, device)
+  X(int64_t, ld_x) X(Strides, ld_dy) X(int64_t, ld_A) X(int64_t, ld_B) X(ThreeFlags, params_fp32) X(int, device)
 struct BackwardLayout : BackwardPlan {
   RODE_BACKWARD_LAYOUT(RODE_DECLARE)
 };
@@ -34,14 +35,16 @@ struct BackwardLayout : BackwardPlan {
 //   dy, x           (M, O), (M, K); dy null: no gradient reaches y
 //   A, router, B    as in `Forward`
 //   u, g, dgates    (M, R), (M, N), (M, N)
-//   dx, dA, dW, dB  (M, K) in x's type, (R, K), (N, K), (O, R)
+//   dx, dA          (M, K) in x's type, (R, K)
+//   drouter_weight  (N, K)
+//   dB              (O, R)
 //   dbias, dh       (N), (M, N): of the logits, or of given gates
 //   D               (M, 16 groups): du and dh in x's type
 //   open            (M / 16), with dh
 //   t, dB_partial, dA_partial, dbias_partial: sums over parts, as in `BackwardParams`
 #define RODE_BACKWARD_CALL(X)                                                                                            \
   X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router) X(const void*, B) X(const float*, u)     \
-  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, dW) X(void*, dB) \
+  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, drouter_weight) X(void*, dB) \
   X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, dB_partial)                       \
   X(float*, dA_partial) X(float*, dbias_partial) X(bool, fast) X(void*, stream)
 struct Backward : BackwardLayout {

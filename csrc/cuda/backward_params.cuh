@@ -23,6 +23,7 @@
 //   reduce_partials: 8, 8
 #pragma once
 
+#include "backward.h"
 #include "params.cuh"
 #include "transposed.cuh"
 
@@ -46,11 +47,11 @@ struct BackwardParams {
   int M, K, O, R, N;
   int expert_tiles;                  // of 8 columns
   int expert_groups, router_groups;  // of 16 columns
-  int o_tiles, o_tile_columns, share_y;  // of O, how wide; tokens of a range
-  int share_x, share_dx, chunks;     // tokens of a range of dA and dWr, of dx; chunks of groups that a block has
+  int chunks;                        // of groups that a block has
+  cuda::BackwardPlan plan;
   int copy_dy, copy_x;
   bool routed, dropout, drop_all, dense, fast;
-  bool need_t, need_B, need_A, need_W, need_x;
+  bool need_t, need_B, need_A, need_router, need_x;
   float scaling[kMaxExperts];
   uint16_t offset[kMaxExperts + 1];  // first column of each expert
   uint8_t expert[kMaxRank];

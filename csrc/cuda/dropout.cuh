@@ -59,7 +59,7 @@ RODE_DEVICE void drop(uint32_t (&a)[4], smem<uint32_t> mask, int row0, int step)
     const int row = row0 + lane_index() / 4 + i % 2 * 8, column = step * kStep + i / 2 * (kStep / 2);
     const uint32_t word = load(mask + (row * kPerRow + column / 32)) >> (column % 32);
     const int t = lane_index() % 4;
-    if constexpr (is_wide<T>) {
+    if constexpr (is_fp32<T>) {
       a[i] &= word >> t & 1 ? 0xffffffffu : 0u;
     } else {
       a[i] &= (word >> 2 * t & 1 ? 0xffffu : 0u) | (word >> (2 * t + 1) & 1 ? 0xffff0000u : 0u);

@@ -8,9 +8,9 @@ namespace rode::gpu {
 
 // ---- apply_gates
 
-// A tile of logits becomes gates: if `share`, in shared memory (16 tokens, N), and if `keep`, in g. True if any is open.
+// A tile of logits becomes gates: if `to_shared`, in shared memory (16 tokens, N), and if `keep`, in g. True if any is open.
 template <class T>
-RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int tile, int m0, smem<float> gates, bool share,
+RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int tile, int m0, smem<float> gates, bool to_shared,
                             bool keep) {
   bool any = false;
 #pragma unroll
@@ -20,19 +20,19 @@ RODE_DEVICE bool open_gates(const ForwardParams<T>& p, const float (&h)[4], int 
     const float logit = h[i] + (p.bias ? load(p.bias + n, n < p.N) : 0.0f);
     const float gate = logit <= 0.0f || !inside ? 0.0f : logit;  // NaN is not swallowed
     any |= n < p.N && gate != 0.0f;
-    store(gates + (row * p.N + n), gate, n < p.N && share);
+    store(gates + (row * p.N + n), gate, n < p.N && to_shared);
     store(p.g + (offset(m0 + row, p.N) + n), gate, inside && n < p.N && keep);
   }
   return any;
 }
 
 template <class T>
-RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gates, bool share) {
+RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gates, bool to_shared) {
   bool any = false;
   for (int i = lane_index(); i < 16 * p.N; i += 32) {
     const float gate = load(p.gates + (offset(m0, p.N) + i), m0 + i / p.N < p.M);
     any |= gate != 0.0f;
-    store(gates + i, gate, share);
+    store(gates + i, gate, to_shared);
   }
   return any;
 }
@@ -40,7 +40,7 @@ RODE_DEVICE bool given_gates(const ForwardParams<T>& p, int m0, smem<float> gate
 // v of 16 tokens as left operands of kCount steps, and a bit for each step in which anything is open.
 template <int kCount>
 struct GatedV {
-  uint32_t a[kCount][4];
+  vec<uint32_t, 4> a[kCount];
   uint32_t open = 0;
 };
 
@@ -61,16 +61,16 @@ RODE_DEVICE void apply_gates(const ForwardParams<T>& p, const float (&u)[4], int
     gated[i] = open ? p.scaling[expert] * gate * u[i] : 0.0f;
     store(p.u + (offset(m0 + row, p.R) + column), open || p.dense ? u[i] : 0.0f, inside && keep);
   }
-  const int step = is_wide<T> ? j : j / 2;
+  const int step = is_fp32<T> ? j : j / 2;
   v.open |= static_cast<uint32_t>(ballot(any) != 0) << step;
-  if constexpr (is_wide<T>) {
-    v.a[step][0] = float_to_bits(gated[0]);
-    v.a[step][1] = float_to_bits(gated[2]);
-    v.a[step][2] = float_to_bits(gated[1]);
-    v.a[step][3] = float_to_bits(gated[3]);
+  if constexpr (is_fp32<T>) {
+    v.a[step].v[0] = float_to_bits(gated[0]);
+    v.a[step].v[1] = float_to_bits(gated[2]);
+    v.a[step].v[2] = float_to_bits(gated[1]);
+    v.a[step].v[3] = float_to_bits(gated[3]);
   } else {
-    v.a[step][j % 2 * 2] = pack2<T>(gated[0], gated[1]);
-    v.a[step][j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
+    v.a[step].v[j % 2 * 2] = pack2<T>(gated[0], gated[1]);
+    v.a[step].v[j % 2 * 2 + 1] = pack2<T>(gated[2], gated[3]);
   }
 }
 
@@ -102,12 +102,12 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
   const bool active = warp_open || !p.in_place;
 
   const auto B_tile = [](int stage, int part) {
-    return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes + part * Stages::kPartBytes), kDepth<T> * kDepth<T>);
+    return shared_array<T>(stage * Stages::kBytes + part * Stages::kPartBytes, kDepth<T> * kDepth<T>);
   };
   // A lane reads back what it has copied itself, so base has no order in common with other lanes.
   const auto base_piece = [&](int stage, int group, int half) {
     const int piece = (group * 2 + half) * kFilling + thread_index();
-    return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes + Stages::kParts * Stages::kPartBytes), kRows * kDepth<T>) +
+    return shared_array<T>(stage * Stages::kBytes + Stages::kParts * Stages::kPartBytes, kRows * kDepth<T>) +
            piece * kLane;
   };
   // Different for the 8 rows of an ldmatrix; rows 2 i and 2 i + 1 in different halves, for rows that are 64 bytes long.
@@ -164,16 +164,10 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
         const gmem<T> to = y_at + (offset(8 * half, p.ld_y) + within);
         if constexpr (kAligned) {
           constexpr int kWords = kLane * kSize / 4, kEach = 4 / kSize;
-          vec<uint32_t, kWords> out{};
-          if (p.base) out = load<vec<uint32_t, kWords>>(base_piece(stage, group, half));
-#pragma unroll
-          for (int i = 0; i < kWords; ++i) {
-            float value[kEach];
-#pragma unroll
-            for (int j = 0; j < kEach; ++j) value[j] = unpack<T>(out.v[i], j) + sum(group, half, i * kEach + j);
-            out.v[i] = pack<T>(value);
-          }
-          store(to, out, m < p.M && o < p.O);
+          vec<uint32_t, kWords> base{};
+          if (p.base) base = load<vec<uint32_t, kWords>>(base_piece(stage, group, half));
+          const auto value = [&](int i) { return unpack<T>(base.v[i / kEach], i % kEach) + sum(group, half, i); };
+          store(to, pack_words<T, kWords>(value), m < p.M && o < p.O);
         } else {
 #pragma unroll
           for (int i = 0; i < kLane; ++i) {
@@ -215,11 +209,11 @@ RODE_DEVICE void expand(const ForwardParams<T>& p, int m0, int first, int last, 
     }
 #pragma unroll
     for (int part = 0; part < (kCount + kRowSteps - 1) / kRowSteps; ++part)
-      accumulate<T, kTiles>(sums, [&](float (&c)[kTiles][4]) {
+      accumulate<T>(sums, [&](float (&c)[kTiles][4]) {
 #pragma unroll
         for (int step = part * kRowSteps; step < kCount && step < (part + 1) * kRowSteps; ++step) {
           if (!(v.open >> step & 1)) continue;
-          const FragmentA<T> a = fragment_a<T>(v.a[step], p.fast);
+          const FragmentA<T> a = fragment_a<T>(v.a[step].v, p.fast);
           const smem<T> tile = B_tile(stage, part);
 #pragma unroll
           for (int j = 0; j < kTiles; j += 2) {

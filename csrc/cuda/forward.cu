@@ -6,13 +6,9 @@
 namespace rode::cuda {
 namespace {
 
-using namespace rode::gpu;
-using Type = RODE_TYPE;
-
 // The parameters from which grids and shared memory follow.
-template <class T>
-ForwardParams<T> sizes(const Problem& p, bool routed, const Plan& plan) {
-  ForwardParams<T> k{};
+ForwardParams<Type> sizes(const Problem& p, bool routed, const Plan& plan) {
+  ForwardParams<Type> k{};
   set_sizes(p, k);
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.router_tiles = routed ? divide_up(p.experts, 8) : 0;
@@ -22,32 +18,31 @@ ForwardParams<T> sizes(const Problem& p, bool routed, const Plan& plan) {
   return k;
 }
 
-template <class T>
-ForwardParams<T> parameters(const Problem& p, const Forward& a) {
+ForwardParams<Type> parameters(const Problem& p, const Forward& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
   const bool routed = a.router != nullptr;
-  ForwardParams<T> k = sizes<T>(p, routed, a);
-  k.x = array<T>(a.x, extent(M, a.ld_x, K));
-  k.A = array<T>(a.A, (R - 1) * a.ld_A + K);
-  k.router = array<T>(a.router, (N - 1) * a.ld_A + K);
-  k.B = array<T>(a.B, O * a.ld_B);
-  k.base = array<T>(a.base, extent(M, a.ld_base, O));
+  ForwardParams<Type> k = sizes(p, routed, a);
+  k.x = array<Type>(a.x, extent(M, a.ld_x, K));
+  k.A = array<Type>(a.A, (R - 1) * a.ld_A + K);
+  k.router = array<Type>(a.router, (N - 1) * a.ld_A + K);
+  k.B = array<Type>(a.B, O * a.ld_B);
+  k.base = array<Type>(a.base, extent(M, a.ld_base, O));
   k.bias = array<float>(a.bias, N);
   k.gates = array<float>(a.gates, M * N);
-  k.y = output<T>(a.y, (M - 1) * a.ld_y + O);
-  k.u = output<float>(a.u, M * R);
-  k.g = output<float>(a.g, M * N);
-  k.partial = output<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
+  k.y = array<Type>(a.y, (M - 1) * a.ld_y + O);
+  k.u = array<float>(a.u, M * R);
+  k.g = array<float>(a.g, M * N);
+  k.partial = array<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
   k.seed = array<int64_t>(a.seed, 1);
   k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
   k.ld_B = static_cast<int>(a.ld_B);
   k.ld_base = static_cast<int>(a.ld_base);
   k.ld_y = static_cast<int>(a.ld_y);
-  k.copy_x = copy_width<T>(a.x, a.ld_x);
-  const int of_A = copy_width<T>(a.A, a.ld_A), of_router = copy_width<T>(a.router, a.ld_A);
+  k.copy_x = copy_width<Type>(a.x, a.ld_x);
+  const int of_A = copy_width<Type>(a.A, a.ld_A), of_router = copy_width<Type>(a.router, a.ld_A);
   k.copy_weights = of_A < of_router ? of_A : of_router;
-  k.copy_B = copy_width<T>(a.B, a.ld_B);
+  k.copy_B = copy_width<Type>(a.B, a.ld_B);
   k.in_place = a.base && a.base == a.y && a.ld_base == a.ld_y;
   k.fast = a.fast;
   set_experts(p, k);
@@ -55,54 +50,53 @@ ForwardParams<T> parameters(const Problem& p, const Forward& a) {
 }
 
 // Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
-template <class T>
-bool aligned(const Forward& a, const ForwardParams<T>& k) {
-  return k.K % kChunkValues<T> == 0 && k.O % kChunkValues<T> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
-         copy_width<T>(a.y, a.ld_y) == 16 && (!a.base || copy_width<T>(a.base, a.ld_base) == 16);
+bool aligned(const Forward& a, const ForwardParams<Type>& k) {
+  return k.K % kChunkValues<Type> == 0 && k.O % kChunkValues<Type> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
+         copy_width<Type>(a.y, a.ld_y) == 16 && (!a.base || copy_width<Type>(a.base, a.ld_base) == 16);
 }
 
-template <class T, bool kAligned, int kExpertTiles, int kRouterTiles, class Go>
-Status fused(ForwardParams<T> k, Go go) {
+template <bool kAligned, int kExpertTiles, int kRouterTiles, class Go>
+Status fused(ForwardParams<Type> k, Go go) {
   k.expert_tiles = kExpertTiles;  // where the kernel looks for the router
   k.router_tiles = kRouterTiles;
-  const int shared = FusedShared<T, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
-  return go("forward_fused", grid(divide_up(k.M, 64)), kBlock<64>, shared, forward_fused<T, kExpertTiles, kRouterTiles, kAligned>,
+  const int shared = FusedShared<Type, kExpertTiles, kRouterTiles>::kPipeline + gates_bytes(k.N) + masks_bytes(k.dropout);
+  return go("forward_fused", grid(divide_up(k.M, 64)), kBlock<64>, shared, forward_fused<Type, kExpertTiles, kRouterTiles, kAligned>,
             k);
 }
 
-template <class T, bool kAligned, int kRows, int kTiles, class Go>
-Status shrunk(const ForwardParams<T>& k, Go go) {
+template <bool kAligned, int kRows, int kTiles, class Go>
+Status shrunk(const ForwardParams<Type>& k, Go go) {
   const Dim blocks = grid(divide_up(k.expert_tiles + k.router_tiles, kTiles), divide_up(k.M, kRows), k.splits);
-  const int shared = ShrinkStages<T, kRows, kTiles>::kPipeline + masks_bytes(k.dropout);
-  return go("forward_shrink", blocks, kBlock<kRows>, shared, forward_shrink<T, kRows, kTiles, kAligned>, k);
+  const int shared = ShrinkStages<Type, kRows, kTiles>::kPipeline + masks_bytes(k.dropout);
+  return go("forward_shrink", blocks, kBlock<kRows>, shared, forward_shrink<Type, kRows, kTiles, kAligned>, k);
 }
 
-template <class T, bool kAligned, int kRows, Passes kPasses, class Go>
-Status expanded(const ForwardParams<T>& k, Go go) {
-  const int outs = divide_up(k.O, kDepth<T>), chunks = divide_up(k.expert_tiles, ExpandShared<T, kRows, kPasses>::kExpertTiles);
+template <bool kAligned, int kRows, Passes kPasses, class Go>
+Status expanded(const ForwardParams<Type>& k, Go go) {
+  const int outs = divide_up(k.O, kDepth<Type>), chunks = divide_up(k.expert_tiles, ExpandShared<Type, kRows, kPasses>::kExpertTiles);
   const int kept = kPasses == Passes::kKept ? kept_bytes(chunks) : 0;
-  const int shared = ExpandShared<T, kRows, kPasses>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N) + kept;
+  const int shared = ExpandShared<Type, kRows, kPasses>::pipeline(k.expert_tiles + k.router_tiles) + gates_bytes(k.N) + kept;
   const Dim blocks = grid(divide_up(k.M, kRows), divide_up(outs, k.out_tiles));
-  return go("forward_expand", blocks, kBlock<kRows>, shared, forward_expand<T, kRows, kAligned, kPasses>, k);
+  return go("forward_expand", blocks, kBlock<kRows>, shared, forward_expand<Type, kRows, kAligned, kPasses>, k);
 }
 
-template <class T, bool kAligned, class Go>
-Status in_two_launches(const ForwardParams<T>& k, const Plan& plan, Go go) {
+template <bool kAligned, class Go>
+Status in_two_launches(const ForwardParams<Type>& k, const Plan& plan, Go go) {
   const int tiles = k.expert_tiles + k.router_tiles;
-  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<T, kAligned, 16, 5>(k, go)
-                  : tiles <= 5                  ? shrunk<T, kAligned, 64, 5>(k, go)
-                                                : shrunk<T, kAligned, 64, 16>(k, go);
+  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<kAligned, 16, 5>(k, go)
+                  : tiles <= 5                  ? shrunk<kAligned, 64, 5>(k, go)
+                                                : shrunk<kAligned, 64, 16>(k, go);
   if (status.error) return status;
-  if (plan.rows == 16) return expanded<T, kAligned, 16, Passes::kOne>(k, go);
-  if (8 * k.expert_tiles <= kDepth<T>) return expanded<T, kAligned, 64, Passes::kOne>(k, go);
-  return plan.keep_v ? expanded<T, kAligned, 64, Passes::kKept>(k, go) : expanded<T, kAligned, 64, Passes::kAgain>(k, go);
+  if (plan.rows == 16) return expanded<kAligned, 16, Passes::kOne>(k, go);
+  if (8 * k.expert_tiles <= kDepth<Type>) return expanded<kAligned, 64, Passes::kOne>(k, go);
+  return plan.keep_v ? expanded<kAligned, 64, Passes::kKept>(k, go) : expanded<kAligned, 64, Passes::kAgain>(k, go);
 }
 
-template <class T, bool kAligned, class Go>
-Status run(const ForwardParams<T>& k, const Plan& plan, Go go) {
-  if (!plan.fused) return in_two_launches<T, kAligned>(k, plan, go);
+template <bool kAligned, class Go>
+Status run(const ForwardParams<Type>& k, const Plan& plan, Go go) {
+  if (!plan.fused) return in_two_launches<kAligned>(k, plan, go);
   const bool small = k.R <= 32 && (!k.routed || k.N <= 8);
-  return small ? fused<T, kAligned, 4, 1>(k, go) : fused<T, kAligned, 8, 2>(k, go);
+  return small ? fused<kAligned, 4, 1>(k, go) : fused<kAligned, 8, 2>(k, go);
 }
 
 }  // namespace
@@ -110,14 +104,14 @@ Status run(const ForwardParams<T>& k, const Plan& plan, Go go) {
 template <>
 Status forward<Type>(const Problem& p, const Forward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  const ForwardParams<Type> k = parameters<Type>(p, a);
-  return aligned(a, k) ? run<Type, true>(k, a, Start{a.stream}) : run<Type, false>(k, a, Start{a.stream});
+  const ForwardParams<Type> k = parameters(p, a);
+  return aligned(a, k) ? run<true>(k, a, Start{a.stream}) : run<false>(k, a, Start{a.stream});
 }
 
 template <>
 unsigned shared_bytes<Type>(const Problem& p, bool routed, const Plan& plan) {
   unsigned most = 0;
-  run<Type, true>(sizes<Type>(p, routed, plan), plan, MostShared{most});
+  run<true>(sizes(p, routed, plan), plan, MostShared{most});
   return most;
 }
 

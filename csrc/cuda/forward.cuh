@@ -43,18 +43,18 @@ struct FusedShared {
 
 // grid (token tiles)
 template <class T, int kExpertTiles, int kRouterTiles, bool kAligned>
-RODE_KERNEL(kBlock<64>, is_wide<T> && kExpertTiles == 8 ? 1 : 2)
+RODE_KERNEL(kBlock<64>, is_fp32<T> && kExpertTiles == 8 ? 1 : 2)
 forward_fused(ForwardParams<T> p) {
   using Shared = FusedShared<T, kExpertTiles, kRouterTiles>;
   constexpr int kTiles = kExpertTiles + kRouterTiles;
   const int m0 = static_cast<int>(block_index().x) * 64, warp_m = warp_index() % 4, warp_m0 = m0 + warp_m * 16;
   const bool keep = warp_index() < 4;  // of two warps that have the same tokens, the one that shares what it makes of their sums
-  const unsigned mask_at = static_cast<unsigned>(Shared::kPipeline + gates_bytes(p.N));
+  const int mask_at = Shared::kPipeline + gates_bytes(p.N);
   float sums[kTiles][4] = {};
   shrink<T, 64, kTiles, kExpertTiles, kAligned>(p, m0, 0, 0, (p.K + kDepth<T> - 1) / kDepth<T>, mask_at, sums);
   add_up<T, 64, kTiles>(0, 1, sums);
 
-  const smem<float> gates = shared_array<float>(static_cast<unsigned>(Shared::kPipeline + warp_m * 16 * p.N * 4), 16 * p.N);
+  const smem<float> gates = shared_array<float>(Shared::kPipeline + warp_m * 16 * p.N * 4, 16 * p.N);
   bool any = false;
   if (p.routed) {
 #pragma unroll
@@ -63,7 +63,7 @@ forward_fused(ForwardParams<T> p) {
     any = given_gates(p, warp_m0, gates, keep);
   }
   const bool block_open = sync_threads_or(any);  // and the gates are there
-  constexpr int kCount = kExpertTiles / (is_wide<T> ? 1 : 2);
+  constexpr int kCount = kExpertTiles / (is_fp32<T> ? 1 : 2);
   GatedV<kCount> v;
 #pragma unroll
   for (int j = 0; j < kExpertTiles; ++j) apply_gates(p, sums[j], j, j, warp_m0, gates, keep, v);
@@ -79,21 +79,21 @@ RODE_KERNEL(kBlock<kRows>, 2)
 forward_shrink(ForwardParams<T> p) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   const int m0 = static_cast<int>(block_index().y) * kRows, first_tile = static_cast<int>(block_index().x) * kTiles;
-  const int stages = (p.K + kDepth<T> - 1) / kDepth<T>, share = (stages + p.splits - 1) / p.splits;
-  const int split = static_cast<int>(block_index().z), first = split * share;
-  const int count = stages - first < share ? stages - first : share;
+  const int stages = (p.K + kDepth<T> - 1) / kDepth<T>, per_split = (stages + p.splits - 1) / p.splits;
+  const int split = static_cast<int>(block_index().z), first = split * per_split;
+  const int count = stages - first < per_split ? stages - first : per_split;
   float sums[Stages::kMine][4] = {};
   shrink<T, kRows, kTiles, -1, kAligned>(p, m0, first_tile, first, count, Stages::kPipeline, sums);
 
   const int columns = 8 * (p.expert_tiles + p.router_tiles), row0 = m0 + warp_index() % Stages::kWarpsM * 16;
-  const int warp_share = warp_index() / Stages::kWarpsM;
+  const int peer = warp_index() / Stages::kWarpsM;
   const auto write = [&](int tile, const float (&c)[4]) {
     const bool exists = 8 * tile < columns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = row0 + fragment_row(2 * half);
       const gmem<float> to = p.partial + ((static_cast<int64_t>(split) * p.M + m) * columns + 8 * tile + fragment_column<T>(0));
-      if constexpr (is_wide<T>) {
+      if constexpr (is_fp32<T>) {
         store(to, c[2 * half], exists && m < p.M);
         store(to + 4, c[2 * half + 1], exists && m < p.M);
       } else {
@@ -103,12 +103,12 @@ forward_shrink(ForwardParams<T> p) {
   };
   if constexpr (Stages::kWarpsK == 1) {
 #pragma unroll
-    for (int j = 0; j < Stages::kMine; ++j) write(first_tile + warp_share * Stages::kMine + j, sums[j]);
+    for (int j = 0; j < Stages::kMine; ++j) write(first_tile + peer * Stages::kMine + j, sums[j]);
   } else {
-    add_up<T, kRows, kTiles>(warp_share, Stages::kWarpsK, sums);
+    add_up<T, kRows, kTiles>(peer, Stages::kWarpsK, sums);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      if (j % Stages::kWarpsK == warp_share) write(first_tile + j, sums[j]);
+      if (j % Stages::kWarpsK == peer) write(first_tile + j, sums[j]);
   }
 }
 
@@ -130,7 +130,7 @@ RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int fir
       for (int half = 0; half < 2; ++half) {
         const gmem<const float> of_row = from + half * 8 * columns;
         const bool inside = m + 8 * half < p.M && split + i * by < p.splits;
-        if constexpr (is_wide<T>) {
+        if constexpr (is_fp32<T>) {
           part[i][half] = {load(of_row, inside), load(of_row + 4, inside)};
         } else {
           part[i][half] = load<vec<float, 2>>(of_row, inside);
@@ -151,8 +151,8 @@ template <class T, int kRows, Passes kPasses>
 struct ExpandShared {
   static constexpr int kStages = kPasses == Passes::kOne ? 5 : 3, kExpertTiles = kDepth<T> / 8;  // of a pass: 128 bytes of B's rows
   static constexpr int kPipeline = ExpandStages<T, kRows, kExpertTiles, kStages>::kBytes * kStages;
-  static constexpr int kSharing = kBlock<kRows> / 32 / (kRows / 16);  // warps that have the same tokens
-  static constexpr int kParts = kRows == 16 ? kSharing : 1;           // of the splits, each added up by another warp
+  static constexpr int kPeers = kBlock<kRows> / 32 / (kRows / 16);  // warps that have the same tokens
+  static constexpr int kParts = kRows == 16 ? kPeers : 1;           // of the splits, each added up by another warp
   // Before the pipeline starts: sums of the column tiles of a pass, of all of them if it is the only one, else at most 8.
   RODE_HOST_DEVICE static constexpr int partials_bytes(int tiles) { return kParts * kRows / 16 * tiles * 512; }
   RODE_HOST_DEVICE static constexpr int pipeline(int tiles) {
@@ -170,21 +170,21 @@ RODE_KERNEL(kBlock<kRows>, 2)
 forward_expand(ForwardParams<T> p) {
   using Shared = ExpandShared<T, kRows, kPasses>;
   constexpr bool kOne = kPasses == Passes::kOne;
-  constexpr int kExpertTiles = Shared::kExpertTiles, kCount = kRowSteps, kWarpsM = kRows / 16, kSharing = Shared::kSharing;
+  constexpr int kExpertTiles = Shared::kExpertTiles, kCount = kRowSteps, kWarpsM = kRows / 16, kPeers = Shared::kPeers;
   constexpr int kParts = Shared::kParts;
   const int m0 = static_cast<int>(block_index().x) * kRows, lane = lane_index(), warp_m = warp_index() % kWarpsM;
-  const int share = warp_index() / kWarpsM, warp_m0 = m0 + warp_m * 16, tiles = p.expert_tiles + p.router_tiles;
+  const int peer = warp_index() / kWarpsM, warp_m0 = m0 + warp_m * 16, tiles = p.expert_tiles + p.router_tiles;
   const int chunks = kOne ? 1 : (p.expert_tiles + kExpertTiles - 1) / kExpertTiles, pipeline = Shared::pipeline(tiles);
   const bool writes = block_index().y == 0;  // one of those who have them writes u and g
 
-  const smem<float> gates = shared_array<float>(static_cast<unsigned>(pipeline + warp_m * 16 * p.N * 4), 16 * p.N);
-  const auto kept_at = [&] { return static_cast<unsigned>(pipeline + gates_bytes(p.N)); };
+  const smem<float> gates = shared_array<float>(pipeline + warp_m * 16 * p.N * 4, 16 * p.N);
+  const auto kept_at = [&] { return pipeline + gates_bytes(p.N); };
   const auto kept = [&](int chunk, int step) {
     return shared_array<uint32_t>(kept_at(), chunks * kCount * kThreads * 4) +
            ((chunk * kCount + step) * kThreads + warp_m * 32 + lane) * 4;
   };
   const auto kept_open = [&](int chunk) {
-    return shared_array<uint32_t>(kept_at() + static_cast<unsigned>(chunks * kCount * kThreads * 16), chunks * kWarps) +
+    return shared_array<uint32_t>(kept_at() + chunks * kCount * kThreads * 16, chunks * kWarps) +
            (chunk * kWarps + warp_m);
   };
   // The only pass, or one for the router and one for every chunk of experts. Their code stands here once: a block is over before
@@ -201,10 +201,10 @@ forward_expand(ForwardParams<T> p) {
     };
     // Warps that have the same tokens share the tiles; with few tokens, and then many splits, these.
 #pragma unroll 1
-    for (int tile = begin + (kParts == 1 ? share : 0); tile < end; tile += kParts == 1 ? kSharing : 1) {
+    for (int tile = begin + (kParts == 1 ? peer : 0); tile < end; tile += kParts == 1 ? kPeers : 1) {
       float c[4];
-      add_splits(p, tile, warp_m0, kParts == 1 ? 0 : share, kParts, c);
-      store(partials(kParts == 1 ? 0 : share, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
+      add_splits(p, tile, warp_m0, kParts == 1 ? 0 : peer, kParts, c);
+      store(partials(kParts == 1 ? 0 : peer, tile), vec<float, 4>{{c[0], c[1], c[2], c[3]}});
     }
     sync_threads();
     const auto sums = [&](int tile, float (&c)[4]) {
@@ -221,26 +221,25 @@ forward_expand(ForwardParams<T> p) {
         for (int j = 0; j < p.router_tiles; ++j) {
           float h[4];
           sums(p.expert_tiles + j, h);
-          any |= open_gates(p, h, j, warp_m0, gates, share == 0, share == 0 && writes);
+          any |= open_gates(p, h, j, warp_m0, gates, peer == 0, peer == 0 && writes);
         }
       } else {
-        any = given_gates(p, warp_m0, gates, share == 0);
+        any = given_gates(p, warp_m0, gates, peer == 0);
       }
       block_open = sync_threads_or(any);  // and the gates are there
     }
-    if (kOne || (pass >= 0 && share == pass % kSharing)) {
+    if (kOne || (pass >= 0 && peer == pass % kPeers)) {
       v.open = 0;
 #pragma unroll
       for (int j = 0; j < kExpertTiles; ++j) {
         float u[4] = {};
         if (begin + j < p.expert_tiles) sums(begin + j, u);
-        apply_gates(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || share == 0), v);
+        apply_gates(p, u, begin + j, j, warp_m0, gates, writes && (!kOne || peer == 0), v);
       }
       if constexpr (kPasses == Passes::kKept) {
         store(kept_open(pass), v.open, lane == 0);
 #pragma unroll
-        for (int step = 0; step < kCount; ++step)
-          store(kept(pass, step), vec<uint32_t, 4>{{v.a[step][0], v.a[step][1], v.a[step][2], v.a[step][3]}});
+        for (int step = 0; step < kCount; ++step) store(kept(pass, step), v.a[step]);
       }
     }
     sync_threads();  // partials are free
@@ -259,10 +258,7 @@ forward_expand(ForwardParams<T> p) {
     } else if constexpr (kPasses == Passes::kKept) {
       w.open = load(kept_open(chunk));
 #pragma unroll
-      for (int step = 0; step < kCount; ++step) {
-        const vec<uint32_t, 4> a = load<vec<uint32_t, 4>>(kept(chunk, step));
-        for (int i = 0; i < 4; ++i) w.a[step][i] = a.v[i];
-      }
+      for (int step = 0; step < kCount; ++step) w.a[step] = load<vec<uint32_t, 4>>(kept(chunk, step));
     }
   };
   const int outs = (p.O + kDepth<T> - 1) / kDepth<T>, first = static_cast<int>(block_index().y) * p.out_tiles;

@@ -15,7 +15,7 @@ gate_backward(BackwardParams<T> p) {
   const int lane = lane_index(), warp = warp_index(), tile16 = static_cast<int>(block_index().x), m0 = tile16 * 16;
   const int all = (p.M + 15) / 16, rows = p.M - m0 < 16 ? p.M - m0 : 16, pitch = 16 * (p.expert_groups + p.router_groups);
   const smem<float> gates = shared_array<float>(0, 16 * p.N);
-  const auto of_warp = [&](int w) { return shared_array<float>(static_cast<unsigned>((1 + w) * 16 * p.N * 4), 16 * p.N); };
+  const auto of_warp = [&](int w) { return shared_array<float>((1 + w) * 16 * p.N * 4, 16 * p.N); };
   const smem<float> dg = of_warp(warp);
   bool some = false;
   for (int i = thread_index(); i < 16 * p.N; i += kThreads) {
@@ -29,7 +29,7 @@ gate_backward(BackwardParams<T> p) {
   for (int tile = warp; tile < 2 * p.expert_groups; tile += kWarps) {
     float gate[4], factor[4], t[4] = {}, product[4];
     int expert[4];
-    bool any = false;
+    bool wanted[4], any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int column = 8 * tile + sum_column(i), row = fragment_row(i);
@@ -37,6 +37,7 @@ gate_backward(BackwardParams<T> p) {
       const bool inside = column < p.R && row < rows;
       gate[i] = load(gates + (row * p.N + expert[i]), inside);
       factor[i] = inside ? p.scaling[expert[i]] : 0.0f;
+      wanted[i] = inside && (gate[i] != 0.0f || p.dense);
       any |= gate[i] != 0.0f;
     }
     const bool open = ballot(any) != 0;  // as grad_output_pass found it: then t was computed, of all 16 tokens
@@ -45,22 +46,17 @@ gate_backward(BackwardParams<T> p) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = 8 * tile + sum_column(i), row = fragment_row(i);
-        const bool wanted = (gate[i] != 0.0f || p.dense) && column < p.R && row < rows;
-        u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted);
+        u[i] = load(p.u + (offset(m0 + row, p.R) + column), wanted[i]);
       }
 #pragma unroll 8
-      for (int o_tile = 0; o_tile < p.o_tiles; ++o_tile) {
+      for (int o_tile = 0; o_tile < p.plan.o_tiles; ++o_tile) {
         const vec<float, 4> part =
             load<vec<float, 4>>(p.t + (((static_cast<int64_t>(o_tile) * all + tile16) * p.expert_tiles + tile) * 128 + lane * 4));
 #pragma unroll
         for (int i = 0; i < 4; ++i) t[i] += part.v[i];
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 8 * tile + sum_column(i), row = fragment_row(i);
-        const bool wanted = (gate[i] != 0.0f || p.dense) && column < p.R && row < rows;
-        product[i] = wanted ? factor[i] * t[i] * u[i] : 0.0f;
-      }
+      for (int i = 0; i < 4; ++i) product[i] = wanted[i] ? factor[i] * t[i] * u[i] : 0.0f;
       const int last = 8 * tile + 7 < p.R ? 8 * tile + 7 : p.R - 1;
       for (int e = p.expert[8 * tile]; e <= p.expert[last]; ++e) {  // by selection: what is not finite in one expert stays there
         float low = (expert[0] == e ? product[0] : 0.0f) + (expert[1] == e ? product[1] : 0.0f);

@@ -1,4 +1,4 @@
-// Host side of the kernels around library products, for one type, RODE_TYPE: parameters, launches.
+// Host side of the kernels around PyTorch's matrix products, for one type, RODE_TYPE: parameters, launches.
 #include "gates.cuh"
 #include "gates.h"
 #include "host.h"
@@ -6,26 +6,11 @@
 namespace rode::cuda {
 namespace {
 
-using namespace rode::gpu;
-using Type = RODE_TYPE;
-
 static_assert(apply_gates_bytes(kMaxExperts) <= kMaxShared && apply_gates_backward_bytes(kMaxExperts, kMaxRank) <= kMaxShared);
 
-template <class T>
-Given<T> given(const void* data, bool wide, int64_t count) {
-  Given<T> from{};
-  if (wide) {
-    from.wide = array<float>(data, count);
-  } else {
-    from.narrow = array<T>(data, count);
-  }
-  return from;
-}
-
 // The parameters of both directions.
-template <class T>
-GateParams<T> parameters(const Problem& p, const GatesLayout& layout) {
-  GateParams<T> k{};
+GateParams<Type> parameters(const Problem& p, const GatesLayout& layout) {
+  GateParams<Type> k{};
   set_sizes(p, k);
   set_experts(p, k);
   k.columns = static_cast<int>(layout.columns);
@@ -40,13 +25,13 @@ template <>
 Status pack_parameters<Type>(const Problem& p, const Pack& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
-  const auto [wide_A, wide_router, wide_B] = a.wide_parameters;
+  const auto [fp32_A, fp32_router, fp32_B] = a.params_fp32;
   PackParams<Type> k{};
-  k.A = given<Type>(a.A, wide_A, R * K);
-  k.router = given<Type>(a.router, wide_router, N * K);
-  k.B = given<Type>(a.B, wide_B, O * R);
-  k.W = output<Type>(a.to_W, a.rows * a.pitch_K);
-  k.to_B = output<Type>(a.to_B, O * a.pitch_R);
+  k.A = parameter<Type>(a.A, fp32_A, R * K);
+  k.router = parameter<Type>(a.router, fp32_router, N * K);
+  k.B = parameter<Type>(a.B, fp32_B, O * R);
+  k.W = array<Type>(a.to_W, a.rows * a.pitch_K);
+  k.to_B = array<Type>(a.to_B, O * a.pitch_R);
   k.K = static_cast<int>(K);
   k.R = static_cast<int>(R);
   k.N = static_cast<int>(N);
@@ -62,13 +47,13 @@ Status pack_parameters<Type>(const Problem& p, const Pack& a) {
 template <>
 Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  GateParams<Type> k = parameters<Type>(p, a);
+  GateParams<Type> k = parameters(p, a);
   k.sums = array<float>(a.sums, p.tokens * a.columns);
   k.bias = array<float>(a.bias, p.experts);
   k.gates = array<float>(a.gates, p.tokens * p.experts);
-  k.u = output<float>(a.u, p.tokens * p.total_rank);
-  k.g = output<float>(a.g, p.tokens * p.experts);
-  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
+  k.u = array<float>(a.u, p.tokens * p.total_rank);
+  k.g = array<float>(a.g, p.tokens * p.experts);
+  k.v = array<Type>(a.v, p.tokens * a.pitch_R);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("apply_gates", blocks, kThreads, apply_gates_bytes(k.N), gpu::apply_gates<Type>, k);
 }
@@ -76,14 +61,14 @@ Status apply_gates<Type>(const Problem& p, const ApplyGates& a) {
 template <>
 Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  GateParams<Type> k = parameters<Type>(p, a);
+  GateParams<Type> k = parameters(p, a);
   k.t = array<float>(a.t, p.tokens * a.pitch_R);
   k.old_u = array<float>(a.u, p.tokens * p.total_rank);
   k.old_g = array<float>(a.g, p.tokens * p.experts);
   k.dgates = array<float>(a.dgates, p.tokens * p.experts);
-  k.v = output<Type>(a.v, p.tokens * a.pitch_R);
-  k.D = output<Type>(a.D, p.tokens * a.columns);
-  k.dh = output<float>(a.dh, p.tokens * p.experts);
+  k.v = array<Type>(a.v, p.tokens * a.pitch_R);
+  k.D = array<Type>(a.D, p.tokens * a.columns);
+  k.dh = array<float>(a.dh, p.tokens * p.experts);
   const Dim blocks = grid(divide_up(p.tokens, kGateTokens));
   return Start{a.stream}("apply_gates_backward", blocks, kThreads, apply_gates_backward_bytes(k.N, k.pitch_R),
                          gpu::apply_gates_backward<Type>, k);

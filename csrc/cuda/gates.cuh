@@ -1,9 +1,9 @@
-// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between products that a
-// library computes, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
+// pack_parameters puts parameters side by side, in x's type. apply_gates and apply_gates_backward stand between matrix products by
+// PyTorch, for mixtures of so many columns that it multiplies faster than the kernels beside this file (docs/cuda.md):
 //
-//   forward    sums = x [A; Wr]^T (library)   apply_gates: g, u, v                       y = base + v B^T (library)
-//   backward   t = dy B (library)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
-//                                                                                        dx = D [A; Wr] (library)
+//   forward    sums = x [A; Wr]^T (PyTorch)   apply_gates: g, u, v                       y = base + v B^T (PyTorch)
+//   backward   t = dy B (PyTorch)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
+//                                                                                        dx = D [A; Wr] (PyTorch)
 //
 // Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
 //   pack_parameters: 8, 8
@@ -16,20 +16,9 @@
 
 namespace rode::gpu {
 
-// A matrix in x's type or, beside 16 bits, in float32.
-template <class T>
-struct Given {
-  gmem<const T> narrow;
-  gmem<const float> wide;
-};
-template <class T>
-RODE_DEVICE T narrowed(const Given<T>& from, int64_t at, bool inside) {
-  return from.wide ? from_float<T>(load(from.wide + at, inside)) : load(from.narrow + at, inside);
-}
-
 template <class T>
 struct PackParams {
-  Given<T> A, router, B;
+  Parameter<const T, const float> A, router, B;
   gmem<T> W, to_B;  // (rows, pitch_K), (O, pitch_R); rows 0: not asked for, and so O
   int K, R, N, O, rows, pitch_K, pitch_R;
 };
@@ -48,11 +37,14 @@ pack_parameters(PackParams<T> p) {
   const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
   const int row = static_cast<int>(piece / (pitch / kEach)), column = static_cast<int>(piece % (pitch / kEach)) * kEach;
   const bool of_router = !of_B && row >= p.R, exists = of_B || row < p.R + p.N;
-  const Given<T> from = of_B ? p.B : of_router ? p.router : p.A;
+  const auto from = of_B ? p.B : of_router ? p.router : p.A;
   vec<T, kEach> out;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    out.v[i] = narrowed(from, offset(of_router ? row - p.R : row, columns) + column + i, exists && column + i < columns);
+  for (int i = 0; i < kEach; ++i) {
+    const int64_t at = offset(of_router ? row - p.R : row, columns) + column + i;
+    const bool inside = exists && column + i < columns;
+    out.v[i] = from.fp32 ? from_float<T>(load(from.fp32 + at, inside)) : load(from.narrow + at, inside);
+  }
   store((of_B ? p.to_B : p.W) + (offset(row, pitch) + column), out);
 }
 
@@ -122,7 +114,7 @@ apply_gates_backward(GateParams<T> p) {
   const smem<float> gates = shared_array<float>(0, kGateTokens * p.N);
   const auto product_at = [&](int row, int column) {
     const int pitch = product_pitch(p.pitch_R);
-    return shared_array<float>(static_cast<unsigned>(kGateTokens * p.N * 4), kGateTokens * pitch) +
+    return shared_array<float>(kGateTokens * p.N * 4, kGateTokens * pitch) +
            (row * pitch + column + column / 16);
   };
   for (int i = thread_index(); i < rows * p.N; i += kThreads) store(gates + i, load(p.old_g + (offset(m0, p.N) + i)));

@@ -1,5 +1,5 @@
-// Kernels around products that a library computes: parameters in x's type before them, gates between them. No torch, no Python, and
-// no CUDA header.
+// Kernels around PyTorch's matrix products: parameters in x's type before them, gates between them. No torch, no Python, and no
+// CUDA header.
 #pragma once
 
 #include "forward.h"
@@ -9,9 +9,9 @@ namespace rode::cuda {
 // clang-format off: lists of fields keep their shape
 
 // Parameters become x's type: W (rows, pitch_K) is A, then the router, then zeros; B (O, pitch_R) goes on with zeros. Pitches are
-// multiples of 8 elements. wide_parameters: whether A, router and B are float32 beside a 16-bit x.
+// multiples of 8 elements. params_fp32: whether A, router and B are float32 beside a 16-bit x.
 #define RODE_PACK_LAYOUT(X) \
-  X(ThreeFlags, wide_parameters) X(int64_t, rows) X(int64_t, pitch_K) X(int64_t, pitch_R) X(int, device)
+  X(ThreeFlags, params_fp32) X(int64_t, rows) X(int64_t, pitch_K) X(int64_t, pitch_R) X(int, device)
 struct PackLayout {
   RODE_PACK_LAYOUT(RODE_DECLARE)
 };

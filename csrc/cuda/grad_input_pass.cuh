@@ -18,16 +18,8 @@ struct ColumnShape {
   static constexpr int kMaskWords = kColumns / 32, kMaskBytes = kTokens * kMaskWords * 4;
   static constexpr int kFlags = kStages * kStageBytes;
   // Two masks of dropout stand behind the flags of so many tiles of tokens.
-  RODE_HOST_DEVICE static constexpr unsigned masks(int count) { return static_cast<unsigned>(kFlags + (count + 7) / 8 * 16); }
+  RODE_HOST_DEVICE static constexpr int masks(int count) { return kFlags + (count + 7) / 8 * 16; }
 };
-
-// Where a row of [A; Wr] padded as D's columns are stands, if it exists.
-template <class T>
-RODE_DEVICE Row<T> weight_row(const BackwardParams<T>& p, int row) {
-  const int router = row - 16 * p.expert_groups;
-  return router < 0 ? Row<T>{p.A + offset(row, p.ld_A), row < p.R}
-                    : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
-}
 
 // In dx a lane owns 16 bytes of consecutive columns: n of tile j is this one of a warp's. Only which weights stand in which
 // registers depends on it.
@@ -45,17 +37,8 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
     const int m = m0 + fragment_row(2 * half);
     const gmem<T> to = p.dx + (static_cast<int64_t>(m) * p.K + k);
     if constexpr (kAligned) {
-      constexpr int kEach = 4 / static_cast<int>(sizeof(T)), kWords = 2 * kTiles / kEach;
-      static_assert(kWords == 4);
-      vec<uint32_t, kWords> out;
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        float value[kEach];
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) value[i] = c[(w * kEach + i) / 2][2 * half + (w * kEach + i) % 2];
-        out.v[w] = pack<T>(value);
-      }
-      store(to, out, m < p.M && k < p.K);
+      static_assert(2 * kTiles == kChunkValues<T>);
+      store(to, pack_words<T, 4>([&](int i) { return c[i / 2][2 * half + i % 2]; }), m < p.M && k < p.K);
     } else {
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) store(to + i, from_float<T>(c[i / 2][2 * half + i % 2]), m < p.M && k + i < p.K);
@@ -73,7 +56,7 @@ RODE_DEVICE void drop_b(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words
     for (int i = 0; i < 2; ++i) {
       const int column = column0 + 8 * j + lane_index() / 4;
       const auto kept = [&](int row) { return load(mask + (row * words + column / 32)) >> (column % 32) & 1; };
-      if constexpr (is_wide<T>) {
+      if constexpr (is_fp32<T>) {
         b[j][i] &= kept(row0 + t + 4 * i) ? ~0u : 0u;
       } else {
         const int row = row0 + 2 * t + 8 * i;
@@ -92,23 +75,23 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words
     }
 }
 
-// grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kWide) dx has blocks and
-// ranges of its own, the first ones, for they have the most to do.
-template <class T, int kGroups, bool kWide, bool kAligned>
+// grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kManyColumns) dx has
+// blocks and ranges of its own, the first ones, for they have the most to do.
+template <class T, int kGroups, bool kManyColumns, bool kAligned>
 RODE_KERNEL(kThreads, kGroups == 3 ? 3 : 2)
 grad_input_pass(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
   constexpr int kTiles = Shape::kTiles, kSteps = Shape::kSteps, kSize = Shape::kSize;
   const int warp = warp_index(), range = static_cast<int>(block_index().y);
   const int k0 = static_cast<int>(block_index().x) * Shape::kColumns, warp_k = warp * kTiles * 8;
-  const int of_dx = kWide && p.need_x ? 1 : 0, chunk = static_cast<int>(block_index().z) - of_dx;
-  const bool writes = kWide ? chunk < 0 : p.need_x, sums_up = (p.need_A || p.need_W) && chunk >= 0;
-  const int share = kWide && writes ? p.share_dx : p.share_x, first = range * share, left = p.M - first;
+  const int of_dx = kManyColumns && p.need_x ? 1 : 0, chunk = static_cast<int>(block_index().z) - of_dx;
+  const bool writes = kManyColumns ? chunk < 0 : p.need_x, sums_up = (p.need_A || p.need_router) && chunk >= 0;
+  const int most = kManyColumns && writes ? p.plan.tokens_per_split_dx : p.plan.tokens_per_split_x, first = range * most, left = p.M - first;
   if (left <= 0) return;  // the other kind has more ranges
-  const int tokens = left < share ? left : share, count = (tokens + Shape::kTokens - 1) / Shape::kTokens;
+  const int tokens = left < most ? left : most, count = (tokens + Shape::kTokens - 1) / Shape::kTokens;
   const int groups = p.expert_groups + p.router_groups, pitch = 16 * groups;
   // In dx of several chunks tiles are gone through once a chunk.
-  const int turns = kWide && writes ? p.chunks : 1, group0 = kWide && !writes ? chunk * kGroups : 0;
+  const int turns = kManyColumns && writes ? p.chunks : 1, group0 = kManyColumns && !writes ? chunk * kGroups : 0;
   const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
 
   const auto flags = shared_array<uint16_t>(Shape::kFlags, count);
@@ -122,12 +105,12 @@ grad_input_pass(BackwardParams<T> p) {
     store(flags + tile, static_cast<uint16_t>(open));
   }
   const auto x_tile = [](int stage, int tile) {
-    return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes),
+    return shared_array<T>(stage * Shape::kStageBytes + tile * Shape::kTileBytes,
                            Shape::kTokens * kDepth<T>);
   };
   const auto D_tile = [&](int stage, int part) { return x_tile(stage, 2 + part); };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(Shape::masks(count) + static_cast<unsigned>(tile % 2 * Shape::kMaskBytes), Shape::kMaskBytes / 4);
+    return shared_array<uint32_t>(Shape::masks(count) + tile % 2 * Shape::kMaskBytes, Shape::kMaskBytes / 4);
   };
   const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
@@ -164,9 +147,9 @@ grad_input_pass(BackwardParams<T> p) {
       store(mask_of(tile) + i, p.drop_all ? 0u : keep_bits(static_cast<uint64_t>(element), seed, p.threshold));
     }
   };
-  uint32_t weight[kWide ? 1 : kGroups][kSteps][kTiles][2];
+  uint32_t weight[kManyColumns ? 1 : kGroups][kSteps][kTiles][2];
   // A lane's columns of dx are 16 bytes of each of the rows of [A; Wr] that an mma asks of it.
-  constexpr int kEach = is_wide<T> ? 2 : 4;
+  constexpr int kEach = is_fp32<T> ? 2 : 4;
   using Raw = vec<uint32_t, 4>[kSteps][kEach];
   const int lane_n = lane_index() / 4, lane_t = lane_index() % 4, lane_k = k0 + warp_k + dx_column<kTiles>(0, lane_n & ~1);
   const auto fetch_weights = [&](Raw& raw, int group) {
@@ -175,8 +158,8 @@ grad_input_pass(BackwardParams<T> p) {
       for (int step = 0; step < kSteps; ++step)
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          const int k = is_wide<T> ? lane_t + 4 * i : 2 * lane_t + i % 2 + i / 2 * 8;
-          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+          const int k = is_fp32<T> ? lane_t + 4 * i : 2 * lane_t + i % 2 + i / 2 * 8;
+          const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k, 16 * p.expert_groups);
           raw[step][i] = load<vec<uint32_t, 4>>(row.at + lane_k, row.inside && lane_k < p.K);
         }
     }
@@ -188,14 +171,14 @@ grad_input_pass(BackwardParams<T> p) {
       for (int j = 0; j < kTiles; ++j) {
         if constexpr (!kAligned) {
           gather_b<T>(to[step][j], [&](int k, int n) {
-            const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k);
+            const Row<T> row = weight_row(p, 16 * group + step * 32 / kSize + k, 16 * p.expert_groups);
             const int column = k0 + warp_k + dx_column<kTiles>(j, n);
             return load(row.at + column, row.inside && column < p.K);
           });
         } else {
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            if constexpr (is_wide<T>) {
+            if constexpr (is_fp32<T>) {
               to[step][j][i] = lane_n % 2 ? raw[step][i].v[2 * j + 1] : raw[step][i].v[2 * j];
             } else {
               to[step][j][i] = halves(raw[step][2 * i].v[j], raw[step][2 * i + 1].v[j], lane_n % 2);
@@ -203,9 +186,9 @@ grad_input_pass(BackwardParams<T> p) {
         }
       }
   };
-  [[maybe_unused]] Raw ahead_weights;  // with kWide of group `fetched`
+  [[maybe_unused]] Raw ahead_weights;  // with kManyColumns of group `fetched`
   [[maybe_unused]] int fetched = -1;
-  if constexpr (!kWide) {
+  if constexpr (!kManyColumns) {
     if (writes) {
       Raw raw[kGroups];
 #pragma unroll
@@ -219,7 +202,7 @@ grad_input_pass(BackwardParams<T> p) {
   uint32_t wanted = 0;  // a bit for each group whose sums are
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
-    wanted |= (group0 + group < p.expert_groups ? p.need_A : p.need_W) ? 1u << group : 0u;
+    wanted |= (group0 + group < p.expert_groups ? p.need_A : p.need_router) ? 1u << group : 0u;
   const auto add_up = [&]<bool kDrop>(int stage, int tile, float (&c)[kGroups][Shape::kTiles][4]) {
 #pragma unroll 1
     for (int row0 = 0; row0 < Shape::kTokens; row0 += kStepRows<T>) {
@@ -248,7 +231,7 @@ grad_input_pass(BackwardParams<T> p) {
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
     if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
-    accumulate<T, kTiles>(c, [&](float (&part)[kTiles][4]) {
+    accumulate<T>(c, [&](float (&part)[kTiles][4]) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int at = (i * kSteps + step) * 2;
@@ -274,7 +257,7 @@ grad_input_pass(BackwardParams<T> p) {
     cp_async_commit();
   }
   mask(0);
-  [[maybe_unused]] float dx[kWide ? 4 : 1][kTiles][4];
+  [[maybe_unused]] float dx[kManyColumns ? 4 : 1][kTiles][4];
   for (int turn = 0, stage = 0, free = Shape::kStages - 1; turn < all; ++turn) {
     const int tile = turn / turns, step = turn % turns, ahead = turn + Shape::kStages - 1, m0 = first + tile * Shape::kTokens;
     cp_async_wait<Shape::kStages - 2>();
@@ -284,24 +267,12 @@ grad_input_pass(BackwardParams<T> p) {
     if (step == turns - 1) mask(tile + 1);
     const bool open = is_open(turn);
     if (sums_up && open) {
-      const auto sum = [&](float (&c)[kGroups][kTiles][4]) {
+      accumulate<T>(sums, [&](float (&c)[kGroups][kTiles][4]) {
         if (p.dropout) return add_up.template operator()<true>(stage, tile, c);
         add_up.template operator()<false>(stage, tile, c);
-      };
-      if constexpr (is_wide<T>) {  // in pieces, as tensor cores truncate when they add
-        float piece[kGroups][kTiles][4] = {};
-        sum(piece);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) sums[group][j][i] += piece[group][j][i];
-      } else {
-        sum(sums);
-      }
+      });
     }
-    if constexpr (kWide) {
+    if constexpr (kManyColumns) {
       if (writes) {
         if (step == 0)
           for (int i = 0; i < 4; ++i)
@@ -340,7 +311,7 @@ grad_input_pass(BackwardParams<T> p) {
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * (group0 + group) + fragment_row(2 * half);
       const gmem<float> to = p.dA_partial + ((static_cast<int64_t>(range) * pitch + row) * p.pitch + k0 + warp_k);
-      const bool exists = sums_up && weight_row(p, row).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_W);
+      const bool exists = sums_up && weight_row(p, row, 16 * p.expert_groups).inside && (group0 + group < p.expert_groups ? p.need_A : p.need_router);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         const int k = 8 * j + sum_column(0);
@@ -353,10 +324,10 @@ grad_input_pass(BackwardParams<T> p) {
 template <class T>
 struct ReduceParams {
   gmem<const float> dB_partial, dA_partial, dbias_partial;
-  gmem<T> dB, dA, dW;
-  gmem<float> wide_dB, wide_dA, wide_dW, dbias;  // instead, where parameters are float32
-  int size_B, size_A, size_W, size_bias;         // 0: not asked for
-  int parts_bias;                                // of 16 tokens
+  Parameter<T, float> dB, dA, drouter_weight;
+  gmem<float> dbias;
+  int size_B, size_A, size_router, size_bias;  // 0: not asked for
+  int parts_bias;                              // of 16 tokens
   int ranges_y, ranges_x, K, O, R, N, pitch_B, rows_A, pitch_A, first_router;
 };
 
@@ -370,29 +341,28 @@ reduce_partials(ReduceParams<T> p) {
     for (int range = 0; range < ranges; ++range) total += load(from + (at + range * stride));
     return total;
   };
-  const auto put = [&](gmem<T> narrow, gmem<float> wide, float value) {
-    if (wide) {
-      store(wide + i, value);
+  const auto put = [&](const Parameter<T, float>& to, float value) {
+    if (to.fp32) {
+      store(to.fp32 + i, value);
     } else {
-      store(narrow + i, from_float<T>(value));
+      store(to.narrow + i, from_float<T>(value));
     }
   };
   if (i < p.size_B) {
     const int row = i / p.R, column = i % p.R;
-    return put(p.dB, p.wide_dB,
-               sum(p.dB_partial, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
+    return put(p.dB, sum(p.dB_partial, offset(row, p.pitch_B) + column, static_cast<int64_t>(p.O) * p.pitch_B, p.ranges_y));
   }
   i -= p.size_B;
   const int64_t range_size = static_cast<int64_t>(p.rows_A) * p.pitch_A;
-  if (i < p.size_A + p.size_W) {
+  if (i < p.size_A + p.size_router) {
     const bool router = i >= p.size_A;
     if (router) i -= p.size_A;
     const int row = i / p.K + (router ? p.first_router : 0), column = i % p.K;
     const float value = sum(p.dA_partial, offset(row, p.pitch_A) + column, range_size, p.ranges_x);
-    return router ? put(p.dW, p.wide_dW, value) : put(p.dA, p.wide_dA, value);
+    return router ? put(p.drouter_weight, value) : put(p.dA, value);
   }
   // dbr by whole warps, from where one begins: there are many parts, and few sums.
-  i -= (p.size_B + p.size_A + p.size_W + 31) / 32 * 32 - p.size_B;
+  i -= (p.size_B + p.size_A + p.size_router + 31) / 32 * 32 - p.size_B;
   const int n = i / 32;
   if (i < 0 || n >= p.size_bias) return;
   float total = 0.0f;

@@ -11,8 +11,8 @@ namespace rode::gpu {
 // beside them.
 template <class T, int kTiles>
 struct OTileShape {
-  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_wide<T> ? 2 : 1;
-  static constexpr int kSteps = !is_wide<T> ? 3 : kTiles == 4 ? 6 : 2;
+  static constexpr int kThreadsY = 256, kWarpsY = 8, kTokens = 16, kStages = 3, kBlocks = kTiles == 4 && !is_fp32<T> ? 2 : 1;
+  static constexpr int kSteps = !is_fp32<T> ? 3 : kTiles == 4 ? 6 : 2;
   static constexpr int kColumns = kSteps * 32 / static_cast<int>(sizeof(T)), kOTile = kWarpsY * kColumns;
   static constexpr int kRowTiles = kOTile / kDepth<T>, kTileBytes = kTokens * kRowBytes, kStageBytes = kRowTiles * kTileBytes;
   static constexpr int kGatedTiles = (8 * kTiles * static_cast<int>(sizeof(T)) + kRowBytes - 1) / kRowBytes;
@@ -29,10 +29,10 @@ grad_output_pass(BackwardParams<T> p) {
   constexpr int kSteps = Shape::kSteps, kTokens = Shape::kTokens, kPairs = kTokens / kStepRows<T>;
   constexpr int kMTiles = Shape::kColumns / 16, kEach = kTokens * 8 * kTiles / Shape::kThreadsY;
   const int lane = lane_index(), warp = warp_index(), thread = thread_index();
-  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.o_tile_columns,
-            o_end = p.O - o0 < p.o_tile_columns ? p.O : o0 + p.o_tile_columns;
-  const int first = static_cast<int>(block_index().y) * p.share_y, left = p.M - first;
-  const int count = ((left < p.share_y ? left : p.share_y) + kTokens - 1) / kTokens;
+  const int o_tile = static_cast<int>(block_index().x), o0 = o_tile * p.plan.o_tile_columns,
+            o_end = p.O - o0 < p.plan.o_tile_columns ? p.O : o0 + p.plan.o_tile_columns;
+  const int first = static_cast<int>(block_index().y) * p.plan.tokens_per_split_y, left = p.M - first;
+  const int count = ((left < p.plan.tokens_per_split_y ? left : p.plan.tokens_per_split_y) + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(block_index().z) * kTiles,
             tiles = p.expert_tiles - tile0 < kTiles ? p.expert_tiles - tile0 : kTiles;
   const int warp_o = warp * Shape::kColumns;
@@ -61,7 +61,7 @@ grad_output_pass(BackwardParams<T> p) {
   const bool everywhere = p.dense && p.need_t;
   const auto next = [&](int tile) { return everywhere ? tile : next_open(flags, tile, count); };
   const auto dy_tile = [&](int stage, int tile) {
-    return shared_array<T>(static_cast<unsigned>(stage * Shape::kStageBytes + tile * Shape::kTileBytes), kTokens * kDepth<T>);
+    return shared_array<T>(stage * Shape::kStageBytes + tile * Shape::kTileBytes, kTokens * kDepth<T>);
   };
   const auto load_stage = [&](int tile, int stage) {
     const int m0 = first + tile * kTokens;
@@ -104,7 +104,7 @@ grad_output_pass(BackwardParams<T> p) {
     }
   };
   const auto v_tile = [&](int buffer, int tile) {
-    return shared_array<T>(static_cast<unsigned>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes),
+    return shared_array<T>(Shape::kGatedV + (buffer * Shape::kGatedTiles + tile) * Shape::kTileBytes,
                            kTokens * kDepth<T>);
   };
   const auto apply_gates = [&](int buffer) {
@@ -171,17 +171,12 @@ grad_output_pass(BackwardParams<T> p) {
       for (int pair = 0; pair < kPairs; ++pair) {
         constexpr int kOfTile = kTiles / Shape::kGatedTiles;
 #pragma unroll
-        for (int tile = 0; tile < Shape::kGatedTiles; ++tile) {
-          uint32_t part[kOfTile][2];
-          load_b_transposed<T, kOfTile>(part, v_tile(buffer, tile), pair * kStepRows<T>, 0);
-#pragma unroll
-          for (int j = 0; j < kOfTile; ++j)
-            v[pair][tile * kOfTile + j][0] = part[j][0], v[pair][tile * kOfTile + j][1] = part[j][1];
-        }
+        for (int tile = 0; tile < Shape::kGatedTiles; ++tile)
+          load_b_transposed<T, kOfTile>(v[pair] + tile * kOfTile, v_tile(buffer, tile), pair * kStepRows<T>, 0);
       }
 #pragma unroll
       for (int i = 0; i < kMTiles; ++i)
-        accumulate<T, kTiles>(sums[i], [&](float (&c)[kTiles][4]) {
+        accumulate<T>(sums[i], [&](float (&c)[kTiles][4]) {
 #pragma unroll
           for (int pair = 0; pair < kPairs; ++pair) {
             const int chunk = chunk_of(i * 16 * static_cast<int>(sizeof(T)));

@@ -2,17 +2,26 @@
 #pragma once
 
 #include "forward.h"
-#include "ptx.cuh"
+#include "params.cuh"
 
 namespace rode::cuda {
 
-template <class T>
-gpu::gmem<const T> array(const void* data, int64_t count) {
-  return gpu::gmem<const T>(static_cast<const T*>(data), count);
+using namespace rode::gpu;
+using Type = RODE_TYPE;  // of x, in this translation unit
+
+// T, constant if Data is.
+template <class T, class Data>
+using Element = std::conditional_t<std::is_const_v<Data>, const T, T>;
+
+// `count` elements of T.
+template <class T, class Data>
+gmem<Element<T, Data>> array(Data* data, int64_t count) {
+  return {static_cast<Element<T, Data>*>(data), count};
 }
-template <class T>
-gpu::gmem<T> output(void* data, int64_t count) {
-  return gpu::gmem<T>(static_cast<T*>(data), count);
+// The same, or of float32.
+template <class T, class Data>
+Parameter<Element<T, Data>, Element<float, Data>> parameter(Data* data, bool fp32, int64_t count) {
+  return {array<T>(fp32 ? nullptr : data, count), array<float>(fp32 ? data : nullptr, count)};
 }
 
 // Elements that `rows` rows take.
@@ -58,7 +67,7 @@ void set_experts(const Problem& p, Params& k) {
     for (int64_t i = 0; i <= p.experts; ++i) k.offset[i] = static_cast<uint16_t>(p.offsets[i]);
 }
 
-inline gpu::Dim grid(int64_t x, int64_t y = 1, int64_t z = 1) {
+inline Dim grid(int64_t x, int64_t y = 1, int64_t z = 1) {
   return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
 }
 
@@ -66,15 +75,15 @@ inline gpu::Dim grid(int64_t x, int64_t y = 1, int64_t z = 1) {
 struct Start {
   void* stream;
   template <class Kernel, class Params>
-  Status operator()(const char* name, gpu::Dim grid, int threads, int64_t shared_bytes, Kernel kernel, const Params& params) const {
-    const gpu::Launch l{name, grid, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes), stream};
-    return {gpu::launch(l, kernel, params), name};
+  Status operator()(const char* name, Dim grid, int threads, int64_t shared_bytes, Kernel kernel, const Params& params) const {
+    const Launch l{name, grid, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes), stream};
+    return {launch(l, kernel, params), name};
   }
 };
 struct MostShared {
   unsigned& bytes;
   template <class Kernel, class Params>
-  Status operator()(const char*, gpu::Dim, int, int64_t shared_bytes, Kernel, const Params&) const {
+  Status operator()(const char*, Dim, int, int64_t shared_bytes, Kernel, const Params&) const {
     if (shared_bytes > bytes) bytes = static_cast<unsigned>(shared_bytes);
     return {};
   }
@@ -83,9 +92,9 @@ struct MostShared {
 // Makes `device` current and loads the kernels that list_kernels(load) names.
 template <class List>
 Status load_listed(int device, List list_kernels) {
-  Status status = {gpu::enter_device(device), "cudaSetDevice"};
+  Status status = {enter_device(device), "cudaSetDevice"};
   list_kernels([&](const char* name, auto... kernels) {
-    ((status = status.error ? status : Status{gpu::load_kernel(kernels, device), name}), ...);
+    ((status = status.error ? status : Status{load_kernel(kernels, device), name}), ...);
   });
   return status;
 }

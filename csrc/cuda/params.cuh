@@ -1,4 +1,4 @@
-// Parameters of every kernel of the forward pass.
+// Parameters of every kernel of the forward pass, and what other kernels' parameters are made of.
 #pragma once
 
 #include "ptx.cuh"
@@ -6,6 +6,13 @@
 namespace rode::gpu {
 
 constexpr int kMaxExperts = 64, kMaxRank = 1024;
+
+// A parameter or its gradient: T is x's type, and beside 16 bits the elements may be float32 instead.
+template <class T, class Float>
+struct Parameter {
+  gmem<T> narrow;
+  gmem<Float> fp32;
+};
 
 template <class T>
 struct ForwardParams {

@@ -8,8 +8,6 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "types.cuh"
 
 #define RODE_DEVICE __device__ __forceinline__
@@ -73,16 +71,9 @@ class smem {
 
 // `count` elements from byte `offset` of dynamic shared memory; the emulator holds every access to that range.
 template <class T>
-RODE_DEVICE smem<T> shared_array(unsigned offset, int /*count*/) {
-  return smem<T>(offset);
+RODE_DEVICE smem<T> shared_array(int offset, int /*count*/) {
+  return smem<T>(static_cast<unsigned>(offset));
 }
-
-// The type that a load or store of V through an address of T moves: a T, or a vec of several.
-template <class V, class T>
-using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
-template <class V, class T>
-inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) && sizeof(V) % sizeof(T) == 0 &&
-                                sizeof(V) <= 16 && alignof(V) == sizeof(V);
 
 template <class V = void, class T>
 RODE_DEVICE moved<V, T> load(gmem<T> from) {
@@ -218,23 +209,19 @@ RODE_DEVICE void ldmatrix(uint32_t (&r)[N], smem<T> row) {
 // c += a b: m16n8k16 for bf16 and f16, m16n8k8 for tf32 (whose operands come from to_tf32).
 template <class T>
 RODE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define RODE_MMA(instruction)                                                                                            \
+  asm volatile("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, bf16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    RODE_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   } else if constexpr (std::is_same_v<T, f16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    RODE_MMA("m16n8k16.row.col.f32.f16.f16.f32");
   } else {
     static_assert(std::is_same_v<T, tf32>);
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    RODE_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
   }
+#undef RODE_MMA
 }
 
 // ---- Conversions, round to nearest even (tf32: ties away from zero)

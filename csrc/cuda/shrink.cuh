@@ -11,8 +11,8 @@ template <class T, int kRows, int kTiles>
 struct ShrinkStages {
   static constexpr int kTileBytes = kRows * kRowBytes, kBytes = kTileBytes + 8 * kTiles * kRowBytes;
   static constexpr int kCount = kTiles <= 5 ? 7 : kTiles <= 10 ? 4 : 3;
-  static constexpr int kWarpsM = kRows / 16, kSharing = kBlock<kRows> / 32 / kWarpsM;
-  static constexpr int kWarpsK = kTiles == 16 ? 1 : kSharing, kMine = kTiles / (kSharing / kWarpsK);  // tiles of a warp
+  static constexpr int kWarpsM = kRows / 16, kPeers = kBlock<kRows> / 32 / kWarpsM;
+  static constexpr int kWarpsK = kTiles == 16 ? 1 : kPeers, kMine = kTiles / (kPeers / kWarpsK);  // tiles of a warp
   static constexpr int kPartials = kWarpsK == 1 ? 0 : kBlock<kRows> / 32 * kTiles * 512;              // bytes that add_up takes
   static constexpr int kPipeline = kBytes * kCount > kPartials ? kBytes * kCount : kPartials;
 };
@@ -20,31 +20,27 @@ struct ShrinkStages {
 // sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on; with 16 tiles, those of this
 // warp. Tiles below kExpertTiles (or, if that is negative, below p.expert_tiles) are experts' and see x after dropout.
 template <class T, int kRows, int kTiles, int kExpertTiles, bool kAligned>
-RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int first, int count, unsigned mask_at,
+RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int first, int count, int mask_at,
                         float (&sums)[ShrinkStages<T, kRows, kTiles>::kMine][4]) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   constexpr int kWarpsM = Stages::kWarpsM, kWarpsK = Stages::kWarpsK, kMine = Stages::kMine;
-  const int lane = lane_index(), row0 = warp_index() % kWarpsM * 16, share = warp_index() / kWarpsM;
-  const int warp_k = kWarpsK == 1 ? 0 : share, warp_tile = kWarpsK == 1 ? share * kMine : 0;
+  const int lane = lane_index(), row0 = warp_index() % kWarpsM * 16, peer = warp_index() / kWarpsM;
+  const int warp_k = kWarpsK == 1 ? 0 : peer, warp_tile = kWarpsK == 1 ? peer * kMine : 0;
   const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
   const int tile0 = first_tile + warp_tile, tiles = p.expert_tiles + p.router_tiles - tile0;  // that exist
 
-  const auto x_tile = [](int stage) { return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes), kRows * kDepth<T>); };
+  const auto x_tile = [](int stage) { return shared_array<T>(stage * Stages::kBytes, kRows * kDepth<T>); };
   const auto weight_tile = [](int stage) {
-    return shared_array<T>(static_cast<unsigned>(stage * Stages::kBytes + Stages::kTileBytes), 8 * kTiles * kDepth<T>);
+    return shared_array<T>(stage * Stages::kBytes + Stages::kTileBytes, 8 * kTiles * kDepth<T>);
   };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(mask_at + static_cast<unsigned>(tile % 2 * kMaskBytes), kMaskBytes / 4);
+    return shared_array<uint32_t>(mask_at + tile % 2 * kMaskBytes, kMaskBytes / 4);
   };
   const auto x_row = [&](int row) { return Row<T>{p.x + offset(m0 + row, p.ld_x), m0 + row < p.M}; };
-  const auto weight_row = [&](int row) {
-    const int column = 8 * first_tile + row, router = column - 8 * p.expert_tiles;
-    return router < 0 ? Row<T>{p.A + offset(column, p.ld_A), column < p.R}
-                      : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
-  };
+  const auto weight_at = [&](int row) { return weight_row(p, 8 * first_tile + row, 8 * p.expert_tiles); };
   const auto swizzle = [](unsigned row) { return row % 8; };
   const TileCopy<T, 16, kRows, kRowBytes, kBlock<kRows>> x_copy(x_row, swizzle);
-  const TileCopy<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> weights_copy(weight_row, swizzle);
+  const TileCopy<T, 16, 8 * kTiles, kRowBytes, kBlock<kRows>> weights_copy(weight_at, swizzle);
   const auto load_stage = [&](int tile, int stage) {
     const int k = (first + tile) * kDepth<T>;
     if constexpr (kAligned) {
@@ -52,7 +48,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       weights_copy.copy(weight_tile(stage), k, weights_copy.inside(), p.K - k, swizzle);
     } else {
       load_tile<kRows, kRowBytes, kBlock<kRows>>(x_tile(stage), x_row, swizzle, k, p.K, p.copy_x);
-      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_row, swizzle, k, p.K, p.copy_weights);
+      load_tile<8 * kTiles, kRowBytes, kBlock<kRows>>(weight_tile(stage), weight_at, swizzle, k, p.K, p.copy_weights);
     }
   };
   // Where this lane's rows for ldmatrix stand in a stage, but for the step, which is a flip of bits that are 0 there.
@@ -118,7 +114,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     if (tile + Stages::kCount - 1 < count) load_stage(tile + Stages::kCount - 1, free);
     cp_async_commit();
     mask(tile + 1);  // beside the products
-    accumulate<T, kMine>(sums, [&](float (&c)[kMine][4]) {
+    accumulate<T>(sums, [&](float (&c)[kMine][4]) {
       if (p.dropout) return compute.template operator()<false, true>(stage, tile, c);
       if constexpr (kTiles == 16) {
         if (whole) return compute.template operator()<true, false>(stage, tile, c);

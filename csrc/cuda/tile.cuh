@@ -16,7 +16,7 @@ inline constexpr int kBlock = kRows == 64 ? 256 : 128;
 constexpr int kRowBytes = 128, kChunk = 16, kRowSteps = 4;
 
 template <class T>
-inline constexpr bool is_wide = sizeof(T) == 4;
+inline constexpr bool is_fp32 = sizeof(T) == 4;
 template <class T>
 inline constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));  // values of a tile's row
 template <class T>
@@ -33,6 +33,14 @@ struct Row {
   gmem<const T> at;
   bool inside;
 };
+
+// Where row `row` of A stands, or of the router, whose rows begin at `first_router`.
+template <class T, template <class> class Params>
+RODE_DEVICE Row<T> weight_row(const Params<T>& p, int row, int first_router) {
+  const int router = row - first_router;
+  return router < 0 ? Row<T>{p.A + offset(row, p.ld_A), row < p.R}
+                    : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
+}
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes
 // are copied at once by kFilling threads. Chunk c of a row stands at chunk c ^ swizzle(row), so that the rows which one ldmatrix
@@ -84,7 +92,7 @@ template <int kRows, int kUsed, int kFilling = kThreads, class T, class Source, 
 RODE_DEVICE void load_tile(smem<T> tile, Source source, Swizzle swizzle, int k, int columns, int copy) {
   if (copy == 16) {
     load_tile_by<16, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
-  } else if (is_wide<T> || copy == 4) {
+  } else if (is_fp32<T> || copy == 4) {
     load_tile_by<4, kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
   } else {
     load_tile_by<static_cast<int>(sizeof(T)), kRows, kUsed, kFilling>(tile, source, swizzle, k, columns);
@@ -160,29 +168,35 @@ RODE_DEVICE int fragment_row(int i) { return lane_index() / 4 + i / 2 * 8; }
 template <class T>
 RODE_DEVICE int fragment_column(int i) {
   const int t = lane_index() % 4;
-  return is_wide<T> ? t + i % 2 * 4 : 2 * t + i % 2;
+  return is_fp32<T> ? t + i % 2 * 4 : 2 * t + i % 2;
 }
 template <class T>
 RODE_DEVICE int tile_row(int n) {
-  return is_wide<T> ? n / 2 + n % 2 * 4 : n;
+  return is_fp32<T> ? n / 2 + n % 2 * 4 : n;
 }
 
 // The values of 4 bytes: one float32, or two of 16 bits, the first in the lower half.
 template <class T>
 RODE_DEVICE float unpack(uint32_t word, int i) {
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
     return bits_to_float(word);
   } else {
     return to_float(T{static_cast<uint16_t>(i == 0 ? word : word >> 16)});
   }
 }
-template <class T, int kEach>
-RODE_DEVICE uint32_t pack(const float (&value)[kEach]) {
-  if constexpr (is_wide<T>) {
-    return float_to_bits(value[0]);
-  } else {
-    return pack2<T>(value[0], value[1]);
+// The other way: words of the values that value(i) gives.
+template <class T, int kWords, class Value>
+RODE_DEVICE vec<uint32_t, kWords> pack_words(Value value) {
+  vec<uint32_t, kWords> out;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if constexpr (is_fp32<T>) {
+      out.v[w] = float_to_bits(value(w));
+    } else {
+      out.v[w] = pack2<T>(value(2 * w), value(2 * w + 1));
+    }
   }
+  return out;
 }
 
 // The left operand of an mma (16 rows, 32 bytes). float32 is the sum of two tf32 values, high and low, unless `fast` does without
@@ -204,7 +218,7 @@ RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
   FragmentA<T> a;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if constexpr (!is_wide<T>) {
+    if constexpr (!is_fp32<T>) {
       a.high[i] = bits[i];
       a.low[i] = 0;
     } else if (fast) {
@@ -220,7 +234,7 @@ RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
 // c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
 template <class T>
 RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uint32_t b1, bool fast) {
-  if constexpr (!is_wide<T>) {
+  if constexpr (!is_fp32<T>) {
     mma<T>(c, a.high, b0, b1);
   } else if (fast) {
     mma<tf32>(c, a.high, to_tf32(bits_to_float(b0)), to_tf32(bits_to_float(b1)));
@@ -234,16 +248,25 @@ RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uin
   }
 }
 
+// c += piece, for arrays of any shape.
+template <class V, int kCount>
+RODE_DEVICE void add_to(V (&c)[kCount], const V (&piece)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if constexpr (std::is_array_v<V>) {
+      add_to(c[i], piece[i]);
+    } else {
+      c[i] += piece[i];
+    }
+}
+
 // Sums over 128 bytes, added to c. Tensor cores truncate when they add: float32 keeps its accuracy by adding up such pieces itself.
-template <class T, int kTiles, class Products>
-RODE_DEVICE void accumulate(float (&c)[kTiles][4], Products products) {
-  if constexpr (is_wide<T>) {
-    float piece[kTiles][4] = {};
+template <class T, class Sums, class Products>
+RODE_DEVICE void accumulate(Sums& c, Products products) {
+  if constexpr (is_fp32<T>) {
+    Sums piece = {};
     products(piece);
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[j][i] += piece[j][i];
+    add_to(c, piece);
   } else {
     products(c);
   }

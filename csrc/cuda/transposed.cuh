@@ -7,20 +7,20 @@ namespace rode::gpu {
 
 // Rows of a tile that one mma sums over; 32 bytes of a row are as many columns.
 template <class T>
-inline constexpr int kStepRows = is_wide<T> ? 8 : 16;
+inline constexpr int kStepRows = is_fp32<T> ? 8 : 16;
 
 // Different for the 8 rows that an ldmatrix reads. float32 has no transposed ldmatrix: there lanes read single values of 4 rows and
 // 8 columns, two chunks, so the swizzles of rows 0 .. 3 (and 4 .. 7) differ in more than the last bit.
 template <class T>
 RODE_DEVICE unsigned tile_swizzle(unsigned row) {
-  return is_wide<T> ? (2 * row + row / 4 % 2) % 8 : row % 8;
+  return is_fp32<T> ? (2 * row + row / 4 % 2) % 8 : row % 8;
 }
 
 // Rows row0 .. of 16 columns from chunk `chunk` on, as a left operand with these columns as its rows.
 template <class T>
 RODE_DEVICE void load_a_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = row0 + lane % 4 + i / 2 * 4, column = lane / 4 + i % 2 * 8;
@@ -32,11 +32,11 @@ RODE_DEVICE void load_a_transposed(uint32_t (&a)[4], smem<T> tile, int row0, int
   }
 }
 
-// Rows row0 .. of 8 kCount columns from chunk `chunk` on, as right operands of 8 columns each.
+// Rows row0 .. of 8 kCount columns from chunk `chunk` on, as kCount right operands of 8 columns each.
 template <class T, int kCount>
-RODE_DEVICE void load_b_transposed(uint32_t (&b)[kCount][2], smem<T> tile, int row0, int chunk) {
+RODE_DEVICE void load_b_transposed(uint32_t (*b)[2], smem<T> tile, int row0, int chunk) {
   const int lane = lane_index();
-  if constexpr (is_wide<T>) {
+  if constexpr (is_fp32<T>) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
 #pragma unroll
@@ -72,7 +72,7 @@ RODE_DEVICE void gather_b(uint32_t (&b)[2], Value value) {
   const int t = lane_index() % 4, n = lane_index() / 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if constexpr (is_wide<T>) {
+    if constexpr (is_fp32<T>) {
       b[i] = float_to_bits(value(t + 4 * i, n));
     } else {
       const T low = value(2 * t + 8 * i, n), high = value(2 * t + 8 * i + 1, n);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace rode::gpu {
 
@@ -19,6 +20,13 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) vec {
   T v[N];
 };
+
+// The type that a load or store of V through an address of T moves: a T, or a vec of several.
+template <class V, class T>
+using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
+template <class V, class T>
+inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) && sizeof(V) % sizeof(T) == 0 &&
+                                sizeof(V) <= 16 && alignof(V) == sizeof(V);
 
 // Shared memory that a block may ask for on every device of compute capability 8.0 and newer. Kernels without an
 // alternative plan ask for no more.

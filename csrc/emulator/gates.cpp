@@ -1,2 +1,2 @@
-// The kernels around library products for the host.
+// The kernels around PyTorch's matrix products for the host.
 #include "../cuda/gates.cu"

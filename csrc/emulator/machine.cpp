@@ -60,7 +60,7 @@ bool same(const At& a, const At& b) {
          (a.file_name() == b.file_name() || std::string_view(a.file_name()) == b.file_name());
 }
 
-std::string place(const At& at) { return std::string(at.file_name()) + ":" + std::to_string(at.line()); }
+std::string location(const At& at) { return std::string(at.file_name()) + ":" + std::to_string(at.line()); }
 
 }  // namespace
 
@@ -86,7 +86,7 @@ void Machine::fail(const std::string& what, At at) {
   char where[160];
   std::snprintf(where, sizeof where, ": kernel %s, block (%u, %u, %u), thread %d: ", launch_->kernel, block_.x, block_.y,
                 block_.z, lane_ ? lane_->index : warp_->index * kWarp);
-  failure_ = place(at) + where + what;
+  failure_ = location(at) + where + what;
   // Not thrown from here: no unwinder knows how this stack was entered. The kernel's frames hold nothing to destroy.
   if (lane_) change(lane_->fiber, scheduler_);
   throw Error(failure_);
@@ -113,8 +113,8 @@ void Machine::next_lane(const char* how, At at) {
   Lane& leaving = *lane_;
   Warp& warp = *warp_;
   if (warp.ready == 0)
-    fail(std::string(warp.what) + " by part of a warp: " + list(warp.waiting, warp.index) + " wait at " +
-             place(warp.at) + "; the others exited, this one last " + how,
+    fail(std::string(warp.what) + " by part of a warp: " + list(warp.waiting, warp.index) + " wait at " + location(warp.at) +
+             "; the others exited, this one last " + how,
          at);
   const int mine = leaving.index % kWarp;
   const int next = (mine + 1 + std::countr_zero(std::rotr(warp.ready, mine + 1))) % kWarp;
@@ -132,7 +132,7 @@ void Machine::collect(const char* what, const void* argument, Collective run, At
     warp.at = at;
   } else if (warp.what != what || !same(warp.at, at)) {
     fail(std::string(what) + " by part of a warp: " + list(warp.waiting, warp.index) + " are in " + warp.what + " at " +
-             place(warp.at),
+             location(warp.at),
          at);
   }
   lane.argument = argument;
@@ -170,7 +170,7 @@ void Machine::release_barrier() {
   for (auto& warp : warps_) {
     if (warp->at_barrier && same(first.at, warp->at) && first.what == warp->what) continue;
     warp_ = warp.get();
-    fail("divergent barrier: this warp " + (warp->at_barrier ? "is at " + place(warp->at) : "has exited") + ", warp " +
+    fail("divergent barrier: this warp " + (warp->at_barrier ? "is at " + location(warp->at) : "has exited") + ", warp " +
              std::to_string(first.index) + " waits in " + first.what + " here",
          first.at);
   }

@@ -159,8 +159,8 @@ class Machine {
   void next_lane(const char* how, At at);
   void leave_to_scheduler();
   void release_barrier();
-  void check(Cell* cells, int bytes, bool write, uint16_t who, Space space, At at);
-  bool ordered(uint32_t stamp, uint16_t who, uint16_t me) const;
+  void check(Cell* cells, int bytes, bool write, uint16_t accessor, Space space, At at);
+  bool ordered(uint32_t stamp, uint16_t accessor, uint16_t me) const;
   Page& page(uintptr_t address);
   Cell* global_cells(uintptr_t address) { return page(address).cells + address % kPage / kGrain; }
   Cell* shared_cells(int64_t address) { return shared_cells_.data() + address / kGrain; }

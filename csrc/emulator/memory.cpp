@@ -8,13 +8,13 @@
 namespace rode::emulator {
 namespace {
 
-std::string by(uint16_t who, uint16_t line) {
-  const int thread = who & kThread;
+std::string by(uint16_t accessor, uint16_t line) {
+  const int thread = accessor & kThread;
   const std::string lanes = "warp " + std::to_string(thread / kWarp);
-  const std::string name = who & kSeveralBlocks  ? "several blocks"
-                           : who & kSeveralWarps ? "several warps"
-                           : who & kSeveralLanes ? lanes
-                                                 : "thread " + std::to_string(thread);
+  const std::string name = accessor & kSeveralBlocks  ? "several blocks"
+                           : accessor & kSeveralWarps ? "several warps"
+                           : accessor & kSeveralLanes ? lanes
+                                                      : "thread " + std::to_string(thread);
   return name + ", line " + std::to_string(line);
 }
 
@@ -90,22 +90,22 @@ void Machine::bounds(int64_t address, int64_t bytes, int64_t align, int64_t low,
          at);
 }
 
-// Whether what `who` did at `stamp` comes before what this thread does now.
-bool Machine::ordered(uint32_t stamp, uint16_t who, uint16_t me) const {
+// Whether what `accessor` did at `stamp` comes before what this thread does now.
+bool Machine::ordered(uint32_t stamp, uint16_t accessor, uint16_t me) const {
   if (stamp < launch_start_) return true;
-  if (who & kSeveralBlocks || stamp < block_start_) return false;  // nothing orders blocks of a launch
+  if (accessor & kSeveralBlocks || stamp < block_start_) return false;  // nothing orders blocks of a launch
   if (stamp < barrier_) return true;
-  if (who & kSeveralWarps || (who & kThread) / kWarp != warp_->index) return false;
-  return stamp < warp_->synced || who == me;
+  if (accessor & kSeveralWarps || (accessor & kThread) / kWarp != warp_->index) return false;
+  return stamp < warp_->synced || accessor == me;
 }
 
 void Machine::check(Cell* cells, int bytes, bool write, uint16_t me, Space space, At at) {
   const uint32_t now = warp_->synced;
   const auto line = static_cast<uint16_t>(at.line());
   const char* where = space == Space::shared ? "shared" : "global";
-  const auto race = [&](const char* verb, uint32_t stamp, uint16_t who, uint16_t other_line) {
-    fail(std::string("race in ") + where + " memory: " + (write ? "a write" : "a read") + " here, not ordered after the " +
-             verb + " by " + by(who, other_line) + (stamp < block_start_ ? " of another block" : ""),
+  const auto race = [&](const char* verb, uint32_t stamp, uint16_t accessor, uint16_t other_line) {
+    fail(std::string("race in ") + where + " memory: " + (write ? "a write" : "a read") + " here, not ordered after the " + verb +
+             " by " + by(accessor, other_line) + (stamp < block_start_ ? " of another block" : ""),
          at);
   };
   Cell before, after;

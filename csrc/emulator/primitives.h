@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "machine.h"
 
@@ -57,7 +56,7 @@ class smem {
 };
 
 template <class T>
-smem<T> shared_array(unsigned offset, int count, At at = At::current()) {
+smem<T> shared_array(int offset, int count, At at = At::current()) {
   const int64_t end = offset + static_cast<int64_t>(count) * static_cast<int64_t>(sizeof(T));
   if (end > machine().current().shared_bytes)
     machine().fail("shared_array ends at byte " + std::to_string(end) + " of " +
@@ -65,12 +64,6 @@ smem<T> shared_array(unsigned offset, int count, At at = At::current()) {
                    at);
   return {offset, offset, end};
 }
-
-template <class V, class T>
-using moved = std::conditional_t<std::is_void_v<V>, std::remove_const_t<T>, V>;
-template <class V, class T>
-inline constexpr bool movable = (std::is_same_v<V, T> || sizeof(V) > sizeof(T)) && sizeof(V) % sizeof(T) == 0 &&
-                                sizeof(V) <= 16 && alignof(V) == sizeof(V);
 
 template <class V = void, class T>
 moved<V, T> load(gmem<T> from, bool when = true, At at = At::current()) {
@@ -249,7 +242,7 @@ inline float truncated(double x) {
 // The products of one instruction are added exactly, then the sum is truncated.
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, At at = At::current()) {
-  constexpr bool kWide = std::is_same_v<T, tf32>;
+  constexpr bool kTf32 = std::is_same_v<T, tf32>;
   struct Mine {
     float* c;
     const uint32_t* a;
@@ -259,12 +252,12 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, At at 
   machine().collect(
       "mma", &mine,
       [](emulator::Warp&, const void* const* lanes) {
-        constexpr int kDepth = kWide ? 8 : 16;
+        constexpr int kDepth = kTf32 ? 8 : 16;
         double left[16][kDepth], right[kDepth][8], sum[16][8];
         const auto lane = [&](int i) { return static_cast<const Mine*>(lanes[i]); };
         // One register: a tf32 value at column t, or two 16-bit values at columns 2 t and 2 t + 1, of its half.
         const auto spread = [](uint32_t r, int t, int half, auto put) {
-          if constexpr (kWide) {
+          if constexpr (kTf32) {
             put(t + 4 * half, bits_to_float(r & ~0x1fffu));  // the hardware does not look at the low bits
           } else {
             put(2 * t + 8 * half, to_float(T{static_cast<uint16_t>(r)}));

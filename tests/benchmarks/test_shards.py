@@ -19,7 +19,7 @@ def options(tmp_path, **changes):
 def quick(monkeypatch):
     monkeypatch.setattr(shards, "PICTURES", 2)
     # whether a cache is dropped is up to the system's moment; that the benchmark refuses to go on is tested below
-    monkeypatch.setattr(shards, "share_cached", lambda paths: 0.0)
+    monkeypatch.setattr(shards, "fraction_cached", lambda paths: 0.0)
 
 
 def test_it_measures_every_form(quick, tmp_path, capsys):
@@ -48,7 +48,7 @@ def test_it_times_no_wrong_sample(quick, tmp_path, monkeypatch):
 
 
 def test_it_refuses_a_cache_that_stays(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "share_cached", lambda paths: 0.5)
+    monkeypatch.setattr(shards, "fraction_cached", lambda paths: 0.5)
     with pytest.raises(RuntimeError, match="did not drop these files from its cache"):
         shards.rows(options(tmp_path))
 

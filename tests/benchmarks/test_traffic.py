@@ -37,7 +37,7 @@ def test_the_bounds_hold(rows):
         assert row["dram_ratio"] <= 1.05
         assert row["l2_ratio"] <= 1.6
         assert row["sector_use"] >= 0.95
-    # more than the fewest by t's parts: narrower slabs, which make them, cost bytes and save time
+    # more than the fewest by t's parts: narrower tiles of O, which make them, cost bytes and save time
     for M, dram in ((8192, 1.33), (65536, 1.17)):
         for multiprocessors in (108, 132):
             row = rows[M, f"backward, {multiprocessors} multiprocessors"]
@@ -81,7 +81,15 @@ def test_counts_scale_with_the_tiles(K, O, open_):
 def test_counts_of_the_backward_pass_scale_with_tiles_and_ranges(monkeypatch):
     """Six tiles of 64 tokens in three and two ranges, counted whole, against what calls of one and two tell."""
     K, O = 512, 896
-    plan = BackwardPlan(wide=False, slabs=3, slab=320, share_y=128, groups=3, share_x=192, share_dx=192)
+    plan = BackwardPlan(
+        many_columns=False,
+        o_tiles=3,
+        o_tile_columns=320,
+        tokens_per_split_y=128,
+        groups=3,
+        tokens_per_split_x=192,
+        tokens_per_split_dx=192,
+    )
     monkeypatch.setattr(traffic, "plan_backward", lambda *args: plan)
     whole = traffic.emulate_backward(traffic.Case.random(6 * 64, K, O), plan)
     predicted = traffic.backward(6 * 64, K, O, 108)

@@ -116,10 +116,10 @@ product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
   }
 
   const int group = lane / 4, pair = lane % 4 * 2;
-  // Through shared memory, where each warp has a corner of its own, so that lanes store rows and not fragments.
-  const smem<T> corner = shared_array<T>(kStages * kStageBytes + static_cast<unsigned>(warp) * 16 * kPitch * 2, 16 * kPitch);
+  // Through shared memory, where each warp has a range of its own, so that lanes store rows and not fragments.
+  const smem<T> own = shared_array<T>(kStages * kStageBytes + static_cast<unsigned>(warp) * 16 * kPitch * 2, 16 * kPitch);
   for (int i = 0; i < 4; ++i)
-    store(corner + ((group + i % 2 * 8) * kPitch + i / 2 * 8 + pair), pack2<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
+    store(own + ((group + i % 2 * 8) * kPitch + i / 2 * 8 + pair), pack2<T>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]));
   if (bug != Bug::missing_sync_warp) sync_warp();
   const int row = lane / 2, column = lane % 2 * 8;
   const int out_m0 = bug == Bug::race_between_blocks ? 0 : m0;
@@ -127,11 +127,11 @@ product(gmem<const T> x, gmem<const T> w, gmem<T> y, Shape p, Bug bug) {
   if (bug == Bug::undefined_global_read) load(out, m0 + m + row < p.M && n0 + n + column < p.N);
   const bool inside = m0 + m + row < p.M || bug == Bug::global_store_out_of_bounds;
   if (p.N % 8 == 0) {
-    store(bug == Bug::misaligned_store ? out + 4 : out, load<vec<T, 8>>(corner + (row * kPitch + column)),
+    store(bug == Bug::misaligned_store ? out + 4 : out, load<vec<T, 8>>(own + (row * kPitch + column)),
           inside && n0 + n + column < p.N);
   } else {
     for (int i = 0; i < 8; ++i)
-      store(out + i, load(corner + (row * kPitch + column + i)), inside && n0 + n + column + i < p.N);
+      store(out + i, load(own + (row * kPitch + column + i)), inside && n0 + n + column + i < p.N);
   }
   if (bug == Bug::race_between_warps) {  // looks at what its neighbour has just written
     const int there = (m + 16) % kTile;

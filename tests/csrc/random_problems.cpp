@@ -109,7 +109,7 @@ class Trial {
     rode::Weight w;
     if (!table) return w;
     static_cast<rode::Matrix&>(w) = table->matrix();
-    w.wide = table->dtype() != T;
+    w.in_acc_dtype = table->dtype() != T;
     return w;
   }
 
@@ -226,7 +226,7 @@ class Trial {
     a.A = weight_of(A), a.B = weight_of(B), a.router = weight_of(router);
     a.v = wants_dB ? out_v.data() : nullptr, a.du = out_du.data(), a.dh = out_dh.data();
     a.dA = wants_dA ? out_dA.data() : nullptr, a.dB = wants_dB ? out_dB.data() : nullptr;
-    a.drouter = wants_drouter ? out_drouter.data() : nullptr, a.dbias = wants_dbias ? out_dbias.data() : nullptr;
+    a.drouter_weight = wants_drouter ? out_drouter.data() : nullptr, a.dbias = wants_dbias ? out_dbias.data() : nullptr;
     rode::backward(p, a);
     check("dh", out_dh, dh, C);
     if (wants_dx) check("dx", out_dx, dx, T);

@@ -156,7 +156,7 @@ def test_float64_goes_to_the_reference_with_a_warning():
 @pytest.mark.parametrize("parameter_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_the_fast_path_gives_the_same_bits(monkeypatch, ranks, inplace, parameter_dtype, dropout_p):
-    """Through autograd and without, by the kernels and by the library."""
+    """Through autograd and without, by the kernels and by the gemm path."""
     if not backends()["cuda"].available:
         pytest.skip(backends()["cuda"].reason)
     monkeypatch.setattr(fast_path, "_known", {})

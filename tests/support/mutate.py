@@ -63,7 +63,7 @@ def closing(source: str, start: int) -> int:
     raise ValueError("no end")
 
 
-def pieces(source: str, start: int, end: int, separator: str) -> list[tuple[int, int]]:
+def parts(source: str, start: int, end: int, separator: str) -> list[tuple[int, int]]:
     """Parts of source[start:end] between separators outside of brackets, without blanks around them."""
     found, depth, first = [], 0, start
     for i in range(start, end + 1):
@@ -95,13 +95,13 @@ def mutations(file: str, source: str) -> Iterator[Mutation]:
     )
     for found in re.finditer(r"\b(load|store)(<[^()]*?>)?\(|\bRow<T>\{", plain):
         end = closing(plain, found.end() - 1)
-        arguments = pieces(plain, found.end(), end, ",")
+        arguments = parts(plain, found.end(), end, ",")
         if (
             len(arguments) != {"load": 2, "store": 3, None: 2}[found.group(1)]
             or "RODE_DEVICE" in source[found.start() - 80 : found.start()]
         ):
             continue
-        for start, stop in pieces(plain, *arguments[-1], "&&"):
+        for start, stop in parts(plain, *arguments[-1], "&&"):
             yield without(start, stop, "true")
 
 
@@ -152,20 +152,20 @@ class Builder:
         self.link = link.strip().splitlines()[-1]
 
     def __call__(self, mutation: Mutation, kind: str, number: int) -> Path:
-        place = self.folder / f"{number}-{kind}"
-        shutil.copytree(ROOT / "csrc", place / "csrc")
-        (place / "csrc/cuda" / mutation.file).write_text(mutation.source)
+        folder = self.folder / f"{number}-{kind}"
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "csrc/cuda" / mutation.file).write_text(mutation.source)
         arguments = shlex.split(self.compile[kind]["command"])
         object_ = arguments[arguments.index("-o") + 1]
-        arguments[arguments.index("-o") + 1] = str(place / "object.o")
+        arguments[arguments.index("-o") + 1] = str(folder / "object.o")
         arguments[arguments.index(self.compile[kind]["file"])] = str(
-            place / f"csrc/emulator/{self.which}.cpp"
+            folder / f"csrc/emulator/{self.which}.cpp"
         )
         run(*arguments, cwd=self.build)
-        module = place / "module.so"
+        module = folder / "module.so"
         link = self.link.split("&&")
         command = next(part for part in link if " -o " in part)
-        arguments = [str(place / "object.o") if a == object_ else a for a in shlex.split(command)]
+        arguments = [str(folder / "object.o") if a == object_ else a for a in shlex.split(command)]
         arguments[arguments.index("-o") + 1] = str(module)
         run(*arguments, cwd=self.build)
         return module

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 NVCC = shutil.which("nvcc")
-TYPES = {"bf16": ("rode::gpu::bf16", 16), "f16": ("rode::gpu::f16", 16), "float": ("float", 32)}
+TYPES = {"bf16": "rode::gpu::bf16", "f16": "rode::gpu::f16", "float": "float"}
 ARCHS = (80, 86, 89, 90, 100, 120)
 
 # A multiprocessor's registers are 64 Ki everywhere; its shared memory, KiB, of which each block takes 1 more than it asks for.
@@ -64,12 +64,11 @@ def _short(mangled: str) -> str:
 
 def compile_kernels(source: str, kind: str, arch: int, folder: Path) -> tuple[str, dict[str, Kernel]]:
     """nvcc's output for csrc/cuda/`source`, and the kernels in it by short name; warnings are errors."""
-    type_, bits = TYPES[kind]
     cubin = folder / f"{source}-{kind}-{arch}.cubin"
     run = subprocess.run(
         [
             *(NVCC, "-std=c++20", f"-arch=sm_{arch}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"),
-            *(f"-DRODE_TYPE={type_}", f"-DRODE_TYPE_BITS={bits}", "-o", str(cubin), f"csrc/cuda/{source}"),
+            *(f"-DRODE_TYPE={TYPES[kind]}", "-o", str(cubin), f"csrc/cuda/{source}"),
         ],
         cwd=ROOT,
         capture_output=True,

@@ -67,7 +67,7 @@ def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
     # Products that the compiler left to ordinary instructions: their operands are laid out for no matrix unit.
     left = re.findall(r"tt\.dot [^\n]*parent = #blocked[^\n]*", compiled.asm["ttgir"])
     report["left"] = sum(bool(re.search(r"x(?:bf16|f16),", line)) for line in left)
-    report["left_wide"] = len(left) - report["left"]
+    report["left_fp32"] = len(left) - report["left"]
     if "ptx" in compiled.asm:
         report["matrix"] = len(
             re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"])
@@ -114,15 +114,18 @@ CALLS = {
     "narrow": dict(tokens=8192, ranks=(4, 4)),
     "gated": dict(tokens=8192, gated=True),
     **{f"{name} alone": dict(tokens=8192, needs=needs) for name, needs in ALONE.items()},
-    **{f"{name} alone, wide": dict(tokens=512, ranks=(40, 40), needs=needs) for name, needs in ALONE.items()},
+    **{
+        f"{name} alone, many columns": dict(tokens=512, ranks=(40, 40), needs=needs)
+        for name, needs in ALONE.items()
+    },
     "dropout on ragged rows": dict(tokens=8192, K=4098, dropout_p=0.05),
     "dropout on few tokens": dict(tokens=64, dropout_p=0.05),
     "gates alone": dict(tokens=8192, without_dy=True),
     "1": dict(tokens=1),  # what is 1 becomes a constant
     "ones": dict(tokens=1, K=1, O=1),
-    "one wide expert": dict(tokens=8192, ranks=(64,)),
-    "wide": dict(tokens=512, ranks=(16,) * 16),
-    "very wide": dict(tokens=512, ranks=(128,) * 8),
+    "one expert of many columns": dict(tokens=8192, ranks=(64,)),
+    "many columns": dict(tokens=512, ranks=(16,) * 16),
+    "most columns": dict(tokens=512, ranks=(128,) * 8),
     "gemm path": dict(tokens=8192, ranks=(16,) * 16, gemm_path=True),
     "gemm path, 64 experts": dict(tokens=8192, ranks=(16,) * 64, gemm_path=True),
     "gemm path, gated": dict(tokens=8192, ranks=(40, 40), gemm_path=True, gated=True),
@@ -131,7 +134,7 @@ CALLS = {
 
 CHOICES = {
     f"{case}, configuration {choice}": dict(CALLS[case], choice=choice)
-    for case in ("8192", "16", "wide")
+    for case in ("8192", "16", "many columns")
     for choice in range(1, 5)
 }
 

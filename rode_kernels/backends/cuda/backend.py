@@ -172,7 +172,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 _passes = Passes(Kernels(_native))
 
 
-# What current_stream() finds, without an object for it. Not public, but what compiled graphs use.
+# Gives the address of the stream that current_stream() would make an object for. It is not public, but compiled graphs use it.
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 

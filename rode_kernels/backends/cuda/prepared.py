@@ -77,7 +77,7 @@ class Packing:
         self.shape_W, self.shape_B = (rows, pitch_K), (layout.out_features, pitch_R)
         self.run = kernels.native.Pack(
             **kernels.problem(layout),
-            wide_parameters=layout.params_fp32,
+            params_fp32=layout.params_fp32,
             rows=rows,
             pitch_K=pitch_K,
             pitch_R=pitch_R,
@@ -213,12 +213,12 @@ class PreparedBackward:
         self.need_v = need_x or sums_x or need_bias or need_gates
         self.parameters = Parameters(kernels, layout, device)
         tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
-        splits_y, splits_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
-        # What comes between launches stands in one piece of memory: each part's first byte, all multiples of 256.
+        splits_y, splits_x = divide_up(M, plan.tokens_per_split_y), divide_up(M, plan.tokens_per_split_x)
+        # Intermediate results stand in one piece of memory: each part's size, and the multiple of 256 bytes at which it begins.
         parts = {
             "D": (self.need_v, M * 16 * groups * layout.dtype.itemsize),
             "open": (self.need_v, divide_up(M, 16) * 4),
-            "t": (self.need_v, plan.slabs * divide_up(M, 16) * tiles * 128 * 4),
+            "t": (self.need_v, plan.o_tiles * divide_up(M, 16) * tiles * 128 * 4),
             "dB_partial": (need_B, splits_y * O * 8 * tiles * 4),
             "weights_partial": (sums_x, splits_x * 16 * groups * divide_up(K, 8) * 8 * 4),
             "dbias_partial": (need_bias, divide_up(M, 16) * N * 4),
@@ -233,7 +233,7 @@ class PreparedBackward:
             ld_dy=ld_dy,
             ld_A=self.parameters.pitch_K,
             ld_B=self.parameters.pitch_R,
-            wide_parameters=layout.params_fp32,
+            params_fp32=layout.params_fp32,
             **asdict(plan),
             device=device,
         )
@@ -301,7 +301,7 @@ class GateKernel:
             pitch_K = divide_up(layout.in_features, 8) * 8
             self.pack = Packing(kernels, layout, device, columns, pitch_K, pitch, with_B)
         self.in_features = layout.in_features
-        self.native = kernels.native.Weigh(
+        self.native = kernels.native.ApplyGates(
             **kernels.problem(layout),
             routed=layout.routed,
             columns=columns,

@@ -162,12 +162,12 @@ def forward(c: ProblemShape, plan: Plan) -> Cost:
     return Cost((first, second))
 
 
-def resident_y(many_columns: bool, element_size: int) -> int:
+def resident_grad_output(many_columns: bool, element_size: int) -> int:
     """Blocks of grad_output_pass that a multiprocessor's registers suffice for (`OTileShape`)."""
     return 1 if many_columns or element_size == 4 else 2
 
 
-def resident_x(groups: int) -> int:
+def resident_grad_input(groups: int) -> int:
     """The same for grad_input_pass, by the groups of columns that a block has (`ColumnShape`)."""
     return 3 if groups == 3 else 2
 
@@ -176,23 +176,23 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     """Cost of the backward kernels under a plan, with every gradient wanted."""
     M, K, O, R, N = c.tokens, c.in_features, c.out_features, c.total_rank, c.routed_experts
     e, part, tiles = c.element_size, c.open_share, divide_up(c.total_rank, 8)
-    splits_y, splits_x = divide_up(M, plan.share_y), divide_up(M, plan.share_x)
+    splits_y, splits_x = divide_up(M, plan.tokens_per_split_y), divide_up(M, plan.tokens_per_split_x)
     products = 6 if e == 4 else 1
-    chunks = divide_up(R, 64 if plan.wide else 32)  # of columns, each of which reads dy
+    chunks = divide_up(R, 64 if plan.many_columns else 32)  # of columns, each of which reads dy
     g, u, dh = M * c.experts * 4, M * R * 4, M * c.experts * 4
-    t = plan.slabs * divide_up(M, 16) * tiles * 512 * part
+    t = plan.o_tiles * divide_up(M, 16) * tiles * 512 * part
     dB_partial = splits_y * O * 8 * tiles * 4
     y = Step(
         M * O * e * part + O * R * e + g + u + t + dB_partial,
         M * O * e * part * chunks
         + splits_y * O * R * e
-        + plan.slabs * (chunks * g + 2 * u * part)
+        + plan.o_tiles * (chunks * g + 2 * u * part)
         + t
         + dB_partial,
-        plan.slabs * splits_y * chunks,
+        plan.o_tiles * splits_y * chunks,
         products * 4.0 * M * O * R * part,
-        resident=resident_y(plan.wide, e),
-        busy=resident_y(plan.wide, e),
+        resident=resident_grad_output(plan.many_columns, e),
+        busy=resident_grad_output(plan.many_columns, e),
     )
     groups = divide_up(R, 16) + divide_up(N, 16)
     D = M * 16 * groups * e
@@ -200,22 +200,22 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
     flags = divide_up(M, 16) * 4  # which tokens have anything open
     moved = t + u * part + g + D + dh + dbias_partial + flags
     v = Step(moved, moved, divide_up(M, 16))
-    k_slabs, many_columns = divide_up(K, 256 // e), plan.groups == 4
+    k_tiles, many_columns = divide_up(K, 256 // e), plan.groups == 4
     kinds = divide_up(groups, 4) if many_columns else 1  # chunks of D, each of which reads x
     weights_partial = splits_x * (R + N) * K * 4
     # weights are read again for every tile, or stand in registers
     again = divide_up(M, TILE) if many_columns else splits_x
-    splits_dx = divide_up(M, plan.share_dx)
+    splits_dx = divide_up(M, plan.tokens_per_split_dx)
     x = Step(
         M * K * e * (1 + part) + (R + N) * K * e + D + flags + weights_partial,
         M * K * e * (1 + part * kinds)
         + 2 * again * (R + N) * K * e  # by pairs of lanes
-        + k_slabs * (D * part * (2 if many_columns else 1) + flags * (kinds + many_columns))
+        + k_tiles * (D * part * (2 if many_columns else 1) + flags * (kinds + many_columns))
         + weights_partial,
-        k_slabs * (splits_x * kinds + splits_dx * many_columns),
+        k_tiles * (splits_x * kinds + splits_dx * many_columns),
         products * 4.0 * M * K * (R + N) * part,
-        resident=resident_x(plan.groups),
-        busy=resident_x(plan.groups),
+        resident=resident_grad_input(plan.groups),
+        busy=resident_grad_input(plan.groups),
     )
     count = O * R + (R + N) * K
     moved = splits_y * O * R * 4 + weights_partial + dbias_partial + count * e + N * 4
@@ -248,14 +248,14 @@ def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
         return kernel(moved, divide_up(columns * K * e, 16 * 128))
 
     packed = [pack(pitch != R)] if c.routed or columns != R else []
-    weigh = divide_up(M, 8)
+    gate_blocks = divide_up(M, 8)
     if not backward:
         sums, of_y = M * columns * 4, M * O * e * (1 + c.base)
         return Cost(
             (
                 *packed,
                 product(M * K * e + weights + sums, columns, K),
-                kernel(sums + u + g + v, weigh),
+                kernel(sums + u + g + v, gate_blocks),
                 product(v + bytes_B + of_y, pitch, O),
             )
         )
@@ -264,7 +264,7 @@ def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
         (
             *packed,
             product(dy + bytes_B + t, pitch, O),
-            kernel(t + u + 2 * g + v + D, weigh),
+            kernel(t + u + 2 * g + v + D, gate_blocks),
             product(dy + v + O * pitch * 4, pitch, O),
             product(x + D + columns * K * 4, columns, K),
             product(D + weights + x, columns, K),

@@ -79,7 +79,7 @@ class GateKernel(Protocol):
         stream: int,
     ) -> None:
         """From t = dy B (M, pitch), float32, or nothing: v again, D (M, columns), which is du, then the logits' gradients, then
-        zeros, and dh (M, N), theirs in float32, or those of given gates. What is None is not wanted."""
+        zeros, and dh (M, N), theirs in float32, or those of given gates. None means not wanted."""
 
 
 class GemmForward:

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.plans import (
+    MOST_O_TILE_COLUMNS,
     MOST_TOKENS,
     ROW_BYTES,
-    SLABS,
     BackwardPlan,
     Plan,
     ProblemShape,
@@ -41,47 +41,47 @@ def typical_device(multiprocessors: int) -> cost.Device:
 _AnyPlan = TypeVar("_AnyPlan", Plan, BackwardPlan)
 
 
-def _that_fit(plans: list[_AnyPlan], call: ProblemShape, memory: SharedMemory | None) -> list[_AnyPlan]:
+def _that_fit(plans: list[_AnyPlan], shape: ProblemShape, memory: SharedMemory | None) -> list[_AnyPlan]:
     """The plans whose launches fit a device's shared memory; all of them where `memory` is None."""
-    found = plans if memory is None else [plan for plan in plans if memory.fits(call, plan)]
+    found = plans if memory is None else [plan for plan in plans if memory.fits(shape, plan)]
     if not found:
-        least = min(memory.asked(call, plan) for plan in plans)
+        least = min(memory.asked(shape, plan) for plan in plans)
         raise RuntimeError(
             f"rode_kernels: the CUDA kernels need at least {least} bytes of shared memory in a block for "
-            f"R = {call.total_rank} and {call.experts} experts, this device gives {memory.limit}; "
+            f"R = {shape.total_rank} and {shape.experts} experts, this device gives {memory.limit}; "
             "name backend='triton' or 'reference'"
         )
     return found
 
 
 def variants_forward(
-    call: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
+    shape: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
 ) -> list[Plan]:
     """The plans that `plan_forward` chooses from: one launch, if its blocks have room for the columns, and two launches with K in
     as many parts as fill the device, or fewer. None that asks for more than `memory` has."""
-    depth, columns = ROW_BYTES // call.element_size, column_tiles(call.total_rank, call.routed_experts)
-    fits = can_fuse(call.total_rank, call.routed_experts)
+    depth, columns = ROW_BYTES // shape.element_size, column_tiles(shape.total_rank, shape.routed_experts)
+    fits = can_fuse(shape.total_rank, shape.routed_experts)
     plans = [Plan(fused=True, rows=64, splits=1, out_tiles=1)] if fits else []
-    rows = 16 if call.tokens <= 16 and call.total_rank <= depth else 64
-    tiles = max(1, divide_up(call.tokens, rows))  # without tokens no launch at all, but a plan
+    rows = 16 if shape.tokens <= 16 and shape.total_rank <= depth else 64
+    tiles = max(1, divide_up(shape.tokens, rows))  # without tokens no launch at all, but a plan
     blocks = tiles * divide_up(columns, 5 if columns <= 5 else 16)
-    stages, most = divide_up(call.in_features, depth), divide_up(multiprocessors, blocks)
-    outs = divide_up(call.out_features, depth)
+    stages, most = divide_up(shape.in_features, depth), divide_up(multiprocessors, blocks)
+    outs = divide_up(shape.out_features, depth)
     # one or two blocks for each multiprocessor, or a few less or more
     full = [n * multiprocessors for n in (1, 2)]
     parts = {max(1, min(outs, p)) for n in full for p in (n // tiles, divide_up(n, tiles))}
     tried = {1 << i for i in range(most.bit_length())} | {most}
     # to keep v is never slower than to make it again
-    keep_v = call.total_rank > depth and (memory is None or memory.fits(call, Plan(False, 64, 1, 1, True)))
+    keep_v = shape.total_rank > depth and (memory is None or memory.fits(shape, Plan(False, 64, 1, 1, True)))
     # in whole stages, none without work
     for splits in sorted({divide_up(stages, divide_up(stages, min(s, stages))) for s in tried}):
         for out_tiles in sorted({divide_up(outs, p) for p in parts}):
             plans.append(Plan(fused=False, rows=rows, splits=splits, out_tiles=out_tiles, keep_v=keep_v))
-    return _that_fit(plans, call, memory)
+    return _that_fit(plans, shape, memory)
 
 
 @lru_cache(maxsize=4096)
-def plan_forward(call: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None) -> Plan:
+def plan_forward(shape: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None) -> Plan:
     """The variant of the forward pass with the lowest floor (`rode_kernels.backends.gpu.cost`) on so many multiprocessors.
 
     One launch reads x and base and writes y once if there are enough tiles of tokens for the device. With fewer, K is split, so
@@ -94,11 +94,11 @@ def plan_forward(call: ProblemShape, multiprocessors: int, memory: SharedMemory 
         RuntimeError: no variant fits.
     """
     device = typical_device(multiprocessors)
-    plans = variants_forward(call, multiprocessors, memory)
-    return min(plans, key=lambda plan: cost.forward(call, plan).floor(device))
+    plans = variants_forward(shape, multiprocessors, memory)
+    return min(plans, key=lambda plan: cost.forward(shape, plan).floor(device))
 
 
-def prefer_gemm(call: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
+def prefer_gemm(shape: ProblemShape, backward: bool = False, triton: bool = False) -> bool:
     """Whether the gemm path (`rode_kernels.backends.gpu.gemm_path`) is faster than the CUDA, or Triton, kernels.
 
     Forward it is where a row of B has more than 128 bytes, so that v does not stay in registers. Then the matrix products take most
@@ -107,56 +107,55 @@ def prefer_gemm(call: ProblemShape, backward: bool = False, triton: bool = False
     It never runs a few tokens, for which it needs more launches and launching takes longest, nor dropout, for which it would need
     a copy of x. Measured on one H100: docs/cuda.md.
     """
-    if call.tokens <= 64 or call.dropout:
+    if shape.tokens <= 64 or shape.dropout:
         return False
-    features, single = call.tokens * (call.in_features + call.out_features), call.element_size == 4
-    if call.total_rank * call.element_size > ROW_BYTES:
+    features, single = shape.tokens * (shape.in_features + shape.out_features), shape.element_size == 4
+    if shape.total_rank * shape.element_size > ROW_BYTES:
         return True
     if not backward:
         return triton and single and features >= 2**22
-    return features >= 2**23 and (single or call.total_rank > 32 or (triton and features >= 2**25))
+    return features >= 2**23 and (single or shape.total_rank > 32 or (triton and features >= 2**25))
 
 
 def variants_backward(
-    call: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
+    shape: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
 ) -> list[BackwardPlan]:
-    """The plans that `plan_backward` chooses from: O in as few slabs as blocks can hold, or more; ranges of tokens such that every
+    """The plans that `plan_backward` chooses from: O in as few tiles as blocks can hold, or more; ranges of tokens such that every
     multiprocessor has as many blocks as it holds, or fewer. None that asks for more than `memory` has."""
-    depth, tokens, R = ROW_BYTES // call.element_size, max(call.tokens, 1), call.total_rank
+    depth, tokens, R = ROW_BYTES // shape.element_size, max(shape.tokens, 1), shape.total_rank
     many_columns = R > 32
-    groups = divide_up(R, 16) + divide_up(call.routed_experts, 16)
+    groups = divide_up(R, 16) + divide_up(shape.routed_experts, 16)
     held = 3 if groups <= 3 else 5 if groups <= 5 else 4
-    k_slabs = divide_up(call.in_features, 2 * depth)
-    columns = k_slabs * (divide_up(groups, 4) if held == 4 else 1)
-    fewest, plans = divide_up(call.out_features, SLABS[many_columns, call.element_size]), {}
+    k_tiles = divide_up(shape.in_features, 2 * depth)
+    columns = k_tiles * (divide_up(groups, 4) if held == 4 else 1)
+    fewest, plans = divide_up(shape.out_features, MOST_O_TILE_COLUMNS[many_columns, shape.element_size]), {}
     for wanted in (fewest, fewest + 1, fewest + 2, 2 * fewest, 3 * fewest, 4 * fewest):
-        slab = divide_up(divide_up(call.out_features, wanted), depth) * depth
-        slabs = divide_up(call.out_features, slab)
-        blocks = slabs * divide_up(R, 64 if many_columns else 32)
-        of_x = cost.resident_x(held) * multiprocessors
-        for splits_x in {max(1, of_x * part // 3 // columns) for part in (1, 2, 3)}:
-            plans[slabs, splits_x] = BackwardPlan(
-                wide=many_columns,
-                slabs=slabs,
-                slab=slab,
-                share_y=_tokens_per_split(
-                    tokens, 16, cost.resident_y(many_columns, call.element_size) * multiprocessors // blocks
-                ),
+        o_tile_columns = divide_up(divide_up(shape.out_features, wanted), depth) * depth
+        o_tiles = divide_up(shape.out_features, o_tile_columns)
+        blocks = o_tiles * divide_up(R, 64 if many_columns else 32)
+        held_y = cost.resident_grad_output(many_columns, shape.element_size) * multiprocessors
+        held_x = cost.resident_grad_input(held) * multiprocessors
+        for splits_x in {max(1, held_x * part // 3 // columns) for part in (1, 2, 3)}:
+            plans[o_tiles, splits_x] = BackwardPlan(
+                many_columns=many_columns,
+                o_tiles=o_tiles,
+                o_tile_columns=o_tile_columns,
+                tokens_per_split_y=_tokens_per_split(tokens, 16, held_y // blocks),
                 groups=held,
-                share_x=_tokens_per_split(tokens, 64, splits_x),
-                share_dx=_tokens_per_split(tokens, 64, divide_up(2 * multiprocessors, k_slabs)),
+                tokens_per_split_x=_tokens_per_split(tokens, 64, splits_x),
+                tokens_per_split_dx=_tokens_per_split(tokens, 64, divide_up(2 * multiprocessors, k_tiles)),
             )
-    return _that_fit(list(plans.values()), call, memory)
+    return _that_fit(list(plans.values()), shape, memory)
 
 
 @lru_cache(maxsize=4096)
 def plan_backward(
-    call: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
+    shape: ProblemShape, multiprocessors: int, memory: SharedMemory | None = None
 ) -> BackwardPlan:
     """The variant of the backward pass with the lowest floor (`rode_kernels.backends.gpu.cost`); arguments as `plan_forward`'s."""
     device = typical_device(multiprocessors)
-    plans = variants_backward(call, multiprocessors, memory)
-    return min(plans, key=lambda plan: cost.backward(call, plan).floor(device))
+    plans = variants_backward(shape, multiprocessors, memory)
+    return min(plans, key=lambda plan: cost.backward(shape, plan).floor(device))
 
 
 def _tokens_per_split(tokens: int, tile: int, ranges: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the CUDA kernels are written for; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
+# Limits of the CUDA kernels; the arrays in `ForwardParams` (csrc/cuda/forward.cuh) have these sizes.
 MAX_EXPERTS, MAX_RANK, MAX_FEATURES, MAX_TOKENS = 64, 1024, 32768, 2**20
 ROW_BYTES = 128  # of a tile in shared memory, whatever the dtype
 
@@ -96,30 +96,30 @@ class BackwardPlan:
     """How the CUDA backward pass runs (`csrc/cuda/backward.h` has the same fields).
 
     Attributes:
-        wide: 64 packed columns share a reading of dy, not 32.
-        slabs, slab: parts of O, and their columns; a part of t is the sum over one.
-        share_y: tokens of a range whose dB a block of the first launch sums up.
+        many_columns: 64 packed columns share a reading of dy, not 32.
+        o_tiles, o_tile_columns: parts of O, and their columns; a part of t is the sum over one.
+        tokens_per_split_y: tokens of a range whose dB a block of the first launch sums up.
         groups: of 16 columns of du and dh that a block of the third launch has: 3 or 5, all of them; or 4 in turn.
-        share_x: tokens of a range whose dA and dWr it sums up.
-        share_dx: with 4 groups blocks of their own write dx, each of so many tokens.
+        tokens_per_split_x: tokens of a range whose dA and dWr it sums up.
+        tokens_per_split_dx: with 4 groups blocks of their own write dx, each of so many tokens.
     """
 
-    wide: bool
-    slabs: int
-    slab: int
-    share_y: int
+    many_columns: bool
+    o_tiles: int
+    o_tile_columns: int
+    tokens_per_split_y: int
     groups: int
-    share_x: int
-    share_dx: int
+    tokens_per_split_x: int
+    tokens_per_split_dx: int
 
     def check(self, element_size: int) -> None:
         """Raises ValueError for a plan that the kernels have no variant for."""
-        most = SLABS[self.wide, element_size]
-        if not 0 < self.slab <= most:
+        most = MOST_O_TILE_COLUMNS[self.many_columns, element_size]
+        if not 0 < self.o_tile_columns <= most:
             raise ValueError(f"{self}: a block holds at most {most} columns of y")
 
 
 # Limits of the blocks of grad_output_pass (`OTileShape`) and grad_input_pass (`ColumnShape`): columns of O by (64 packed columns,
 # element size), and tokens of a range, of which a block notes in shared memory which ones are open.
-SLABS = {(False, 2): 384, (False, 4): 384, (True, 2): 384, (True, 4): 128}
+MOST_O_TILE_COLUMNS = {(False, 2): 384, (False, 4): 384, (True, 2): 384, (True, 4): 128}
 MOST_TOKENS = 16 * 1536

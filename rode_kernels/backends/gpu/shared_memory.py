@@ -25,21 +25,21 @@ class SharedMemory:
     native: ModuleType
     limit: int
 
-    def asked(self, call: ProblemShape, plan: Plan | BackwardPlan) -> int:
+    def asked(self, shape: ProblemShape, plan: Plan | BackwardPlan) -> int:
         """The most bytes that a launch of this plan asks for."""
         native = self.native
         ask = native.forward_shared_bytes if isinstance(plan, Plan) else native.backward_shared_bytes
         return ask(
-            dtype=_DTYPE_OF_SIZE[call.element_size],
-            tokens=call.tokens,
-            in_features=call.in_features,
-            out_features=call.out_features,
-            total_rank=call.total_rank,
-            experts=call.experts,
-            routed=call.routed,
-            dropout=call.dropout,
+            dtype=_DTYPE_OF_SIZE[shape.element_size],
+            tokens=shape.tokens,
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            total_rank=shape.total_rank,
+            experts=shape.experts,
+            routed=shape.routed,
+            dropout=shape.dropout,
             **asdict(plan),
         )
 
-    def fits(self, call: ProblemShape, plan: Plan | BackwardPlan) -> bool:
-        return self.asked(call, plan) <= self.limit
+    def fits(self, shape: ProblemShape, plan: Plan | BackwardPlan) -> bool:
+        return self.asked(shape, plan) <= self.limit

@@ -133,7 +133,7 @@ def gate_backward(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Programs: tiles of tokens. du is (M, R) in x's dtype; dh (M, N) is the gradient of the logits or, without a router, of the
-    gates; dbias_partial (tiles, N) are its sums. What t has where nothing was computed is not looked at."""
+    gates; dbias_partial (tiles, N) are its sums. Values of t that were never computed are not looked at."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

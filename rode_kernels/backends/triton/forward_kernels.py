@@ -193,8 +193,8 @@ def expand(
                 )
                 if writes and o0 == first:
                     store_tile(u, row, M, R, column, R, sums if DENSE else tl.where(is_open, sums, 0.0))
-                here = tl.max(is_open.to(tl.int32))
-                if here > 0:
+                tile_open = tl.max(is_open.to(tl.int32))
+                if tile_open > 0:
                     any_open = 1
                     total = product(
                         v, tl.trans(load_tile(B, o, last, R, column, R, 1)), total, PRECISION, INTERPRETED

@@ -39,7 +39,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     need_t = dy is not None and need_v
     sums_B, sums_A = need_B and dy is not None, need_A and dy is not None
 
-    # What ranges of tokens add up to: dB, and dA with dWr, each from a multiple of ADD_BLOCK on.
+    # Sums over ranges of tokens: dB, and dA with dWr, each from a multiple of ADD_BLOCK on.
     def room(wanted: bool, count: int) -> int:
         return divide_up(count, ADD_BLOCK) * ADD_BLOCK if wanted else 0
 

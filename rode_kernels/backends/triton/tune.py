@@ -83,8 +83,8 @@ def of_forward(
 
 
 def of_backward(*num_warps: int) -> list[dict]:
-    """Backward's blocks decide its bits; warps and stages do not. By rule, the first number of warps, first; on AMD, whose warps
-    have fewer registers, no other."""
+    """Backward's blocks decide its bits; warps and stages do not. The first number of warps is the rule's. On AMD, whose
+    warps have fewer registers, it is the only one."""
     if device.amd():
         num_warps = num_warps[:1]
     return _of_device([dict(num_warps=w, num_stages=n) for n in (2, 3) for w in num_warps])

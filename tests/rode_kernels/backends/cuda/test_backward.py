@@ -36,7 +36,7 @@ def as_found() -> Iterator[None]:
 def sweep(
     dtype: torch.dtype, *, M: int, K: int, O: int, dropout: bool = False, seed: int = 0, **rest
 ) -> None:
-    """As many ranges of tokens and slabs of O as M and O have tiles, and as few."""
+    """As many ranges of tokens and tiles of O as M and O allow, and as few."""
     p = random_problem((M,), K=K, O=O, dtype=dtype, seed=seed, **rest)
     if dropout:
         p = with_dropout(p, dropout_keep(torch.tensor([7]), 0.3, M, K), 0.3, 7)
@@ -49,7 +49,12 @@ def sweep(
             plan = plan_backward(call, 1)
             depth = 128 // dtype.itemsize
             machine.backward_plan = replace(
-                plan, slabs=-(-O // depth), slab=depth, share_y=16, share_x=64, share_dx=64
+                plan,
+                o_tiles=-(-O // depth),
+                o_tile_columns=depth,
+                tokens_per_split_y=16,
+                tokens_per_split_x=64,
+                tokens_per_split_dx=64,
             )
         check(p, backend="cuda-emulated")
 
@@ -74,7 +79,7 @@ def test_edges(dtype, router, M, K, O, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_wide_sweep(dtype, dropout):
+def test_sweep_of_many_columns(dtype, dropout):
     """K and O over whole, ragged and odd tiles; M around the edges of both tiles; all numbers of stages on their way."""
     depth = 128 // dtype.itemsize
     for K, O in product(
@@ -88,7 +93,7 @@ def test_wide_sweep(dtype, dropout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
-def test_wide_mixtures(dtype, dropout, router):
+def test_many_columns(dtype, dropout, router):
     for ranks in [
         (1,),
         (9,),
@@ -247,10 +252,10 @@ def test_a_large_share_fits_what_a_block_can_note():
     for M, R, N, size in product((1, 2**20), (4, 30, 64, 1024), (0, 4, 64), (2, 4)):
         plan = plan_backward(ProblemShape(M, 4096, 4096, R, max(N, 1), size, routed=N > 0), 1)
         assert isinstance(plan, BackwardPlan)
-        assert plan.share_y % 16 == plan.share_x % 64 == 0
-        assert plan.share_y <= 16 * 1536
-        assert plan.share_x <= 64 * 512
-        assert plan.slabs * plan.slab >= 4096 > (plan.slabs - 1) * plan.slab
+        assert plan.tokens_per_split_y % 16 == plan.tokens_per_split_x % 64 == 0
+        assert plan.tokens_per_split_y <= 16 * 1536
+        assert plan.tokens_per_split_x <= 64 * 512
+        assert plan.o_tiles * plan.o_tile_columns >= 4096 > (plan.o_tiles - 1) * plan.o_tile_columns
 
 
 def test_long_sums_over_tokens_keep_their_accuracy_in_float32():

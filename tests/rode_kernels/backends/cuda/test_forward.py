@@ -77,7 +77,7 @@ def test_v_of_several_passes_is_kept_or_made_again(keep_v, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dropout", [False, True])
-def test_wide_sweep(plan, dtype, dropout):
+def test_sweep_of_many_columns(plan, dtype, dropout):
     """K tiles over 1..2 x stages, whole, ragged and one short; M around the edges of both tiles; O around a tile's."""
     depth = 128 // dtype.itemsize
     for stages in range(1, 9):
@@ -90,7 +90,7 @@ def test_wide_sweep(plan, dtype, dropout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wide_mixtures(dtype):
+def test_many_columns(dtype):
     """Every width of v, and routers of up to 64 experts, by the kernels that take them."""
     for ranks in [
         (1,),

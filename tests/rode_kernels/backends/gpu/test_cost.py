@@ -114,7 +114,7 @@ def test_the_lowest_floor_is_chosen(tokens, multiprocessors, open_share):
 def test_what_is_expected_to_be_open_decides():
     """With little to read of dy more parts of t cost less than ranges of dB."""
     half, few = (plan_backward(ProblemShape(8192, *LLAVA, open_share=s), 132) for s in (1.0, 0.05))
-    assert few.slabs > half.slabs
+    assert few.o_tiles > half.o_tiles
 
 
 def test_a_launch_of_few_blocks_has_their_share_of_the_device():
@@ -133,7 +133,7 @@ def test_the_command_explains_the_choice(capsys):
     assert "two launches" in capsys.readouterr().out
     main(["plan", "--m", "8192", "--k", "4096", "--o", "4096", "--ranks", "64,64", "--device", "H100"])
     chosen = [line for line in capsys.readouterr().out.splitlines() if line.endswith("chosen")]
-    assert [line.split("  ")[1] for line in chosen] == ["cuda: products of PyTorch's library"] * 2
+    assert [line.split("  ")[1] for line in chosen] == ["cuda: matrix products by PyTorch"] * 2
     with pytest.raises(SystemExit):
         main(["plan", "--m", "0", "--k", "4096", "--o", "4096"])
     assert "--m: expected a whole number of at least 1, got '0'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Passes by products of PyTorch's library, with the kernels between them on the emulator and on Triton's interpreter: values, what
+"""Passes with matrix products by PyTorch, with the kernels between them on the emulator and on Triton's interpreter: values, what
 is closed, what moves, and which calls go this way."""
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def backend(request) -> str:
     O=st.integers(1, 40),
     ranks=st.lists(st.integers(1, 40), min_size=1, max_size=9),
     dtype=st.sampled_from(DTYPES),
-    wide=st.booleans(),
+    params_fp32=st.booleans(),
     router=st.booleans(),
     bias=st.booleans(),
     inplace=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_values(backend, tokens, K, O, ranks, dtype, wide, router, bias, inplace, seed):
-    parameters = torch.float32 if wide else dtype
+def test_values(backend, tokens, K, O, ranks, dtype, params_fp32, router, bias, inplace, seed):
+    parameters = torch.float32 if params_fp32 else dtype
     rest = dict(parameter_dtype=parameters, router=router, bias=bias, seed=seed)
     p = random_problem(tokens, K=K, O=O, ranks=tuple(ranks), dtype=dtype, **rest)
     machine.seed = seed
@@ -71,7 +71,7 @@ def test_values(backend, tokens, K, O, ranks, dtype, wide, router, bias, inplace
 
 @pytest.mark.parametrize("parameter_dtype", [torch.half, torch.float32], ids=str)
 def test_gradients_are_contiguous_in_their_parameters_type(backend, parameter_dtype):
-    """Also where the library's products are wider than they are."""
+    """Also where PyTorch's products are wider than they are."""
     p = random_problem((9,), K=33, O=20, ranks=(3, 8), dtype=torch.half, parameter_dtype=parameter_dtype)
     passes = triton if backend == "triton" else cuda_emulated
     settings = Settings(make_mixture(p.ranks, p.scaling), 0.0, False)
@@ -155,7 +155,7 @@ def test_what_is_not_finite_in_a_closed_expert_reaches_nothing(backend):
 
 
 def test_what_it_launches():
-    """A library's products are no launches of the emulator's. Without a router, and in widths that it likes, nothing is packed."""
+    """PyTorch's products are no launches of the emulator's. Without a router, and in widths that it likes, nothing is packed."""
     p = random_problem((20,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
     check(p, backend="cuda-emulated")
     assert kernels() == ["pack_parameters", "apply_gates_backward"]
@@ -164,7 +164,7 @@ def test_what_it_launches():
     assert kernels() == ["apply_gates_backward"]
 
 
-def test_dropout_and_strides_that_a_library_would_copy_go_by_the_kernels():
+def test_dropout_and_strides_that_PyTorch_would_copy_go_by_the_kernels():
     p = random_problem((20,), K=16, O=24, ranks=(40, 40))
     gradients(p, dropout_p=0.5, seed=1)
     assert "grad_output_pass" in kernels()
@@ -222,7 +222,7 @@ def test_gates_that_may_reopen_get_their_gradient_where_they_are_closed(backend)
         (ProblemShape(2048, 1024, 1024, 33, 4, 4), True, True),
     ],
 )
-def test_which_calls_go_by_the_library(call, forward, backward):
+def test_which_calls_take_the_gemm_path(call, forward, backward):
     assert (prefer_gemm(call), prefer_gemm(call, backward=True)) == (forward, backward)
 
 
@@ -239,7 +239,7 @@ def test_which_calls_go_by_the_library(call, forward, backward):
         (ProblemShape(64, 4096, 4096, 30, 4, 4), False, False),
     ],
 )
-def test_which_calls_of_triton_go_by_the_library(call, forward, backward):
+def test_which_calls_of_triton_take_the_gemm_path(call, forward, backward):
     assert (prefer_gemm(call, triton=True), prefer_gemm(call, backward=True, triton=True)) == (
         forward,
         backward,
@@ -294,12 +294,12 @@ class OnTheEmulator:
         return cuda_emulated._passes.backward_of(layout, 0, *rest)
 
 
-@pytest.mark.parametrize("library", [False, True], ids=["kernels", "library"])
+@pytest.mark.parametrize("gemm_path", [False, True], ids=["kernels", "gemm"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("leading", [(1,), (2, 3)], ids=str)
-def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, library, inplace, leading):
+def test_prepared_calls_of_cuda_give_what_the_long_way_gives(monkeypatch, gemm_path, inplace, leading):
     """What the shortcut keeps of a call, for a device; x, base and dy are not flat."""
-    machine.gemm_path = library
+    machine.gemm_path = gemm_path
     monkeypatch.setattr(cuda, "_passes", OnTheEmulator())
     monkeypatch.setattr(cuda, "_on_stream", lambda run, device, *args: run(*args, 0))
     monkeypatch.setattr(cuda, "refuses", lambda *args: "")

@@ -36,8 +36,8 @@ def test_every_plan_is_one_that_the_kernels_have(
     plan.check(total_rank, routed_experts, element_size)
     depth = 128 // element_size
     stages, outs = -(-in_features // depth), -(-out_features // depth)
-    share = -(-stages // plan.splits)
-    assert (plan.splits - 1) * share < stages, "a split without work"
+    per_split = -(-stages // plan.splits)
+    assert (plan.splits - 1) * per_split < stages, "a split without work"
     assert plan.splits <= 65535
     assert -(-outs // plan.out_tiles) <= 65535
     assert plan.out_tiles <= outs
@@ -63,7 +63,7 @@ def test_few_tokens_share_k():
         assert bytes_of(plan.splits) <= 1.15 * bytes_of(min(better, -(-108 // tiles)))
 
 
-def test_wide_mixtures_take_two_launches():
+def test_many_columns_take_two_launches():
     assert can_fuse(64, 16)
     assert not can_fuse(65, 0)
     assert not can_fuse(32, 17)
@@ -93,8 +93,8 @@ def test_v_is_kept_with_two_launches_and_several_passes_alone(fused):
     Plan(False, 64, 1, 1, keep_v=True).check(65, 4, 2)
 
 
-def test_a_slab_that_no_block_holds_is_refused():
+def test_a_tile_of_O_that_no_block_holds_is_refused():
     plan = plan_backward(ProblemShape(8192, 4096, 4096, 30, 4), 132)
     plan.check(2)
     with pytest.raises(ValueError, match="at most 384 columns of y"):
-        replace(plan, slab=448).check(2)
+        replace(plan, o_tile_columns=448).check(2)

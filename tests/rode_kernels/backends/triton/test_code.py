@@ -53,7 +53,7 @@ def check_code(kind: str, targets: tuple[str, ...]) -> None:
         if (
             kind != "float"
         ):  # every product of 16-bit values; float32 without tf32 has no matrix instruction on most of them
-            assert report["left"] == report["left_wide"] == 0, where
+            assert report["left"] == report["left_fp32"] == 0, where
             assert report["matrix"] >= report["narrow_dots"], where
         else:
             assert report["narrow_dots"] == 0, where

@@ -103,7 +103,7 @@ def test_trials_do_not_add_to_base_in_place(monkeypatch):
 def test_trials_in_place_stay_within_their_memory(monkeypatch, tokens):
     """base is a part of something wider; what a trial writes to is a copy, with rows as far apart as its own."""
     p = random_problem((tokens,), K=64, O=48, dtype=torch.half)
-    wide = torch.randn(tokens, 144).half()
+    whole = torch.randn(tokens, 144).half()
     tried = []
 
     def with_trial(kernel, constants, shape_class, options, run, y, *, scratch=False):
@@ -113,14 +113,14 @@ def test_trials_in_place_stay_within_their_memory(monkeypatch, tokens):
         run(y, **options[0])
 
     monkeypatch.setattr(tune, "tuned", with_trial)
-    before, base = wide.clone(), wide[:, 48:96]
+    before, base = whole.clone(), whole[:, 48:96]
     args = (p.x, p.A, p.B, p.router_weight, p.router_bias)
     kwargs = dict(ranks=p.ranks, scaling=p.scaling, backend="triton")
     y = rectified_mixture(*args, **kwargs, base=base, inplace=True)
     assert y is base
     assert torch.equal(tried[0], y)
-    assert torch.equal(wide[:, :48], before[:, :48])
-    assert torch.equal(wide[:, 96:], before[:, 96:])
+    assert torch.equal(whole[:, :48], before[:, :48])
+    assert torch.equal(whole[:, 96:], before[:, 96:])
     assert torch.equal(y, rectified_mixture(*args, **kwargs, base=before[:, 48:96].contiguous()))
 
 

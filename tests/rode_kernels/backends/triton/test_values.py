@@ -185,7 +185,7 @@ def test_tf32_is_asked_for_where_the_device_has_it(monkeypatch, arch, takes):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.half, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
-def test_wide_sweep(dtype, router):
+def test_sweep_of_many_columns(dtype, router):
     """Every K with every mixture and every M with every mixture; of all three together the interpreter would take too long."""
     mixtures = ((1,), (2, 4, 8, 16), (33, 31), (33, 31, 5), (7,) * 20, (90,) * 3)
     for i, K in enumerate((15, 16, 63, 64, 65, 130, 257)):
