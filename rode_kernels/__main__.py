@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from dataclasses import replace
 
 import torch
@@ -33,6 +32,7 @@ from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
 ONE_LAUNCH = Plan(fused=True, rows=64, splits=1, out_tiles=1)
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_Row = tuple[str, cost.Cost, bool]  # what runs, its cost, and whether it was chosen
 
 
 def list_backends() -> None:
@@ -85,6 +85,13 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
+    _explain_forward(call, ranks, device, memory)
+    _explain_backward(call, ranks, device, memory)
+
+
+def _explain_forward(
+    call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, memory: SharedMemory | None
+) -> None:
     chosen, by_gemm = plan_forward(call, device.multiprocessors, memory), prefer_gemm(call)
     rows = [("cuda: products of PyTorch's library", cost.gemm_path(call), by_gemm)]
     for plan in variants_forward(call, device.multiprocessors, memory):
@@ -115,6 +122,11 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
+
+
+def _explain_backward(
+    call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, memory: SharedMemory | None
+) -> None:
     chosen, by_gemm = plan_backward(call, device.multiprocessors, memory), prefer_gemm(call, backward=True)
     rows = [("cuda: products of PyTorch's library", cost.gemm_path(call, backward=True), by_gemm)]
     for plan in variants_backward(call, device.multiprocessors, memory):
@@ -132,7 +144,7 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     )
 
 
-def _triton(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
+def _triton(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[_Row]:
     try:
         from rode_kernels.backends.triton.record import cost_of, record
     except ImportError:
@@ -151,7 +163,7 @@ def _triton(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, bac
     return [(name, cost_of(launches[-4:] if backward else launches[:-4], call.element_size), False)]
 
 
-def _table(what: str, rows: list[tuple], fewest: float, device: cost.Device) -> None:
+def _table(what: str, rows: list[_Row], fewest: float, device: cost.Device) -> None:
     print(f"\n{what:62} {'launches':>8} {'DRAM':>18} {'L2':>10} {'floor':>9}")
     for name, of, chosen in rows:
         print(
@@ -207,4 +219,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

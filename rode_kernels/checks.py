@@ -70,7 +70,7 @@ def check_inputs(operands: ForwardOperands, settings: Settings) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def check_x(x: object) -> None:
+def check_x(x: Tensor) -> None:
     """The first check: the others take x's dtype and shape as the measure."""
     check_tensor("x", x)
     if x.dtype not in FLOATING:

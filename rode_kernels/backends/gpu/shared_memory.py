@@ -29,7 +29,7 @@ class SharedMemory:
         """The most bytes that a launch of this plan asks for."""
         native = self.native
         ask = native.forward_shared_bytes if isinstance(plan, Plan) else native.backward_shared_bytes
-        return ask(
+        asked: int = ask(
             dtype=_DTYPE_OF_SIZE[call.element_size],
             tokens=call.tokens,
             in_features=call.in_features,
@@ -40,6 +40,7 @@ class SharedMemory:
             dropout=call.dropout,
             **asdict(plan),
         )
+        return asked
 
     def fits(self, call: ProblemShape, plan: Plan | BackwardPlan) -> bool:
         return self.asked(call, plan) <= self.limit
