@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from rode_kernels.checks import check_no_tangents
-from rode_kernels.operands import (
-    BackwardOperands,
-    Call,
-    ForwardOperands,
-    Gradients,
-    Needs,
-    Outputs,
-    PlainOperands,
-    StaticArguments,
-)
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
+from rode_kernels.passes import Call, Needs, Outputs, PlainOperands, StaticArguments
 from rode_kernels.torch_ops import OP, OP_BACKWARD, OP_INPLACE, TENSORS, library
 
 try:  # the one place that knows that this file may be missing: every call then takes the long way

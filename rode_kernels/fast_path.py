@@ -23,19 +23,8 @@ from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import backend_of_environment
 from rode_kernels.checks import check_inplace, check_inputs, check_x, normalize_seed
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import (
-    BackwardOperands,
-    BackwardPass,
-    Call,
-    ForwardOperands,
-    ForwardPass,
-    Gradients,
-    MaybeTensor,
-    Needs,
-    PlainOperands,
-    Settings,
-    StaticArguments,
-)
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import BackwardPass, Call, ForwardPass, Needs, PlainOperands, StaticArguments
 from rode_kernels.torch_ops import gradients, note_write
 
 try:  # none of it is public: where a torch lacks any, calls take the long way

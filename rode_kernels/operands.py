@@ -6,8 +6,7 @@ float32, and float64 for a float64 x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -59,6 +58,9 @@ class BackwardOperands(NamedTuple):
     seed: Tensor | None
 
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+"""For functions of a tensor that give None for None."""
+
 AnyOperands = ForwardOperands | BackwardOperands  # both have x, A, B and router_weight
 
 
@@ -78,24 +80,6 @@ class Gradients(NamedTuple):
     gates: Tensor | None
 
 
-Needs = tuple[bool, ...]
-"""Which gradients are wanted: six bools in the order of `Gradients`."""
-
-PlainOperands = tuple[
-    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]
-"""`ForwardOperands`, or a plain tuple of the same tensors, which is made and taken apart faster."""
-
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
-"""For functions of a tensor that give None for None."""
-
-Outputs = tuple[Tensor, Tensor, Tensor]
-"""y, u and g of a forward call."""
-
-ForwardPass = Callable[[PlainOperands], Outputs]
-BackwardPass = Callable[[BackwardOperands, Needs], Gradients]
-
-
 class Settings(NamedTuple):
     """Everything but tensors that decides a call.
 
@@ -107,25 +91,3 @@ class Settings(NamedTuple):
     mixture: Mixture
     dropout_p: float
     dense: bool
-
-
-StaticArguments = tuple[Sequence[int], Sequence[float], float, bool, str]
-"""The operator's arguments after the operands: ranks, scaling, dropout_p, dense, and the backend's name or ""."""
-
-
-class Call(NamedTuple):
-    """A call that autograd records, besides its operands.
-
-    Attributes:
-        run: the forward pass.
-        static: the operator's other arguments.
-        inplace: y is base, which `run` writes.
-        only_y: y is the only output. Autograd takes 1.2 us to make u and g outputs.
-        prepared: what the fast path keeps for the backward pass; its type is the fast path's own.
-    """
-
-    run: ForwardPass
-    static: StaticArguments
-    inplace: bool = False
-    only_y: bool = False
-    prepared: Any = None

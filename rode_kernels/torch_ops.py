@@ -18,16 +18,8 @@ from rode_kernels.autocast import without_autocast
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
-from rode_kernels.operands import (
-    BackwardOperands,
-    ForwardOperands,
-    Gradients,
-    MaybeTensor,
-    Needs,
-    Outputs,
-    Settings,
-    StaticArguments,
-)
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import Needs, Outputs, StaticArguments
 
 _STATIC = "int[] ranks, float[] scaling, float dropout_p, bool dense, str backend"
 library = torch.library.Library("rode", "DEF")

@@ -14,18 +14,8 @@ from torch import Tensor
 from rode_kernels.backends.native import load, problem_arguments
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import (
-    AnyOperands,
-    BackwardOperands,
-    BackwardPass,
-    ForwardOperands,
-    ForwardPass,
-    Gradients,
-    Needs,
-    Outputs,
-    PlainOperands,
-    Settings,
-)
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import BackwardPass, ForwardPass, Needs, Outputs, PlainOperands
 
 _native, _why_not = load(
     "_native",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Needs, Outputs, Settings
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 
 def status() -> tuple[bool, str]:

@@ -19,7 +19,8 @@ from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.backends.triton.device import devices as triton_devices
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Needs, Outputs, Settings
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 
 class Backend(Protocol):

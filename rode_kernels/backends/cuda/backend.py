@@ -17,17 +17,8 @@ from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, di
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.backends.native import load
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import (
-    BackwardOperands,
-    BackwardPass,
-    ForwardOperands,
-    ForwardPass,
-    Gradients,
-    Needs,
-    Outputs,
-    PlainOperands,
-    Settings,
-)
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import BackwardPass, ForwardPass, Needs, Outputs, PlainOperands
 
 _native, _why_not = load(
     "_cuda", "built without nvcc, or with RODE_CUDA=off; reinstall where nvcc is to get it"

@@ -14,7 +14,8 @@ from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.backends.native import load
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Needs, Outputs, Settings
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 native, _why_not = load("_cuda_emulated", "built without RODE_EMULATE=1")
 

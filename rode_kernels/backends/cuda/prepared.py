@@ -18,7 +18,8 @@ from rode_kernels.backends.gpu.gemm_path import GateGradients, GateTensors, widt
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, column_tiles, divide_up
 from rode_kernels.backends.native import problem_arguments
-from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Needs
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients
+from rode_kernels.passes import Needs
 
 
 def address(t: Tensor | None) -> int:

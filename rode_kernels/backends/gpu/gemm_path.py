@@ -14,14 +14,8 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
-from rode_kernels.operands import (
-    AnyOperands,
-    BackwardOperands,
-    ForwardOperands,
-    Gradients,
-    MaybeTensor,
-    Needs,
-)
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, MaybeTensor
+from rode_kernels.passes import Needs
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

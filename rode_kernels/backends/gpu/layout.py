@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.plans import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS, ProblemShape
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import AnyOperands, BackwardOperands, Gradients, MaybeTensor, Needs, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import Needs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -15,15 +15,8 @@ from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import (
-    AnyOperands,
-    BackwardOperands,
-    ForwardOperands,
-    Gradients,
-    Needs,
-    Outputs,
-    Settings,
-)
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 

@@ -10,7 +10,8 @@ from rode_kernels.backends.gpu.layout import no_gradients, with_neighbouring_col
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import backward_kernels, device, tune
 from rode_kernels.backends.triton.tiles import blocks, columns, dropout, like, split_evenly, static
-from rode_kernels.operands import BackwardOperands, Gradients, Needs, Settings
+from rode_kernels.operands import BackwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs
 
 ADD_BLOCK = 1024
 MANY_TOKENS = 32768

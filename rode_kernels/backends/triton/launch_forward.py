@@ -19,7 +19,8 @@ from rode_kernels.backends.triton.tiles import (
     split_evenly,
     static,
 )
-from rode_kernels.operands import ForwardOperands, Outputs, Settings
+from rode_kernels.operands import ForwardOperands, Settings
+from rode_kernels.passes import Outputs
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:

@@ -12,15 +12,8 @@ from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import gate_kernels, tune
 from rode_kernels.backends.triton.tiles import columns
-from rode_kernels.operands import (
-    AnyOperands,
-    BackwardOperands,
-    ForwardOperands,
-    Gradients,
-    Needs,
-    Outputs,
-    Settings,
-)
+from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.triton import (
@@ -62,16 +61,8 @@ class Recorder:
 def _by(choice: int) -> Callable[..., None]:
     """A replacement of `tune.tuned` that takes each kernel's configuration at `choice`, the last one where there are fewer."""
 
-    def chosen(
-        kernel: str,
-        constants: _Arguments,
-        shape_class: Hashable,
-        options: list[tune.Config],
-        run: Callable[..., None],
-        y: Tensor,
-        *,
-        scratch: bool = False,
-    ) -> None:
+    def chosen(*arguments: Any, **_: Any) -> None:
+        *_, options, run, y = arguments
         run(y, **options[min(choice, len(options) - 1)])
 
     return chosen
