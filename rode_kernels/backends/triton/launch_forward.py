@@ -49,7 +49,6 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
             **dict(INPLACE=inplace, DENSE=dense),
         }
         shape_class = (x.dtype, K, O, most)
-
         if plan.fused and size.r >= R:
             constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
 

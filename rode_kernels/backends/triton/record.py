@@ -61,7 +61,7 @@ class Recorder:
 def _by(choice: int) -> Callable[..., None]:
     """A replacement of `tune.tuned` that takes each kernel's configuration at `choice`, the last one where there are fewer."""
 
-    def chosen(*arguments: Any, **_: Any) -> None:
+    def chosen(*arguments: Any, scratch: bool = False) -> None:
         *_, options, run, y = arguments
         run(y, **options[min(choice, len(options) - 1)])
 
@@ -116,11 +116,8 @@ def record(
         seed = tensor(1, dtype=torch.int64)
         settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
-        forward, backward = (
-            (launch_gates.forward, launch_gates.backward)
-            if gemm_path
-            else (launch_forward.forward, launch_backward.backward)
-        )
+        forward = launch_gates.forward if gemm_path else launch_forward.forward
+        backward = launch_gates.backward if gemm_path else launch_backward.backward
         y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
         dy, dgates = None if without_dy else y, None if gated else g
         backward(BackwardOperands(dy, dgates, x, u, g, A, B, W, seed), settings, needs)
