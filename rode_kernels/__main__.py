@@ -85,13 +85,6 @@ def explain(call: ProblemShape, ranks: tuple[int, ...], device: cost.Device) -> 
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
-    _explain_forward(call, ranks, device, memory)
-    _explain_backward(call, ranks, device, memory)
-
-
-def _explain_forward(
-    call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, memory: SharedMemory | None
-) -> None:
     chosen, by_gemm = plan_forward(call, device.multiprocessors, memory), prefer_gemm(call)
     rows = [("cuda: products of PyTorch's library", cost.gemm_path(call), by_gemm)]
     for plan in variants_forward(call, device.multiprocessors, memory):
@@ -122,16 +115,11 @@ def _explain_forward(
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-
-
-def _explain_backward(
-    call: ProblemShape, ranks: tuple[int, ...], device: cost.Device, memory: SharedMemory | None
-) -> None:
-    chosen, by_gemm = plan_backward(call, device.multiprocessors, memory), prefer_gemm(call, backward=True)
+    back, by_gemm = plan_backward(call, device.multiprocessors, memory), prefer_gemm(call, backward=True)
     rows = [("cuda: products of PyTorch's library", cost.gemm_path(call, backward=True), by_gemm)]
-    for plan in variants_backward(call, device.multiprocessors, memory):
-        name = f"{plan.slabs} slabs of O, ranges of {plan.share_y} and {plan.share_x} tokens"
-        rows.append((f"cuda: {name}", cost.backward(call, plan), plan == chosen and not by_gemm))
+    for other in variants_backward(call, device.multiprocessors, memory):
+        name = f"{other.slabs} slabs of O, ranges of {other.share_y} and {other.share_x} tokens"
+        rows.append((f"cuda: {name}", cost.backward(call, other), other == back and not by_gemm))
     rows += _triton(call, ranks, device, backward=True)
     _table("backward", rows, cost.fewest(call, backward=True), device)
     if by_gemm:
@@ -139,8 +127,8 @@ def _explain_backward(
             "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
         )
     print(
-        f"  {chosen.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "
-        f"{-(-call.tokens // chosen.share_y)} ranges of tokens."
+        f"  {back.slabs} slabs: fewer mean fewer parts of t, more mean fewer partial dB; a slab has "
+        f"{-(-call.tokens // back.share_y)} ranges of tokens."
     )
 
 

@@ -32,17 +32,14 @@ def cast_operands(operands: ForwardOperands, inplace: bool) -> ForwardOperands:
     if dtype is None:
         return operands
     if x.dtype != torch.float64:
-        x, A, B = x.to(dtype), _cast_parameter(A, dtype), _cast_parameter(B, dtype)
-        router_weight, router_bias = (
-            _cast_parameter(router_weight, dtype),
-            _cast_parameter(router_bias, dtype),
-        )
+        x, A, B = x.to(dtype), _cast(A, dtype), _cast(B, dtype)
+        router_weight, router_bias = _cast(router_weight, dtype), _cast(router_bias, dtype)
     if base is not None and not inplace:
         base = base.to(x.dtype)
     return ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
 
 
-def _cast_parameter(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+def _cast(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     return t if t is None or t.dtype == torch.float32 else t.to(dtype)
 
 

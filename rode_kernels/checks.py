@@ -12,6 +12,7 @@ from rode_kernels.operands import ForwardOperands, Settings
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATE_GRADS = ("open", "all")
+Seed = int | Tensor | None
 
 
 def _shape(t: Tensor) -> str:
@@ -87,15 +88,12 @@ def _check_gates(gates: Tensor, x: Tensor, experts: int) -> None:
     if gates.dtype not in FLOATING:
         raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
     _check_device("gates", gates, x)
-    lead = x.shape[:-1]
+    want = (*x.shape[:-1], experts)
     fits = 1 <= gates.dim() <= x.dim() and gates.shape[-1] == experts
-    if fits:
-        have = gates.shape[:-1]
-        tail = lead[len(lead) - len(have) :]
-        fits = all(h == 1 or h == want for h, want in zip(have, tail, strict=True))
-    if not fits:
+    sizes = zip(reversed(gates.shape), reversed(want), strict=False)  # from the last dimension on
+    if not fits or any(have not in (1, size) for have, size in sizes):
         raise ValueError(
-            f"gates: expected a shape that broadcasts to {(*lead, experts)} with last dimension "
+            f"gates: expected a shape that broadcasts to {want} with last dimension "
             f"len(ranks) = {experts}, got {_shape(gates)}"
         )
 
@@ -106,9 +104,8 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base is None; pass the tensor to accumulate into")
     if torch.is_grad_enabled() and base.requires_grad and base.is_leaf:
         raise ValueError("inplace=True: base is a leaf tensor that needs grad; pass inplace=False or a clone")
-    if (
-        torch.compiler.is_compiling()
-    ):  # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
+    if torch.compiler.is_compiling():
+        # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
         return
     if torch._debug_has_internal_overlap(base) == 1:
         raise ValueError(
@@ -118,7 +115,7 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base shares memory with x; pass inplace=False or a clone")
 
 
-def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
+def normalize_seed(seed: Seed, dropout_p: float, x: Tensor) -> Tensor | None:
     """The seed as a one-element int64 tensor on x's device; None where nothing is dropped.
 
     A missing seed is drawn with `torch.randint` on x's device and only if dropout_p > 0, so that `torch.manual_seed`,
@@ -143,9 +140,8 @@ def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Te
         return seed.reshape(1)
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return torch.full(
-        (1,), seed, dtype=torch.int64, device=x.device
-    )  # a fill: no copy that the host would wait for
+    # a fill: no copy that the host would wait for
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
 def check_no_tangents(*tensors: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from rode_kernels.autocast import cast_operands
 from rode_kernels.autograd import MixtureFunction, fast_path, needs_autograd, record_inplace
 from rode_kernels.checks import (
     GATE_GRADS,
+    Seed,
     check_inplace,
     check_inputs,
     check_no_tangents,
@@ -24,11 +25,7 @@ from rode_kernels.torch_ops import OP, OP_INPLACE, note_write
 
 
 def _run(
-    operands: ForwardOperands,
-    seed: int | Tensor | None,
-    settings: Settings,
-    inplace: bool,
-    backend: str | None,
+    operands: ForwardOperands, seed: Seed, settings: Settings, inplace: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """y, and the gates as (M, N). The operands have no seed yet."""
     mixture, dropout_p, dense = settings

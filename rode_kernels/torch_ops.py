@@ -148,8 +148,6 @@ for _name, _implementation, _fake_implementation in (
     library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rode::{_name}", _fake_implementation, lib=library)
 
-OP, OP_INPLACE, OP_BACKWARD = (
-    torch.ops.rode.mixture,
-    torch.ops.rode.mixture_,
-    torch.ops.rode.mixture_backward,
-)
+OP = torch.ops.rode.mixture
+OP_INPLACE = torch.ops.rode.mixture_
+OP_BACKWARD = torch.ops.rode.mixture_backward

@@ -131,9 +131,8 @@ class Passes:
         """The forward pass, see `reference.forward`."""
         x, base = with_neighbouring_columns(operands.x), with_neighbouring_columns(operands.base)
         operands = _with_contiguous_parameters(operands)._replace(x=x, base=base)
-        y = base
-        if y is None or not inplace:
-            y = self.kernels.empty(x.shape[0], operands.B.shape[0], like=x)
+        shape = x.shape[0], operands.B.shape[0]
+        y = base if inplace and base is not None else self.kernels.empty(*shape, like=x)
         run = self.forward_of(Layout.of(operands, settings), device, *map(_distance, (x, base, y)))
         return y, *run(operands, y, stream)
 
@@ -214,9 +213,8 @@ def prepare(
 
     def prepared(plain: PlainOperands) -> Outputs:
         operands = ForwardOperands._make(plain)
-        y = operands.base
-        if y is None or not inplace:
-            y = operands.x.new_empty(shape)
+        x, base = operands.x, operands.base
+        y = base if inplace and base is not None else x.new_empty(shape)
         return y, *_on_stream(run, device, operands, y)
 
     return prepared

@@ -120,14 +120,7 @@ class PreparedForward:
     """
 
     def __init__(
-        self,
-        kernels: Kernels,
-        layout: Layout,
-        plan: Plan,
-        device: int,
-        ld_x: int,
-        ld_base: int,
-        ld_y: int,
+        self, kernels: Kernels, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
     ):
         M, R, routed_N = layout.shape.tokens, layout.shape.total_rank, layout.shape.routed_experts
         plan.check(R, routed_N, layout.dtype.itemsize)

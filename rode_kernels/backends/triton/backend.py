@@ -44,17 +44,14 @@ def status() -> tuple[bool, str]:
     try:
         import triton
 
-        triton.__version__  # noqa: B018  (a folder of that name has none)
+        version = f"Triton {triton.__version__}"  # a folder of that name has none
     except Exception as error:
         return False, f"Triton does not load: {error}"
     if interpreted():
-        return (
-            True,
-            f"Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET is set); for tests",
-        )
+        return True, f"{version}, interpreted on the CPU (TRITON_INTERPRET is set); for tests"
     if not torch.cuda.is_available():
-        return False, f"this torch sees no GPU (Triton {triton.__version__} is installed)"
-    return True, f"Triton {triton.__version__}"
+        return False, f"this torch sees no GPU ({version} is installed)"
+    return True, version
 
 
 prefer_gemm_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
@@ -82,9 +79,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
     from rode_kernels.backends.triton import launch_backward, launch_gates
 
     dy = operands.dy
-    plain = dy is None or (
-        dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]
-    )  # the gemm path would copy others
+    # the gemm path would copy others
+    plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])
     by_gemm = plain and any(needs) and _prefer_gemm(operands, settings, True)
     with torch.cuda.device_of(operands.x):
         run = launch_gates.backward if by_gemm else launch_backward.backward

@@ -192,9 +192,8 @@ def _v(
 ):  # fmt: skip
     """v in x's dtype of (BLOCK_M, BLOCK_R) columns, and 1 if a gate is open, else 0. Writes u if it is this program's to write."""
     expert, factor = experts_of(column, OFFSETS, SCALING, N)
-    if (
-        ROUTED
-    ):  # each column adds up its own expert's logit: what another program writes to g is not waited for
+    if ROUTED:
+        # each column adds up its own expert's logit: what another program writes to g is not waited for
         h = _added(partial, row, expert, column < R, M, parts, R, WIDTH)
         if HAS_BIAS:
             h += tl.load(bias + expert)[None, :]

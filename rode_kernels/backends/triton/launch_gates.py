@@ -67,9 +67,8 @@ class GateKernel:
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`, without dropout; closed experts are multiplied with zeros."""
-    layout, x, y = Layout.of(operands, settings), operands.x, operands.base
-    if y is None or not inplace:
-        y = x.new_empty(x.shape[0], operands.B.shape[0])
+    layout, x, base = Layout.of(operands, settings), operands.x, operands.base
+    y = base if inplace and base is not None else x.new_empty(x.shape[0], operands.B.shape[0])
     return y, *gemm_path.GemmForward(GateKernel(layout), layout)(operands, y, 0)
 
 

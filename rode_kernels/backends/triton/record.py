@@ -165,10 +165,8 @@ def _of_expand(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, O, R, N, parts = (a[n] for n in ("M", "O", "R", "N", "parts"))
     tiles, splits = grid
     passes = 1 if a["BLOCK_R"] >= R else -(-O // a["BLOCK_O"]) / splits
-    yield (
-        parts * M * a["WIDTH"] * 4,
-        0,
-    )  # distinct; what programs read of it are u, and each column's own logit
+    # distinct; what programs read of it are u, and each column's own logit
+    yield (parts * M * a["WIDTH"] * 4, 0)
     yield from ((O * R * e, tiles), ((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + N) * 4, 1))
     of_gates = parts * R if a["ROUTED"] else R
     yield from _only_l2(splits * passes * M * (parts * R + of_gates) * 4)

@@ -57,8 +57,7 @@ def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blo
 def columns_of_expand(total_rank: int, element_size: int) -> int:
     """Packed columns whose v `expand` holds at once: all of them up to R = 256, else 128; but 64 on AMD, and 32 in float32."""
     most = 32 if element_size == 4 else 64 if device.amd() else 256 if total_rank <= 256 else 128
-    columns: int = triton.next_power_of_2(total_rank)
-    return min(most, max(16, columns))
+    return int(min(most, max(16, triton.next_power_of_2(total_rank))))
 
 
 def static(x: Tensor, mixture: Mixture) -> dict[str, Any]:

@@ -151,11 +151,9 @@ def _fastest(options: list[Config], run: Callable[..., None], y: Tensor, scratch
     where memory does not suffice for trials."""
     times = []
     try:
-        trial = (
-            torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y)
-            if scratch
-            else y
-        )
+        trial = y
+        if scratch:
+            trial = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y)
         for option in options:
             try:
                 bench = triton.testing.do_bench(
@@ -163,9 +161,8 @@ def _fastest(options: list[Config], run: Callable[..., None], y: Tensor, scratch
                 )
             except torch.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ):  # one that does not compile, or asks for more than the device has, is only not chosen
+            except Exception:
+                # one that does not compile, or asks for more than the device has, is only not chosen
                 bench = float("inf")
             times.append(bench)
     except torch.OutOfMemoryError:
