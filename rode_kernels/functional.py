@@ -32,10 +32,11 @@ def _run(
     check_x(operands.x)
     operands = cast_operands(operands, inplace)
     check_inputs(operands, settings)
-    x, gates, base = operands.x, operands.gates, operands.base
+    x, A, B, router_weight, router_bias, gates, base, _ = operands
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
-    operands = operands._replace(gates=gates, seed=normalize_seed(seed, dropout_p, x))
+    used_seed = normalize_seed(seed, dropout_p, x)
+    operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, used_seed)
     check_no_tangents(*operands)
     static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
     if inplace:

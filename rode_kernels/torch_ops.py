@@ -61,18 +61,14 @@ def _settings(static: StaticArguments) -> tuple[Settings, str]:
 
 def _run(args: tuple[Any, ...], inplace: bool) -> Outputs:
     """y (M, O), u and g by the backend. g is never the given gates: an operator's output may not be its input."""
-    operands = ForwardOperands(*args[:TENSORS])
+    x, A, B, router_weight, router_bias, gates, base, seed = args[:TENSORS]
     settings, name = _settings(args[TENSORS:])
-    backend = select_backend(name, operands.x, operands.B.shape[0], settings.mixture)
-    acc_dtype = accumulation_dtype(operands.x.dtype)
-    rows = operands._replace(
-        x=_rows(operands.x),
-        router_bias=_contiguous(operands.router_bias, acc_dtype),
-        gates=_contiguous(_rows(operands.gates), acc_dtype),
-        base=_rows(operands.base),
-    )
+    backend = select_backend(name, x, B.shape[0], settings.mixture)
+    acc_dtype = accumulation_dtype(x.dtype)
+    bias, gates = _contiguous(router_bias, acc_dtype), _contiguous(_rows(gates), acc_dtype)
+    rows = ForwardOperands(_rows(x), A, B, router_weight, bias, gates, _rows(base), seed)
     y, u, g = backend.forward(rows, settings, inplace)
-    return y, u, g.clone() if g is rows.gates else g
+    return y, u, g.clone() if g is gates else g
 
 
 def _forward(*args: Any) -> Outputs:
@@ -97,9 +93,10 @@ def note_write(base: Tensor) -> None:
 def gradients(operands: BackwardOperands, static: StaticArguments, needs: Needs) -> Gradients:
     """Gradients by the backend, without the dispatcher. dx has x's shape."""
     settings, name = _settings(static)
-    dy, dgates, x, _, g, A, B, router_weight, _ = operands
+    dy, dgates, x, u, g, A, B, router_weight, seed = operands
     backend = select_backend(name, x, B.shape[0], settings.mixture)
-    rows = operands._replace(dy=_rows(dy), dgates=_contiguous(dgates, g.dtype), x=_rows(x))
+    dgates = _contiguous(dgates, g.dtype)
+    rows = BackwardOperands(_rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed)
     grads = backend.backward(rows, settings, tuple(needs))
     like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
     dx, *others = (

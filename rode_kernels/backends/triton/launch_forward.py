@@ -52,7 +52,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
         if plan.fused and size.r >= R:
             constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
 
-            def run(to: Tensor, BLOCK_M: int, **chosen: int) -> None:
+            def fused(to: Tensor, BLOCK_M: int, **chosen: int) -> None:
                 source = to if inplace else base
                 ld_base = 0 if source is None else source.stride(0)
                 forward_kernels.fused[(divide_up(M, BLOCK_M),)](
@@ -64,7 +64,7 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
                 )
 
             options = tune.of_forward(most, x.element_size(), size.r)
-            tune.tuned("fused", constants, shape_class, options, run, y, scratch=inplace)
+            tune.tuned("fused", constants, shape_class, options, fused, y, scratch=inplace)
         else:
             parts, per_split = split_evenly(K, size.k, plan.splits)
             width = R + (N if routed else 0)
@@ -72,22 +72,19 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
             A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if routed else 0
             of_sums |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
 
-            def first(_: Tensor, BLOCK_M: int, **chosen: int) -> None:
-                forward_kernels.shrink[(A_blocks + W_blocks, divide_up(M, BLOCK_M), parts)](
-                    *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split),
-                    **of_sums,
-                    BLOCK_M=BLOCK_M,
-                    **chosen,
-                )
+            def grid(sizes: dict[str, int]) -> tuple[int, ...]:
+                return A_blocks + W_blocks, divide_up(M, sizes["BLOCK_M"]), parts
 
+            arguments = (x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split)
+            parts_class = (*shape_class, parts)
             options = tune.of_forward(most, x.element_size(), size.r, without="BLOCK_O")
-            tune.tuned("shrink", of_sums, (*shape_class, parts), options, first, y)
+            tune.launch(forward_kernels, "shrink", grid, arguments, of_sums, parts_class, options, y)
             # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
             parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
             held = columns_of_expand(R, x.element_size())
             of_y |= dict(WIDTH=width, BLOCK_R=held)
 
-            def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen: int) -> None:
+            def expand(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen: int) -> None:
                 splits, columns_per_split = split_evenly(O, BLOCK_O, parts_of_O)
                 source = to if inplace else base
                 ld_base = 0 if source is None else source.stride(0)
@@ -100,5 +97,5 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
                 )
 
             options = tune.of_forward(most, x.element_size(), held, divide_up(R, held))
-            tune.tuned("expand", of_y, (*shape_class, parts), options, second, y, scratch=inplace)
+            tune.tuned("expand", of_y, parts_class, options, expand, y, scratch=inplace)
     return y, u, g

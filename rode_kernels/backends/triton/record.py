@@ -47,13 +47,13 @@ class Recorder:
     def __init__(self, kernel: Any, launches: list[Launch]):
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: _Grid) -> Callable[..., None]:
+    def __getitem__(self, grid: _Grid | Callable[[_Arguments], _Grid]) -> Callable[..., None]:
         def record(*args: Any, **kwargs: Any) -> None:
             names = list(inspect.signature(self.kernel.fn).parameters)
             options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", *tune.ALWAYS) if n in kwargs}
-            self.launches.append(
-                Launch(self.kernel, grid, {**dict(zip(names, args, strict=False)), **kwargs}, options)
-            )
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            blocks = grid(arguments) if callable(grid) else grid
+            self.launches.append(Launch(self.kernel, blocks, arguments, options))
 
         return record
 

@@ -131,14 +131,18 @@ def tuned(
 def launch(
     module: ModuleType,
     kernel: str,
-    grid: tuple[int, ...],
+    grid: tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]],
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
     shape_class: Hashable,
     options: list[Config],
     like: Tensor,
 ) -> None:
-    """Launches a kernel of `module` whose grid and arguments no configuration changes, tuned on the device of `like`."""
+    """Launches a kernel of `module` whose arguments no configuration changes, tuned on the device of `like`.
+
+    Args:
+        grid: as Triton takes it: also a function of the kernel's arguments by name, configuration included.
+    """
 
     def run(_: Tensor, **chosen: int) -> None:
         getattr(module, kernel)[grid](*arguments, **constants, **chosen)
