@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 from dataclasses import replace
 
 import torch
@@ -33,6 +32,7 @@ from rode_kernels.backends.gpu.shared_memory import SharedMemory
 
 ONE_LAUNCH = Plan(fused=True, rows=64, splits=1, out_tiles=1)
 SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_Row = tuple[str, cost.Cost, bool]  # what runs, its cost, and whether it was chosen
 
 
 def list_backends() -> None:
@@ -115,11 +115,11 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
         print(
             f"  {tiles} tiles of {chosen.rows} tokens leave most of the device idle, unless its blocks share K."
         )
-    chosen, by_gemm = plan_backward(shape, device.multiprocessors, memory), prefer_gemm(shape, backward=True)
+    back, by_gemm = plan_backward(shape, device.multiprocessors, memory), prefer_gemm(shape, backward=True)
     rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape, backward=True), by_gemm)]
-    for plan in variants_backward(shape, device.multiprocessors, memory):
-        name = f"{plan.o_tiles} tiles of O, ranges of {plan.tokens_per_split_y} and {plan.tokens_per_split_x} tokens"
-        rows.append((f"cuda: {name}", cost.backward(shape, plan), plan == chosen and not by_gemm))
+    for other in variants_backward(shape, device.multiprocessors, memory):
+        name = f"{other.o_tiles} tiles of O, ranges of {other.tokens_per_split_y} and {other.tokens_per_split_x} tokens"
+        rows.append((f"cuda: {name}", cost.backward(shape, other), other == back and not by_gemm))
     rows += _triton(shape, ranks, device, backward=True)
     _table("backward", rows, cost.fewest(shape, backward=True), device)
     if by_gemm:
@@ -127,12 +127,12 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
             "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
         )
     print(
-        f"  {chosen.o_tiles} tiles of O: fewer mean fewer parts of t, more mean fewer partial dB; each has "
-        f"{-(-shape.tokens // chosen.tokens_per_split_y)} ranges of tokens."
+        f"  {back.o_tiles} tiles of O: fewer mean fewer parts of t, more mean fewer partial dB; each has "
+        f"{-(-shape.tokens // back.tokens_per_split_y)} ranges of tokens."
     )
 
 
-def _triton(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[tuple]:
+def _triton(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device, backward: bool) -> list[_Row]:
     try:
         from rode_kernels.backends.triton.record import cost_of, record
     except ImportError:
@@ -151,7 +151,7 @@ def _triton(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device, ba
     return [(name, cost_of(launches[-4:] if backward else launches[:-4], shape.element_size), False)]
 
 
-def _table(what: str, rows: list[tuple], fewest: float, device: cost.Device) -> None:
+def _table(what: str, rows: list[_Row], fewest: float, device: cost.Device) -> None:
     print(f"\n{what:62} {'launches':>8} {'DRAM':>18} {'L2':>10} {'floor':>9}")
     for name, of, chosen in rows:
         print(
@@ -207,4 +207,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
 
-from rode_kernels.operands import ForwardOperands
+from rode_kernels.operands import ForwardOperands, MaybeTensor
+
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -28,21 +32,22 @@ def cast_operands(operands: ForwardOperands, inplace: bool) -> ForwardOperands:
     if dtype is None:
         return operands
     if x.dtype != torch.float64:
-        x = x.to(dtype)
-        A, B, router_weight, router_bias = (
-            t if t is None or t.dtype == torch.float32 else t.to(dtype)
-            for t in (A, B, router_weight, router_bias)
-        )
+        x, A, B = x.to(dtype), _cast(A, dtype), _cast(B, dtype)
+        router_weight, router_bias = _cast(router_weight, dtype), _cast(router_bias, dtype)
     if base is not None and not inplace:
         base = base.to(x.dtype)
     return ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
 
 
-def without_autocast(run: Callable) -> Callable:
+def _cast(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    return t if t is None or t.dtype == torch.float32 else t.to(dtype)
+
+
+def without_autocast(run: Callable[[*_Arguments], _Result]) -> Callable[[*_Arguments], _Result]:
     """`run` with autocast off on the device of its first tensor: products keep the dtypes of the contract."""
 
     @wraps(run)
-    def wrapped(*args):
+    def wrapped(*args: *_Arguments) -> _Result:
         device = next(t for t in args if isinstance(t, Tensor)).device.type
         if autocast_dtype(device) is None:
             return run(*args)

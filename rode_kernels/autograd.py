@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rode_kernels.checks import check_no_tangents
-from rode_kernels.operands import BackwardOperands, Call, ForwardOperands, Gradients, StaticArguments
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
+from rode_kernels.passes import Call, Needs, Outputs, PlainOperands, StaticArguments
 from rode_kernels.torch_ops import OP, OP_BACKWARD, OP_INPLACE, TENSORS, library
 
 try:  # the one place that knows that this file may be missing: every call then takes the long way
-    from rode_kernels import fast_path
+    from rode_kernels import fast_path as fast_path
 except ImportError:
-    fast_path = None
+    fast_path = None  # type: ignore[assignment]  # mypy takes a module for always there
 
 
 class MixtureFunction(torch.autograd.Function):
     """Takes the operands and a `Call`; gives y, u, g, or y alone."""
 
     @staticmethod
-    def forward(ctx, x, A, B, router_weight, router_bias, gates, base, seed, call):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        router_weight: Tensor | None,
+        router_bias: Tensor | None,
+        gates: Tensor | None,
+        base: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
+    ) -> Tensor | Outputs:
         y, u, g = call.run((x, A, B, router_weight, router_bias, gates, base, seed))
         # x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask
         ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
@@ -36,7 +49,9 @@ class MixtureFunction(torch.autograd.Function):
         return y, u, g
 
     @staticmethod
-    def backward(ctx, dy, _du=None, dgates=None):
+    def backward(
+        ctx: Any, dy: Tensor | None, _du: None = None, dgates: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         if dy is None and dgates is None:
             return (None,) * (TENSORS + 1)
         operands = BackwardOperands._make((dy, dgates, *ctx.saved_tensors))
@@ -53,60 +68,63 @@ class MixtureFunction(torch.autograd.Function):
         return dx, dA, dB, drouter_weight, drouter_bias, dg, dbase, None, None
 
 
-def _gradients(call: Call, operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
+def _gradients(call: Call, operands: BackwardOperands, needs: Needs) -> Gradients:
     if fast_path is not None:
-        grads = fast_path.backward(call.prepared, operands, call.static, needs)
-        if grads is not None:
-            return grads
+        found = fast_path.backward(call.prepared, operands, call.static, needs)
+        if found is not None:
+            return found
     grads = OP_BACKWARD(*operands, *call.static, needs)
     return Gradients(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
 
 class _BackwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return OP_BACKWARD(*args)
+    def forward(ctx: Any, *args: Any) -> Any:
+        return below_autograd(OP_BACKWARD, args)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             "rode_kernels: double backward is not supported; for second derivatives write the formula in PyTorch, "
             "or call backward with create_graph=False"
         )
 
 
-def below_autograd(op: Callable, args: tuple) -> tuple[Tensor, ...]:
+# `Any`: an operator, and `Function.apply`, have no types.
+
+
+def below_autograd(op: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-def needs_autograd(args: tuple) -> bool:
+def needs_autograd(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
 
 def record_inplace(operands: ForwardOperands, static: StaticArguments) -> tuple[Tensor, Tensor]:
     """y, which is base, and g of `rode::mixture_`, recorded by autograd."""
 
-    def run(operands):
+    def run(operands: PlainOperands) -> Any:
         return operands[6], *below_autograd(OP_INPLACE, (*operands, *static))
 
-    y, _, g = MixtureFunction.apply(*operands, Call(run, static, inplace=True))
+    y, _, g = MixtureFunction.apply(*operands, Call(run, static, inplace=True))  # type: ignore[no-untyped-call]
     return y, g
 
 
-def _autograd(*args):
+def _autograd(*args: Any) -> Any:
     check_no_tangents(*args[:TENSORS])
     if not needs_autograd(args):
         return below_autograd(OP, args)
     operands, static = args[:TENSORS], args[TENSORS:]
-    return MixtureFunction.apply(
-        *operands, Call(lambda operands: below_autograd(OP, (*operands, *static)), static)
-    )
+    call = Call(lambda operands: below_autograd(OP, (*operands, *static)), static)
+    return MixtureFunction.apply(*operands, call)  # type: ignore[no-untyped-call]
 
 
-def _autograd_backward(*args):
-    return _BackwardFunction.apply(*args) if needs_autograd(args) else below_autograd(OP_BACKWARD, args)
+def _autograd_backward(*args: Any) -> Any:
+    if not needs_autograd(args):
+        return below_autograd(OP_BACKWARD, args)
+    return _BackwardFunction.apply(*args)  # type: ignore[no-untyped-call]
 
 
 library.impl("mixture", _autograd, "Autograd")

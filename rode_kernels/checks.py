@@ -12,6 +12,7 @@ from rode_kernels.operands import ForwardOperands, Settings
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 GATE_GRADS = ("open", "all")
+Seed = int | Tensor | None
 
 
 def _shape(t: Tensor) -> str:
@@ -25,16 +26,24 @@ def check_tensor(name: str, t: object) -> None:
         raise TypeError(f"{name}: expected a strided tensor, got layout {t.layout}; call .to_dense() first")
 
 
-def _parameter(name: str, t: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device} (as x), got {t.device}")
+
+
+def _check_shape(name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     check_tensor(name, t)
     if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape, strict=True)):
         raise ValueError(f"{name}: expected shape {meaning} = {tuple(shape)}, got {_shape(t)}")
+
+
+def _check_parameter(name: str, t: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
+    _check_shape(name, t, shape, meaning)
     if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
         raise TypeError(
             f"{name}: expected dtype {x.dtype} (as x) or, with 16-bit x, torch.float32; got {t.dtype}"
         )
-    if t.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device} (as x), got {t.device}")
+    _check_device(name, t, x)
 
 
 def check_inputs(operands: ForwardOperands, settings: Settings) -> None:
@@ -44,33 +53,29 @@ def check_inputs(operands: ForwardOperands, settings: Settings) -> None:
     if x.dim() < 1:
         raise ValueError("x: expected shape (..., in_features), got a 0-dimensional tensor")
     features, experts, total = x.shape[-1], mixture.num_experts, mixture.total_rank
-    _parameter("A", A, (total, features), "(sum(ranks), in_features)", x)
+    _check_parameter("A", A, (total, features), "(sum(ranks), in_features)", x)
     if isinstance(B, Tensor) and B.dim() != 2:
         raise ValueError(f"B: expected shape (out_features, sum(ranks)), got {_shape(B)}")
     out_features = B.shape[0] if isinstance(B, Tensor) else 0
-    _parameter("B", B, (out_features, total), "(out_features, sum(ranks))", x)
+    _check_parameter("B", B, (out_features, total), "(out_features, sum(ranks))", x)
     if router_weight is not None:
-        _parameter("router_weight", router_weight, (experts, features), "(len(ranks), in_features)", x)
+        _check_parameter("router_weight", router_weight, (experts, features), "(len(ranks), in_features)", x)
     if router_bias is not None:
-        _parameter("router_bias", router_bias, (experts,), "(len(ranks),)", x)
+        _check_parameter("router_bias", router_bias, (experts,), "(len(ranks),)", x)
     if gates is not None:
         _check_gates(gates, x, experts)
     if base is not None:
-        check_tensor("base", base)
-        want = (*x.shape[:-1], out_features)
-        if base.dim() != len(want) or any(h != w for h, w in zip(base.shape, want, strict=True)):
-            raise ValueError(f"base: expected shape (..., out_features) = {want}, got {_shape(base)}")
+        _check_shape("base", base, (*x.shape[:-1], out_features), "(..., out_features)")
         if base.dtype != x.dtype:
             raise TypeError(f"base: expected dtype {x.dtype} (as x), got {base.dtype}")
-        if base.device != x.device:
-            raise ValueError(f"base: expected on {x.device} (as x), got {base.device}")
+        _check_device("base", base, x)
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p: expected a float, got {dropout_p!r}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def check_x(x: object) -> None:
+def check_x(x: Tensor) -> None:
     """The first check: the others take x's dtype and shape as the measure."""
     check_tensor("x", x)
     if x.dtype not in FLOATING:
@@ -82,17 +87,13 @@ def _check_gates(gates: Tensor, x: Tensor, experts: int) -> None:
     check_tensor("gates", gates)
     if gates.dtype not in FLOATING:
         raise TypeError(f"gates: expected a floating dtype, got {gates.dtype}")
-    if gates.device != x.device:
-        raise ValueError(f"gates: expected on {x.device} (as x), got {gates.device}")
-    lead = x.shape[:-1]
+    _check_device("gates", gates, x)
+    want = (*x.shape[:-1], experts)
     fits = 1 <= gates.dim() <= x.dim() and gates.shape[-1] == experts
-    if fits:
-        have = gates.shape[:-1]
-        tail = lead[len(lead) - len(have) :]
-        fits = all(h == 1 or h == want for h, want in zip(have, tail, strict=True))
-    if not fits:
+    sizes = zip(reversed(gates.shape), reversed(want), strict=False)  # from the last dimension on
+    if not fits or any(have not in (1, size) for have, size in sizes):
         raise ValueError(
-            f"gates: expected a shape that broadcasts to {(*lead, experts)} with last dimension "
+            f"gates: expected a shape that broadcasts to {want} with last dimension "
             f"len(ranks) = {experts}, got {_shape(gates)}"
         )
 
@@ -103,9 +104,8 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base is None; pass the tensor to accumulate into")
     if torch.is_grad_enabled() and base.requires_grad and base.is_leaf:
         raise ValueError("inplace=True: base is a leaf tensor that needs grad; pass inplace=False or a clone")
-    if (
-        torch.compiler.is_compiling()
-    ):  # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
+    if torch.compiler.is_compiling():
+        # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
         return
     if torch._debug_has_internal_overlap(base) == 1:
         raise ValueError(
@@ -115,7 +115,7 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base shares memory with x; pass inplace=False or a clone")
 
 
-def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
+def normalize_seed(seed: Seed, dropout_p: float, x: Tensor) -> Tensor | None:
     """The seed as a one-element int64 tensor on x's device; None where nothing is dropped.
 
     A missing seed is drawn with `torch.randint` on x's device and only if dropout_p > 0, so that `torch.manual_seed`,
@@ -126,8 +126,7 @@ def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Te
             raise ValueError(
                 f"seed: expected a one-element int64 tensor, got {seed.dtype} of shape {_shape(seed)}"
             )
-        if seed.device != x.device:
-            raise ValueError(f"seed: expected on {x.device} (as x), got {seed.device}")
+        _check_device("seed", seed, x)
     elif seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(
@@ -141,9 +140,8 @@ def normalize_seed(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Te
         return seed.reshape(1)
     if seed is None:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    return torch.full(
-        (1,), seed, dtype=torch.int64, device=x.device
-    )  # a fill: no copy that the host would wait for
+    # a fill: no copy that the host would wait for
+    return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
 def check_no_tangents(*tensors: Tensor | None) -> None:

@@ -8,8 +8,8 @@ dispatcher, and gives what these would have given. What fails the guard takes th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +23,8 @@ from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import backend_of_environment
 from rode_kernels.checks import check_inplace, check_inputs, check_x, normalize_seed
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import (
-    BackwardOperands,
-    Call,
-    ForwardOperands,
-    Gradients,
-    Settings,
-    StaticArguments,
-)
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import BackwardPass, Call, ForwardPass, Needs, PlainOperands, StaticArguments
 from rode_kernels.torch_ops import gradients, note_write
 
 try:  # none of it is public: where a torch lacks any, calls take the long way
@@ -42,15 +36,18 @@ try:  # none of it is public: where a torch lacks any, calls take the long way
         _dispatch_tls_local_include_set,
         _len_torch_function_stack,
     )
+    from torch._C._autograd import _profiler_enabled
 
     # Dynamo's: type, dispatch keys under this thread's modes, dtype, device, sizes, strides, requires_grad, in half a microsecond
     from torch._C._dynamo.guards import TensorGuards
-    from torch.autograd import _profiler_enabled
 except ImportError:
-    TensorGuards = None
+    _GUARDED = False
+else:
+    _GUARDED = True
 
 _TYPES = (Tensor, Parameter)
-if TensorGuards is not None:
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+if _GUARDED:
     # For each device, which is the backend's name, too: autograd's dispatch key, and all keys of a call that comes to the kernels
     # with nothing in between.
     _AUTOGRAD = {d: _dispatch_key_parse(f"Autograd{d.upper()}") for d in ("cpu", "cuda")}
@@ -69,13 +66,13 @@ class _Backward(NamedTuple):
     """The backward pass of a prepared call.
 
     Attributes:
-        run: takes the operands and `needs`; gives the gradients.
+        run: the pass.
         layouts: `_layout` of x, A, B and the router's weight, which `run` is made for.
         guards: of the operands that it has met, by whether dgates and the seed are None.
     """
 
-    run: Callable[[BackwardOperands, tuple[bool, ...]], Gradients]
-    layouts: tuple[tuple, ...]
+    run: BackwardPass
+    layouts: tuple[_Layout | None, ...]
     guards: dict[tuple[bool, bool], Callable[..., bool]]
 
 
@@ -84,7 +81,7 @@ class _Prepared(NamedTuple):
 
     Attributes:
         guard: whether tensors, and what would see the operator, are as they were.
-        run: takes the operands, as a plain tuple; gives y, u, g.
+        run: the forward pass.
         needs_grad: whether autograd has to record it where gradients are enabled.
         mixture: kept because its address is part of the key.
         autocast: the device on which autocast was on, with x's dtype; "" for none.
@@ -92,7 +89,7 @@ class _Prepared(NamedTuple):
     """
 
     guard: Callable[..., bool]
-    run: Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
+    run: ForwardPass
     needs_grad: bool
     mixture: Mixture
     autocast: str
@@ -100,12 +97,12 @@ class _Prepared(NamedTuple):
     with_gates: Call
 
 
-_known: dict[tuple, list[_Prepared]] = {}
+_known: dict[tuple[object, ...], list[_Prepared]] = {}
 
 
 def call(
     function: type[torch.autograd.Function],
-    operands: tuple,
+    operands: PlainOperands,
     mixture: Mixture,
     dropout_p: float,
     inplace: bool,
@@ -116,34 +113,36 @@ def call(
 
     Args:
         function: records a call: takes the operands and a `Call`.
-        operands: in the order of `ForwardOperands`, in a plain tuple, for a named one takes 0.4 us more. They may be anything:
-            what the checks refuse raises their error, here or on the long way.
+        operands: without gates and seed, in a plain tuple, for a named one takes 0.4 us more. They may be anything: what the checks
+            refuse raises their error, here or on the long way.
     """
     prepared = find(operands, mixture, dropout_p, inplace, backend)
     if prepared is None:
         return None
     if inplace:
         x, base = operands[0], operands[6]
-        if base._is_view():
+        if base is None or base._is_view():
             return None
         check_inplace(base, x)
     if dropout_p:
         operands = (*operands[:-1], normalize_seed(None, dropout_p, operands[0]))
+    y: Tensor
     if prepared.needs_grad and torch.is_grad_enabled():
         # without `Function.apply`'s look for functorch, which takes 2.5 us: the guard has seen that it is not there
-        apply = super(torch.autograd.Function, function).apply
+        apply: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # the stubs lack it
         if not return_gates:
-            return apply(*operands, prepared.y_alone)
+            y = apply(*operands, prepared.y_alone)
+            return y
         y, _, g = apply(*operands, prepared.with_gates)
     else:
         y, _, g = prepared.run(operands)
         if inplace:
-            note_write(base)
+            note_write(y)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 
 def backward(
-    prepared: _Backward | None, operands: BackwardOperands, static: StaticArguments, needs: tuple[bool, ...]
+    prepared: _Backward | None, operands: BackwardOperands, static: StaticArguments, needs: Needs
 ) -> Gradients | None:
     """Gradients, or None where the operator has to compute them.
 
@@ -156,15 +155,14 @@ def backward(
 
 
 def find(
-    operands: tuple, mixture: Mixture, dropout_p: float, inplace: bool, backend: str | None
+    operands: PlainOperands, mixture: Mixture, dropout_p: float, inplace: bool, backend: str | None
 ) -> _Prepared | None:
     """The prepared call for one like this, prepared now where there is none yet; None where it must take the long way."""
-    x, A, B, router_weight, router_bias, _, base, seed = operands
+    x, A, B, router_weight, router_bias, _, base, _ = operands
     if (
-        TensorGuards is None
+        not _GUARDED
         or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0  # guards do not see tangents
-        or seed is not None
         or type(dropout_p) is not float
         or type(x) not in _TYPES
         or type(B) not in _TYPES
@@ -173,7 +171,7 @@ def find(
         or _profiler_enabled()
     ):
         return None
-    tensors = (x, A, B, router_weight)
+    tensors: tuple[Tensor | None, ...] = (x, A, B, router_weight)
     if router_bias is not None:
         tensors += (router_bias,)
     if base is not None:
@@ -187,26 +185,23 @@ def find(
             return prepared if not cast or torch.get_autocast_dtype(cast) == x.dtype else None
     if len(same_shapes) >= _GUARDS:
         return None
-    prepared = _prepare(
-        ForwardOperands(*operands), tensors, Settings(mixture, dropout_p, False), inplace, name
-    )
-    if prepared is not None:
+    found = _prepare(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, name)
+    if found is not None:
         if len(_known) >= _KEYS:
             _known.clear()
-        _known.setdefault(key, []).append(prepared)
-    return prepared
+        _known.setdefault(key, []).append(found)
+    return found
 
 
-def _prepare(
-    operands: ForwardOperands, tensors: tuple[Tensor, ...], settings: Settings, inplace: bool, name: str
-) -> _Prepared | None:
-    """Checks and prepares a call. `check_inplace` checks each time what depends on where memory lies."""
+def _prepare(operands: ForwardOperands, settings: Settings, inplace: bool, name: str) -> _Prepared | None:
+    """Checks and prepares a shape. `check_inplace` checks each time what depends on where memory lies."""
     x, A, B, router_weight, router_bias, _, base, _ = operands
     device, mixture = x.device.type, settings.mixture
     native = _BACKENDS.get(device)
     if native is None or name not in ("", device) or not native.status()[0]:
         return None
-    if any(type(t) not in _TYPES for t in tensors):
+    tensors = [t for t in operands if t is not None]
+    if router_weight is None or any(type(t) not in _TYPES for t in tensors):
         return None
     dtype = autocast_dtype(device)
     if dtype not in (None, x.dtype):
@@ -228,10 +223,9 @@ def _prepare(
     check_x(x)
     check_inputs(operands, settings)
     try:
-        rows_of_x, rows_of_base = (None if t is None else t.detach().view(-1, t.shape[-1]) for t in (x, base))
+        rows = operands._replace(x=_rows(x), base=_rows(base))
     except RuntimeError:  # strides that do not flatten
         return None
-    rows = operands._replace(x=rows_of_x, base=rows_of_base)
     run = native.prepare(rows, settings, inplace, (*x.shape[:-1], B.shape[0]))
     if run is None:
         return None
@@ -246,9 +240,13 @@ def _prepare(
     return _Prepared(_guard(tensors), run, needs_grad, mixture, autocast, y_alone, with_gates)
 
 
-def _unwatched(tensors: tuple[Tensor | None, ...]) -> bool:
+def _rows(t: MaybeTensor) -> MaybeTensor:
+    return t if t is None else t.detach().view(-1, t.shape[-1])
+
+
+def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether an operator on these would come to a kernel with nothing in between, and no gradients are recorded."""
-    if TensorGuards is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not _GUARDED or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     there = [t for t in tensors if t is not None]
     return (
@@ -278,12 +276,13 @@ def _repeats_backward(prepared: _Backward, operands: BackwardOperands) -> bool:
     return True
 
 
-def _layout(t: Tensor) -> tuple:
-    return t.shape, t.stride(), t.dtype, t.device
+def _layout(t: Tensor | None) -> _Layout | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
 
 
-def _guard(tensors: Iterable[Tensor]) -> Callable[..., bool]:
-    return TensorGuards(
+def _guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    make: Callable[..., TensorGuards] = TensorGuards  # its stub knows neither the tensors nor lists of sizes
+    return make(
         *tensors,
         dynamic_dims_sizes=[list(t.shape) for t in tensors],
         dynamic_dims_strides=[list(t.stride()) for t in tensors],
@@ -295,7 +294,7 @@ def _plain(keys: DispatchKeySet, device: str) -> bool:
     return plain is not None and (keys | plain).raw_repr() == plain.raw_repr()
 
 
-def _keys_of(tensors: Iterable[Tensor]) -> DispatchKeySet:
+def _keys_of(tensors: Sequence[Tensor]) -> DispatchKeySet:
     """The dispatch keys by which the dispatcher would choose a kernel here and now."""
     keys = _dispatch_tls_local_include_set()
     for t in tensors:

@@ -11,6 +11,7 @@ from rode_kernels.autocast import cast_operands
 from rode_kernels.autograd import MixtureFunction, fast_path, needs_autograd, record_inplace
 from rode_kernels.checks import (
     GATE_GRADS,
+    Seed,
     check_inplace,
     check_inputs,
     check_no_tangents,
@@ -24,23 +25,23 @@ from rode_kernels.torch_ops import OP, OP_INPLACE, note_write
 
 
 def _run(
-    operands: ForwardOperands, settings: Settings, inplace: bool, backend: str | None
+    operands: ForwardOperands, seed: Seed, settings: Settings, inplace: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and the gates as (M, N)."""
+    """y, and the gates as (M, N). The operands have no seed yet."""
     mixture, dropout_p, dense = settings
     check_x(operands.x)
     operands = cast_operands(operands, inplace)
     check_inputs(operands, settings)
-    x, A, B, router_weight, router_bias, gates, base, seed = operands
+    x, A, B, router_weight, router_bias, gates, base, _ = operands
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
-    seed = normalize_seed(seed, dropout_p, x)
-    operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
+    used_seed = normalize_seed(seed, dropout_p, x)
+    operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, used_seed)
     check_no_tangents(*operands)
     static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
     if inplace:
         check_inplace(base, x)
-    if not inplace or torch.compiler.is_compiling():
+    if base is None or not inplace or torch.compiler.is_compiling():
         y, _, g = OP(*operands, *static)
     elif not needs_autograd(operands):
         y, (_, g) = base, OP_INPLACE(*operands, *static)
@@ -99,13 +100,13 @@ def rectified_mixture(
         TypeError, ValueError: naming the argument, what it got and what was wanted.
     """
     mixture = make_mixture(ranks, scaling)
-    operands = (x, A, B, router_weight, router_bias, None, base, seed)
-    if fast_path is not None:
+    operands = (x, A, B, router_weight, router_bias, None, base, None)
+    if fast_path is not None and seed is None:
         result = fast_path.call(MixtureFunction, operands, mixture, dropout_p, inplace, return_gates, backend)
         if result is not None:
             return result
     check_tensor("router_weight", router_weight)
-    y, g = _run(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, backend)
+    y, g = _run(ForwardOperands(*operands), seed, Settings(mixture, dropout_p, False), inplace, backend)
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 
@@ -141,6 +142,6 @@ def gated_mixture(
     if gate_grad not in GATE_GRADS:
         raise ValueError(f"gate_grad: expected 'open' or 'all', got {gate_grad!r}")
     check_tensor("gates", gates)
-    operands = ForwardOperands(x, A, B, None, None, gates, base, seed)
+    operands = ForwardOperands(x, A, B, None, None, gates, base, None)
     settings = Settings(make_mixture(ranks, scaling), dropout_p, gate_grad == "all")
-    return _run(operands, settings, inplace, backend)[0]
+    return _run(operands, seed, settings, inplace, backend)[0]

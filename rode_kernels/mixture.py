@@ -47,22 +47,30 @@ class Mixture:
         return tuple(s / keep if keep > 0.0 else 0.0 for s in self.scaling)
 
 
+def _rank(i: int, rank: object) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, Integral):
+        raise TypeError(f"ranks[{i}]: expected an int, got {rank!r} ({type(rank).__name__})")
+    if rank < 1:
+        raise ValueError(f"ranks[{i}]: expected a rank of at least 1, got {rank}")
+    return int(rank)
+
+
+def _factor(i: int, factor: object) -> float:
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        raise TypeError(f"scaling[{i}]: expected a float, got {factor!r} ({type(factor).__name__})")
+    value = float(factor)
+    if not -math.inf < value < math.inf:  # comparisons: Dynamo can trace them, math.isfinite it cannot
+        raise ValueError(f"scaling[{i}]: expected a finite float, got {factor}")
+    return value
+
+
 def _checked(ranks: tuple[object, ...], scaling: tuple[object, ...]) -> Mixture:
     if not ranks:
         raise ValueError("ranks: expected at least one expert, got an empty sequence")
-    for i, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, Integral):
-            raise TypeError(f"ranks[{i}]: expected an int, got {rank!r} ({type(rank).__name__})")
-        if rank < 1:
-            raise ValueError(f"ranks[{i}]: expected a rank of at least 1, got {rank}")
+    checked_ranks = tuple(_rank(i, rank) for i, rank in enumerate(ranks))
     if len(scaling) != len(ranks):
         raise ValueError(f"scaling: expected one float per expert ({len(ranks)}), got {len(scaling)}")
-    for i, factor in enumerate(scaling):
-        if isinstance(factor, bool) or not isinstance(factor, Real):
-            raise TypeError(f"scaling[{i}]: expected a float, got {factor!r} ({type(factor).__name__})")
-        if not -math.inf < factor < math.inf:  # comparisons: Dynamo can trace them, math.isfinite it cannot
-            raise ValueError(f"scaling[{i}]: expected a finite float, got {factor}")
-    return Mixture(tuple(int(r) for r in ranks), tuple(float(s) for s in scaling))
+    return Mixture(checked_ranks, tuple(_factor(i, factor) for i, factor in enumerate(scaling)))
 
 
 @lru_cache(maxsize=1024, typed=True)  # 2.0 equals 2, and only one of them is a rank

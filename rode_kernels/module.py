@@ -27,6 +27,8 @@ class RectifiedMixture(nn.Module):
     nn.Linear does: logits of zero mean, about half of the gates open.
     """
 
+    router_bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -66,7 +68,7 @@ class RectifiedMixture(nn.Module):
 
     def forward(self, x: Tensor, base: Tensor | None = None, *, inplace: bool = False) -> Tensor:
         """(..., in_features) -> (..., out_features), added to `base` where one is given."""
-        return rectified_mixture(
+        y = rectified_mixture(
             x,
             self.A,
             self.B,
@@ -78,6 +80,7 @@ class RectifiedMixture(nn.Module):
             inplace=inplace,
             dropout_p=self.dropout if self.training else 0.0,
         )
+        return y if isinstance(y, Tensor) else y[0]  # y alone, since no gates are asked for
 
     def extra_repr(self) -> str:
         return (

@@ -6,8 +6,7 @@ float32, and float64 for a float64 x.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -21,10 +20,10 @@ class ForwardOperands(NamedTuple):
         x: (..., K), in float64, float32, float16 or bfloat16. Backends get (M, K).
         A: (R, K). B: (O, R). router_weight: (N, K), or None where gates are given. Each in x's dtype, or float32 beside a
             16-bit x.
-        router_bias: (N,), in a dtype that A may have, or None.
-        gates: (..., N), or None where a router is given. Backends get (M, N) in the accumulation dtype.
+        router_bias: (N,), in a dtype that A may have, or None. Backends get it contiguous and in the accumulation dtype.
+        gates: (..., N), or None where a router is given. Backends get (M, N), contiguous and in the accumulation dtype.
         base: (..., O) in x's dtype, or None. Backends get (M, O).
-        seed: (1,), int64, or None without dropout. The public functions also take an int, and None with dropout.
+        seed: (1,), int64, or None without dropout.
     """
 
     x: Tensor
@@ -42,7 +41,7 @@ class BackwardOperands(NamedTuple):
 
     Attributes:
         dy: (..., O) in x's dtype with any strides, or None where no gradient reaches y. Backends get (M, O).
-        dgates: (M, N), the gradient that reaches the returned gates, or None.
+        dgates: (M, N), the gradient that reaches the returned gates, or None. Backends get it like gates.
         u: (M, R) in the accumulation dtype, 0 for closed experts unless the call is dense.
         g: (M, N) in the accumulation dtype.
         x, A, B, router_weight, seed: as in `ForwardOperands`.
@@ -59,11 +58,14 @@ class BackwardOperands(NamedTuple):
     seed: Tensor | None
 
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+"""For functions of a tensor that give None for None."""
+
 AnyOperands = ForwardOperands | BackwardOperands  # both have x, A, B and router_weight
 
 
 class Gradients(NamedTuple):
-    """Gradients of a call. None: not wanted. `needs`, which says what is wanted, is a tuple of six bools in this order.
+    """Gradients of a call. None: not wanted.
 
     Attributes:
         x, A, B, router_weight: in the shape and dtype of the tensor itself.
@@ -89,25 +91,3 @@ class Settings(NamedTuple):
     mixture: Mixture
     dropout_p: float
     dense: bool
-
-
-StaticArguments = tuple[Sequence[int], Sequence[float], float, bool, str]
-"""The operator's arguments after the operands: ranks, scaling, dropout_p, dense, and the backend's name or ""."""
-
-
-class Call(NamedTuple):
-    """A call that autograd records, besides its operands.
-
-    Attributes:
-        run: takes the operands, as a plain tuple; gives y, u, g.
-        static: the operator's other arguments.
-        inplace: y is base, which `run` writes.
-        only_y: y is the only output. Autograd takes 1.2 us to make u and g outputs.
-        prepared: what the fast path keeps for the backward pass.
-    """
-
-    run: Callable[[tuple], tuple[Tensor, Tensor, Tensor]]
-    static: StaticArguments
-    inplace: bool = False
-    only_y: bool = False
-    prepared: object | None = None

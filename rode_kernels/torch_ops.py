@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from rode_kernels.autocast import without_autocast
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
-from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings, StaticArguments
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import Needs, Outputs, StaticArguments
 
 _STATIC = "int[] ranks, float[] scaling, float dropout_p, bool dense, str backend"
 library = torch.library.Library("rode", "DEF")
@@ -37,9 +39,15 @@ library.define(
 TENSORS, TENSORS_BACKWARD = len(ForwardOperands._fields), len(BackwardOperands._fields)
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
+def _rows(t: MaybeTensor) -> MaybeTensor:
     """(..., C) as (M, C): a view where strides allow one."""
-    return None if t is None else t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(0, t.shape[-1])
+    if t is None:
+        return t
+    return t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(0, t.shape[-1])
+
+
+def _contiguous(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
+    return t if t is None else t.to(dtype).contiguous()
 
 
 def _settings(static: StaticArguments) -> tuple[Settings, str]:
@@ -48,27 +56,30 @@ def _settings(static: StaticArguments) -> tuple[Settings, str]:
     return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense), backend
 
 
-def _run(args: tuple, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+# The operators' own arguments are `Any`: torch.library hands them over in one row, without types.
+
+
+def _run(args: tuple[Any, ...], inplace: bool) -> Outputs:
     """y (M, O), u and g by the backend. g is never the given gates: an operator's output may not be its input."""
     x, A, B, router_weight, router_bias, gates, base, seed = args[:TENSORS]
     settings, name = _settings(args[TENSORS:])
     backend = select_backend(name, x, B.shape[0], settings.mixture)
-    if gates is not None:
-        gates = _rows(gates).to(accumulation_dtype(x.dtype))
-    rows = ForwardOperands(_rows(x), A, B, router_weight, router_bias, gates, _rows(base), seed)
+    acc_dtype = accumulation_dtype(x.dtype)
+    bias, gates = _contiguous(router_bias, acc_dtype), _contiguous(_rows(gates), acc_dtype)
+    rows = ForwardOperands(_rows(x), A, B, router_weight, bias, gates, _rows(base), seed)
     y, u, g = backend.forward(rows, settings, inplace)
     return y, u, g.clone() if g is gates else g
 
 
-def _forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*args: Any) -> Outputs:
     y, u, g = _run(args, False)
     return y.view(*args[0].shape[:-1], y.shape[-1]), u, g
 
 
-def _forward_inplace(*args) -> tuple[Tensor, Tensor]:
+def _forward_inplace(*args: Any) -> tuple[Tensor, Tensor]:
     y, u, g = _run(args, True)
     base = args[6]
-    if y.data_ptr() != base.data_ptr():  # strides that do not flatten: the sum went into a copy
+    if y.data_ptr() != base.data_ptr():  # strides that do not flatten, or that the backend does not write to
         base.copy_(y.view(base.shape))
     return u, g
 
@@ -79,11 +90,12 @@ def note_write(base: Tensor) -> None:
         torch.autograd.graph.increment_version(base)
 
 
-def gradients(operands: BackwardOperands, static: StaticArguments, needs: tuple[bool, ...]) -> Gradients:
+def gradients(operands: BackwardOperands, static: StaticArguments, needs: Needs) -> Gradients:
     """Gradients by the backend, without the dispatcher. dx has x's shape."""
     settings, name = _settings(static)
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     backend = select_backend(name, x, B.shape[0], settings.mixture)
+    dgates = _contiguous(dgates, g.dtype)
     rows = BackwardOperands(_rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed)
     grads = backend.backward(rows, settings, tuple(needs))
     like = (x, A, B, router_weight, None, None)  # the dtype in which each gradient is returned
@@ -94,9 +106,9 @@ def gradients(operands: BackwardOperands, static: StaticArguments, needs: tuple[
     return Gradients(None if dx is None else dx.view(x.shape), *others)
 
 
-def _backward(*args) -> tuple[Tensor, ...]:
+def _backward(*args: Any) -> tuple[Tensor, ...]:
     """The operator: an empty tensor for what is not wanted."""
-    operands, (*static, needs) = BackwardOperands(*args[:TENSORS_BACKWARD]), args[TENSORS_BACKWARD:]
+    operands, static, needs = BackwardOperands(*args[:TENSORS_BACKWARD]), args[TENSORS_BACKWARD:-1], args[-1]
     grads = gradients(operands, static, needs)
     return tuple(operands.x.new_empty(0) if t is None else t for t in grads)
 
@@ -107,16 +119,16 @@ def _fake_saved(x: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     return x.new_empty(tokens, sum(ranks), dtype=dtype), x.new_empty(tokens, len(ranks), dtype=dtype)
 
 
-def _fake(*args) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> Outputs:
     x, B, ranks = args[0], args[2], args[TENSORS]
     return x.new_empty(*x.shape[:-1], B.shape[0]), *_fake_saved(x, ranks)
 
 
-def _fake_inplace(*args) -> tuple[Tensor, Tensor]:
+def _fake_inplace(*args: Any) -> tuple[Tensor, Tensor]:
     return _fake_saved(args[0], args[TENSORS])
 
 
-def _fake_backward(*args) -> tuple[Tensor, ...]:
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     _, _, x, _, g, A, B, router_weight, _, ranks, *_, needs = args
     shaped = (x, A, B, router_weight, g.new_empty(len(ranks)), g)
     return tuple(
@@ -133,8 +145,6 @@ for _name, _implementation, _fake_implementation in (
     library.impl(_name, without_autocast(_implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rode::{_name}", _fake_implementation, lib=library)
 
-OP, OP_INPLACE, OP_BACKWARD = (
-    torch.ops.rode.mixture,
-    torch.ops.rode.mixture_,
-    torch.ops.rode.mixture_backward,
-)
+OP = torch.ops.rode.mixture
+OP_INPLACE = torch.ops.rode.mixture_
+OP_BACKWARD = torch.ops.rode.mixture_backward

@@ -5,37 +5,34 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import torch  # before the native module: both then share torch's OpenMP runtime
+import torch
 from torch import Tensor
 
+from rode_kernels.backends.native import load, problem_arguments
 from rode_kernels.backends.reference import accumulation_dtype
+from rode_kernels.mixture import Mixture
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import BackwardPass, ForwardPass, Needs, Outputs, PlainOperands
 
-try:
-    import rode_kernels._native as _native
-except ImportError as error:
-    _native = None
-    _why_not: ImportError | None = error
-else:
-    _why_not = None
+_native, _why_not = load(
+    "_native",
+    "no native code in this install (built with RODE_NATIVE=off or without a C++ compiler); "
+    "reinstall with a compiler to get it",
+)
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+_Strides = tuple[int, ...]
+_Parameter = tuple[int, int, int, bool]
+_Key = tuple[torch.dtype, torch.Size, int, Settings, _Parameter, _Parameter, _Parameter]
 
 
 @lru_cache(maxsize=1)
 def status() -> tuple[bool, str]:
     """Whether native code is here, and a line that says what it runs with or why it is missing."""
     if _native is None:
-        if isinstance(_why_not, ModuleNotFoundError):
-            return False, (
-                "no native code in this install (built with RODE_NATIVE=off or without a C++ compiler); "
-                "reinstall with a compiler to get it"
-            )
-        return False, f"the native module does not load: {_why_not}"
+        return False, _why_not
     try:
         _native.set_isa(os.environ.get("RODE_CPU_ISA", ""))
     except ValueError as error:
@@ -51,6 +48,10 @@ def status() -> tuple[bool, str]:
         _warn_of_two_openmp_runtimes()
         threads = "OpenMP"
     return True, f"C++ with {_native.isa()} instructions, {threads}"
+
+
+def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    return ""
 
 
 def _warn_of_two_openmp_runtimes() -> None:
@@ -74,60 +75,50 @@ def scratch_bytes() -> int:
     return 0 if _native is None else _native.scratch_bytes()
 
 
-def _parameter(t: Tensor | None, x_dtype: torch.dtype) -> tuple[int, int, bool]:
-    """Strides, and whether it is float32 beside a 16-bit x."""
-    return (0, 0, False) if t is None else (*t.stride(), t.dtype != x_dtype)
+def _parameter(t: Tensor | None, x_dtype: torch.dtype) -> _Parameter:
+    """No address yet, the strides, and whether it is float32 beside a 16-bit x."""
+    return (0, 0, 0, False) if t is None else (0, t.stride(0), t.stride(1), t.dtype != x_dtype)
 
 
-def _key(operands: AnyOperands, settings: Settings) -> tuple:
+def _key(operands: AnyOperands, settings: Settings) -> _Key:
     """Key of a native pass: all that it is made for, except the strides of activations."""
     x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
-    return (x.dtype, x.shape, B.shape[0], settings, *(_parameter(t, x.dtype) for t in (A, B, router_weight)))
+    parameters = _parameter(A, x.dtype), _parameter(B, x.dtype), _parameter(router_weight, x.dtype)
+    return x.dtype, x.shape, B.shape[0], settings, *parameters
 
 
-def _problem(key: tuple) -> dict[str, Any]:
-    dtype, (tokens, in_features), out_features, (mixture, dropout_p, dense), A, B, router = key
-    return dict(
-        dtype=_DTYPES[dtype],
-        tokens=tokens,
-        in_features=in_features,
-        out_features=out_features,
-        ranks=mixture.ranks,
-        scaling=mixture.scaling_with_dropout(dropout_p),
-        dropout_p=dropout_p,
-        dense=dense,
-        A=(0, *A),
-        B=(0, *B),
-        router=(0, *router),
-    )
+def _problem(key: _Key) -> dict[str, object]:
+    dtype, (tokens, in_features), out_features, settings, A, B, router = key
+    problem = problem_arguments(dtype, tokens, in_features, out_features, settings)
+    return {**problem, "A": A, "B": B, "router": router}
 
 
-def _native_forward(key: tuple, x: tuple, base: tuple | None, y: tuple) -> Callable:
+def _native_forward(key: _Key, x: _Strides, base: _Strides | None, y: _Strides) -> Any:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
     return _native.Forward(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
 
 
 @lru_cache(maxsize=4096)
-def _native_backward(key: tuple, dy: tuple | None, x: tuple) -> Callable:
+def _native_backward(key: _Key, dy: _Strides | None, x: _Strides) -> Any:
     """The core's backward pass, like `_native_forward`."""
     return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
 
 
 @lru_cache(maxsize=4096)
 def _forward_pass(
-    key: tuple, x: tuple, base: tuple | None, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
-    """The forward pass for one problem and one set of strides: a function of the operands. `shape`: of y."""
+    key: _Key, x: _Strides, base: _Strides | None, inplace: bool, shape: tuple[int, ...]
+) -> ForwardPass:
+    """The forward pass for one problem and one set of strides. `shape`: of y."""
     dtype, (M, _), O, (mixture, _, _) = key[:4]
     R, N = mixture.total_rank, mixture.num_experts
-    native = _native_forward(key, x, base, base if inplace else (O, 1))
+    native = _native_forward(key, x, base, base if base is not None and inplace else (O, 1))
     empty = torch.empty(0, dtype=dtype).new_empty
     empty_acc = torch.empty(0, dtype=accumulation_dtype(dtype)).new_empty
     threads = torch.get_num_threads
 
-    def run(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    def run(operands: PlainOperands) -> Outputs:
         x, A, B, router_weight, router_bias, gates, base, seed = operands
-        y = base if inplace else empty(shape)
+        y = base if inplace and base is not None else empty(shape)
         u = empty_acc(M, R)
         g = empty_acc(M, N) if gates is None else gates
         native(
@@ -150,34 +141,23 @@ def _forward_pass(
 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]]:
-    """`forward`, decided for operands of these sizes, strides and dtypes.
+) -> ForwardPass:
+    """`forward`, decided for operands of these sizes, strides and dtypes. Their x and base need not be flat when it runs.
 
     Args:
         shape: of y.
-
-    Returns:
-        A function of the operands, as a plain tuple, which is taken apart faster. Their x and base need not be flat; gates and the
-        bias are contiguous and in the accumulation dtype.
     """
     base = None if operands.base is None else operands.base.stride()
     return _forward_pass(_key(operands, settings), operands.x.stride(), base, inplace, shape)
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`; closed experts are skipped."""
-    x, A, B, router_weight, router_bias, gates, base, seed = operands
-    if gates is not None:
-        gates = gates.contiguous()
-    if router_bias is not None:
-        router_bias = router_bias.to(accumulation_dtype(x.dtype)).contiguous()
-    run = prepare(operands, settings, inplace, (x.shape[0], B.shape[0]))
-    return run((x, A, B, router_weight, router_bias, gates, base, seed))
+    shape = operands.x.shape[0], operands.B.shape[0]
+    return prepare(operands, settings, inplace, shape)(operands)
 
 
-def prepare_backward(
-    operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]
-) -> Callable[[BackwardOperands, tuple[bool, ...]], Gradients]:
+def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]) -> BackwardPass:
     """`backward` after what `prepare` prepares, for a contiguous dy.
 
     Args:
@@ -189,9 +169,7 @@ def prepare_backward(
     )
 
 
-def _run_backward(
-    run: Callable, shape: tuple[int, ...], operands: BackwardOperands, needs: tuple[bool, ...]
-) -> Gradients:
+def _run_backward(run: Any, shape: tuple[int, ...], operands: BackwardOperands, needs: Needs) -> Gradients:
     """Gradients by a native backward pass; dx in `shape`, each gradient in its parameter's dtype."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
@@ -204,7 +182,9 @@ def _run_backward(
     dx = x.new_empty(shape) if need_x else None
     dA = A.new_empty(A.shape) if need_A else None
     dB = B.new_empty(B.shape) if need_B else None
-    drouter_weight = router_weight.new_empty(router_weight.shape) if need_router else None
+    drouter_weight = None
+    if need_router and router_weight is not None:
+        drouter_weight = router_weight.new_empty(router_weight.shape)
     drouter_bias = empty(g.shape[1]) if need_bias else None
     du = factors.data_ptr()
     run(
@@ -230,7 +210,7 @@ def _run_backward(
     return Gradients._make((dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None))
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`; closed experts are skipped."""
     dy, x = operands.dy, operands.x
     run = _native_backward(_key(operands, settings), None if dy is None else dy.stride(), x.stride())

@@ -8,12 +8,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rode_kernels.mixture import Mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 
 def status() -> tuple[bool, str]:
     """Always available."""
     return True, "plain PyTorch; slow and exact, the oracle of the tests"
+
+
+def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
+    return ""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,11 +83,11 @@ def _drop(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """y = base + sum_i scaling_i g_i B_i A_i drop(x), with g = relu(x Wr^T + br) or as given.
 
     Args:
-        inplace: accumulate into base and return it.
+        inplace: base may be overwritten and returned as y.
 
     Returns:
         y (M, O) in x.dtype; u (M, R) = drop(x) A^T, 0 where not wanted; g (M, N); u and g in the accumulation dtype.
@@ -93,11 +99,11 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
     if router_weight is not None:
         h = x_acc @ rounded(router_weight, x.dtype).t()  # (M, N)
         if router_bias is not None:
-            h = h + router_bias.to(acc_dtype)
+            h = h + router_bias
         g = torch.relu(h)
-    else:
+    elif gates is not None:
         g = gates
-    keep = dropout_keep(seed, dropout_p, *x.shape) if dropout_p > 0.0 else None
+    keep = None if seed is None else dropout_keep(seed, dropout_p, *x.shape)
     x_dropped = _drop(x_acc, keep)
     u = x_acc.new_zeros(x.shape[0], mixture.total_rank)
     y = x_acc.new_zeros(x.shape[0], B.shape[0]) if base is None else base.to(acc_dtype)
@@ -111,13 +117,10 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
         y = y.index_add(0, open_, v @ B_acc[:, rows].t())
         u_saved = x_dropped @ A_acc[rows].t() if dense else u_open
         u[:, rows] = u_saved if dense else u[:, rows].index_copy(0, open_, u_saved)
-    if inplace:
-        base.copy_(y)
-        return base, u, g
     return y.to(x.dtype), u, g
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The gradients that `needs` asks for. With `dense`, gates get scaling_i <t_i, u_i> where they are closed too."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     mixture, dropout_p, dense = settings
@@ -125,7 +128,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     acc_dtype = accumulation_dtype(x.dtype)
     M, K = x.shape
     x_acc = x.to(acc_dtype)
-    keep = dropout_keep(seed, dropout_p, M, K) if dropout_p > 0.0 else None
+    keep = None if seed is None else dropout_keep(seed, dropout_p, M, K)
     x_dropped = _drop(x_acc, keep)
     A_acc, B_acc = rounded(A, x.dtype), rounded(B, x.dtype)
     dy = x_acc.new_zeros(M, B.shape[0]) if dy is None else dy.to(acc_dtype)
@@ -150,13 +153,13 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
         total = dg if dgates is None else dg + dgates
         dh = torch.where(g != 0, total, 0.0)  # select: a closed expert's dg reaches nothing
         dx = dx + dh @ rounded(router_weight, x.dtype)
-        drouter_weight = dh.t() @ x_acc
+        drouter_weight = (dh.t() @ x_acc).to(router_weight.dtype)
         drouter_bias = dh.sum(0)
     return Gradients(
         dx.to(x.dtype) if need_x else None,
         dA.to(A.dtype) if need_A else None,
         dB.to(B.dtype) if need_B else None,
-        drouter_weight.to(router_weight.dtype) if need_router else None,
+        drouter_weight if need_router else None,
         drouter_bias if need_bias else None,
         dg if need_gates else None,
     )

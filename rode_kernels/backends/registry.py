@@ -1,10 +1,6 @@
 """The choice of a call's backend, and the reasons against the others.
 
-Every backend is a module with these functions:
-
-- `forward(operands, settings, inplace)` and `backward(operands, settings, needs)`, as in `rode_kernels.backends.reference`;
-- `status()`: whether it can run here, and why or with what;
-- `refuses(x, out_features, mixture)`, if it has no kernels for some problems: why not, "" if it has.
+Every backend is a module with the functions of `Backend`.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,19 +17,38 @@ from rode_kernels.backends import cpu, reference
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.triton import backend as triton
+from rode_kernels.backends.triton.device import devices as triton_devices
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
-_BACKENDS: dict[
-    str, tuple[ModuleType, tuple[str, ...]]
-] = {  # and the devices they serve; none named means any
+
+class Backend(Protocol):
+    """The functions of a backend, which is a module."""
+
+    def status(self) -> tuple[bool, str]:
+        """Whether it can run here, and why not or with what."""
+
+    def refuses(self, x: Tensor, out_features: int, mixture: Mixture) -> str:
+        """Why it has no kernels for a problem, "" if it has."""
+
+    def forward(self, operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
+        """The forward pass, see `reference.forward`."""
+
+    def backward(self, operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
+        """The backward pass, see `reference.backward`."""
+
+
+# and the devices they serve; none named means any
+_BACKENDS: dict[str, tuple[Backend, tuple[str, ...]]] = {
     "reference": (reference, ()),
     "cpu": (cpu, ("cpu",)),
     "cuda": (cuda, ("cuda",)),
-    "triton": (triton, triton.devices()),
+    "triton": (triton, triton_devices()),
     "cuda-emulated": (cuda_emulated, ("cpu",)),
 }
 
-_BEST = {"cpu": (cpu,), "cuda": (cuda, triton)}  # for each device, in order
+_BEST: dict[str, tuple[Backend, ...]] = {"cpu": (cpu,), "cuda": (cuda, triton)}  # for each device, in order
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def backend_of_environment() -> str:
     return "" if encoded is not None and _NAME not in encoded else os.environ.get("RODE_BACKEND", "")
 
 
-def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) -> ModuleType:
+def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) -> Backend:
     """The module that serves a call.
 
     Args:
@@ -97,7 +112,7 @@ def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) ->
         name, origin = backend_of_environment(), "RODE_BACKEND"
     if name:
         module = _named(name, origin, x.device.type)
-        why = _refusal(module, x, out_features, mixture)
+        why = module.refuses(x, out_features, mixture)
         if why:
             raise ValueError(
                 f"{origin}={name!r}: {why}; leave the choice of a backend open, or name 'reference'"
@@ -107,18 +122,14 @@ def select_backend(name: str, x: Tensor, out_features: int, mixture: Mixture) ->
     for module in _BEST.get(x.device.type, ()):
         available, why = module.status()
         if available:
-            why = _refusal(module, x, out_features, mixture)
+            why = module.refuses(x, out_features, mixture)
             if not why:
                 return module
     _say_slow(why)
     return reference
 
 
-def _refusal(module: ModuleType, x: Tensor, out_features: int, mixture: Mixture) -> str:
-    return module.refuses(x, out_features, mixture) if hasattr(module, "refuses") else ""
-
-
-def _named(name: str, origin: str, device_type: str) -> ModuleType:
+def _named(name: str, origin: str, device_type: str) -> Backend:
     if name not in _BACKENDS:
         raise ValueError(f"{origin}: expected one of {', '.join(_BACKENDS)}, got {name!r}")
     module, devices = _BACKENDS[name]

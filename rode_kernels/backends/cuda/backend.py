@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +15,24 @@ from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, no_gradient
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, prefer_gemm
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
+from rode_kernels.backends.native import load
 from rode_kernels.mixture import Mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import BackwardPass, ForwardPass, Needs, Outputs, PlainOperands
 
-try:
-    import rode_kernels._cuda as _native
-except ImportError as error:
-    _native = None
-    _why_not: ImportError | None = error
-else:
-    _why_not = None
+_native, _why_not = load(
+    "_cuda", "built without nvcc, or with RODE_CUDA=off; reinstall where nvcc is to get it"
+)
+
+_Forward = Callable[[ForwardOperands, Tensor, int], tuple[Tensor, Tensor]]  # of operands, y, stream: u and g
+_Backward = Callable[[BackwardOperands, int], Gradients]
 
 
 @lru_cache(maxsize=1)
 def status() -> tuple[bool, str]:
     """Whether the kernels can run here, and a line that says what they run with or why they cannot."""
     if _native is None:
-        if isinstance(_why_not, ModuleNotFoundError):
-            return False, "built without nvcc, or with RODE_CUDA=off; reinstall where nvcc is to get it"
-        return False, f"the native module does not load: {_why_not}"
+        return False, _why_not
     if torch.version.hip:
         return False, "this torch is for AMD GPUs"
     built, driver = _native.runtime_version(), _native.driver_version()
@@ -105,68 +105,62 @@ class Passes:
         return plan_backward(of, *_prepare(device))
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
-        return prefer_gemm(layout.problem_shape, backward)
+        return prefer_gemm(layout.shape, backward)
 
-    def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> Callable:
+    def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> _Forward:
         """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
-        plan = self.plan_forward(layout.problem_shape, device)  # prepares the device, too
+        plan = self.plan_forward(layout.shape, device)  # prepares the device, too
         if self.prefer_gemm(layout):
             return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
 
     def backward_of(
-        self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: tuple[bool, ...]
-    ) -> Callable:
+        self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: Needs
+    ) -> _Backward:
         """The kernels' backward pass, or that of the gemm path. ld_dy is None where there is no dy."""
-        plan = self.plan_backward(layout.problem_shape, device)
-        plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.out_features)  # others it would copy
+        plan = self.plan_backward(layout.shape, device)
+        # others it would copy
+        plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.shape.out_features)
         if plain and self.prefer_gemm(layout, backward=True):
             return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(
         self, operands: ForwardOperands, settings: Settings, inplace: bool, device: int, stream: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Outputs:
         """The forward pass, see `reference.forward`."""
-        x, A, B, router_weight, router_bias, gates, base, seed = operands
-        x = with_neighbouring_columns(x)
-        into = base if inplace else None
-        base = None if base is None else with_neighbouring_columns(base)
-        y = base if inplace else self.kernels.empty(x.shape[0], B.shape[0], like=x)
-        A, B, router_weight, gates = _contiguous(A, B, router_weight, gates)
-        router_bias = None if router_bias is None else router_bias.float().contiguous()
-        operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, seed)
+        x, base = with_neighbouring_columns(operands.x), with_neighbouring_columns(operands.base)
+        operands = _with_contiguous_parameters(operands)._replace(x=x, base=base)
+        shape = x.shape[0], operands.B.shape[0]
+        y = base if inplace and base is not None else self.kernels.empty(*shape, like=x)
         run = self.forward_of(Layout.of(operands, settings), device, *map(_distance, (x, base, y)))
-        u, g = run(operands, y, stream)
-        if into is not None and into is not base:  # its columns were not neighbours
-            into.copy_(y)
-            y = into
-        return y, u, g
+        return y, *run(operands, y, stream)
 
     def backward(
-        self,
-        operands: BackwardOperands,
-        settings: Settings,
-        needs: tuple[bool, ...],
-        device: int,
-        stream: int,
+        self, operands: BackwardOperands, settings: Settings, needs: Needs, device: int, stream: int
     ) -> Gradients:
         """The backward pass, see `reference.backward`."""
-        dy, dgates, x, u, g, A, B, router_weight, seed = operands
+        dy, x = operands.dy, with_neighbouring_columns(operands.x)
         if x.shape[0] == 0 or not any(needs):
             return no_gradients(operands, needs)
-        x = with_neighbouring_columns(x)
-        A, B, router_weight, dgates = _contiguous(A, B, router_weight, dgates)
         if dy is not None and dy.stride() == (0, 0):  # of a sum: a row of it can be copied 16 bytes at a time
             dy = dy[:1].contiguous().expand(dy.shape)
-        operands = BackwardOperands(dy, dgates, x, u, g, A, B, router_weight, seed)
-        ld_dy = None if dy is None else dy.stride()
+        operands = _with_contiguous_parameters(operands)._replace(dy=dy, x=x)
+        ld_dy = None if dy is None else (dy.stride(0), dy.stride(1))
         run = self.backward_of(Layout.of(operands, settings), device, _distance(x), ld_dy, needs)
         return run(operands, stream)
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+_Operands = TypeVar("_Operands", ForwardOperands, BackwardOperands)
+
+
+def _with_contiguous_parameters(operands: _Operands) -> _Operands:
+    W = operands.router_weight
+    return operands._replace(
+        A=operands.A.contiguous(),
+        B=operands.B.contiguous(),
+        router_weight=None if W is None else W.contiguous(),
+    )
 
 
 _passes = Passes(Kernels(_native))
@@ -176,7 +170,11 @@ _passes = Passes(Kernels(_native))
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def _on_stream(run: Callable, device: int, *args):
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _on_stream(run: Callable[[*_Arguments, int], _Result], device: int, *args: *_Arguments) -> _Result:
     """run(*args, stream): with the device made current, for the native runtime does, and given back."""
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
@@ -185,13 +183,13 @@ def _on_stream(run: Callable, device: int, *args):
     return run(*args, stream)
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`; closed experts are skipped by tile."""
     device = operands.x.device.index
     return _on_stream(_passes.forward, device, operands, settings, inplace, device)
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`; closed experts are skipped by tile."""
     device = operands.x.device.index
     return _on_stream(_passes.backward, device, operands, settings, needs, device)
@@ -199,35 +197,36 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 
 def prepare(
     operands: ForwardOperands, settings: Settings, inplace: bool, shape: tuple[int, ...]
-) -> Callable[[tuple], tuple[Tensor, Tensor, Tensor]] | None:
+) -> ForwardPass | None:
     """A prepared forward pass, see `cpu.prepare`; None where some operands must be copied first."""
     x, A, B, router_weight, _, _, base, _ = operands
-    if refuses(x, B.shape[0], settings.mixture) or not all(t.is_contiguous() for t in (A, B, router_weight)):
+    if refuses(x, B.shape[0], settings.mixture):
         return None
-    if any(t is not None and with_neighbouring_columns(t) is not t for t in (x, base)):
+    if not all(t is None or t.is_contiguous() for t in (A, B, router_weight)):
+        return None
+    if any(with_neighbouring_columns(t) is not t for t in (x, base)):
         return None
     device, layout = x.device.index, Layout.of(operands, settings)
     M, O = x.shape[0], B.shape[0]
     ld_y = _distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
     run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
 
-    def prepared(operands: tuple) -> tuple[Tensor, Tensor, Tensor]:
-        operands = ForwardOperands._make(operands)
-        y = operands.base if inplace else operands.x.new_empty(shape)
+    def prepared(plain: PlainOperands) -> Outputs:
+        operands = ForwardOperands._make(plain)
+        x, base = operands.x, operands.base
+        y = base if inplace and base is not None else x.new_empty(shape)
         return y, *_on_stream(run, device, operands, y)
 
     return prepared
 
 
-def prepare_backward(
-    operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]
-) -> Callable[[BackwardOperands, tuple[bool, ...]], Gradients]:
+def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]) -> BackwardPass:
     """A prepared backward pass, see `cpu.prepare_backward`."""
     device, layout = operands.x.device.index, Layout.of(operands, settings)
     ld_x, ld_dy = _distance(operands.x), (operands.B.shape[0], 1)
-    runs: dict[tuple[bool, ...], Callable] = {}  # by needs
+    runs: dict[Needs, _Backward] = {}
 
-    def prepared(operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
+    def prepared(operands: BackwardOperands, needs: Needs) -> Gradients:
         if not any(needs):
             return Gradients(*(None,) * len(needs))
         run = runs.get(needs)

@@ -13,20 +13,16 @@ from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
+from rode_kernels.backends.native import load
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
-try:
-    import rode_kernels._cuda_emulated as native
-except ImportError as error:
-    native = None
-    _why_not = str(error)
+native, _why_not = load("_cuda_emulated", "built without RODE_EMULATE=1")
 
 
 def status() -> tuple[bool, str]:
     """Whether the emulator was built."""
-    if native is None:
-        return False, f"built without RODE_EMULATE=1 ({_why_not})"
-    return True, "the CUDA kernels on the host, every access checked; for tests"
+    return native is not None, _why_not or "the CUDA kernels on the host, every access checked; for tests"
 
 
 @dataclass
@@ -73,7 +69,7 @@ class _EmulatedPasses(Passes):
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
         if machine.gemm_path is not None:
-            return machine.gemm_path and layout.dropout_p == 0.0
+            return machine.gemm_path and layout.settings.dropout_p == 0.0
         forced = machine.backward_plan if backward else machine.plan
         return forced is None and super().prefer_gemm(layout, backward)
 
@@ -81,13 +77,13 @@ class _EmulatedPasses(Passes):
 _passes = _EmulatedPasses(_EmulatedKernels(native))
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`. Counts and what is known about memory begin anew with each call."""
     native.reset(machine.seed, machine.architecture)
     return _passes.forward(operands, settings, inplace, 0, 0)
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`. Counts begin anew here too."""
     native.reset(machine.seed, machine.architecture)
     return _passes.backward(operands, settings, needs, 0, 0)

@@ -10,17 +10,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import lru_cache, partial
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.gpu.gemm_path import widths
+from rode_kernels.backends.gpu.gemm_path import GateGradients, GateTensors, widths
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, column_tiles, divide_up
+from rode_kernels.backends.native import problem_arguments
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients
-
-_DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+from rode_kernels.passes import Needs
 
 
 def address(t: Tensor | None) -> int:
@@ -31,25 +30,19 @@ class Kernels:
     """Makes passes on one native module.
 
     Args:
-        native: the compiled module, `_cuda` or `_cuda_emulated`.
+        native: the compiled module, `_cuda` or `_cuda_emulated`. Without it a backend is not available, and no pass is made.
     """
 
-    def __init__(self, native: ModuleType | None):
+    def __init__(self, native: ModuleType):
         self.native = native
         self.forward = lru_cache(maxsize=4096)(partial(PreparedForward, self))
         self.backward = lru_cache(maxsize=4096)(partial(PreparedBackward, self))
 
-    def problem(self, layout: Layout) -> dict[str, Any]:
+    def problem(self, layout: Layout) -> dict[str, object]:
         """The arguments of native objects that every pass has."""
-        return dict(
-            dtype=_DTYPES[layout.dtype],
-            tokens=layout.tokens,
-            in_features=layout.in_features,
-            out_features=layout.out_features,
-            ranks=layout.mixture.ranks,
-            scaling=layout.mixture.scaling_with_dropout(layout.dropout_p),
-            dropout_p=layout.dropout_p,
-            dense=layout.dense,
+        shape = layout.shape
+        return problem_arguments(
+            layout.dtype, shape.tokens, shape.in_features, shape.out_features, layout.settings
         )
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -74,7 +67,7 @@ class Packing:
         with_B: bool,
     ):
         self.kernels, self.with_B = kernels, with_B
-        self.shape_W, self.shape_B = (rows, pitch_K), (layout.out_features, pitch_R)
+        self.shape_W, self.shape_B = (rows, pitch_K), (layout.shape.out_features, pitch_R)
         self.run = kernels.native.Pack(
             **kernels.problem(layout),
             params_fp32=layout.params_fp32,
@@ -102,11 +95,11 @@ class Parameters:
     """
 
     def __init__(self, kernels: Kernels, layout: Layout, device: int):
-        K, R = layout.in_features, layout.mixture.total_rank
+        K, R = layout.shape.in_features, layout.shape.total_rank
         self.pitch_K, self.pitch_R, self.pack = K, R, None
-        if not layout.in_one_type:
+        if any(layout.params_fp32):
             self.pitch_K, self.pitch_R = divide_up(K, 8) * 8, divide_up(R, 8) * 8
-            rows = R + (layout.mixture.num_experts if layout.routed else 0)
+            rows = R + layout.shape.routed_experts
             self.pack = Packing(kernels, layout, device, rows, self.pitch_K, self.pitch_R, True)
         self.router_at = R * self.pitch_K * layout.dtype.itemsize
 
@@ -127,23 +120,16 @@ class PreparedForward:
     """
 
     def __init__(
-        self,
-        kernels: Kernels,
-        layout: Layout,
-        plan: Plan,
-        device: int,
-        ld_x: int,
-        ld_base: int,
-        ld_y: int,
+        self, kernels: Kernels, layout: Layout, plan: Plan, device: int, ld_x: int, ld_base: int, ld_y: int
     ):
-        R, N = layout.mixture.total_rank, layout.mixture.num_experts
-        plan.check(R, N if layout.routed else 0, layout.dtype.itemsize)
-        self.kernels, self.tokens, self.R, self.N = kernels, layout.tokens, R, N
+        M, R, routed_N = layout.shape.tokens, layout.shape.total_rank, layout.shape.routed_experts
+        plan.check(R, routed_N, layout.dtype.itemsize)
+        self.kernels, self.tokens, self.R, self.N = kernels, M, R, layout.shape.experts
         self.fp32 = layout.dtype == torch.float32
         self.parameters = Parameters(kernels, layout, device)
         self.partial = None
         if not plan.fused:
-            self.partial = plan.splits, layout.tokens, 8 * column_tiles(R, N if layout.routed else 0)
+            self.partial = plan.splits, M, 8 * column_tiles(R, routed_N)
         self.run = kernels.native.Forward(
             **kernels.problem(layout),
             ld_x=ld_x,
@@ -201,18 +187,18 @@ class PreparedBackward:
         device: int,
         ld_x: int,
         ld_dy: tuple[int, int],
-        needs: tuple[bool, ...],
+        needs: Needs,
     ):
         plan.check(layout.dtype.itemsize)
-        M, K, O = layout.tokens, layout.in_features, layout.out_features
-        R, N = layout.mixture.total_rank, layout.mixture.num_experts
+        M, K, O = layout.shape.tokens, layout.shape.in_features, layout.shape.out_features
+        R, N = layout.shape.total_rank, layout.shape.experts
         need_x, need_A, need_B, need_router, need_bias, need_gates = needs
         self.kernels, self.needs, self.tokens, self.N = kernels, needs, M, N
         self.fp32 = layout.dtype == torch.float32
         sums_x = need_A or need_router
         self.need_v = need_x or sums_x or need_bias or need_gates
         self.parameters = Parameters(kernels, layout, device)
-        tiles, groups = divide_up(R, 8), divide_up(R, 16) + (divide_up(N, 16) if layout.routed else 0)
+        tiles, groups = divide_up(R, 8), divide_up(R, 16) + divide_up(layout.shape.routed_experts, 16)
         splits_y, splits_x = divide_up(M, plan.tokens_per_split_y), divide_up(M, plan.tokens_per_split_x)
         # Intermediate results stand in one piece of memory: each part's size, and the multiple of 256 bytes at which it begins.
         parts = {
@@ -223,7 +209,8 @@ class PreparedBackward:
             "weights_partial": (sums_x, splits_x * 16 * groups * divide_up(K, 8) * 8 * 4),
             "dbias_partial": (need_bias, divide_up(M, 16) * N * 4),
         }
-        self.scratch_bytes, self.offsets = 0, {}
+        self.scratch_bytes = 0
+        self.offsets: dict[str, int | None] = {}
         for name, (needed, size) in parts.items():
             self.offsets[name] = self.scratch_bytes if needed else None
             self.scratch_bytes += divide_up(size, 256) * 256 if needed else 0
@@ -248,10 +235,12 @@ class PreparedBackward:
         dx = empty(*x.shape, like=x) if need_x else None
         dA = empty(*A.shape, like=A) if need_A else None
         dB = empty(*B.shape, like=B) if need_B else None
-        drouter_weight = empty(*router_weight.shape, like=router_weight) if need_router else None
+        drouter_weight = None
+        if need_router and router_weight is not None:
+            drouter_weight = empty(*router_weight.shape, like=router_weight)
         drouter_bias = empty(N, like=g) if need_bias else None
         dh = empty(M, N, like=g) if self.need_v else None
-        if need_B and dy is None:
+        if dB is not None and dy is None:
             dB.zero_()
         A, router, B = self.parameters(operands, stream)
         scratch = empty(self.scratch_bytes, like=x, dtype=torch.uint8)
@@ -295,15 +284,15 @@ class GateKernel:
 
     def __init__(self, kernels: Kernels, layout: Layout, device: int):
         self.empty, self.pack = kernels.empty, None
-        columns, pitch = widths(layout)
-        with_B = layout.params_fp32[2] or pitch != layout.mixture.total_rank
-        if with_B or layout.params_fp32[0] or layout.routed or columns != layout.mixture.total_rank:
-            pitch_K = divide_up(layout.in_features, 8) * 8
+        shape, (columns, pitch) = layout.shape, widths(layout)
+        with_B = layout.params_fp32[2] or pitch != shape.total_rank
+        if with_B or layout.params_fp32[0] or shape.routed or columns != shape.total_rank:
+            pitch_K = divide_up(shape.in_features, 8) * 8
             self.pack = Packing(kernels, layout, device, columns, pitch_K, pitch, with_B)
-        self.in_features = layout.in_features
+        self.in_features = shape.in_features
         self.native = kernels.native.ApplyGates(
             **kernels.problem(layout),
-            routed=layout.routed,
+            routed=shape.routed,
             columns=columns,
             pitch_R=pitch,
             device=device,
@@ -315,12 +304,9 @@ class GateKernel:
         W, B = self.pack(operands, stream)
         return W if W.shape[1] == self.in_features else W[:, : self.in_features], B
 
-    def forward(self, sums, bias, gates, u, g, v, stream) -> None:
-        given = gates is not None
-        self.native.forward(
-            *(address(sums), address(bias), address(gates), address(u), 0 if given else address(g)),
-            *(address(v), stream),
-        )
+    def forward(self, tensors: GateTensors, stream: int) -> None:
+        sums, bias, gates, u, g, v = tensors
+        self.native.forward(*map(address, (sums, bias, gates, u, g if gates is None else None, v)), stream)
 
-    def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
-        self.native.backward(*map(address, (t, u, g, dgates, v, D, dh)), stream)
+    def backward(self, tensors: GateGradients, stream: int) -> None:
+        self.native.backward(*map(address, tensors), stream)

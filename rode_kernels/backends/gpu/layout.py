@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from rode_kernels.backends.gpu.plans import MAX_EXPERTS, MAX_FEATURES, MAX_RANK, MAX_TOKENS, ProblemShape
 from rode_kernels.mixture import Mixture
-from rode_kernels.operands import AnyOperands, BackwardOperands, Gradients, Settings
+from rode_kernels.operands import AnyOperands, BackwardOperands, Gradients, MaybeTensor, Settings
+from rode_kernels.passes import Needs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,50 +20,26 @@ class Layout(NamedTuple):
     """The shapes, dtypes and settings that a pass is prepared for.
 
     Attributes:
-        tokens, in_features, out_features: M, K, O.
+        dtype: of x.
+        shape: leaves out base and in-place writes, on which the bits may not depend.
         params_fp32: whether A, router weight and B are float32 beside a 16-bit x.
-        routed: there is a router; otherwise gates are given.
-        dense: u and the gates' gradients are wanted where gates are 0 too.
     """
 
     dtype: torch.dtype
-    tokens: int
-    in_features: int
-    out_features: int
-    mixture: Mixture
-    dropout_p: float
+    shape: ProblemShape
+    settings: Settings
     params_fp32: tuple[bool, bool, bool]
-    routed: bool
-    dense: bool
 
-    @staticmethod
-    def of(operands: AnyOperands, settings: Settings) -> Layout:
-        x, router_weight, B = operands.x, operands.router_weight, operands.B
-        params_fp32 = tuple(t is not None and t.dtype != x.dtype for t in (operands.A, router_weight, B))
+    @classmethod
+    def of(cls, operands: AnyOperands, settings: Settings) -> Self:
+        x, A, B, router_weight = operands.x, operands.A, operands.B, operands.router_weight
         *leading, in_features = x.shape
         sizes = (prod(leading), in_features, B.shape[0])
-        return Layout(
-            x.dtype,
-            *sizes,
-            settings.mixture,
-            settings.dropout_p,
-            params_fp32,
-            router_weight is not None,
-            settings.dense,
-        )
-
-    @property
-    def in_one_type(self) -> bool:
-        return not any(self.params_fp32)
-
-    @property
-    def problem_shape(self) -> ProblemShape:
-        """The shapes that plans are made from. They leave out base and in-place writes, on which the bits may not depend."""
-        sizes = (self.tokens, self.in_features, self.out_features)
-        experts = (self.mixture.total_rank, self.mixture.num_experts)
-        return ProblemShape(
-            *sizes, *experts, self.dtype.itemsize, routed=self.routed, dropout=self.dropout_p > 0.0
-        )
+        experts = (settings.mixture.total_rank, settings.mixture.num_experts)
+        routed, dropout = router_weight is not None, settings.dropout_p > 0.0
+        shape = ProblemShape(*sizes, *experts, x.element_size(), routed=routed, dropout=dropout)
+        router_fp32 = router_weight is not None and router_weight.dtype != x.dtype
+        return cls(x.dtype, shape, settings, (A.dtype != x.dtype, router_fp32, B.dtype != x.dtype))
 
 
 def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
@@ -82,31 +59,25 @@ def beyond_kernels(x: Tensor, out_features: int, mixture: Mixture) -> str:
     return ""
 
 
-def with_neighbouring_columns(t: Tensor) -> Tensor:
+def with_neighbouring_columns(t: MaybeTensor) -> MaybeTensor:
     """The matrix with column stride 1 and a row stride below 2^31, as the kernels need it: itself or a copy."""
-    return t if (t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31 else t.contiguous()
+    if t is None or ((t.shape[1] == 1 or t.stride(1) == 1) and t.stride(0) < 2**31):
+        return t
+    return t.contiguous()
 
 
-def no_gradients(operands: BackwardOperands, needs: tuple[bool, ...]) -> Gradients:
+def no_gradients(operands: BackwardOperands, needs: Needs) -> Gradients:
     """Zeros where something is wanted: the gradients of a call without tokens."""
     _, _, x, _, g, A, B, router_weight, _ = operands
-    likes = (x, A, B, router_weight, g, g)
-    shapes = (
-        x.shape,
-        A.shape,
-        B.shape,
-        None if router_weight is None else router_weight.shape,
-        g.shape[1:],
-        g.shape,
-    )
+    like = (x, A, B, router_weight, g.new_empty(g.shape[1:]), g)
     return Gradients(
         *(
-            like.new_zeros(shape) if need else None
-            for need, like, shape in zip(needs, likes, shapes, strict=True)
+            t.new_zeros(t.shape) if need and t is not None else None
+            for need, t in zip(needs, like, strict=True)
         )
     )
 
 
 def tf32_allowed() -> bool:
     """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision` and newer forms; off by default."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

@@ -43,7 +43,9 @@ _AnyPlan = TypeVar("_AnyPlan", Plan, BackwardPlan)
 
 def _that_fit(plans: list[_AnyPlan], shape: ProblemShape, memory: SharedMemory | None) -> list[_AnyPlan]:
     """The plans whose launches fit a device's shared memory; all of them where `memory` is None."""
-    found = plans if memory is None else [plan for plan in plans if memory.fits(shape, plan)]
+    if memory is None:
+        return plans
+    found = [plan for plan in plans if memory.fits(shape, plan)]
     if not found:
         least = min(memory.asked(shape, plan) for plan in plans)
         raise RuntimeError(

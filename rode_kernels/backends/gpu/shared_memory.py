@@ -29,7 +29,7 @@ class SharedMemory:
         """The most bytes that a launch of this plan asks for."""
         native = self.native
         ask = native.forward_shared_bytes if isinstance(plan, Plan) else native.backward_shared_bytes
-        return ask(
+        asked: int = ask(
             dtype=_DTYPE_OF_SIZE[shape.element_size],
             tokens=shape.tokens,
             in_features=shape.in_features,
@@ -40,6 +40,7 @@ class SharedMemory:
             dropout=shape.dropout,
             **asdict(plan),
         )
+        return asked
 
     def fits(self, shape: ProblemShape, plan: Plan | BackwardPlan) -> bool:
         return self.asked(shape, plan) <= self.limit

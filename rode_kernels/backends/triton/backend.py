@@ -16,6 +16,7 @@ from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 OLDEST = (8, 0)  # compute capability of NVIDIA GPUs that Triton supports
 
@@ -43,17 +44,14 @@ def status() -> tuple[bool, str]:
     try:
         import triton
 
-        triton.__version__  # noqa: B018  (a folder of that name has none)
+        version = f"Triton {triton.__version__}"  # a folder of that name has none
     except Exception as error:
         return False, f"Triton does not load: {error}"
     if interpreted():
-        return (
-            True,
-            f"Triton {triton.__version__}, interpreted on the CPU (TRITON_INTERPRET is set); for tests",
-        )
+        return True, f"{version}, interpreted on the CPU (TRITON_INTERPRET is set); for tests"
     if not torch.cuda.is_available():
-        return False, f"this torch sees no GPU (Triton {triton.__version__} is installed)"
-    return True, f"Triton {triton.__version__}"
+        return False, f"this torch sees no GPU ({version} is installed)"
+    return True, version
 
 
 prefer_gemm_always: bool | None = None  # by tests: whether products are PyTorch's, whatever the shape
@@ -63,26 +61,27 @@ def _prefer_gemm(operands: AnyOperands, settings: Settings, backward: bool) -> b
     """Whether the gemm path runs a call. It has no dropout: it would need a copy of x."""
     if settings.dropout_p > 0.0 or prefer_gemm_always is not None:
         return bool(prefer_gemm_always) and settings.dropout_p == 0.0
-    return prefer_gemm(Layout.of(operands, settings).problem_shape, backward, triton=True)
+    return prefer_gemm(Layout.of(operands, settings).shape, backward, triton=True)
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`."""
     from rode_kernels.backends.triton import launch_forward, launch_gates
 
-    launch = launch_gates if _prefer_gemm(operands, settings, False) else launch_forward
+    by_gemm = _prefer_gemm(operands, settings, False)
     with torch.cuda.device_of(operands.x):  # Triton launches on the current device
-        return launch.forward(operands, settings, inplace)
+        run = launch_gates.forward if by_gemm else launch_forward.forward
+        return run(operands, settings, inplace)
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`."""
     from rode_kernels.backends.triton import launch_backward, launch_gates
 
     dy = operands.dy
-    plain = dy is None or (
-        dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1]
-    )  # the gemm path would copy others
+    # the gemm path would copy others
+    plain = dy is None or (dy.stride(1) == 1 and dy.stride(0) >= dy.shape[1])
     by_gemm = plain and any(needs) and _prefer_gemm(operands, settings, True)
     with torch.cuda.device_of(operands.x):
-        return (launch_gates if by_gemm else launch_backward).backward(operands, settings, needs)
+        run = launch_gates.backward if by_gemm else launch_backward.backward
+        return run(operands, settings, needs)

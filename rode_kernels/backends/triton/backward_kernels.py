@@ -36,12 +36,7 @@ def grad_output_pass(
     column = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     expert, factor = experts_of(column, OFFSETS, SCALING, N)
     at = tl.program_id(0) // blocks
-    if TOGETHER:
-        _dB_and_t(
-            dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at, column, expert, factor, N, R,
-            NEED_T, NEED_B, DENSE, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
-        )  # fmt: skip
-    elif NEED_T:
+    if NEED_T and not TOGETHER:
         of_t = (M + ROWS - 1) // ROWS * parts
         if at < of_t:
             _t(
@@ -54,9 +49,10 @@ def grad_output_pass(
                 factor, N, R, False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
             )  # fmt: skip
     else:
+        dense: tl.constexpr = DENSE and TOGETHER
         _dB_and_t(
             dy, B, u, g, t_partial, dB_partial, M, O, dy_row, dy_column, tokens_per_split, stride, at, column, expert, factor, N, R,
-            False, NEED_B, False, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
+            NEED_T, NEED_B, dense, BLOCK_M, BLOCK_R, BLOCK_O, GROUP, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 

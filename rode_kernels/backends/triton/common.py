@@ -29,9 +29,8 @@ def keep(seed, threshold, row, first, K, BLOCK_K: tl.constexpr, ALIGNED: tl.cons
         quarter = tl.arange(0, BLOCK_K // 4)
         counter = (row.to(tl.int64)[:, None] * K + first) // 4 + quarter[None, :]  # (BLOCK_M, BLOCK_K / 4)
         w0, w1, w2, w3 = tl.randint4x(seed, counter)
-        words = tl.join(
-            tl.join(w0, w2), tl.join(w1, w3)
-        )  # (.., .., 2, 2), the last index runs over (w0, w1), then (w2, w3)
+        # (.., .., 2, 2), the last index runs over (w0, w1), then (w2, w3)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         word = tl.reshape(words, (row.shape[0], BLOCK_K))
     else:
         element = row.to(tl.int64)[:, None] * K + first + tl.arange(0, BLOCK_K)[None, :]
@@ -74,8 +73,6 @@ def store_tile(at, row, rows, row_step, column, columns, value):
 
 @triton.jit
 def gates_of(g, row, rows, expert, N: tl.constexpr, inside_column):
-    """g[row, expert] of each column, 0 outside."""
+    """g[row, expert] of each column (BLOCK_M, BLOCK_R), 0 outside."""
     inside = (row < rows)[:, None] & inside_column[None, :]
-    return tl.load(
-        g + row.to(tl.int64)[:, None] * N + expert[None, :], mask=inside, other=0.0
-    )  # (BLOCK_M, BLOCK_R)
+    return tl.load(g + row.to(tl.int64)[:, None] * N + expert[None, :], mask=inside, other=0.0)

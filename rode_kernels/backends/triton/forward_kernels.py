@@ -143,28 +143,12 @@ def expand(
                 store_tile(g, row, M, N, n, N, tl.where(h <= 0.0, 0.0, h))
     if R <= BLOCK_R:
         column = tl.arange(0, BLOCK_R)
-        v, sums, is_open = _weighted(
-            partial,
-            bias,
-            g,
-            row,
-            column,
-            M,
-            parts,
-            OFFSETS,
-            SCALING,
-            N,
-            R,
-            WIDTH,
-            ROUTED,
-            HAS_BIAS,
+        v, any_open = _v(
+            partial, bias, g, u, row, column, M, parts, writes, OFFSETS, SCALING, N, R, WIDTH, ROUTED, HAS_BIAS, DENSE,
             B.dtype.element_ty,
-        )
-        if writes:
-            store_tile(u, row, M, R, column, R, sums if DENSE else tl.where(is_open, sums, 0.0))
-        any_open = tl.max(is_open.to(tl.int32)) > 0
+        )  # fmt: skip
         expand_tiles(
-            v, any_open, row, first, last, base, y, B, M, O, R, ld_base, ld_y, HAS_BASE, INPLACE, BLOCK_R, BLOCK_O, PRECISION,
+            v, any_open > 0, row, first, last, base, y, B, M, O, R, ld_base, ld_y, HAS_BASE, INPLACE, BLOCK_R, BLOCK_O, PRECISION,
             INTERPRETED,
         )  # fmt: skip
     else:
@@ -174,27 +158,11 @@ def expand(
             any_open = 0
             for c0 in range(0, R, BLOCK_R):
                 column = c0 + tl.arange(0, BLOCK_R)
-                v, sums, is_open = _weighted(
-                    partial,
-                    bias,
-                    g,
-                    row,
-                    column,
-                    M,
-                    parts,
-                    OFFSETS,
-                    SCALING,
-                    N,
-                    R,
-                    WIDTH,
-                    ROUTED,
-                    HAS_BIAS,
-                    B.dtype.element_ty,
-                )
-                if writes and o0 == first:
-                    store_tile(u, row, M, R, column, R, sums if DENSE else tl.where(is_open, sums, 0.0))
-                tile_open = tl.max(is_open.to(tl.int32))
-                if tile_open > 0:
+                v, is_open = _v(
+                    partial, bias, g, u, row, column, M, parts, writes and o0 == first, OFFSETS, SCALING, N, R, WIDTH, ROUTED,
+                    HAS_BIAS, DENSE, B.dtype.element_ty,
+                )  # fmt: skip
+                if is_open > 0:
                     any_open = 1
                     total = product(
                         v, tl.trans(load_tile(B, o, last, R, column, R, 1)), total, PRECISION, INTERPRETED
@@ -218,15 +186,14 @@ def _added(partial, row, column, inside_column, M, parts, first, WIDTH: tl.const
 
 
 @triton.jit
-def _weighted(
-    partial, bias, g, row, column, M, parts, OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    WIDTH: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, dtype: tl.constexpr,
+def _v(
+    partial, bias, g, u, row, column, M, parts, writes, OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """v in x's dtype, u, and where gates are open, of (BLOCK_M, BLOCK_R) columns."""
+    """v in x's dtype of (BLOCK_M, BLOCK_R) columns, and 1 if a gate is open, else 0. Writes u if it is this program's to write."""
     expert, factor = experts_of(column, OFFSETS, SCALING, N)
-    if (
-        ROUTED
-    ):  # each column adds up its own expert's logit: what another program writes to g is not waited for
+    if ROUTED:
+        # each column adds up its own expert's logit: what another program writes to g is not waited for
         h = _added(partial, row, expert, column < R, M, parts, R, WIDTH)
         if HAS_BIAS:
             h += tl.load(bias + expert)[None, :]
@@ -236,4 +203,6 @@ def _weighted(
     sums = _added(partial, row, column, column < R, M, parts, 0, WIDTH)
     is_open = gate != 0.0
     v = tl.where(is_open, factor[None, :] * gate * sums, 0.0).to(dtype)
-    return v, sums, is_open
+    if writes:
+        store_tile(u, row, M, R, column, R, sums if DENSE else tl.where(is_open, sums, 0.0))
+    return v, tl.max(is_open.to(tl.int32))

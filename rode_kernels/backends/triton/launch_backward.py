@@ -7,16 +7,18 @@ import triton
 from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import no_gradients, with_neighbouring_columns
+from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import backward_kernels, device, tune
-from rode_kernels.backends.triton.tiles import blocks, columns, divide_up, dropout, like, split_evenly, static
+from rode_kernels.backends.triton.tiles import blocks, columns, dropout, like, split_evenly, static
 from rode_kernels.operands import BackwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs
 
 ADD_BLOCK = 1024
 MANY_TOKENS = 32768
 V_TOKENS = 16  # of a program of `gate_backward`
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`: at most three launches and one that adds ranges of tokens."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     mixture, dropout_p, dense = settings
@@ -26,7 +28,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     if M == 0:
         return no_gradients(operands, needs)
     x = with_neighbouring_columns(x)
-    A, W, B = like(x, A, router_weight, B)
+    A, W, B = like(x, A), like(x, router_weight), like(x, B)
     most = triton.next_power_of_2(M)
     size, fills = blocks(M, R, N, x.element_size()), device.multiprocessors(x)
     shape_class = (x.dtype, K, O, most)
@@ -36,8 +38,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
 
     need_weights = need_A or need_router
     need_v = need_x or need_weights or need_bias or need_gates
-    need_t = dy is not None and need_v
-    sums_B, sums_A = need_B and dy is not None, need_A and dy is not None
+    has_dy = dy is not None
+    need_t, sums_B, sums_A = has_dy and need_v, has_dy and need_B, has_dy and need_A
 
     # Sums over ranges of tokens: dB, and dA with dWr, each from a multiple of ADD_BLOCK on.
     def room(wanted: bool, count: int) -> int:
@@ -67,7 +69,7 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
         # for the shape class, as in forward: they decide the bits of a token's dx
         parts, part = split_evenly(O, size.k, fills // (divide_up(most, size.rows) * R_blocks))
     t = x.new_empty(parts, M, R, dtype=torch.float32) if need_t else None
-    if need_t or sums_B:
+    if dy is not None and (need_t or sums_B):
         programs = o_blocks * count_y if size.together or sums_B else 0
         if need_t and not size.together:
             programs += row_tiles * parts
@@ -78,43 +80,29 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
             **dict(BLOCK_M=size.tokens, BLOCK_R=size.r, BLOCK_O=size.o),
             **dict(GROUP=group, ROWS=size.rows, STEP=size.k),
         }
-
+        arguments = (dy, B, u, g, t, dB_partial, M, O, *dy.stride(), parts, part, per_split_y, size_y)
         # as a launch specialises, not the very distances, in which the number of tokens may stand
         strides = tuple(s if s < 2 else s % 16 == 0 for s in dy.stride())
-
-        def grad_output_pass(_: Tensor, **chosen) -> None:
-            backward_kernels.grad_output_pass[(programs * R_blocks,)](
-                *(dy, B, u, g, t, dB_partial, M, O, *dy.stride(), parts, part, per_split_y, size_y),
-                **constants,
-                **chosen,
-            )
-
-        key = (*shape_class, strides)
-        tune.tuned("grad_output_pass", constants, key, tune.of_backward(8), grad_output_pass, x)
+        grid, dy_class, options = (programs * R_blocks,), (*shape_class, strides), tune.of_backward(8)
+        tune.launch(backward_kernels, "grad_output_pass", grid, arguments, constants, dy_class, options, x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     if need_v:
         du, dh = x.new_empty(M, R), x.new_empty(M, N, dtype=torch.float32)
-        dgates = None if dgates is None else dgates.contiguous()
-        gate_constants = {
+        constants = {
             **columns(mixture, dropout_p),
             **dict(N=N, R=R, ROUTED=routed, HAS_DY=need_t, HAS_DGATES=dgates is not None),
             **dict(NEED_b=need_bias, DENSE=dense),
             **dict(BLOCK_M=V_TOKENS, BLOCK_N=size.n, BLOCK_R=size.r),
         }
-
-        def gate_backward(_: Tensor, **chosen) -> None:
-            backward_kernels.gate_backward[(tiles,)](
-                *(t, u, g, dgates, du, dh, dbias_partial, M, parts), **gate_constants, **chosen
-            )
-
-        key = (*shape_class, parts)
-        tune.tuned("gate_backward", gate_constants, key, tune.of_backward(4), gate_backward, x)
+        arguments = (t, u, g, dgates, du, dh, dbias_partial, M, parts)
+        t_class, options = (*shape_class, parts), tune.of_backward(4)
+        tune.launch(backward_kernels, "gate_backward", (tiles,), arguments, constants, t_class, options, x)
     if A_blocks + W_blocks > 0 or need_x:
         # parts of K fill the device, together with the programs of the weights' gradients if there are any
         parts_of_K, part_of_K = split_evenly(K, size.k, fills // row_tiles)
         programs = row_tiles * parts_of_K if need_x else 0
         programs += k_blocks * (A_blocks + W_blocks) * count_x
-        constants_x = {
+        constants = {
             **static(x, mixture),
             **drops,
             **dict(NEED_X=need_x, NEED_A=sums_A, NEED_W=need_router, ROUTED=routed, HAS_DY=need_t),
@@ -123,15 +111,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
         }
         tensors = (x, du, dh, A, W, dx, weights_partial, seed)
         sizes = (M, K, x.stride(0), per_split_x, size_x, at_W, parts_of_K, part_of_K)
-
-        def grad_input_pass(_: Tensor, **chosen) -> None:
-            backward_kernels.grad_input_pass[(programs,)](
-                *(*tensors, threshold, *sizes),
-                **constants_x,
-                **chosen,
-            )
-
-        tune.tuned("grad_input_pass", constants_x, shape_class, tune.of_backward(8, 4), grad_input_pass, x)
+        grid, arguments, options = (programs,), (*tensors, threshold, *sizes), tune.of_backward(8, 4)
+        tune.launch(backward_kernels, "grad_input_pass", grid, arguments, constants, shape_class, options, x)
 
     def result(wanted: bool, summed: bool, dtype: torch.dtype | None, *shape: int) -> Tensor | None:
         """With room for what whole blocks of `reduce_partials` write, or zeros where nothing is summed."""
@@ -150,24 +131,11 @@ def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, 
     if reduce_blocks > 0:
         # what nobody asks for has no program, but its pointer must have a type
         targets = [weights_partial if t is None else t for t in (dB, dA, drouter_weight, drouter_bias)]
-        reduce_constants = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
-
-        def reduce_partials(_: Tensor, **chosen) -> None:
-            backward_kernels.reduce_partials[(reduce_blocks,)](
-                *(dB_partial, weights_partial, weights_partial if dbias_partial is None else dbias_partial),
-                *(*targets, count_y, count_x, tiles, size_y, size_x, at_W),
-                **reduce_constants,
-                **chosen,
-            )
-
-        tune.tuned(
-            "reduce_partials",
-            reduce_constants,
-            (shape_class, dtypes),
-            tune.of_backward(4)[:1],
-            reduce_partials,
-            x,
-        )
+        partials = (dB_partial, weights_partial, weights_partial if dbias_partial is None else dbias_partial)
+        arguments = (*partials, *targets, count_y, count_x, tiles, size_y, size_x, at_W)
+        constants = dict(N=N, BLOCK=ADD_BLOCK, BLOCK_N=size.n)
+        grid, types, options = (reduce_blocks,), (shape_class, dtypes), tune.of_backward(4)[:1]
+        tune.launch(backward_kernels, "reduce_partials", grid, arguments, constants, types, options, x)
     return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 

@@ -8,35 +8,33 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_forward
-from rode_kernels.backends.gpu.plans import ProblemShape
+from rode_kernels.backends.gpu.plans import ProblemShape, divide_up
 from rode_kernels.backends.triton import device, forward_kernels, tune
 from rode_kernels.backends.triton.tiles import (
     blocks,
     columns,
     columns_of_expand,
-    divide_up,
     dropout,
     like,
     split_evenly,
     static,
 )
 from rode_kernels.operands import ForwardOperands, Settings
+from rode_kernels.passes import Outputs
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`; tiles of tokens with nothing open are skipped."""
     x, A, B, router_weight, router_bias, gates, base, seed = operands
     mixture, dropout_p, dense = settings
     (M, K), O, R, N = x.shape, B.shape[0], mixture.total_rank, mixture.num_experts
-    x, into = with_neighbouring_columns(x), base if inplace else None
-    base = None if base is None else with_neighbouring_columns(base)
-    y = base if inplace else x.new_empty(M, O)
+    x, base = with_neighbouring_columns(x), with_neighbouring_columns(base)
+    y = base if inplace and base is not None else x.new_empty(M, O)
     u = x.new_empty(M, R, dtype=torch.float32)
     routed = router_weight is not None
-    g = x.new_empty(M, N, dtype=torch.float32) if routed else gates.contiguous()
+    g = x.new_empty(M, N, dtype=torch.float32) if gates is None else gates
     if M > 0:
-        A, W, B = like(x, A, router_weight, B)
-        bias = None if router_bias is None else router_bias.float().contiguous()
+        A, W, B = like(x, A), like(x, router_weight), like(x, B)
         # parts of K decide the bits: for the shape class, not for the very number of tokens
         most = triton.next_power_of_2(M)
         call = ProblemShape(most, K, O, R, N, x.element_size(), routed=routed)
@@ -47,28 +45,26 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
         of_y = {
             **static(x, mixture),
             **columns(mixture, dropout_p),
-            **dict(ROUTED=routed, HAS_BIAS=bias is not None, HAS_BASE=base is not None),
+            **dict(ROUTED=routed, HAS_BIAS=router_bias is not None, HAS_BASE=base is not None),
             **dict(INPLACE=inplace, DENSE=dense),
         }
         shape_class = (x.dtype, K, O, most)
         if plan.fused and size.r >= R:
             constants = {**of_sums, **of_y, **dict(BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.k)}
 
-            def run(to: Tensor, BLOCK_M: int, **chosen) -> None:
+            def fused(to: Tensor, BLOCK_M: int, **chosen: int) -> None:
                 source = to if inplace else base
+                ld_base = 0 if source is None else source.stride(0)
                 forward_kernels.fused[(divide_up(M, BLOCK_M),)](
-                    *(x, A, W, B, bias, g, source, to, u, seed, threshold, M, K, O, x.stride(0)),
-                    *(
-                        0 if source is None else source.stride(0),
-                        to.stride(0),
-                    ),  # a trial's copy has its own
+                    *(x, A, W, B, router_bias, g, source, to, u, seed, threshold, M, K, O, x.stride(0)),
+                    *(ld_base, to.stride(0)),  # a trial's copy has its own
                     **constants,
                     BLOCK_M=BLOCK_M,
                     **chosen,
                 )
 
             options = tune.of_forward(most, x.element_size(), size.r)
-            tune.tuned("fused", constants, shape_class, options, run, y, scratch=inplace)
+            tune.tuned("fused", constants, shape_class, options, fused, y, scratch=inplace)
         else:
             parts, per_split = split_evenly(K, size.k, plan.splits)
             width = R + (N if routed else 0)
@@ -76,35 +72,30 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tup
             A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if routed else 0
             of_sums |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
 
-            def first(_: Tensor, BLOCK_M: int, **chosen) -> None:
-                forward_kernels.shrink[(A_blocks + W_blocks, divide_up(M, BLOCK_M), parts)](
-                    *(x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split),
-                    **of_sums,
-                    BLOCK_M=BLOCK_M,
-                    **chosen,
-                )
+            def grid(sizes: dict[str, int]) -> tuple[int, ...]:
+                return A_blocks + W_blocks, divide_up(M, sizes["BLOCK_M"]), parts
 
+            arguments = (x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split)
+            parts_class = (*shape_class, parts)
             options = tune.of_forward(most, x.element_size(), size.r, without="BLOCK_O")
-            tune.tuned("shrink", of_sums, (*shape_class, parts), options, first, y)
+            tune.launch(forward_kernels, "shrink", grid, arguments, of_sums, parts_class, options, y)
             # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
             parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
             held = columns_of_expand(R, x.element_size())
             of_y |= dict(WIDTH=width, BLOCK_R=held)
 
-            def second(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen) -> None:
+            def expand(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen: int) -> None:
                 splits, columns_per_split = split_evenly(O, BLOCK_O, parts_of_O)
                 source = to if inplace else base
+                ld_base = 0 if source is None else source.stride(0)
                 forward_kernels.expand[(divide_up(M, BLOCK_M), splits)](
-                    *(partial, B, bias, g, source, to, u, M, O, parts, columns_per_split),
-                    *(0 if source is None else source.stride(0), to.stride(0)),
+                    *(partial, B, router_bias, g, source, to, u, M, O, parts, columns_per_split),
+                    *(ld_base, to.stride(0)),
                     **of_y,
                     **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
                     **chosen,
                 )
 
             options = tune.of_forward(most, x.element_size(), held, divide_up(R, held))
-            tune.tuned("expand", of_y, (*shape_class, parts), options, second, y, scratch=inplace)
-    if into is not None and into is not base:  # its columns were not neighbours
-        into.copy_(y)
-        y = into
+            tune.tuned("expand", of_y, parts_class, options, expand, y, scratch=inplace)
     return y, u, g

@@ -7,11 +7,13 @@ import triton
 from torch import Tensor
 
 from rode_kernels.backends.gpu import gemm_path
+from rode_kernels.backends.gpu.gemm_path import GateGradients, GateTensors
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import gate_kernels, tune
 from rode_kernels.backends.triton.tiles import columns
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
+from rode_kernels.passes import Needs, Outputs
 
 BLOCK_M, BLOCK_R = 16, 64
 OPTIONS = dict(num_warps=4, num_stages=2, **tune.ALWAYS)
@@ -22,18 +24,13 @@ class GateKernel:
 
     def __init__(self, layout: Layout):
         self.columns, self.pitch = gemm_path.widths(layout)
-        self.R, self.N = layout.mixture.total_rank, layout.mixture.num_experts
+        R, N = layout.shape.total_rank, layout.shape.experts
         self.constants = dict(
-            **columns(layout.mixture, 0.0),
-            N=self.N,
-            R=self.R,
-            COLUMNS=self.columns,
-            PITCH=self.pitch,
-            ROUTED=layout.routed,
-            DENSE=layout.dense,
-            BLOCK_M=BLOCK_M,
-            BLOCK_R=BLOCK_R,
-            BLOCK_N=max(16, triton.next_power_of_2(max(self.N, self.columns - self.R))),
+            **columns(layout.settings.mixture, 0.0),
+            **dict(N=N, R=R, COLUMNS=self.columns, PITCH=self.pitch),
+            **dict(ROUTED=layout.shape.routed, DENSE=layout.settings.dense),
+            **dict(BLOCK_M=BLOCK_M, BLOCK_R=BLOCK_R),
+            BLOCK_N=max(16, triton.next_power_of_2(max(N, self.columns - R))),
         )
 
     def empty(self, *shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,51 +44,35 @@ class GateKernel:
         if zeros:
             weights.append(x.new_zeros(zeros, x.shape[-1]))
         W = weights[0] if len(weights) == 1 else torch.cat(weights)
-        B = B.to(x.dtype)
-        return W, torch.nn.functional.pad(B, (0, self.pitch - self.R)) if self.pitch != self.R else B
+        B, zeros_B = B.to(x.dtype), self.pitch - B.shape[1]
+        return W, torch.nn.functional.pad(B, (0, zeros_B)) if zeros_B else B
 
-    def forward(self, sums, bias, gates, u, g, v, stream) -> None:
+    def forward(self, tensors: GateTensors, stream: int) -> None:
+        sums, bias, _, u, g, v = tensors
         M, constants = u.shape[0], dict(**self.constants, HAS_BIAS=bias is not None)
-        grid = divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R)
+        grid, arguments = (divide_up(M, BLOCK_M), divide_up(self.pitch, BLOCK_R)), (sums, bias, g, u, v, M)
+        tune.launch(gate_kernels, "apply_gates", grid, arguments, constants, u.dtype, [OPTIONS], u)
 
-        def run(_: Tensor, **options) -> None:
-            gate_kernels.apply_gates[grid](sums, bias, g, u, v, M, **constants, **options)
-
-        tune.tuned("apply_gates", constants, u.dtype, [OPTIONS], run, u)
-
-    def backward(self, t, u, g, dgates, v, D, dh, stream) -> None:
-        M, constants = (
-            u.shape[0],
-            dict(
-                **self.constants,
-                HAS_DY=t is not None,
-                HAS_DGATES=dgates is not None,
-                NEED_V=v is not None,
-                NEED_D=D is not None,
-            ),
+    def backward(self, tensors: GateGradients, stream: int) -> None:
+        t, u, _, dgates, v, D, _ = tensors
+        M = u.shape[0]
+        constants = dict(
+            **self.constants,
+            **dict(HAS_DY=t is not None, HAS_DGATES=dgates is not None),
+            **dict(NEED_V=v is not None, NEED_D=D is not None),
         )
-
-        def run(_: Tensor, **options) -> None:
-            grid = (divide_up(M, BLOCK_M),)
-            gate_kernels.apply_gates_backward[grid](t, u, g, dgates, v, D, dh, M, **constants, **options)
-
-        tune.tuned("apply_gates_backward", constants, u.dtype, [OPTIONS], run, u)
+        grid, arguments = (divide_up(M, BLOCK_M),), (*tensors, M)
+        tune.launch(gate_kernels, "apply_gates_backward", grid, arguments, constants, u.dtype, [OPTIONS], u)
 
 
-def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
     """The forward pass, see `reference.forward`, without dropout; closed experts are multiplied with zeros."""
-    layout = Layout.of(operands, settings)
-    x, bias, gates = operands.x, operands.router_bias, operands.gates
-    y = operands.base if inplace else x.new_empty(x.shape[0], operands.B.shape[0])
-    operands = operands._replace(
-        router_bias=None if bias is None else bias.float().contiguous(),
-        gates=None if gates is None else gates.contiguous(),
-    )
+    layout, x, base = Layout.of(operands, settings), operands.x, operands.base
+    y = base if inplace and base is not None else x.new_empty(x.shape[0], operands.B.shape[0])
     return y, *gemm_path.GemmForward(GateKernel(layout), layout)(operands, y, 0)
 
 
-def backward(operands: BackwardOperands, settings: Settings, needs: tuple[bool, ...]) -> Gradients:
+def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`, without dropout."""
-    layout, dgates = Layout.of(operands, settings), operands.dgates
-    operands = operands._replace(dgates=None if dgates is None else dgates.contiguous())
+    layout = Layout.of(operands, settings)
     return gemm_path.GemmBackward(GateKernel(layout), layout, needs)(operands, 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,38 +27,42 @@ from rode_kernels.backends.triton import (
 from rode_kernels.mixture import make_mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Settings
 
+_Grid = tuple[int, ...]
+_Arguments = dict[str, Any]
+
 
 @dataclass
 class Launch:
     """One launch that a call makes."""
 
     kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, int]
+    grid: _Grid
+    arguments: _Arguments
+    options: tune.Config
 
 
 class Recorder:
     """Stands in a kernel's place, and keeps what it would have been launched with."""
 
-    def __init__(self, kernel, launches: list[Launch]):
+    def __init__(self, kernel: Any, launches: list[Launch]):
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: tuple[int, ...]):
-        def record(*args, **kwargs) -> None:
+    def __getitem__(self, grid: _Grid | Callable[[_Arguments], _Grid]) -> Callable[..., None]:
+        def record(*args: Any, **kwargs: Any) -> None:
             names = list(inspect.signature(self.kernel.fn).parameters)
             options = {n: kwargs.pop(n) for n in ("num_warps", "num_stages", *tune.ALWAYS) if n in kwargs}
-            self.launches.append(
-                Launch(self.kernel, grid, {**dict(zip(names, args, strict=False)), **kwargs}, options)
-            )
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            blocks = grid(arguments) if callable(grid) else grid
+            self.launches.append(Launch(self.kernel, blocks, arguments, options))
 
         return record
 
 
-def _by(choice: int):
+def _by(choice: int) -> Callable[..., None]:
     """A replacement of `tune.tuned` that takes each kernel's configuration at `choice`, the last one where there are fewer."""
 
-    def chosen(kernel, constants, shape_class, options, run, y, *, scratch=False) -> None:
+    def chosen(*arguments: Any, scratch: bool = False) -> None:
+        *_, options, run, y = arguments
         run(y, **options[min(choice, len(options) - 1)])
 
     return chosen
@@ -106,16 +111,13 @@ def record(
 
         x, A, B, base = tensor(tokens, K), tensor(R, K), tensor(O, R), tensor(tokens, O)
         # with given gates also their gradient where they are closed, with a router also that of returned gates
-        W, b = (None, None) if gated else (tensor(N, K), tensor(N))
+        W, b = (None, None) if gated else (tensor(N, K), tensor(N, dtype=torch.float32))
         gates = tensor(tokens, N, dtype=torch.float32) if gated else None
         seed = tensor(1, dtype=torch.int64)
         settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
-        forward, backward = (
-            (launch_gates.forward, launch_gates.backward)
-            if gemm_path
-            else (launch_forward.forward, launch_backward.backward)
-        )
+        forward = launch_gates.forward if gemm_path else launch_forward.forward
+        backward = launch_gates.backward if gemm_path else launch_backward.backward
         y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
         dy, dgates = None if without_dy else y, None if gated else g
         backward(BackwardOperands(dy, dgates, x, u, g, A, B, W, seed), settings, needs)
@@ -140,9 +142,10 @@ def cost_of(launches: list[Launch], element_size: int) -> cost.Cost:
 
 
 # For each kernel: (bytes of a tensor, how often the programs go through it). M tokens, K and O features, R columns, N experts.
+_Moved = Iterator[tuple[float, float]]
 
 
-def _of_fused(a, grid, e):
+def _of_fused(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, K, O, R = (a[n] for n in "MKOR")
     N = a["N"] if a["ROUTED"] else 0
     tiles = grid[0]
@@ -152,20 +155,18 @@ def _of_fused(a, grid, e):
         yield from _only_l2(M * (R - a["N"]) * 4)  # each column's gate, of which g has the distinct bytes
 
 
-def _of_shrink(a, grid, e):
+def _of_shrink(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, K = a["M"], a["K"]
     blocks, tiles, parts = grid
     yield from ((M * K * e, blocks), (a["WIDTH"] * K * e, tiles), (parts * M * a["WIDTH"] * 4, 1))
 
 
-def _of_expand(a, grid, e):
+def _of_expand(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, O, R, N, parts = (a[n] for n in ("M", "O", "R", "N", "parts"))
     tiles, splits = grid
     passes = 1 if a["BLOCK_R"] >= R else -(-O // a["BLOCK_O"]) / splits
-    yield (
-        parts * M * a["WIDTH"] * 4,
-        0,
-    )  # distinct; what programs read of it are u, and each column's own logit
+    # distinct; what programs read of it are u, and each column's own logit
+    yield (parts * M * a["WIDTH"] * 4, 0)
     yield from ((O * R * e, tiles), ((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + N) * 4, 1))
     of_gates = parts * R if a["ROUTED"] else R
     yield from _only_l2(splits * passes * M * (parts * R + of_gates) * 4)
@@ -173,7 +174,7 @@ def _of_expand(a, grid, e):
         yield from _only_l2(parts * M * N * 4)
 
 
-def _of_grad_output_pass(a, grid, e):
+def _of_grad_output_pass(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, O, R, N, parts, together = (a[n] for n in ("M", "O", "R", "N", "parts", "TOGETHER"))
     blocks, ranges, o_blocks = -(-R // a["BLOCK_R"]), -(-M // a["tokens_per_split"]), -(-O // a["BLOCK_O"])
     again = a["GROUP"] - 1  # times that a program goes through its part of t once more, reading and writing
@@ -188,7 +189,7 @@ def _of_grad_output_pass(a, grid, e):
     yield (ranges * O * R * 4 * need_B, 1)
 
 
-def _of_gate_backward(a, grid, e):
+def _of_gate_backward(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, R, N, parts = (a[n] for n in ("M", "R", "N", "parts"))
     if a["HAS_DY"]:
         yield from ((parts * M * R * 4, 1), (M * R * 4, 1))  # t, u
@@ -198,7 +199,7 @@ def _of_gate_backward(a, grid, e):
     yield (grid[0] * N * 4 * a["NEED_b"], 1)
 
 
-def _of_grad_input_pass(a, grid, e):
+def _of_grad_input_pass(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, K, R, N = (a[n] for n in "MKRN")
     ranges, k_blocks, tiles = -(-M // a["tokens_per_split"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
     A_blocks = -(-R // a["BLOCK_R"]) if a["NEED_A"] else 0
@@ -214,14 +215,14 @@ def _of_grad_input_pass(a, grid, e):
     yield from ((ranges * (R * a["NEED_A"] + N * a["NEED_W"]) * K * 4, 1),)
 
 
-def _of_reduce_partials(a, grid, e):
+def _of_reduce_partials(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     size_y, size_x, N = a["size_y"], a["size_x"], a["N"]
     bias = grid[0] - (size_y + size_x) // a["BLOCK"]  # whether dbr, float32, is wanted
     yield ((size_y * a["count_y"] + size_x * a["count_x"] + bias * N * a["count_b"]) * 4, 1)
     yield ((size_y + size_x) * e + bias * N * 4, 1)
 
 
-def _only_l2(bytes_moved: float):
+def _only_l2(bytes_moved: float) -> _Moved:
     """Bytes that are counted among another tensor's distinct ones."""
     yield from ((bytes_moved, 1), (-bytes_moved, 0))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 from torch import Tensor
 
+from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import device
 from rode_kernels.backends.triton.device import interpreted
 from rode_kernels.mixture import Mixture
+from rode_kernels.operands import MaybeTensor
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,10 @@ def blocks(tokens: int, total_rank: int, experts: int, element_size: int) -> Blo
 def columns_of_expand(total_rank: int, element_size: int) -> int:
     """Packed columns whose v `expand` holds at once: all of them up to R = 256, else 128; but 64 on AMD, and 32 in float32."""
     most = 32 if element_size == 4 else 64 if device.amd() else 256 if total_rank <= 256 else 128
-    return min(most, max(16, triton.next_power_of_2(total_rank)))
+    return int(min(most, max(16, triton.next_power_of_2(total_rank))))
 
 
-def static(x: Tensor, mixture: Mixture) -> dict:
+def static(x: Tensor, mixture: Mixture) -> dict[str, Any]:
     """Constants of every kernel with products."""
     return dict(
         N=mixture.num_experts,
@@ -67,23 +70,19 @@ def static(x: Tensor, mixture: Mixture) -> dict:
     )
 
 
-def columns(mixture: Mixture, dropout_p: float) -> dict:
+def columns(mixture: Mixture, dropout_p: float) -> dict[str, Any]:
     """Expert index and scaling of each packed column."""
     return dict(OFFSETS=mixture.offsets, SCALING=mixture.scaling_with_dropout(dropout_p))
 
 
-def dropout(x: Tensor, dropout_p: float) -> tuple[int, dict]:
+def dropout(x: Tensor, dropout_p: float) -> tuple[int, dict[str, bool]]:
     """The threshold that words are compared with, and constants."""
     return int(dropout_p * 2.0**32), dict(DROPOUT=dropout_p > 0.0, ALIGNED=x.shape[1] % 4 == 0)
 
 
-def like(x: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
-    """Parameters in x's dtype, contiguous."""
-    return [None if w is None else w.to(x.dtype).contiguous() for w in weights]
-
-
-def divide_up(a: int, b: int) -> int:
-    return -(-a // b)
+def like(x: Tensor, weight: MaybeTensor) -> MaybeTensor:
+    """A parameter in x's dtype, contiguous."""
+    return weight if weight is None else weight.to(x.dtype).contiguous()
 
 
 def split_evenly(size: int, block: int, parts: int) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from rode_kernels.backends.triton import device
 from rode_kernels.backends.triton.device import interpreted
+
+Config = dict[str, int]  # of a kernel: sizes of its blocks that are tuned, and the compiler's options
 
 # BLOCK_M, BLOCK_O, num_warps, num_stages
 CONFIGS = (
@@ -38,16 +42,16 @@ WIDE_CONFIGS = (
     (16, 64, 4, 2),
 )
 ALWAYS = {"enable_fp_fusion": True}  # said, because what Triton does otherwise changes with its version
-_winners: dict[Hashable, dict] = {}
-forced: dict | None = None  # by tests: a configuration for every kernel
+_winners: dict[Hashable, Config] = {}
+forced: Config | None = None  # by tests: a configuration for every kernel
 
 
-def _options(config: tuple[int, int, int, int], without: str) -> dict:
+def _options(config: tuple[int, int, int, int], without: str) -> Config:
     names = ("BLOCK_M", "BLOCK_O", "num_warps", "num_stages")
     return {name: value for name, value in zip(names, config, strict=True) if name != without}
 
 
-def _of_device(options: list[dict]) -> list[dict]:
+def _of_device(options: list[Config]) -> list[Config]:
     """Each once; AMD's have shared memory for two stages."""
     if device.amd():
         options = [{**o, "num_stages": min(2, o["num_stages"])} for o in options]
@@ -57,7 +61,7 @@ def _of_device(options: list[dict]) -> list[dict]:
 
 def of_forward(
     tokens: int, element_size: int, columns: int, passes: int = 1, without: str = ""
-) -> list[dict]:
+) -> list[Config]:
     """Candidate configurations, the default first.
 
     Excluded are tiles of more tokens than there are, except the smallest, and tiles that take another matrix instruction than the
@@ -82,7 +86,7 @@ def of_forward(
     return _of_device([_options(o, without) for o in fits if min(o[0], 64) == min(fits[0][0], 64)])
 
 
-def of_backward(*num_warps: int) -> list[dict]:
+def of_backward(*num_warps: int) -> list[Config]:
     """Backward's blocks decide its bits; warps and stages do not. The first number of warps is the rule's. On AMD, whose
     warps have fewer registers, it is the only one."""
     if device.amd():
@@ -92,9 +96,9 @@ def of_backward(*num_warps: int) -> list[dict]:
 
 def tuned(
     kernel: str,
-    constants: dict,
+    constants: dict[str, Any],
     shape_class: Hashable,
-    options: list[dict],
+    options: list[Config],
     run: Callable[..., None],
     y: Tensor,
     *,
@@ -124,16 +128,36 @@ def tuned(
     return run(y, **(best or options[0]))
 
 
-def _fastest(options: list[dict], run: Callable[..., None], y: Tensor, scratch: bool) -> dict | None:
+def launch(
+    module: ModuleType,
+    kernel: str,
+    grid: tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    shape_class: Hashable,
+    options: list[Config],
+    like: Tensor,
+) -> None:
+    """Launches a kernel of `module` whose arguments no configuration changes, tuned on the device of `like`.
+
+    Args:
+        grid: as Triton takes it: also a function of the kernel's arguments by name, configuration included.
+    """
+
+    def run(_: Tensor, **chosen: int) -> None:
+        getattr(module, kernel)[grid](*arguments, **constants, **chosen)
+
+    tuned(kernel, constants, shape_class, options, run, like)
+
+
+def _fastest(options: list[Config], run: Callable[..., None], y: Tensor, scratch: bool) -> Config | None:
     """The configuration with the lowest median of some runs. None where none ran, since the default then raises the reason, or
     where memory does not suffice for trials."""
     times = []
     try:
-        trial = (
-            torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y)
-            if scratch
-            else y
-        )
+        trial = y
+        if scratch:
+            trial = torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device).copy_(y)
         for option in options:
             try:
                 bench = triton.testing.do_bench(
@@ -141,9 +165,8 @@ def _fastest(options: list[dict], run: Callable[..., None], y: Tensor, scratch: 
                 )
             except torch.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ):  # one that does not compile, or asks for more than the device has, is only not chosen
+            except Exception:
+                # one that does not compile, or asks for more than the device has, is only not chosen
                 bench = float("inf")
             times.append(bench)
     except torch.OutOfMemoryError:
@@ -151,7 +174,7 @@ def _fastest(options: list[dict], run: Callable[..., None], y: Tensor, scratch: 
     return options[times.index(min(times))] if min(times) < float("inf") else None
 
 
-def _captured(kernel: str, run: Callable[..., None], y: Tensor, option: dict) -> None:
+def _captured(kernel: str, run: Callable[..., None], y: Tensor, option: Config) -> None:
     try:
         run(y, **option)
     except Exception as error:
