@@ -12,7 +12,7 @@ import torch
 from mixture_oracle import random_problem
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda.emulated import native
-from sass import ARCHS, NVCC, ROOT, SHARED_KIB, TYPES, compile_kernels, cuobjdump
+from sass import LONG_CASES, NVCC, ROOT, SHARED_KIB, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 THREADS = {"grad_output_pass": 256}
@@ -94,9 +94,9 @@ def test_code_for_one_architecture(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TYPES)
-def test_code_for_every_architecture(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "archs"), LONG_CASES)
+def test_code_for_every_architecture(kind, archs, tmp_path):
     assert cuobjdump(), "needs cuobjdump: on PATH, or in Triton's wheel"
     shared = shared_bytes(kind)  # not in the threads: there is one emulator
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda arch: check(kind, arch, tmp_path, shared), ARCHS))
+        list(pool.map(lambda arch: check(kind, arch, tmp_path, shared), archs))

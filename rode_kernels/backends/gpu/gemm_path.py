@@ -49,7 +49,7 @@ def widths(layout: Layout) -> tuple[int, int]:
 
 
 class GateTensors(NamedTuple):
-    """What the gate kernel makes of the first product forward; (columns, pitch) are `widths`.
+    """Tensors of the gate kernel in the forward pass; (columns, pitch) are `widths`.
 
     Attributes:
         sums: x W^T (M, columns), float32. bias, gates: as in `ForwardOperands`.
@@ -65,7 +65,7 @@ class GateTensors(NamedTuple):
 
 
 class GateGradients(NamedTuple):
-    """What the gate kernel makes of the first product backward.
+    """Tensors of the gate kernel in the backward pass.
 
     Attributes:
         t: dy B (M, pitch), float32, or None. u, g, dgates: as in `BackwardOperands`.
