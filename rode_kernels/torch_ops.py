@@ -50,9 +50,11 @@ def _contiguous(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     return t if t is None else t.to(dtype).contiguous()
 
 
-def _settings(static: StaticArguments) -> tuple[Settings, str]:
-    """The settings, and the name of the backend."""
+def _settings(static: StaticArguments, seed: Tensor | None) -> tuple[Settings, str]:
+    """The settings, and the name of the backend. Raises ValueError for dropout without a seed."""
     ranks, scaling, dropout_p, dense, backend = static
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"seed: expected (1,) int64 with dropout_p={dropout_p}, got None")
     return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense), backend
 
 
@@ -62,7 +64,7 @@ def _settings(static: StaticArguments) -> tuple[Settings, str]:
 def _run(args: tuple[Any, ...], inplace: bool) -> Outputs:
     """y (M, O), u and g by the backend. g is never the given gates: an operator's output may not be its input."""
     x, A, B, router_weight, router_bias, gates, base, seed = args[:TENSORS]
-    settings, name = _settings(args[TENSORS:])
+    settings, name = _settings(args[TENSORS:], seed)
     backend = select_backend(name, x, B.shape[0], settings.mixture)
     acc_dtype = accumulation_dtype(x.dtype)
     bias, gates = _contiguous(router_bias, acc_dtype), _contiguous(_rows(gates), acc_dtype)
@@ -92,8 +94,8 @@ def note_write(base: Tensor) -> None:
 
 def gradients(operands: BackwardOperands, static: StaticArguments, needs: Needs) -> Gradients:
     """Gradients by the backend, without the dispatcher. dx has x's shape."""
-    settings, name = _settings(static)
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
+    settings, name = _settings(static, seed)
     backend = select_backend(name, x, B.shape[0], settings.mixture)
     dgates = _contiguous(dgates, g.dtype)
     rows = BackwardOperands(_rows(dy), dgates, _rows(x), u, g, A, B, router_weight, seed)

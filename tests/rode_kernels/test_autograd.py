@@ -91,6 +91,13 @@ def test_opcheck(backend, router):
     )
 
 
+def test_dropout_without_a_seed_is_refused(backend):
+    p = random_problem((2, 5), router=True, dtype=torch.float32)
+    args = (p.x, p.A, p.B, p.router_weight, p.router_bias, p.gates)
+    with pytest.raises(ValueError, match=r"seed: expected \(1,\) int64 with dropout_p=0.3, got None"):
+        torch.ops.rode.mixture(*args, p.base, None, p.ranks, p.scaling, 0.3, False, backend)
+
+
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compile_with_dynamic_token_counts(backend, router, inplace):

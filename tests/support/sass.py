@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent.parent
 NVCC = shutil.which("nvcc")
 TYPES = {"bf16": "rode::gpu::bf16", "f16": "rode::gpu::f16", "float": "float"}
 ARCHS = (80, 86, 89, 90, 100, 120)
-# The long tests compile these; the quick ones have the first architecture. Code of float16 differs from that of bfloat16 only in the
-# type of a product.
+# The long tests compile these; the quick ones have the first architecture. Code of float16 differs from that of bfloat16 only in
+# the type of a product.
 LONG_CASES = (("bf16", ARCHS[1:]), ("float", ARCHS[1:]), ("f16", ARCHS[:1]))
 
 # A multiprocessor's registers are 64 Ki everywhere; its shared memory, KiB, of which each block takes 1 more than it asks for.
