@@ -44,19 +44,19 @@ struct Weight : Matrix {
 };
 
 // Contiguous arrays of C unless said otherwise; null where absent.
-struct Forward {
+struct ForwardArrays {
   Matrix x, base, y;         // in dtype; y may be base
-  Weight A, B, router;       // (R, K), (O, R), (N, K)
+  Weight A, B, router_weight;  // (R, K), (O, R), (N, K)
   const void* router_bias;   // (N)
   void* u;                   // (M, R) out; 0 where not wanted
   void* g;                   // (M, N) out with a router, else in
 };
 
-struct Backward {
+struct BackwardArrays {
   Matrix dy, x, dx;          // in dtype; dy null: no gradient reaches y
   const void* dgates;        // (M, N): gradient that reaches the returned gates
   const void *u, *g;         // as forward left them
-  Weight A, B, router;       // (R, K), (O, R), (N, K)
+  Weight A, B, router_weight;  // (R, K), (O, R), (N, K)
   void *v, *du, *dh;         // (M, R), (M, R), (M, N) out, from which weight gradients are summed; v null: no dB
   void *dA, *dB, *drouter_weight;  // (R, K), (O, R), (N, K) out, each in its weight's type
   void* dbias;               // (N) out

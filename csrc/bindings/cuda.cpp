@@ -78,16 +78,16 @@ auto checked(Launch launch) {
   checked([](const rode::Problem& p, const auto& arrays, auto of) { return rode::cuda::function<decltype(of)>(p, arrays); })
 
 void define_forward(py::module_& m) {
-  using Owner = rode::cuda::Forward;
-  rode::Class<rode::cuda::ForwardLayout> c(m, "Forward", py::module_local());
+  using Owner = rode::cuda::ForwardLaunch;
+  rode::Class<rode::cuda::ForwardLayout> c(m, "ForwardLaunch", py::module_local());
   rode::define_init(c RODE_FORWARD_LAYOUT(RODE_KEYWORD) RODE_FORWARD_PLAN(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(forward) RODE_FORWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::Plan>(m, "forward_shared_bytes" RODE_FORWARD_PLAN(RODE_KEYWORD));
 }
 
 void define_backward(py::module_& m) {
-  using Owner = rode::cuda::Backward;
-  rode::Class<rode::cuda::BackwardLayout> c(m, "Backward", py::module_local());
+  using Owner = rode::cuda::BackwardLaunch;
+  rode::Class<rode::cuda::BackwardLayout> c(m, "BackwardLaunch", py::module_local());
   rode::define_init(c RODE_BACKWARD_LAYOUT(RODE_KEYWORD) RODE_BACKWARD_PLAN(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(backward) RODE_BACKWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::BackwardPlan>(m, "backward_shared_bytes" RODE_BACKWARD_PLAN(RODE_KEYWORD));

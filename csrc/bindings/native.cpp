@@ -35,30 +35,31 @@ rode::Problem called(rode::Problem p, uintptr_t seed, int threads) {
 
 // Addresses among the keywords are ignored.
 void define_forward(py::module_& m) {
-  using F = rode::Forward;
+  using F = rode::ForwardArrays;
   using rode::field;
-  rode::Class<F> c(m, "Forward", py::module_local());
+  rode::Class<F> c(m, "ForwardArrays", py::module_local());
   rode::define_init(c, field("x", &F::x), field("base", &F::base), field("y", &F::y), field("A", &F::A), field("B", &F::B),
-                    field("router", &F::router));
+                    field("router_weight", &F::router_weight));
   const auto run = [](const rode::Problem& p, const F& a, uintptr_t seed, int threads) {
     rode::forward(called(p, seed, threads), a);
   };
-  rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::x, &F::base, &F::y, &F::A, &F::B, &F::router, &F::router_bias, &F::u,
-                                       &F::g);
+  rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::x, &F::base, &F::y, &F::A, &F::B, &F::router_weight,
+                                       &F::router_bias, &F::u, &F::g);
 }
 
 // dx is contiguous; a gradient that nobody asks for has no address.
 void define_backward(py::module_& m) {
-  using F = rode::Backward;
+  using F = rode::BackwardArrays;
   using rode::field;
-  rode::Class<F> c(m, "Backward", py::module_local());
-  rode::define_init(c, field("dy", &F::dy), field("x", &F::x), field("A", &F::A), field("B", &F::B), field("router", &F::router));
+  rode::Class<F> c(m, "BackwardArrays", py::module_local());
+  rode::define_init(c, field("dy", &F::dy), field("x", &F::x), field("A", &F::A), field("B", &F::B),
+                    field("router_weight", &F::router_weight));
   const auto run = [](const rode::Problem& p, F& a, uintptr_t seed, int threads) {
     a.dx.row = p.in_features, a.dx.column = 1;
     rode::backward(called(p, seed, threads), a);
   };
   rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::dy, &F::x, &F::dx, &F::dgates, &F::u, &F::g, &F::A, &F::B,
-                                       &F::router, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter_weight, &F::dbias);
+                                       &F::router_weight, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter_weight, &F::dbias);
 }
 
 }  // namespace

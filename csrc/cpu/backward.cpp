@@ -12,7 +12,7 @@ struct BackwardWeights {
   using C = typename AccumulationOf<T>::type;
   RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: the thread that needs it lays it out
   const typename Path<T>::Column* A;  // in chunks; null: the same
-  const C* router;                    // in chunks of the same width; with A
+  const C* router_weight;             // in chunks of the same width; with A
   Chunks chunks;
   int64_t terms;
 };
@@ -22,7 +22,7 @@ template <class T>
 struct IntoInputGradient {
   using C = typename AccumulationOf<T>::type;
   const rode::Problem& p;
-  const rode::Backward& a;
+  const rode::BackwardArrays& a;
   const BackwardWeights<T>& w;
   int64_t m0, first;  // of the chunk
   const C* router_chunk;
@@ -41,7 +41,7 @@ struct IntoInputGradient {
         drop(p.dropout, static_cast<uint64_t>(m0 + tokens[m]) * p.in_features + c, n, kept, kept);
         RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
       }
-    if (a.router) {
+    if (a.router_weight) {
       const C* router = router_chunk + (c - first);
       for (int64_t e = 0; e < p.experts; ++e) {
         if (g[e] == 0) continue;
@@ -71,7 +71,7 @@ class TokenGradients {
   using Row = typename Path<T>::Row;
 
  public:
-  TokenGradients(const rode::Problem& problem, const rode::Backward& arrays, const BackwardWeights<T>& weights, int64_t block)
+  TokenGradients(const rode::Problem& problem, const rode::BackwardArrays& arrays, const BackwardWeights<T>& weights, int64_t block)
       : p(problem),
         a(arrays),
         w(weights),
@@ -80,7 +80,7 @@ class TokenGradients {
         B_(a.dy && w.B.data == nullptr ? w.B.width * p.total_rank : 0),
         ranges_(p.experts),
         A_(a.dx && w.A == nullptr ? w.chunks.width * w.terms : 0),
-        router_(a.dx && a.router && w.A == nullptr ? w.chunks.width * p.experts : 0),
+        router_(a.dx && a.router_weight && w.A == nullptr ? w.chunks.width * p.experts : 0),
         t_(block_ * p.total_rank),
         dots_(p, block_),
         up_(p, w.terms, w.chunks.width) {}
@@ -130,11 +130,11 @@ class TokenGradients {
   void grad_input_pass(int64_t i) {
     const int64_t first = i * w.chunks.width;
     const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
-    const C* router = w.A == nullptr ? router_.get() : a.router ? w.router + first * p.experts : nullptr;
+    const C* router = w.A == nullptr ? router_.get() : a.router_weight ? w.router_weight + first * p.experts : nullptr;
     if (w.A == nullptr) {
       const Range experts{0, p.experts};
       pack_rows_as_columns<T>(p, a.A, i, w.chunks, wanted_, A_.get());
-      if (a.router) pack_rows<T>(a.router, i, w.chunks, {&experts, 1}, p.in_features, router_.get());
+      if (a.router_weight) pack_rows<T>(a.router_weight, i, w.chunks, {&experts, 1}, p.in_features, router_.get());
     }
     IntoInputGradient<T> output{p, a, w, m0_, first, router};
     up_.chunk(A, w.chunks.width, first, w.chunks.columns(i, p.in_features), output);
@@ -174,7 +174,7 @@ class TokenGradients {
         for (int64_t j = begin; v != nullptr && j < begin + width; ++j) v[j] = C(0);
       }
       dg *= scaling;
-      if (a.router) {
+      if (a.router_weight) {
         if (a.dgates != nullptr) dg += static_cast<const C*>(a.dgates)[m * p.experts + e];
         if (!open) dg = 0;
       }
@@ -183,7 +183,7 @@ class TokenGradients {
   }
 
   const rode::Problem& p;
-  const rode::Backward& a;
+  const rode::BackwardArrays& a;
   const BackwardWeights<T>& w;
   const int64_t block_;
   int64_t m0_ = 0;
@@ -197,7 +197,7 @@ class TokenGradients {
 };
 
 template <class C>
-void bias_gradient(const rode::Problem& p, const rode::Backward& a) {
+void bias_gradient(const rode::Problem& p, const rode::BackwardArrays& a) {
   C* out = static_cast<C*>(a.dbias);
   for (int64_t e = 0; e < p.experts; ++e) {
     out[e] = 0;
@@ -217,7 +217,7 @@ inline int64_t first_column(int64_t columns, int64_t thread, int64_t threads, bo
 }
 
 template <class T>
-void backward(const rode::Problem& p, const rode::Backward& a) {
+void backward(const rode::Problem& p, const rode::BackwardArrays& a) {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
@@ -239,7 +239,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
   const int64_t size_of_B = a.dy && !one_group ? of_B.count * of_B.width * p.total_rank : 0;
   const int64_t size_of_A = a.dx && !one_group ? chunks.count * chunks.width * terms : 0;
-  const int64_t size_of_router = a.dx && a.router && !one_group ? chunks.count * chunks.width * p.experts : 0;
+  const int64_t size_of_router = a.dx && a.router_weight && !one_group ? chunks.count * chunks.width * p.experts : 0;
   Scratch<Row> shared_B(own ? 0 : size_of_B);
   Scratch<Column> shared_A(own ? 0 : size_of_A);
   Scratch<C> shared_router(own ? 0 : size_of_router);
@@ -260,7 +260,8 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
       });
       layers.each(size_of_A > 0 ? chunks.count : 0, [&](int64_t i) {
         pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A + i * chunks.width * terms);
-        if (a.router) pack_rows<T>(a.router, i, chunks, {&experts, 1}, p.in_features, router + i * chunks.width * p.experts);
+        if (a.router_weight)
+          pack_rows<T>(a.router_weight, i, chunks, {&experts, 1}, p.in_features, router + i * chunks.width * p.experts);
       });
       if (!own && !one_group) {
 #pragma omp barrier
@@ -305,7 +306,7 @@ void backward(const rode::Problem& p, const rode::Backward& a) {
 
 namespace rode::RODE_ISA {
 
-void backward(const Problem& p, const Backward& a) {
+void backward(const Problem& p, const BackwardArrays& a) {
   with_type(p.dtype, [&](auto of) { ::backward<decltype(of)>(p, a); });
 }
 

@@ -13,8 +13,8 @@ namespace rode {
 
 #define RODE_DECLARE(NAME)                                   \
   namespace NAME {                                           \
-  void forward(const Problem&, const Forward&);              \
-  void backward(const Problem&, const Backward&);            \
+  void forward(const Problem&, const ForwardArrays&);              \
+  void backward(const Problem&, const BackwardArrays&);            \
   void keep_mask(const Dropout&, uint64_t, int64_t, float*); \
   }
 RODE_FOR_EACH_ISA(RODE_DECLARE)
@@ -24,8 +24,8 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  void (*forward)(const Problem&, const Forward&);
-  void (*backward)(const Problem&, const Backward&);
+  void (*forward)(const Problem&, const ForwardArrays&);
+  void (*backward)(const Problem&, const BackwardArrays&);
   void (*keep_mask)(const Dropout&, uint64_t, int64_t, float*);
 };
 
@@ -77,8 +77,8 @@ bool has_openmp() {
 #endif
 }
 
-void forward(const Problem& p, const Forward& a) { current().forward(p, a); }
-void backward(const Problem& p, const Backward& a) { current().backward(p, a); }
+void forward(const Problem& p, const ForwardArrays& a) { current().forward(p, a); }
+void backward(const Problem& p, const BackwardArrays& a) { current().backward(p, a); }
 void keep_mask(const Dropout& d, uint64_t first, int64_t n, float* out) { current().keep_mask(d, first, n, out); }
 
 }  // namespace rode

@@ -13,8 +13,8 @@ void set_isa(const std::string& name);
 const char* isa();
 bool has_openmp();
 
-void forward(const Problem& problem, const Forward& arrays);
-void backward(const Problem& problem, const Backward& arrays);
+void forward(const Problem& problem, const ForwardArrays& arrays);
+void backward(const Problem& problem, const BackwardArrays& arrays);
 // 1 where dropout keeps element first + i of x, else 0.
 void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out);
 

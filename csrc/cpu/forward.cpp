@@ -8,8 +8,8 @@ namespace {
 
 template <class T>
 struct ForwardWeights {
-  RowsOf<typename Path<T>::Row> A, router;  // A without data: the thread that needs it lays it out
-  const typename Path<T>::Column* B;        // in chunks; null: the thread that needs one packs it
+  RowsOf<typename Path<T>::Row> A, router_weight;  // A without data: the thread that needs it lays it out
+  const typename Path<T>::Column* B;               // in chunks; null: the thread that needs one packs it
   Chunks chunks;
   int64_t terms;
 };
@@ -18,7 +18,7 @@ struct ForwardWeights {
 template <class T>
 struct IntoOutput {
   using C = typename AccumulationOf<T>::type;
-  const rode::Forward& a;
+  const rode::ForwardArrays& a;
   int64_t m0;
 
   const T* base_at(int64_t m, int64_t c) const { return static_cast<const T*>(a.base.data) + m * a.base.row + c * a.base.column; }
@@ -77,7 +77,7 @@ class ForwardPass {
   using Column = typename Path<T>::Column;
 
  public:
-  ForwardPass(const rode::Problem& problem, const rode::Forward& arrays, const ForwardWeights<T>& weights)
+  ForwardPass(const rode::Problem& problem, const rode::ForwardArrays& arrays, const ForwardWeights<T>& weights)
       : p(problem),
         a(arrays),
         w(weights),
@@ -146,7 +146,7 @@ class ForwardPass {
     const Row* rows[kBlockTokens];
     gather_rows<T>(a.x, m0, tokens, 0, p.in_features, x_.get(), rows);
     C* g = static_cast<C*>(a.g) + m0 * p.experts;
-    if (a.router) {
+    if (a.router_weight) {
       if (team.thread > 0) g = gates_.get();  // computing them twice beats waiting
       gate(rows, tokens, g);
     }
@@ -176,7 +176,7 @@ class ForwardPass {
   }
 
   void gate(const Row* const* rows, int64_t tokens, C* g) {
-    dots_.all(rows, tokens, w.router, g);
+    dots_.all(rows, tokens, w.router_weight, g);
     const C* bias = static_cast<const C*>(a.router_bias);
     for (int64_t i = 0; i < tokens; ++i)
       for (int64_t e = 0; e < p.experts; ++e) {
@@ -197,7 +197,7 @@ class ForwardPass {
   }
 
   const rode::Problem& p;
-  const rode::Forward& a;
+  const rode::ForwardArrays& a;
   const ForwardWeights<T>& w;
   const int64_t block_ = block_tokens(p);
   int64_t m0_ = 0;
@@ -224,7 +224,7 @@ inline int64_t tokens_per_thread(const rode::Problem& p) {
 constexpr int64_t kBytesOfThread = 192 * 1024;
 
 template <class T>
-void forward(const rode::Problem& p, const rode::Forward& a) {
+void forward(const rode::Problem& p, const rode::ForwardArrays& a) {
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
   // Few tokens are one group: threads share y by columns, and each lays out the weights of its own.
@@ -239,7 +239,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
   // Rows at strides of a power of two collide in the first cache: they are copied where there are enough tokens to pay for it.
   const bool stands = stands_as_rows<T>(a.A, p.in_features), few_tokens = p.tokens < 2 * kLeastTokens;
   const bool copies = !few_tokens && (!one_group || (threads == 1 && p.tokens >= kBlockTokens) || !stands);
-  const bool copies_router = a.router && !stands_as_rows<T>(a.router, p.in_features);
+  const bool copies_router = a.router_weight && !stands_as_rows<T>(a.router_weight, p.in_features);
   const Chunks of_rows = copies || !stands ? row_chunks<Row>(p.in_features) : Chunks{p.in_features, 1};
   const bool own = p.threads > 1 && weight_bytes<T>(p) <= kOwnBytes;
   const int64_t of_A = copies ? p.total_rank * of_rows.width * of_rows.count : 0,
@@ -256,7 +256,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
     const Team team = Team::current(), layers = own ? Team{0, 1} : team;
     layers.each(copies ? p.total_rank : 0, [&](int64_t r) { pack_row<T>(a.A, r, of_rows, p.total_rank, p.in_features, A); });
     layers.each(copies_router ? p.experts : 0,
-                [&](int64_t r) { copy_row<T>(a.router, r, 0, p.in_features, router + r * p.in_features); });
+                [&](int64_t r) { copy_row<T>(a.router_weight, r, 0, p.in_features, router + r * p.in_features); });
     layers.each(one_group ? 0 : chunks.count,
                 [&](int64_t i) { pack_columns<T>(p, a.B, i, chunks, {&all_terms, 1}, B + i * chunks.width * terms); });
     const ForwardWeights<T> weights = {
@@ -264,7 +264,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
          : stands ? static_cast<const Row*>(a.A.data)
                   : nullptr,
          p.total_rank, p.in_features, of_rows.width},
-        {copies_router ? router : static_cast<const Row*>(a.router.data), p.experts, p.in_features, p.in_features},
+        {copies_router ? router : static_cast<const Row*>(a.router_weight.data), p.experts, p.in_features, p.in_features},
         one_group ? nullptr : B,
         chunks,
         terms};
@@ -299,7 +299,7 @@ void forward(const rode::Problem& p, const rode::Forward& a) {
 
 namespace rode::RODE_ISA {
 
-void forward(const Problem& p, const Forward& a) {
+void forward(const Problem& p, const ForwardArrays& a) {
   with_type(p.dtype, [&](auto of) { ::forward<decltype(of)>(p, a); });
 }
 

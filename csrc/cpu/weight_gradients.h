@@ -16,7 +16,7 @@ class WeightGradients {
   static constexpr int64_t kFewRanks = 3 * kOuterRows;  // for fewer, pairs are interleaved as they are read
 
  public:
-  WeightGradients(const rode::Problem& problem, const rode::Backward& arrays, const OpenTokens<T>& open)
+  WeightGradients(const rode::Problem& problem, const rode::BackwardArrays& arrays, const OpenTokens<T>& open)
       : p(problem),
         a(arrays),
         open_(open),
@@ -62,7 +62,7 @@ class WeightGradients {
         expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, prefetcher);
     }
     if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.in_acc_dtype, a.dA, c, n);
-    if (a.drouter_weight != nullptr) write_rows(of_router, p.experts, a.router.in_acc_dtype, a.drouter_weight, c, n);
+    if (a.drouter_weight != nullptr) write_rows(of_router, p.experts, a.router_weight.in_acc_dtype, a.drouter_weight, c, n);
   }
 
   void output_columns(int64_t c, int64_t n, int64_t end) {
@@ -177,7 +177,7 @@ class WeightGradients {
   }
 
   const rode::Problem& p;
-  const rode::Backward& a;
+  const rode::BackwardArrays& a;
   const OpenTokens<T>& open_;
   bool paired_ = false;
   Scratch<Row> rows_;

@@ -21,16 +21,16 @@ BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& pl
   return k;
 }
 
-BackwardParams<Type> parameters(const Problem& p, const Backward& a) {
+BackwardParams<Type> parameters(const Problem& p, const BackwardLaunch& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  BackwardParams<Type> k = sizes(p, a.router != nullptr, a);
+  BackwardParams<Type> k = sizes(p, a.router_weight != nullptr, a);
   const int64_t groups = k.expert_groups + k.router_groups;
   const int64_t ranges_y = divide_up(M, a.tokens_per_split_y), ranges_x = divide_up(M, a.tokens_per_split_x);
   k.pitch = divide_up(K, 8) * 8;
   k.dy = array<Type>(a.dy, a.dy ? (M - 1) * a.ld_dy[0] + (O - 1) * a.ld_dy[1] + 1 : 0);
   k.x = array<Type>(a.x, extent(M, a.ld_x, K));
   k.A = array<Type>(a.A, (R - 1) * a.ld_A + K);
-  k.router = array<Type>(a.router, (N - 1) * a.ld_A + K);
+  k.router_weight = array<Type>(a.router_weight, (N - 1) * a.ld_A + K);
   k.B = array<Type>(a.B, (O - 1) * a.ld_B + R);
   k.u = array<float>(a.u, M * R);
   k.g = array<float>(a.g, M * N);
@@ -91,9 +91,9 @@ Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
 bool aligned_y(const BackwardParams<Type>& k) {
   return k.dy_column == 1 && k.copy_dy == 16 && k.O % kChunkValues<Type> == 0;
 }
-bool aligned_x(const BackwardParams<Type>& k, const Backward& a) {
+bool aligned_x(const BackwardParams<Type>& k, const BackwardLaunch& a) {
   return k.copy_x == 16 && k.K % kChunkValues<Type> == 0 && copy_width<Type>(a.dx, k.K) == 16 && copy_width<Type>(a.A, k.ld_A) == 16 &&
-         copy_width<Type>(a.router, k.ld_A) == 16;
+         copy_width<Type>(a.router_weight, k.ld_A) == 16;
 }
 
 template <bool kAligned, class Go>
@@ -107,7 +107,7 @@ Status grad_input(const BackwardParams<Type>& k, Go go) {
                             : launch_grad_input<4, true, kAligned>(k, go);
 }
 
-Status reduce(const BackwardParams<Type>& k, const Backward& a) {
+Status reduce(const BackwardParams<Type>& k, const BackwardLaunch& a) {
   ReduceParams<Type> s{};
   s.dB_partial = k.dB_partial;
   s.dA_partial = k.dA_partial;
@@ -140,7 +140,7 @@ Status reduce(const BackwardParams<Type>& k, const Backward& a) {
 }  // namespace
 
 template <>
-Status backward<Type>(const Problem& p, const Backward& a) {
+Status backward<Type>(const Problem& p, const BackwardLaunch& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const BackwardParams<Type> k = parameters(p, a);
   const Start start{a.stream};

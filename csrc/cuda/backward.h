@@ -32,28 +32,28 @@ struct BackwardLayout : BackwardPlan {
 };
 
 // Null where absent or not asked for; the outputs are contiguous.
-//   dy, x           (M, O), (M, K); dy null: no gradient reaches y
-//   A, router, B    as in `Forward`
-//   u, g, dgates    (M, R), (M, N), (M, N)
-//   dx, dA          (M, K) in x's type, (R, K)
-//   drouter_weight  (N, K)
-//   dB              (O, R)
-//   dbias, dh       (N), (M, N): of the logits, or of given gates
-//   D               (M, 16 groups): du and dh in x's type
-//   open            (M / 16), with dh
+//   dy, x                (M, O), (M, K); dy null: no gradient reaches y
+//   A, router_weight, B  as in `ForwardLaunch`
+//   u, g, dgates         (M, R), (M, N), (M, N)
+//   dx, dA               (M, K) in x's type, (R, K)
+//   drouter_weight       (N, K)
+//   dB                   (O, R)
+//   dbias, dh            (N), (M, N): of the logits, or of given gates
+//   D                    (M, 16 groups): du and dh in x's type
+//   open                 (M / 16), with dh
 //   t, dB_partial, dA_partial, dbias_partial: sums over parts, as in `BackwardParams`
-#define RODE_BACKWARD_CALL(X)                                                                                            \
-  X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router) X(const void*, B) X(const float*, u)     \
-  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, drouter_weight) X(void*, dB) \
-  X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, dB_partial)                       \
+#define RODE_BACKWARD_CALL(X)                                                                                               \
+  X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router_weight) X(const void*, B) X(const float*, u) \
+  X(const float*, g) X(const float*, dgates) X(const int64_t*, seed) X(void*, dx) X(void*, dA) X(void*, drouter_weight)     \
+  X(void*, dB) X(float*, dbias) X(float*, dh) X(void*, D) X(uint32_t*, open) X(float*, t) X(float*, dB_partial)             \
   X(float*, dA_partial) X(float*, dbias_partial) X(bool, fast) X(void*, stream)
-struct Backward : BackwardLayout {
+struct BackwardLaunch : BackwardLayout {
   RODE_BACKWARD_CALL(RODE_DECLARE)
 };
 // clang-format on
 
 template <class T>
-Status backward(const Problem& p, const Backward& a);
+Status backward(const Problem& p, const BackwardLaunch& a);
 // Like the forward pass's, where every gradient is asked for.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan);

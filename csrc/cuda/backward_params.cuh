@@ -32,7 +32,7 @@ namespace rode::gpu {
 // Parameters of every kernel. D (M, 16 groups): du, then the logits' gradients, each padded with zeros to groups of 16 columns.
 template <class T>
 struct BackwardParams {
-  gmem<const T> dy, x, A, router, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)
+  gmem<const T> dy, x, A, router_weight, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)
   gmem<const float> u, g, dgates;     // (M, R), (M, N), (M, N)
   gmem<const int64_t> seed;
   gmem<T> D, dx;                    // (M, 16 groups), (M, K)

@@ -18,13 +18,13 @@ ForwardParams<Type> sizes(const Problem& p, bool routed, const Plan& plan) {
   return k;
 }
 
-ForwardParams<Type> parameters(const Problem& p, const Forward& a) {
+ForwardParams<Type> parameters(const Problem& p, const ForwardLaunch& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  const bool routed = a.router != nullptr;
+  const bool routed = a.router_weight != nullptr;
   ForwardParams<Type> k = sizes(p, routed, a);
   k.x = array<Type>(a.x, extent(M, a.ld_x, K));
   k.A = array<Type>(a.A, (R - 1) * a.ld_A + K);
-  k.router = array<Type>(a.router, (N - 1) * a.ld_A + K);
+  k.router_weight = array<Type>(a.router_weight, (N - 1) * a.ld_A + K);
   k.B = array<Type>(a.B, O * a.ld_B);
   k.base = array<Type>(a.base, extent(M, a.ld_base, O));
   k.bias = array<float>(a.bias, N);
@@ -40,7 +40,7 @@ ForwardParams<Type> parameters(const Problem& p, const Forward& a) {
   k.ld_base = static_cast<int>(a.ld_base);
   k.ld_y = static_cast<int>(a.ld_y);
   k.copy_x = copy_width<Type>(a.x, a.ld_x);
-  const int of_A = copy_width<Type>(a.A, a.ld_A), of_router = copy_width<Type>(a.router, a.ld_A);
+  const int of_A = copy_width<Type>(a.A, a.ld_A), of_router = copy_width<Type>(a.router_weight, a.ld_A);
   k.copy_weights = of_A < of_router ? of_A : of_router;
   k.copy_B = copy_width<Type>(a.B, a.ld_B);
   k.in_place = a.base && a.base == a.y && a.ld_base == a.ld_y;
@@ -50,7 +50,7 @@ ForwardParams<Type> parameters(const Problem& p, const Forward& a) {
 }
 
 // Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
-bool aligned(const Forward& a, const ForwardParams<Type>& k) {
+bool aligned(const ForwardLaunch& a, const ForwardParams<Type>& k) {
   return k.K % kChunkValues<Type> == 0 && k.O % kChunkValues<Type> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
          copy_width<Type>(a.y, a.ld_y) == 16 && (!a.base || copy_width<Type>(a.base, a.ld_base) == 16);
 }
@@ -102,7 +102,7 @@ Status run(const ForwardParams<Type>& k, const Plan& plan, Go go) {
 }  // namespace
 
 template <>
-Status forward<Type>(const Problem& p, const Forward& a) {
+Status forward<Type>(const Problem& p, const ForwardLaunch& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters(p, a);
   return aligned(a, k) ? run<true>(k, a, Start{a.stream}) : run<false>(k, a, Start{a.stream});

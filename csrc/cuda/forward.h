@@ -28,18 +28,18 @@ struct ForwardLayout : Plan {
 };
 
 // Null where absent. Parameters are in x's dtype, and columns are 1 apart.
-//   x, base, y    (M, K), (M, O), (M, O)
-//   A, router, B  (R, K), (N, K), (O, R)
-//   bias, gates   (N), (M, N): with a router, or without
-//   u, g          (M, R) out, and with a router (M, N) out
-//   partial       (splits, M, 8 column_tiles) between two launches
-//   seed          on the device
-//   fast          tf32 products for float32
-#define RODE_FORWARD_CALL(X)                                                                                        \
-  X(const void*, x) X(const void*, base) X(void*, y) X(const void*, A) X(const void*, router) X(const void*, B)     \
-  X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(float*, partial) X(const int64_t*, seed) \
+//   x, base, y           (M, K), (M, O), (M, O)
+//   A, router_weight, B  (R, K), (N, K), (O, R)
+//   bias, gates          (N), (M, N): with a router, or without
+//   u, g                 (M, R) out, and with a router (M, N) out
+//   partial              (splits, M, 8 column_tiles) between two launches
+//   seed                 on the device
+//   fast                 tf32 products for float32
+#define RODE_FORWARD_CALL(X)                                                                                           \
+  X(const void*, x) X(const void*, base) X(void*, y) X(const void*, A) X(const void*, router_weight) X(const void*, B) \
+  X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(float*, partial) X(const int64_t*, seed)    \
   X(bool, fast) X(void*, stream)
-struct Forward : ForwardLayout {
+struct ForwardLaunch : ForwardLayout {
   RODE_FORWARD_CALL(RODE_DECLARE)
 };
 // clang-format on
@@ -54,7 +54,7 @@ inline int64_t column_tiles(const Problem& p, bool routed) { return (p.total_ran
 
 // p.dropout.seed is ignored: the kernels read `seed`. T is gpu::bf16, gpu::f16 or float.
 template <class T>
-Status forward(const Problem& p, const Forward& a);
+Status forward(const Problem& p, const ForwardLaunch& a);
 // The most bytes of shared memory that a launch of this plan asks for. Only p's sizes and whether there is dropout matter.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan);

@@ -24,11 +24,11 @@ GateParams<Type> parameters(const Problem& p, const GatesLayout& layout) {
 template <>
 Status pack_parameters<Type>(const Problem& p, const Pack& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router ? p.experts : 0;
+  const int64_t K = p.in_features, O = p.out_features, R = p.total_rank, N = a.router_weight ? p.experts : 0;
   const auto [fp32_A, fp32_router, fp32_B] = a.params_fp32;
   PackParams<Type> k{};
   k.A = parameter<Type>(a.A, fp32_A, R * K);
-  k.router = parameter<Type>(a.router, fp32_router, N * K);
+  k.router_weight = parameter<Type>(a.router_weight, fp32_router, N * K);
   k.B = parameter<Type>(a.B, fp32_B, O * R);
   k.W = array<Type>(a.to_W, a.rows * a.pitch_K);
   k.to_B = array<Type>(a.to_B, O * a.pitch_R);

@@ -18,7 +18,7 @@ namespace rode::gpu {
 
 template <class T>
 struct PackParams {
-  Parameter<const T, const float> A, router, B;
+  Parameter<const T, const float> A, router_weight, B;
   gmem<T> W, to_B;  // (rows, pitch_K), (O, pitch_R); rows 0: not asked for, and so O
   int K, R, N, O, rows, pitch_K, pitch_R;
 };
@@ -37,7 +37,7 @@ pack_parameters(PackParams<T> p) {
   const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
   const int row = static_cast<int>(piece / (pitch / kEach)), column = static_cast<int>(piece % (pitch / kEach)) * kEach;
   const bool of_router = !of_B && row >= p.R, exists = of_B || row < p.R + p.N;
-  const auto from = of_B ? p.B : of_router ? p.router : p.A;
+  const auto from = of_B ? p.B : of_router ? p.router_weight : p.A;
   vec<T, kEach> out;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {

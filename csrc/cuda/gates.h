@@ -9,15 +9,15 @@ namespace rode::cuda {
 // clang-format off: lists of fields keep their shape
 
 // Parameters become x's type: W (rows, pitch_K) is A, then the router, then zeros; B (O, pitch_R) goes on with zeros. Pitches are
-// multiples of 8 elements. params_fp32: whether A, router and B are float32 beside a 16-bit x.
+// multiples of 8 elements. params_fp32: whether A, router_weight and B are float32 beside a 16-bit x.
 #define RODE_PACK_LAYOUT(X) \
   X(ThreeFlags, params_fp32) X(int64_t, rows) X(int64_t, pitch_K) X(int64_t, pitch_R) X(int, device)
 struct PackLayout {
   RODE_PACK_LAYOUT(RODE_DECLARE)
 };
-// A, router, B: (R, K), (N, K), (O, R). to_W and to_B: null where not asked for.
+// A, router_weight, B: (R, K), (N, K), (O, R). to_W and to_B: null where not asked for.
 #define RODE_PACK_CALL(X) \
-  X(const void*, A) X(const void*, router) X(const void*, B) X(void*, to_W) X(void*, to_B) X(void*, stream)
+  X(const void*, A) X(const void*, router_weight) X(const void*, B) X(void*, to_W) X(void*, to_B) X(void*, stream)
 struct Pack : PackLayout {
   RODE_PACK_CALL(RODE_DECLARE)
 };
@@ -31,7 +31,7 @@ struct GatesLayout {
 // Forward, between sums = x [A; Wr]^T (M, columns) and v B^T: gates, u and v (M, pitch_R), which goes on with zeros.
 //   bias, gates  (N); (M, N), without a router
 //   u, g         (M, R), and with a router (M, N)
-#define RODE_APPLY_GATES_CALL(X)                                                                                             \
+#define RODE_APPLY_GATES_CALL(X) \
   X(const float*, sums) X(const float*, bias) X(const float*, gates) X(float*, u) X(float*, g) X(void*, v) X(void*, stream)
 struct ApplyGates : GatesLayout {
   RODE_APPLY_GATES_CALL(RODE_DECLARE)
@@ -39,7 +39,7 @@ struct ApplyGates : GatesLayout {
 
 // Backward, between t = dy B (M, pitch_R), null where no gradient comes, and the products that follow: v as above, D (M, columns),
 // which is du, then the logits' gradients, then zeros, and dh (M, N). v and D: null where not asked for.
-#define RODE_APPLY_GATES_BACKWARD_CALL(X)                                                                                          \
+#define RODE_APPLY_GATES_BACKWARD_CALL(X)                                                                                \
   X(const float*, t) X(const float*, u) X(const float*, g) X(const float*, dgates) X(void*, v) X(void*, D) X(float*, dh) \
   X(void*, stream)
 struct ApplyGatesBackward : GatesLayout {

@@ -16,7 +16,7 @@ struct Parameter {
 
 template <class T>
 struct ForwardParams {
-  gmem<const T> x, A, router, B, base;  // (M, K), (R, K), (N, K), (O, R), (M, O)
+  gmem<const T> x, A, router_weight, B, base;  // (M, K), (R, K), (N, K), (O, R), (M, O)
   gmem<const float> bias, gates;        // (N), and (M, N) where gates are given
   gmem<T> y;                            // (M, O)
   gmem<float> u, g;                     // (M, R), (M, N)

@@ -39,7 +39,7 @@ template <class T, template <class> class Params>
 RODE_DEVICE Row<T> weight_row(const Params<T>& p, int row, int first_router) {
   const int router = row - first_router;
   return router < 0 ? Row<T>{p.A + offset(row, p.ld_A), row < p.R}
-                    : Row<T>{p.router + offset(router, p.ld_A), p.routed && router < p.N};
+                    : Row<T>{p.router_weight + offset(router, p.ld_A), p.routed && router < p.N};
 }
 
 // Columns [k, k + kUsed / sizeof(T)) of kRows rows, zeros where row or column (from `columns` on) do not exist. kCopy bytes

@@ -88,20 +88,20 @@ def _key(operands: AnyOperands, settings: Settings) -> _Key:
 
 
 def _problem(key: _Key) -> dict[str, object]:
-    dtype, (tokens, in_features), out_features, settings, A, B, router = key
+    dtype, (tokens, in_features), out_features, settings, A, B, router_weight = key
     problem = problem_arguments(dtype, tokens, in_features, out_features, settings)
-    return {**problem, "A": A, "B": B, "router": router}
+    return {**problem, "A": A, "B": B, "router_weight": router_weight}
 
 
 def _native_forward(key: _Key, x: _Strides, base: _Strides | None, y: _Strides) -> Any:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
-    return _native.Forward(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
+    return _native.ForwardArrays(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
 
 
 @lru_cache(maxsize=4096)
 def _native_backward(key: _Key, dy: _Strides | None, x: _Strides) -> Any:
     """The core's backward pass, like `_native_forward`."""
-    return _native.Backward(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
+    return _native.BackwardArrays(dy=(0, *(dy or (0, 0))), x=(0, *x), **_problem(key))
 
 
 @lru_cache(maxsize=4096)

@@ -203,10 +203,10 @@ class Trial {
     Table out = in_place ? base->like() : y_strides->like();
     for (int64_t i = 0; in_place && i < M * O; ++i) out.set(i / O, i % O, base->get(i / O, i % O));
     for (int64_t i = 0; !has_router && i < M * N; ++i) out_g.set(i / N, i % N, gates.of[i].value);
-    rode::Forward a{};
+    rode::ForwardArrays a{};
     a.x = x->matrix(), a.y = out.matrix();
     if (has_base) a.base = in_place ? a.y : base->matrix();
-    a.A = weight_of(A), a.B = weight_of(B), a.router = weight_of(router);
+    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
     a.router_bias = has_bias ? bias->data() : nullptr;
     a.u = out_u.data(), a.g = out_g.data();
     rode::forward(p, a);
@@ -218,12 +218,12 @@ class Trial {
   void backward(const Table& forward_u, const Table& forward_g) {
     Table out_dx(T, M, K), out_v(C, M, R), out_du(C, M, R), out_dh(C, M, N), out_dbias(C, 1, N);
     Table out_dA(A->dtype(), R, K), out_dB(B->dtype(), O, R), out_drouter(router ? router->dtype() : T, N, K);
-    rode::Backward a{};
+    rode::BackwardArrays a{};
     if (has_dy) a.dy = dy->matrix();
     a.x = x->matrix(), a.dx = {wants_dx ? out_dx.data() : nullptr, K, 1};
     a.dgates = has_dgates ? dgates->data() : nullptr;
     a.u = forward_u.data(), a.g = forward_g.data();
-    a.A = weight_of(A), a.B = weight_of(B), a.router = weight_of(router);
+    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
     a.v = wants_dB ? out_v.data() : nullptr, a.du = out_du.data(), a.dh = out_dh.data();
     a.dA = wants_dA ? out_dA.data() : nullptr, a.dB = wants_dB ? out_dB.data() : nullptr;
     a.drouter_weight = wants_drouter ? out_drouter.data() : nullptr, a.dbias = wants_dbias ? out_dbias.data() : nullptr;

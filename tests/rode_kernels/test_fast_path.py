@@ -219,7 +219,7 @@ def test_threads_are_those_of_the_call(monkeypatch):
     given = []
 
     class Core:
-        class Forward(cpu._native.Forward):
+        class ForwardArrays(cpu._native.ForwardArrays):
             def __call__(self, *addresses):
                 given.append(addresses[-1])
                 super().__call__(*addresses)

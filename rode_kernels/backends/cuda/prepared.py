@@ -130,7 +130,7 @@ class PreparedForward:
         self.partial = None
         if not plan.fused:
             self.partial = plan.splits, M, 8 * column_tiles(R, routed_N)
-        self.run = kernels.native.Forward(
+        self.run = kernels.native.ForwardLaunch(
             **kernels.problem(layout),
             ld_x=ld_x,
             ld_base=ld_base,
@@ -214,7 +214,7 @@ class PreparedBackward:
         for name, (needed, size) in parts.items():
             self.offsets[name] = self.scratch_bytes if needed else None
             self.scratch_bytes += divide_up(size, 256) * 256 if needed else 0
-        self.run = kernels.native.Backward(
+        self.run = kernels.native.BackwardLaunch(
             **kernels.problem(layout),
             ld_x=ld_x,
             ld_dy=ld_dy,

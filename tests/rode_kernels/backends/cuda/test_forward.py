@@ -369,7 +369,7 @@ def test_a_mistake_names_the_kernel():
     x = misaligned.view(64, 64)
     operands = ForwardOperands(x, p.A, p.B, p.router_weight, None, None, None, None)
     cuda_emulated.forward(operands, Settings(mixture, 0.0, False), False)
-    run = native.Forward(
+    run = native.ForwardLaunch(
         **dict(dtype=3, tokens=64, in_features=64, out_features=64, ranks=p.ranks, scaling=p.scaling),
         **dict(dropout_p=0.0, dense=False, ld_x=64, ld_base=0, ld_y=0, ld_A=64, ld_B=30),
         **dict(fused=True, rows=64, splits=1, out_tiles=1, keep_v=False, device=0),
