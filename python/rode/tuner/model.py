@@ -47,6 +47,19 @@ _OF_PEFT = (
 )
 _TARGETS = {"llama": list(DEFAULT_NAMES)}
 
+_ALIGNMENT = 64  # bytes, as torch allocates
+_FORMER_NAMES = {
+    "rode_A": "A",
+    "rode_B": "B",
+    "rode_router": "router_weight",
+    "rode_router_bias": "router_bias",
+    "rode_table": "table",
+    "rode_threshold": "threshold_weight",
+    "rode_threshold_bias": "threshold_bias",
+    "rode_norm": "norm_weight",
+    "rode_norm_bias": "norm_bias",
+}
+
 
 class RodeModel(BaseTuner):
     """A model whose linear layers carry mixtures of LoRA experts of different ranks (RoDE, arXiv 2407.12730).
@@ -171,9 +184,9 @@ class RodeModel(BaseTuner):
                 target, adapter_name, ranks, alpha, config, shares, **get_quantization_kwargs(self)
             )
             self._replace_module(parent, target_name, layer, target)
-        layer.module_name, layer.block = current_key, current_key.rpartition(".")[0]
-        layer.in_tower = under(current_key, self._roots) is not None
-        layer.context = self._context
+        layer.info.module_name, layer.info.block = current_key, current_key.rpartition(".")[0]
+        layer.info.in_tower = under(current_key, self._roots) is not None
+        layer.info.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)
 
@@ -188,41 +201,35 @@ class RodeModel(BaseTuner):
         """Whether an earlier layer of the block computes this one's gates."""
         if config.router_per != "block" or not config.needs_router(len(ranks)):
             return False
-        first = next(
-            (
-                m
-                for m in siblings
-                if adapter_name in m.rode_config
-                and not m.rode_shares_gates[adapter_name]
-                and config.needs_router(len(m.rode_ranks[adapter_name]))
-            ),
-            None,
-        )
-        if first is not None and len(first.rode_ranks[adapter_name]) != len(ranks):
+        others = (m.adapter(adapter_name) for m in siblings if adapter_name in m.rode_adapters)
+        first = next((a for a in others if not a.shares_gates and config.needs_router(len(a.ranks))), None)
+        if first is not None and len(first.ranks) != len(ranks):
             raise ValueError(
-                f"{name}: router_per='block' shares the gates of {first.module_name}, which has "
-                f"{len(first.rode_ranks[adapter_name])} experts, but rank_pattern gives {len(ranks)}; give them as many"
+                f"{name}: router_per='block' shares the gates of {first.info.module_name}, which has {len(first.ranks)} experts, "
+                f"but rank_pattern gives {len(ranks)}; give them as many"
             )
         return first is not None
 
     def _run_block_by_expert(self, layer: RodeLayer, siblings: list[RodeLayer], parent: nn.Module) -> None:
-        inside = [layer.block, *(name for name, _ in parent.named_modules())]
+        inside = [layer.info.block, *(name for name, _ in parent.named_modules())]
         takes = inspect.signature(parent.forward).parameters
         if "attention_mask" in takes or any("attn" in n.lower() or "attention" in n.lower() for n in inside):
             raise ValueError(
-                f"{layer.module_name}: expert_per='block' runs a feed-forward block once for each expert, and the module around "
-                "this layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
+                f"{layer.info.module_name}: expert_per='block' runs a feed-forward block once for each expert, and the module "
+                "around this layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
             )
-        shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
+        shared = next((m.info.block_pass for m in (layer, *siblings) if m.info.block_pass is not None), None)
         if shared is None:
-            shared = BlockPass(layer.block)
+            shared = BlockPass(layer.info.block)
             self._context.handles += shared.attach(parent)
-        layer.block_pass = shared
+        layer.info.block_pass = shared
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
-        active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
+        active = [
+            m.adapter(name).config for m in layers for name in m.active_adapters if name in m.rode_adapters
+        ]
         if any(config.gate == "expert-choice" for config in active):
             raise ValueError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
@@ -261,6 +268,7 @@ class RodeModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Renames as PEFT does; missing and surplus tensors are a ValueError, where PEFT's other methods warn."""
+        state_dict = {_renamed(name): _aligned(tensor) for name, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -368,7 +376,7 @@ class RodeModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self.model.modules():
-            if isinstance(layer, RodeLayer) and adapter_name in layer.rode_A:
+            if isinstance(layer, RodeLayer) and adapter_name in layer.rode_adapters:
                 layer.concatenate(adapters, adapter_name)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
@@ -377,6 +385,18 @@ class RodeModel(BaseTuner):
                 "adapter_names: RoDE runs one set of adapters for the whole batch; call set_adapter and split the batch"
             )
         return nullcontext()
+
+
+def _renamed(name: str) -> str:
+    """A saved tensor's name of today; files of before December 2026 have no module for each adapter."""
+    layer, _, last = name.rpartition(".")
+    return f"{layer}.rode_adapters.{_FORMER_NAMES[last]}" if last in _FORMER_NAMES else name
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it lies askew in a mapped file: products of unaligned memory may differ in their last bit."""
+    askew = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT != 0
+    return tensor.clone() if askew else tensor
 
 
 def _own(config: PeftConfig) -> RodeConfig:

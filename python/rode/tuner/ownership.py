@@ -12,6 +12,11 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _WEIGHTS = (Tensor, nn.Parameter)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody else is told of this module's calls: hooks on it, or accelerate's `_hf_hook`."""
+    return hasattr(module, "_hf_hook") or any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def may_write_into(result: Tensor, base: nn.Module) -> bool:
     """Whether `result`, which `base` has just returned, belongs to its caller alone.
 
@@ -20,9 +25,9 @@ def may_write_into(result: Tensor, base: nn.Module) -> bool:
     Dispatch and function modes may keep what was computed under them: selective activation checkpointing keeps the outputs of
     chosen products for its recomputation.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
+    if type(base) is not nn.Linear or "forward" in base.__dict__:
         return False
-    if any(getattr(base, hooks) for hooks in _HOOKS) or torch_module._has_any_global_hook():
+    if has_hooks(base) or torch_module._has_any_global_hook():
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.functional.linear is not _LINEAR_FUNCTION:
         return False

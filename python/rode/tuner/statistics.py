@@ -164,7 +164,7 @@ class GateStatistics:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, RodeLayer)]
         if not layers:
             raise ValueError("GateStatistics: the model has no RoDE layer; apply a RodeConfig first")
-        if any(layer.gate_recorder is not None for _, layer in layers):
+        if any(layer.info.gate_recorder is not None for _, layer in layers):
             raise ValueError(
                 "GateStatistics: other statistics are attached to this model; detach() those first"
             )
@@ -177,10 +177,9 @@ class GateStatistics:
         roots = towers(model)
         self._layers = []
         for name, layer in layers:
-            layer.gate_recorder = GateRecorder(
-                name, self._kinds, under(name, roots) is not None, self.by_example
-            )
-            self._layers.append((layer, layer.gate_recorder))
+            recorder = GateRecorder(name, self._kinds, under(name, roots) is not None, self.by_example)
+            layer.info.gate_recorder = recorder
+            self._layers.append((layer, recorder))
         self._context = ForwardContext.listen(model, self)
         return self
 
@@ -227,7 +226,7 @@ class GateStatistics:
         if self._context is not None:
             self._context.stop_listening(self)
         for layer, _ in self._layers:
-            layer.gate_recorder = None
+            layer.info.gate_recorder = None
         self._context = None
         self._kinds.rows = None
 

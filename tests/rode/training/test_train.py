@@ -91,7 +91,9 @@ def test_the_two_rates_reach_their_parameters(make_experiment, examples):
     assert sorted({group["lr"] for group in optimizer["param_groups"]}) == [1e-3, 5e-2]
     # Adam's first step moves every weight with a gradient by its rate: B starts at 0
     moved = [
-        t.abs().max().item() for name, t in weights(result.output_dir).items() if name.endswith("rode_B")
+        t.abs().max().item()
+        for name, t in weights(result.output_dir).items()
+        if name.endswith("rode_adapters.B")
     ]
     assert moved == pytest.approx([5e-2] * 4, rel=1e-3)
 
