@@ -148,6 +148,9 @@ class Adapter(Gated, nn.Module):
         }
         A, B = operand(self.packed_A(), inputs), operand(self.B, inputs)
         y, gates = self.variant.add(self, x, inputs, A, B, options)
+        if self.config.needs_forward_hooks:
+            passes = self.info.context.passes
+            passes.note(y, passes.current())
         if gates is not None and self.info.gate_recorder is not None:
             self._tell(self.info.gate_recorder, gates)
         return y if same else base + y.to(base.dtype)

@@ -104,7 +104,8 @@ class Gated:
                 f"got {tuple(x.shape)}"
             )
         context, key = self.info.context, (self.info.module_name, self.name)
-        if context.decoding:
+        this = context.passes.current()
+        if this.decoding:
             kept = context.kept_logits().get(key)
             if kept is None or kept.shape[0] != x.shape[0]:
                 raise RuntimeError(
@@ -112,7 +113,7 @@ class Gated:
                     "which this cache was not filled with by this adapter"
                 )
             return kept
-        prompt = None if self.info.in_tower else context.read_prompt()
+        prompt = None if self.info.in_tower else this.read_prompt()
         acc_dtype = torch.promote_types(x.dtype, torch.float32)
         if prompt is None:
             weights = torch.ones(x.shape[:2], dtype=acc_dtype, device=x.device)
@@ -140,7 +141,8 @@ class Gated:
         return most * router_logits(x, self.threshold_weight, self.threshold_bias).sigmoid()
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        if self.info.context.decoding:
+        this = self.info.context.passes.current()
+        if this.decoding:
             raise RuntimeError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
                 "generate; it is a control for training and scoring"
@@ -149,7 +151,7 @@ class Gated:
             raise ValueError(
                 f"{self.info.module_name}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        mask = None if self.info.in_tower else self.info.context.read_mask()
+        mask = None if self.info.in_tower else this.read_mask()
         return None if mask is None else self._fit(mask, x).to(x.device)
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class RodeLayer(BaseTunerLayer):
     ) -> None:
         """Adds an adapter, or starts it anew; with shares_gates its gates are computed by another layer of the block."""
         device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        self.rode_adapters[adapter_name] = Adapter(
+        added = Adapter(
             adapter_name,
             self.in_features,
             self.out_features,
@@ -95,6 +95,7 @@ class RodeLayer(BaseTunerLayer):
             device=device,
             dtype=torch.float64 if base_dtype == torch.float64 else torch.float32,
         )
+        self.rode_adapters[adapter_name] = added.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def concatenate(self, adapters: Sequence[str], into: str) -> None:

@@ -50,7 +50,7 @@ def test_sequence_gates_are_the_means_formula(mlp):
     layer = model.base_model.model.lin0
     x = torch.randn(2, 4, 12, dtype=torch.float64)
     prompt = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    layer.context.prompt = prompt
+    layer.context.passes.last.prompt = prompt
     y = layer(x)
     adapter = layer.adapter("default")
     A, B, router = adapter.A, adapter.B, adapter.router_weight

@@ -294,3 +294,10 @@ def test_meta_device(mlp):
     assert all(p.is_meta for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 30 * (4096 + 4096) + 4 * 4096
+
+
+def test_an_adapter_added_in_evaluation_has_no_dropout(mlp):
+    model = make(mlp, ranks=(2, 4), dropout=0.5).eval()
+    model.add_adapter("later", RodeConfig(ranks=(8,), dropout=0.5, init_weights=False, target_modules=["lin0"]))
+    model.set_adapter("later")
+    assert torch.equal(model(x64()), model(x64()))
