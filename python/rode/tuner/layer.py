@@ -27,6 +27,7 @@ class RodeLayer(BaseTunerLayer):
     rode_adapters: nn.ModuleDict
     info: LayerInfo
     in_features: int
+    training: bool  # of the module that this is part of
     out_features: int
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
