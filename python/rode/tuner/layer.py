@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rode.tuner.adapter import Adapter, LayerInfo
 from rode.tuner.config import RodeConfig
@@ -200,6 +201,8 @@ class Linear(nn.Module, RodeLayer):
 
     def _shifted_base_weight(self, adapter: str, sign: float) -> Tensor:
         weight, delta = self.get_base_weight(), self.get_delta_weight(adapter)
+        if isinstance(self.get_base_layer(), Conv1D):  # GPT-2's, which holds its weight transposed
+            delta = delta.T
         return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)  # rounded once
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

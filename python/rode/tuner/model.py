@@ -25,6 +25,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs,
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
@@ -412,10 +413,12 @@ def _check_supported(target: nn.Module, name: str) -> None:
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would do nothing; "
             "exclude it by exclude_modules"
         )
+    if isinstance(base, Conv1D):
+        return
     backend = resolve_quantization_backend(base) if not isinstance(base, nn.Linear) else None
     sizes = (getattr(base, "in_features", None), getattr(base, "out_features", None))
     if (backend is None or backend.layer_type != "linear") and not all(isinstance(n, int) for n in sizes):
         raise TypeError(
-            f"{name}: expected a linear layer (nn.Linear, a quantised one, or any with in_features and out_features), "
+            f"{name}: expected a linear layer (nn.Linear, Conv1D, a quantised one, or any with in_features and out_features), "
             f"got {type(base).__name__}; leave it out by exclude_modules"
         )

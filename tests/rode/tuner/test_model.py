@@ -298,6 +298,8 @@ def test_meta_device(mlp):
 
 def test_an_adapter_added_in_evaluation_has_no_dropout(mlp):
     model = make(mlp, ranks=(2, 4), dropout=0.5).eval()
-    model.add_adapter("later", RodeConfig(ranks=(8,), dropout=0.5, init_weights=False, target_modules=["lin0"]))
+    model.add_adapter(
+        "later", RodeConfig(ranks=(8,), dropout=0.5, init_weights=False, target_modules=["lin0"])
+    )
     model.set_adapter("later")
     assert torch.equal(model(x64()), model(x64()))
