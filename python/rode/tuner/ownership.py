@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 # The functions that a plain linear layer runs. A library that replaces either may keep or cache the result.
@@ -35,6 +36,9 @@ def may_write_into(result: Tensor, base: nn.Module) -> bool:
         return False  # a tensor subclass (quantised, sharded) decides by itself what it returns
     if torch.compiler.is_compiling():
         return False  # compiled code is functional anyway
+    # A transform of torch.func may hold a result that is shared by all samples; a tangent may lie on either tensor alone.
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     # With a bias and three dimensions F.linear returns a view, which autograd lets no function with several outputs write to.
