@@ -23,9 +23,11 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     """Whether a transform of torch.func, a tangent or `torch.jit.trace` follows the call."""
     if torch.compiler.is_compiling():
         return False
+    # A trace of tensors without gradients records the operator.
+    traced = torch._C._get_tracing_state() is not None
     return (
         torch._C._functorch.maybe_current_level() is not None
-        or torch._C._get_tracing_state() is not None
+        or (traced and any(t is not None and t.requires_grad for t in tensors))
         or has_tangents(*tensors)
     )
 

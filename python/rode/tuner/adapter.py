@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
-from rode.tuner.context import ForwardContext
-from rode.tuner.gating import Gated
+from rode.tuner.gating import Gated, LayerInfo
 from rode.tuner.recorder import GateRecorder
 from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
 from rode.tuner.variants import Options, mixed_factors, operand, pick_variant
-
-
-@dataclass
-class LayerInfo:
-    """The facts about an adapted layer that its adapters need; one object, shared by the layer and its adapters.
-
-    Attributes:
-        module_name: the layer's name in the model. block: the name of the module that holds it.
-        in_tower: the layer's tokens are a vision tower's, and not those of input_ids.
-        context: the state of the model's forward pass.
-        block_pass: set where whole blocks are experts.
-        gate_recorder: set while GateStatistics are attached.
-    """
-
-    module_name: str = ""
-    block: str = ""
-    in_tower: bool = False
-    context: ForwardContext = field(default_factory=ForwardContext)
-    block_pass: BlockPass | None = None
-    gate_recorder: GateRecorder | None = None
 
 
 class Adapter(Gated, nn.Module):

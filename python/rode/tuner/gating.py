@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rode.tuner.aux_losses import check_ids
+from rode.tuner.block_experts import BlockPass
+from rode.tuner.context import ForwardContext
+from rode.tuner.recorder import GateRecorder
 from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
 
 if TYPE_CHECKING:
-    from rode.tuner.adapter import LayerInfo
-    from rode.tuner.block_experts import BlockPass
     from rode.tuner.config import RodeConfig
+
+
+@dataclass
+class LayerInfo:
+    """The facts about an adapted layer that its adapters need; one object, shared by the layer and its adapters.
+
+    Attributes:
+        module_name: the layer's name in the model. block: the name of the module that holds it.
+        in_tower: the layer's tokens are a vision tower's, and not those of input_ids.
+        context: the state of the model's forward pass.
+        block_pass: set where whole blocks are experts.
+        gate_recorder: set while GateStatistics are attached.
+    """
+
+    module_name: str = ""
+    block: str = ""
+    in_tower: bool = False
+    context: ForwardContext = field(default_factory=ForwardContext)
+    block_pass: BlockPass | None = None
+    gate_recorder: GateRecorder | None = None
 
 
 class Gated:
@@ -28,6 +50,8 @@ class Gated:
     table: nn.Parameter | None
     threshold_weight: nn.Parameter | None
     threshold_bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
     info: LayerInfo
     training: bool  # the module's that this is part of
 

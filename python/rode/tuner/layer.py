@@ -12,9 +12,10 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rode.tuner.adapter import Adapter, LayerInfo
+from rode.tuner.adapter import Adapter
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import ForwardContext
+from rode.tuner.gating import LayerInfo
 from rode.tuner.ownership import has_hooks, may_write_into
 
 

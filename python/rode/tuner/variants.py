@@ -12,8 +12,8 @@ from rode.tuner.routers import Routed
 from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:
-    from rode.tuner.adapter import Adapter
     from rode.tuner.config import RodeConfig
+    from rode.tuner.gating import Gated
 
 
 class Options(TypedDict):
@@ -30,7 +30,7 @@ class Variant(Protocol):
     """One kind of adapter. It holds no state: parameters and settings are the adapter's."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         """The mixture, added to `options["base"]`.
 
@@ -48,7 +48,7 @@ class PlainSum:
     """Experts without a router: every gate is 1."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         return gated_mixture(inputs, A, B, A.new_ones(len(options["ranks"])), **options), None
 
@@ -57,7 +57,7 @@ class RectifiedRouter:
     """RoDE's own kind: relu gates of the layer's own router, computed inside the operation."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         assert adapter.router_weight is not None, "this variant is picked where there is one"
         bias = None if adapter.router_bias is None else operand(adapter.router_bias, inputs)
@@ -72,7 +72,7 @@ class GivenGates:
     """Gates that are computed before the operation: any other router, or another layer's."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         gates = adapter.gates(x)
         return gated_mixture(inputs, A, B, gates, **options), gates
@@ -82,7 +82,7 @@ class NormedExperts:
     """The experts' activations are normalised; the operation gates them and takes them up, with the identity in place of A."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         gates = adapter.gates(x)
         down = F.linear(F.dropout(inputs, options["dropout_p"]), A.to(inputs.dtype))
@@ -97,7 +97,7 @@ class MixedFactors:
     """One expert for each sequence, made of averaged A and averaged B; each sequence's gate is open for its own alone."""
 
     def add(
-        self, adapter: Adapter, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         gates = adapter.gates(x)
         rank, count = options["ranks"][0], gates.shape[0]
