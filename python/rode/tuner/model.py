@@ -320,7 +320,11 @@ class RodeModel(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
     ) -> None:
         """Adds the adapter whose output is `sum_a weights_a * output_a`: all experts side by side, the weights in their scaling.
 
@@ -329,10 +333,16 @@ class RodeModel(BaseTuner):
         Args:
             adapters: names of adapters that agree in gate, dropout and targets and have no patterns or modules_to_save.
             weights: one finite factor per adapter. adapter_name: of the new adapter, which is not activated.
+            combination_type: "cat", PEFT's name for side by side.
 
         Raises:
             ValueError: naming what is unknown, or what the adapters do not agree in.
         """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type: expected 'cat', got {combination_type!r}; a routed mixture is no one matrix that could be "
+                "averaged or decomposed (for plain LoRA experts rode.baselines.lorahub.compose_adapters adds up A and B)"
+            )
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"weights: expected one per adapter, got {len(weights)} for {len(adapters)}")
         if unknown := [name for name in adapters if name not in self.peft_config]:
@@ -415,6 +425,11 @@ def _check_supported(target: nn.Module, name: str) -> None:
         )
     if isinstance(base, Conv1D):
         return
+    if callable(getattr(base, "weight", None)):
+        raise TypeError(
+            f"{name}: {type(base).__name__} is torch's dynamic quantisation, which passes no gradient to what comes before it; "
+            "train on the unquantised model or on one quantised by bitsandbytes, torchao or HQQ"
+        )
     backend = resolve_quantization_backend(base) if not isinstance(base, nn.Linear) else None
     sizes = (getattr(base, "in_features", None), getattr(base, "out_features", None))
     if (backend is None or backend.layer_type != "linear") and not all(isinstance(n, int) for n in sizes):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rode.tuner.aux_losses import IGNORE
@@ -242,13 +243,24 @@ class GateStatistics:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def report(self) -> GateReport:
-        """Fetches the counts from the device; may be called while attached, and after."""
+    def report(self, all_processes: bool = False) -> GateReport:
+        """Fetches the counts from the device; may be called while attached, and after.
+
+        Args:
+            all_processes: add up the counts of all processes of torch.distributed's default group, each of which has to call this.
+        """
+        found = [
+            (recorder.name, adapter, recorder.ranks[adapter], sums)
+            for _, recorder in self._layers
+            for adapter, sums in recorder.total().items()
+        ]
+        counts = [sums for *_, sums in found]
+        if all_processes and dist.is_available() and dist.is_initialized():
+            counts = _added_up(counts)
         return GateReport(
             tuple(
-                _layer_gates(recorder.name, adapter, recorder.ranks[adapter], self.kinds, sums.cpu())
-                for _, recorder in self._layers
-                for adapter, sums in recorder.total().items()
+                _layer_gates(name, adapter, ranks, self.kinds, sums.cpu())
+                for (name, adapter, ranks, _), sums in zip(found, counts, strict=True)
             )
         )
 
@@ -274,6 +286,17 @@ def _example_gates(
     return ExampleGates(
         name, _block(name), adapter, ranks, kinds, tokens[..., 0], opened, gates, *mixing.unbind(-1)
     )
+
+
+def _added_up(counts: list[Tensor]) -> list[Tensor]:
+    """The sums of all processes' tensors, in one exchange."""
+    if not counts:
+        return counts
+    device = counts[0].device
+    flat = torch.cat([sums.to(device).flatten() for sums in counts])
+    dist.all_reduce(flat)
+    parts = flat.split([sums.numel() for sums in counts])
+    return [part.view_as(sums) for part, sums in zip(parts, counts, strict=True)]
 
 
 def _layer_gates(

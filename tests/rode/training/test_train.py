@@ -366,6 +366,11 @@ def test_two_processes_are_one_with_twice_the_batch(make_experiment, tmp_path):
     assert done.stdout.count("adapter in") == 1
     history = json.loads((tmp_path / "two" / "history.json").read_text())
     assert [h["loss"] for h in history if "loss" in h] == pytest.approx(losses(alone), rel=1e-5)
+    once = json.loads((alone.output_dir / "history.json").read_text())
+    for mine, want in zip(history, once, strict=True):  # the gates of all processes' tokens
+        gates = {name: value for name, value in want.items() if name.startswith("gates")}
+        assert gates
+        assert {name: mine[name] for name in gates} == pytest.approx(gates, rel=1e-4)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(alone.output_dir)[name], rtol=1e-3, atol=1e-5)
 
@@ -384,6 +389,12 @@ def test_checkpointing_under_both_of_its_names(make_experiment):
         names = [name for name in both if getattr(arguments, name, None) is not None]
         assert [getattr(arguments, name) for name in names] == [wanted] * len(names)
         assert names
+
+
+def test_accelerates_one_process_on_cpus_is_said(make_experiment, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    training_arguments(make_experiment())
+    assert "accelerate launch starts one process on CPUs" in caplog.text
 
 
 def test_float16_is_refused(make_experiment, examples):
