@@ -63,6 +63,8 @@ def test_a_new_adapter_changes_nothing_and_each_parameter_learns(name):
     assert not torch.equal(logits(model.eval(), name), want)
     model(**batch_of(name)).loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if name == "mllama":  # without a picture its cross-attention does not run
+        trained = {n: p for n, p in trained.items() if "cross_attn" not in n}
     assert trained
     assert all("rode_adapters" in n for n in trained)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
@@ -142,7 +144,8 @@ def test_checkpointing_gives_the_same_gradients(name):
         torch.manual_seed(3)
         model(**batch_of(name)).loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert all(torch.equal(grads[1][n], g) for n, g in grads[0].items())
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-4, atol=1e-6, msg=n)
 
 
 @pytest.mark.parametrize("name", TEXT_ONLY)
