@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,9 +34,12 @@ class RodeLayer(BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.quantized_in_place = quantized_in_place(self.get_base_layer(), kwargs)
+        self.quantization_backend = None
+        if not self.quantized_in_place:
+            self.quantization_backend = resolve_quantization_backend(
+                self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+            )
         self.rode_adapters = nn.ModuleDict()
         self.info = LayerInfo()
         self._disable_adapters = False
@@ -110,7 +113,13 @@ class RodeLayer(BaseTunerLayer):
         return self.adapter(adapter).delta_weight()
 
     def check_mergeable(self, adapter_names: list[str]) -> None:
-        """Raises ValueError for adapters whose gates depend on the input, before any weight is touched."""
+        """Raises ValueError for adapters whose gates depend on the input, before any weight is touched, and for weights that
+        torchao's `quantize_` has replaced."""
+        if self.quantized_in_place and any(name in self.rode_adapters for name in adapter_names):
+            raise ValueError(
+                f"{self.info.module_name}: torchao's quantize_ was applied to the model itself, so nobody knows how to quantise a "
+                "merged weight; merge before quantize_, or load the model with transformers' TorchAoConfig"
+            )
         configs = {name: self.adapter(name).config for name in adapter_names if name in self.rode_adapters}
         routed = [name for name, config in configs.items() if not config.constant_gates]
         if routed:
@@ -119,6 +128,13 @@ class RodeLayer(BaseTunerLayer):
                 f"adapter {', '.join(map(repr, routed))}: its {gates} gates depend on the input, so it is no single weight and "
                 "cannot be merged; keep it as an adapter, or train with gate='none' or router_input='constant'"
             )
+
+
+def quantized_in_place(base: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether torchao's `quantize_` was applied directly, so that PEFT does not know how to make the weight, a subclass, anew."""
+    weight = getattr(base, "weight", None)
+    of_torchao = any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__)
+    return of_torchao and given.get("get_apply_tensor_subclass") is None
 
 
 class Linear(nn.Module, RodeLayer):
