@@ -49,9 +49,10 @@ class Plain(nn.Module):
     def __init__(self, layer: RodeLayer, how: str) -> None:
         super().__init__()
         self.base, self.how = layer.base_layer, how
-        names = ("rode_A", "rode_B", "rode_router")
-        self.A, self.B, self.W = (nn.Parameter(getattr(layer, n)["default"].detach().clone()) for n in names)
-        self.scaling = layer.rode_scaling["default"]
+        adapter = layer.adapter("default")
+        tensors = (adapter.A, adapter.B, adapter.router_weight)
+        self.A, self.B, self.W = (nn.Parameter(t.detach().clone()) for t in tensors)
+        self.scaling = adapter.scaling
         expert = torch.arange(len(RANKS)).repeat_interleave(torch.tensor(RANKS))
         self.register_buffer("expert", expert)
         self.register_buffer("factors", torch.tensor(self.scaling)[expert])

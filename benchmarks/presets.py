@@ -102,7 +102,7 @@ class Case:
         base = sum(p.numel() for p in model.parameters())
         model = put_on(model)
         for key, p in model.named_parameters():
-            if "rode_B" in key or "lora_B" in key:  # away from 0, where nothing would flow
+            if "rode_adapters.default.B" in key or "lora_B" in key:  # away from 0, where nothing would flow
                 nn.init.normal_(p, std=0.02)
         config = getattr(model, "active_peft_config", None)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}

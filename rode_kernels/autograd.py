@@ -8,10 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rode_kernels.checks import check_no_tangents
+from rode_kernels import formula
+from rode_kernels.checks import check_no_tangents, has_tangents
+from rode_kernels.formula import say_once
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients
 from rode_kernels.passes import Call, Needs, Outputs, PlainOperands, StaticArguments
-from rode_kernels.torch_ops import OP, OP_BACKWARD, OP_INPLACE, TENSORS, library
+from rode_kernels.torch_ops import (
+    OP,
+    OP_BACKWARD,
+    OP_INPLACE,
+    TENSORS,
+    TENSORS_BACKWARD,
+    library,
+    settings_of,
+)
 
 try:  # the one place that knows that this file may be missing: every call then takes the long way
     from rode_kernels import fast_path as fast_path
@@ -36,8 +46,8 @@ class MixtureFunction(torch.autograd.Function):
         call: Call,
     ) -> Tensor | Outputs:
         y, u, g = call.run((x, A, B, router_weight, router_bias, gates, base, seed))
-        # x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask
-        ctx.save_for_backward(x, u, g, A, B, router_weight, seed)
+        # x, u, g and the parameters themselves: nothing of width O, no copy of x, no mask. A second derivative needs the last two.
+        ctx.save_for_backward(x, u, g, A, B, router_weight, seed, router_bias, gates)
         ctx.set_materialize_grads(False)
         bias_dtype = None if router_bias is None else router_bias.dtype
         ctx.others = call, bias_dtype, None if gates is None else (gates.shape, gates.dtype)
@@ -54,11 +64,18 @@ class MixtureFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if dy is None and dgates is None:
             return (None,) * (TENSORS + 1)
-        operands = BackwardOperands._make((dy, dgates, *ctx.saved_tensors))
-        check_no_tangents(*operands)
+        *saved, router_bias, gates = ctx.saved_tensors
+        operands = BackwardOperands._make((dy, dgates, *saved))
         call, bias_dtype, gates_like = ctx.others
         needs = ctx.needs_input_grad[:6]
-        dx, dA, dB, drouter_weight, drouter_bias, dg = _gradients(call, operands, needs)
+        if has_tangents(*operands):
+            say_once("forward-mode differentiation of a gradient")
+            grads = formula.gradients(operands, router_bias, gates, settings_of(call.static), needs)
+        elif torch.is_grad_enabled():  # create_graph=True
+            grads = Gradients._make(_BackwardFunction.apply(*operands, router_bias, gates, call, needs))  # type: ignore[no-untyped-call]
+        else:
+            grads = _gradients(call, operands, needs)
+        dx, dA, dB, drouter_weight, drouter_bias, dg = grads
         if drouter_bias is not None:
             drouter_bias = drouter_bias.to(bias_dtype)
         if dg is not None:
@@ -78,6 +95,47 @@ def _gradients(call: Call, operands: BackwardOperands, needs: Needs) -> Gradient
 
 
 class _BackwardFunction(torch.autograd.Function):
+    """The gradients of a call. Their own derivatives, of any order, are those of the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        *tensors, call, needs = args
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.others = call, needs
+        return tuple(_gradients(call, BackwardOperands._make(tensors[:TENSORS_BACKWARD]), needs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        say_once("a second derivative")
+        (call, needs), again = ctx.others, torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Aliases, because dy was computed from x: a derivative with respect to x itself would go through dy as well.
+            tensors = [formula.alias(t) for t in ctx.saved_tensors]
+            *operands, router_bias, gates = tensors
+            first = formula.gradients(
+                BackwardOperands._make(operands), router_bias, gates, settings_of(call.static), needs
+            )
+            pairs = [
+                (out, grad)
+                for out, grad in zip(first, grads, strict=True)
+                if out is not None and grad is not None
+            ]
+            wanted = [t for t, need in zip(tensors, ctx.needs_input_grad, strict=False) if need]
+            found = torch.autograd.grad(
+                [out for out, _ in pairs],
+                wanted,
+                [grad.view_as(out).to(out.dtype) for out, grad in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        results = iter(found)
+        return *(next(results) if need else None for need in ctx.needs_input_grad[:-2]), None, None
+
+
+class _RefusedBackward(torch.autograd.Function):
+    """The operator `rode::mixture_backward`, called by itself: what it was given does not say what u and g were made of."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         return below_autograd(OP_BACKWARD, args)
@@ -85,8 +143,7 @@ class _BackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
-            "rode_kernels: double backward is not supported; for second derivatives write the formula in PyTorch, "
-            "or call backward with create_graph=False"
+            "rode_kernels: rode::mixture_backward has no derivative; differentiate the public functions, which have"
         )
 
 
@@ -124,7 +181,7 @@ def _autograd(*args: Any) -> Any:
 def _autograd_backward(*args: Any) -> Any:
     if not needs_autograd(args):
         return below_autograd(OP_BACKWARD, args)
-    return _BackwardFunction.apply(*args)  # type: ignore[no-untyped-call]
+    return _RefusedBackward.apply(*args)  # type: ignore[no-untyped-call]
 
 
 library.impl("mixture", _autograd, "Autograd")

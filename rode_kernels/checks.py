@@ -144,12 +144,17 @@ def normalize_seed(seed: Seed, dropout_p: float, x: Tensor) -> Tensor | None:
     return torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
+def has_tangents(*tensors: Tensor | None) -> bool:
+    """Whether any of them is a dual tensor of `torch.autograd.forward_ad`, `torch.func.jvp` or jacfwd."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 def check_no_tangents(*tensors: Tensor | None) -> None:
-    """Refuses forward-mode differentiation, which the operation has no rule for: its tangents would be lost without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # no `dual_level`, no `torch.func.jvp`
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    """Refuses tensors with a tangent at the operator, which has no rule for them: they would be lost without a word."""
+    if has_tangents(*tensors):
         raise NotImplementedError(
-            "rode_kernels: forward-mode differentiation (torch.func.jvp, jacfwd, linearize, torch.autograd.forward_ad) is not "
-            "supported; use backward, or write the formula in PyTorch"
+            "rode_kernels: the operator rode::mixture has no rule for forward-mode differentiation; call the public functions, "
+            "which have"
         )

@@ -14,11 +14,11 @@ from rode_kernels.checks import (
     Seed,
     check_inplace,
     check_inputs,
-    check_no_tangents,
     check_tensor,
     check_x,
     normalize_seed,
 )
+from rode_kernels.formula import formula, needs_formula, say_once
 from rode_kernels.mixture import make_mixture
 from rode_kernels.operands import ForwardOperands, Settings
 from rode_kernels.torch_ops import OP, OP_INPLACE, note_write
@@ -27,7 +27,7 @@ from rode_kernels.torch_ops import OP, OP_INPLACE, note_write
 def _run(
     operands: ForwardOperands, seed: Seed, settings: Settings, inplace: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and the gates as (M, N). The operands have no seed yet."""
+    """y, and the gates as (M, N) or (..., N). The operands have no seed yet."""
     mixture, dropout_p, dense = settings
     check_x(operands.x)
     operands = cast_operands(operands, inplace)
@@ -35,9 +35,13 @@ def _run(
     x, A, B, router_weight, router_bias, gates, base, _ = operands
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
+    if needs_formula(x, A, B, router_weight, router_bias, gates, base):
+        say_once("a transform of torch.func, forward-mode differentiation or torch.jit.trace")
+        own_seed = None if seed is None else normalize_seed(seed, dropout_p, x)
+        y, g = formula(ForwardOperands(x, A, B, router_weight, router_bias, gates, base, own_seed), settings)
+        return (base.copy_(y) if inplace and base is not None else y), g
     used_seed = normalize_seed(seed, dropout_p, x)
     operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, used_seed)
-    check_no_tangents(*operands)
     static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
     if inplace:
         check_inplace(base, x)

@@ -50,12 +50,18 @@ def _contiguous(t: MaybeTensor, dtype: torch.dtype) -> MaybeTensor:
     return t if t is None else t.to(dtype).contiguous()
 
 
+def settings_of(static: StaticArguments) -> Settings:
+    """The settings of an operator's call."""
+    ranks, scaling, dropout_p, dense, _ = static
+    return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense)
+
+
 def _settings(static: StaticArguments, seed: Tensor | None) -> tuple[Settings, str]:
     """The settings, and the name of the backend. Raises ValueError for dropout without a seed."""
-    ranks, scaling, dropout_p, dense, backend = static
-    if dropout_p > 0 and seed is None:
-        raise ValueError(f"seed: expected (1,) int64 with dropout_p={dropout_p}, got None")
-    return Settings(make_mixture(tuple(ranks), tuple(scaling)), dropout_p, dense), backend
+    settings = settings_of(static)
+    if settings.dropout_p > 0 and seed is None:
+        raise ValueError(f"seed: expected (1,) int64 with dropout_p={settings.dropout_p}, got None")
+    return settings, static[-1]
 
 
 # The operators' own arguments are `Any`: torch.library hands them over in one row, without types.

@@ -29,7 +29,7 @@ def adapted(tiny_llava: Callable[[], nn.Module], **fields: Any) -> PeftModel:
     torch.manual_seed(4)
     model = get_peft_model(tiny_llava(), RodeConfig(**{**COMMON, **fields}))
     for name, p in model.named_parameters():
-        if "rode_table" in name:
+        if name.endswith(".table"):
             torch.nn.init.normal_(p)
     return model.eval()
 

@@ -178,23 +178,27 @@ def compose_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[f
     _check_layers(layers, [names[0], into])
     _check_modules(wrappers, [names[0], into])
     for layer in layers.values():
-        for matrices in (layer.rode_A, layer.rode_B):
-            if into not in matrices:
-                continue
-            matrices[into].zero_()
-            for name, weight in zip(names, weights, strict=True):
-                matrices[into].add_(matrices[name], alpha=weight)
+        if into not in layer.rode_adapters:
+            continue
+        sums = layer.adapter(into)
+        sums.A.zero_(), sums.B.zero_()
+        for name, weight in zip(names, weights, strict=True):
+            sums.A.add_(layer.adapter(name).A, alpha=weight)
+            sums.B.add_(layer.adapter(name).B, alpha=weight)
 
 
 def _check_layers(layers: Mapping[str, RodeLayer], names: Sequence[str]) -> None:
     for where, layer in layers.items():
-        have = [name for name in names if name in layer.rode_A]
+        have = [name for name in names if name in layer.rode_adapters]
         if have and len(have) < len(names):
-            lacking = next(name for name in names if name not in layer.rode_A)
+            lacking = next(name for name in names if name not in layer.rode_adapters)
             raise ValueError(
                 f"adapter {have[0]!r} adapts {where}, adapter {lacking!r} does not: they cannot become one"
             )
-        for field, of in (("rank", layer.rode_ranks), ("scaling", layer.rode_scaling)):
+        adapters = {name: layer.adapter(name) for name in have}
+        ranks = {name: adapter.ranks for name, adapter in adapters.items()}
+        scaling = {name: adapter.scaling for name, adapter in adapters.items()}
+        for field, of in (("rank", ranks), ("scaling", scaling)):
             for name in have:
                 if of[name] != of[have[0]]:
                     raise ValueError(

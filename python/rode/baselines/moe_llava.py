@@ -139,18 +139,20 @@ class MoeFeedForward(nn.Module):
         pairs = tokens.new_zeros(len(tokens) * k, x.shape[-1])
         pairs = pairs.index_copy(0, order[: sum(counts)], torch.cat(outputs).to(x.dtype))
         y = torch.einsum("sk,skh->sh", gates.to(x.dtype), pairs.unflatten(0, (-1, k)))
-        return y.reshape(x.shape).to(x.dtype)
+        y = y.reshape(x.shape).to(x.dtype)
+        self.context.passes.note(y, self.context.passes.current())
+        return y
 
     def _valid(self, x: Tensor) -> Tensor | None:
         """A mask of x's tokens (batch, T, ...) that are no padding: bool (batch, T), or None."""
         # In evaluation a mask that does not tell padding, such as a static cache's, counts as none.
-        mask = self.context.read_mask() if self.training else self.context.mask
+        this = self.context.passes.current()
+        mask = this.read_mask() if self.training else this.mask
         if mask is None:
             return None
         if mask.shape != x.shape[:2]:
             raise ValueError(
-                f"MoE-LLaVA: a layer saw tokens of shape {tuple(x.shape[:2])}, but attention_mask has shape {tuple(mask.shape)}; "
-                "under gradient checkpointing call backward before the next forward"
+                f"MoE-LLaVA: a layer saw tokens of shape {tuple(x.shape[:2])}, but attention_mask has shape {tuple(mask.shape)}"
             )
         return mask.to(x.device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -189,7 +190,7 @@ class AnswerTrainer(Trainer):
         if cut := self.count_truncated():
             logs["truncated_answers"] = cut
         if self.statistics is not None and "loss" in logs:
-            logs.update(self.statistics.report().scalars())
+            logs.update(self.statistics.report(all_processes=True).scalars())
             self.statistics.reset()
         if "loss" in logs:
             for callback in self.callback_handler.callbacks:
@@ -346,6 +347,12 @@ def training_arguments(experiment: Experiment, progress: bool = True) -> Trainin
             t.batch_size * t.gradient_accumulation * t.devices,
             world,
             t.batch_size * t.gradient_accumulation * world,
+        )
+    if world == 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        # It starts several processes for GPUs; for CPUs it leaves that to mpirun, and takes no notice of --num_processes.
+        logger.warning(
+            "accelerate launch starts one process on CPUs, whatever --num_processes says; for several use "
+            "torchrun --nproc-per-node N -m rode train"
         )
     return arguments
 

@@ -7,6 +7,7 @@ import peft.mapping
 from rode.tuner.callbacks import HoldSparsity
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import routing_inputs
+from rode.tuner.hotswap import hotswap_adapter
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.model import RodeModel
 from rode.tuner.peft_type import RODE
@@ -36,6 +37,7 @@ __all__ = [
     "RodeConfig",
     "RodeLayer",
     "RodeModel",
+    "hotswap_adapter",
     "register",
     "routing_inputs",
 ]

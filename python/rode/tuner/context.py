@@ -29,6 +29,7 @@ from rode.tuner.aux_losses import (
     sparsity,
     warn_without_gradient,
 )
+from rode.tuner.forward_pass import ForwardPass, Passes, fit_rows
 from rode.tuner.routers import Routed
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class ForwardContext:
     """The state of one model's forward pass, shared by its adapted layers.
 
     Attributes:
-        side: side inputs of the running pass by name. mask: (batch, T) bool, what is not padding, or None.
-        prompt: (batch, T) bool, the prompt's tokens, or None. decoding: a key-value cache holds earlier tokens.
+        passes: what the running pass was called with, and earlier ones; see `Passes`.
         records: by the loss that is made of them, what layers recorded in this pass; None while nothing is collected.
         differentiable: gradients were enabled when the pass began.
         sequence_logits, block_gates: of this pass, by layer or block; the former stay with the key-value cache that it filled.
@@ -92,19 +92,13 @@ class ForwardContext:
     """
 
     def __init__(self) -> None:
-        self.side: dict[str, Tensor] = {}
+        self.passes = Passes()
         self.given: dict[str, Tensor] = {}
-        self.mask: Tensor | None = None
-        self.prompt: Tensor | None = None
-        self._told_prompt = True
-        self.decoding = False
         self.records: dict[Callable[[ForwardContext, list[Any]], Tensor | None], list[Any]] | None = None
         self.differentiable = False
         self.sequence_logits: dict[tuple[str, str], Tensor] = {}
         self.block_gates: dict[tuple[str, str], Tensor] = {}
         self.generating: Tensor | None = None  # (batch, T) bool: the prompt that `generate` was called with
-        # A mask that is not (batch, T): its shape or type.
-        self.unreadable_mask: tuple[int, ...] | str | None = None
         self._past: Cache | None = None
         self._kept: WeakKeyDictionary[Cache, dict[tuple[str, str], Tensor]] = WeakKeyDictionary()
         self.l1_factor = 1.0
@@ -170,14 +164,14 @@ class ForwardContext:
         for handle in self.handles:
             handle.remove()
         self.handles, self.attached, self.needed, self._signature = [], False, False, None
-        self.mask = self.prompt = self.records = None
+        self.passes, self.records = Passes(), None
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = dict(kwargs)
-        self.side = {**self.given, **{name: kwargs.pop(name) for name in SIDE_INPUTS if name in kwargs}}
-        self.side = {name: ids for name, ids in self.side.items() if ids is not None}
+        kwargs, this = dict(kwargs), self.passes.begin()
+        side = {**self.given, **{name: kwargs.pop(name) for name in SIDE_INPUTS if name in kwargs}}
+        this.side = {name: ids for name, ids in side.items() if ids is not None}
         if self._signature is None:
             self._signature = inspect.signature(model.forward)
         bound = self._signature.bind_partial(*args, **kwargs).arguments
@@ -185,76 +179,46 @@ class ForwardContext:
         call = ForwardCall({**bound, **bound.get("kwargs", {})}, model.training and self.differentiable)
         self._past = call.cache
         held = 0 if self._past is None else int(self._past.get_seq_length())
-        self.decoding = held > 0
+        this.decoding = held > 0
         self.block_gates, self.sequence_logits = {}, {}
-        self._set_mask(call.given.get("attention_mask"), call.tokens)
-        self._set_prompt(call.given.get("labels"), call.tokens, held, call.training)
+        _set_mask(this, call.given.get("attention_mask"), call.tokens)
+        self._set_prompt(this, call.given.get("labels"), call.tokens, held, call.training)
         self.records = {} if model.training else None
         for listener in self.listeners:
             listener.begin(call)
+        self.passes.running = True
         return args, kwargs
 
-    def _set_mask(self, mask: object, tokens: tuple[int, int] | None) -> None:
-        self.mask = self.unreadable_mask = None
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            # With a key-value cache the mask covers the past too.
-            self.mask = (mask if tokens is None else mask[:, -tokens[1] :]).bool()
-        elif mask is not None:
-            self.unreadable_mask = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-
     def _set_prompt(
-        self, labels: Tensor | None, tokens: tuple[int, int] | None, held: int, training: bool
+        self,
+        this: ForwardPass,
+        labels: Tensor | None,
+        tokens: tuple[int, int] | None,
+        held: int,
+        training: bool,
     ) -> None:
-        given, self.prompt, self._told_prompt = self.side.get("rode_prompt_mask"), None, True
+        given = this.side.get("rode_prompt_mask")
         if given is None and self.generating is not None:
             given = self.generating
             length = given.shape[1]
             # in pieces, of which a router would see one at a time
-            self._told_prompt = held >= length or (held == 0 and tokens is not None and tokens[1] >= length)
+            this.told_prompt = held >= length or (held == 0 and tokens is not None and tokens[1] >= length)
         elif given is None:
-            self._told_prompt = labels is not None or not training
-        if given is not None and self._told_prompt and tokens is not None and not held:
-            self.prompt = _fit_rows(given.bool(), tokens)
+            this.told_prompt = labels is not None or not training
+        if given is not None and this.told_prompt and tokens is not None and not held:
+            this.prompt = fit_rows(given.bool(), tokens)
         elif given is None and labels is not None:
-            self.prompt = labels == IGNORE
-        if self.prompt is None:
-            self.prompt = self.mask
-        elif self.mask is not None:
-            self.prompt = self.prompt & self.mask
-
-    def read_prompt(self) -> Tensor | None:
-        """The prompt's tokens, (batch, T) bool, for a router that reads them; None for all.
-
-        Raises:
-            ValueError: they cannot be told from what the model was called with.
-        """
-        if not self._told_prompt:
-            raise ValueError(
-                "router_input='sequence' reads the prompt: in training pass labels or rode_prompt_mask to the model, and in "
-                "generation do not fill the cache in pieces (prefill_chunk_size)"
-            )
-        return self.read_mask() if self.prompt is None else self.prompt
-
-    def read_mask(self) -> Tensor | None:
-        """The tokens that are no padding, (batch, T) bool; None for all.
-
-        Raises:
-            ValueError: a mask was given in which padding cannot be told.
-        """
-        if self.unreadable_mask is not None:
-            raise ValueError(
-                f"attention_mask: expected shape (batch, tokens), so that padding can be left out; got {self.unreadable_mask} (as "
-                "with a static cache or a mask of your own)"
-            )
-        return self.mask
+            this.prompt = labels == IGNORE
+        if this.prompt is None:
+            this.prompt = this.mask
+        elif this.mask is not None:
+            this.prompt = this.prompt & this.mask
 
     def kept_logits(self) -> dict[tuple[str, str], Tensor]:
         """Logits that the prompt of the running pass's key-value cache led to."""
         return {} if self._past is None else self._kept.get(self._past, {})
 
-    def _after(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[Any, ...] | dict[str, Any] | None:
+    def _after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         for listener in self.listeners:
             listener.end()
         if self.sequence_logits:
@@ -264,17 +228,16 @@ class ForwardContext:
                 self._kept[cache] = self.sequence_logits
         self._past, self.sequence_logits = None, {}
         records, self.records = self.records, None
-        if not torch.is_grad_enabled():  # no backward will compute a layer again
-            self.side, self.prompt, self.mask = {}, None, None
-        if not records or output is None:  # None: the pass failed, and its own error is on the way
-            return None
-        losses = [loss for make, items in records.items() if (loss := make(self, items)) is not None]
-        if not losses:
-            return None
-        first = losses[0]
-        return add_to_output(
-            output, reduce(torch.add, (x.to(first.device, first.dtype) for x in losses)), kwargs
-        )
+        try:
+            if records and output is not None:  # None: the pass failed, and its own error is on the way
+                losses = [loss for make, items in records.items() if (loss := make(self, items)) is not None]
+                if losses:
+                    first = losses[0]
+                    total = reduce(torch.add, (x.to(first.device, first.dtype) for x in losses))
+                    output = add_to_output(output, total, kwargs)
+        finally:
+            self.passes.end(output)
+        return output
 
     def record(self, loss: Callable[[ForwardContext, list[Item]], Tensor | None], item: Item) -> None:
         """Keeps what an auxiliary loss is made of; not outside of a pass, as when checkpointing computes a layer again.
@@ -300,7 +263,7 @@ class ForwardContext:
         """
         name = config.id_input
         assert name is not None, "called for adapters that read ids"
-        ids = self.side.get(name)
+        ids = self.passes.current().side.get(name)
         if ids is None:
             raise ValueError(
                 f"{name}: router_input={config.router_input!r} needs the {config.router_input} of each row; pass {name}=(batch,) "
@@ -323,13 +286,12 @@ class ForwardContext:
         return ids.reshape(*ids.shape, *(1,) * (x.dim() - 1 - ids.dim()))
 
 
-def _fit_rows(prompt: Tensor, tokens: tuple[int, int]) -> Tensor:
-    """A prompt mask (rows, P) for a pass of `tokens` (batch, T): rows repeated for beams, and nothing of it in an answer so far."""
-    rows, length = prompt.shape
-    if tokens[0] % rows or tokens[1] < length:
-        raise ValueError(f"rode_prompt_mask: expected shape {tokens}, got {tuple(prompt.shape)}")
-    prompt = prompt.repeat_interleave(tokens[0] // rows, dim=0)
-    return nn.functional.pad(prompt, (0, tokens[1] - length))
+def _set_mask(this: ForwardPass, mask: object, tokens: tuple[int, int] | None) -> None:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        # With a key-value cache the mask covers the past too.
+        this.mask = (mask if tokens is None else mask[:, -tokens[1] :]).bool()
+    elif mask is not None:
+        this.unreadable_mask = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
 
 
 @contextmanager
@@ -353,14 +315,15 @@ def loss_of_gates(context: ForwardContext, records: list[GateRecord]) -> Tensor 
     if not any(r.routed.gates.requires_grad or r.routed.logits.requires_grad for r in records):
         warn_without_gradient()
         return None
-    mask = context.read_mask()
+    this = context.passes.last
+    mask = this.read_mask()
     held = [r for r in records if r.config.target_sparsity is not None]
     if held:
         context.target_sparsity = held[0].config.target_sparsity
-        closed, total = sparsity(held, context.mask)
+        closed, total = sparsity(held, this.mask)
         context.closed = closed if context.closed is None else context.closed + closed
         context.gates_seen = total if context.gates_seen is None else context.gates_seen + total
-    return mean_over_routers(records, mask, context.side.get("rode_task_ids"), context.l1_factor)
+    return mean_over_routers(records, mask, this.side.get("rode_task_ids"), context.l1_factor)
 
 
 def context_of(model: nn.Module) -> ForwardContext | None:

@@ -25,6 +25,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, get_quantization_kwargs,
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
@@ -46,6 +47,19 @@ _OF_PEFT = (
     "inference_mode",
 )
 _TARGETS = {"llama": list(DEFAULT_NAMES)}
+
+_ALIGNMENT = 64  # bytes, as torch allocates
+_FORMER_NAMES = {
+    "rode_A": "A",
+    "rode_B": "B",
+    "rode_router": "router_weight",
+    "rode_router_bias": "router_bias",
+    "rode_table": "table",
+    "rode_threshold": "threshold_weight",
+    "rode_threshold_bias": "threshold_bias",
+    "rode_norm": "norm_weight",
+    "rode_norm_bias": "norm_bias",
+}
 
 
 class RodeModel(BaseTuner):
@@ -171,9 +185,9 @@ class RodeModel(BaseTuner):
                 target, adapter_name, ranks, alpha, config, shares, **get_quantization_kwargs(self)
             )
             self._replace_module(parent, target_name, layer, target)
-        layer.module_name, layer.block = current_key, current_key.rpartition(".")[0]
-        layer.in_tower = under(current_key, self._roots) is not None
-        layer.context = self._context
+        layer.info.module_name, layer.info.block = current_key, current_key.rpartition(".")[0]
+        layer.info.in_tower = under(current_key, self._roots) is not None
+        layer.info.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)
 
@@ -188,41 +202,35 @@ class RodeModel(BaseTuner):
         """Whether an earlier layer of the block computes this one's gates."""
         if config.router_per != "block" or not config.needs_router(len(ranks)):
             return False
-        first = next(
-            (
-                m
-                for m in siblings
-                if adapter_name in m.rode_config
-                and not m.rode_shares_gates[adapter_name]
-                and config.needs_router(len(m.rode_ranks[adapter_name]))
-            ),
-            None,
-        )
-        if first is not None and len(first.rode_ranks[adapter_name]) != len(ranks):
+        others = (m.adapter(adapter_name) for m in siblings if adapter_name in m.rode_adapters)
+        first = next((a for a in others if not a.shares_gates and config.needs_router(len(a.ranks))), None)
+        if first is not None and len(first.ranks) != len(ranks):
             raise ValueError(
-                f"{name}: router_per='block' shares the gates of {first.module_name}, which has "
-                f"{len(first.rode_ranks[adapter_name])} experts, but rank_pattern gives {len(ranks)}; give them as many"
+                f"{name}: router_per='block' shares the gates of {first.info.module_name}, which has {len(first.ranks)} experts, "
+                f"but rank_pattern gives {len(ranks)}; give them as many"
             )
         return first is not None
 
     def _run_block_by_expert(self, layer: RodeLayer, siblings: list[RodeLayer], parent: nn.Module) -> None:
-        inside = [layer.block, *(name for name, _ in parent.named_modules())]
+        inside = [layer.info.block, *(name for name, _ in parent.named_modules())]
         takes = inspect.signature(parent.forward).parameters
         if "attention_mask" in takes or any("attn" in n.lower() or "attention" in n.lower() for n in inside):
             raise ValueError(
-                f"{layer.module_name}: expert_per='block' runs a feed-forward block once for each expert, and the module around "
-                "this layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
+                f"{layer.info.module_name}: expert_per='block' runs a feed-forward block once for each expert, and the module "
+                "around this layer is or holds attention; leave it out of target_modules, or give it one expert by rank_pattern"
             )
-        shared = next((m.block_pass for m in siblings if m.block_pass is not None), None) or layer.block_pass
+        shared = next((m.info.block_pass for m in (layer, *siblings) if m.info.block_pass is not None), None)
         if shared is None:
-            shared = BlockPass(layer.block)
+            shared = BlockPass(layer.info.block)
             self._context.handles += shared.attach(parent)
-        layer.block_pass = shared
+        layer.info.block_pass = shared
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
-        active = [m.rode_config[name] for m in layers for name in m.active_adapters if name in m.rode_config]
+        active = [
+            m.adapter(name).config for m in layers for name in m.active_adapters if name in m.rode_adapters
+        ]
         if any(config.gate == "expert-choice" for config in active):
             raise ValueError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
@@ -261,6 +269,7 @@ class RodeModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Renames as PEFT does; missing and surplus tensors are a ValueError, where PEFT's other methods warn."""
+        state_dict = {_renamed(name): _aligned(tensor) for name, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -311,7 +320,11 @@ class RodeModel(BaseTuner):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
     ) -> None:
         """Adds the adapter whose output is `sum_a weights_a * output_a`: all experts side by side, the weights in their scaling.
 
@@ -320,10 +333,16 @@ class RodeModel(BaseTuner):
         Args:
             adapters: names of adapters that agree in gate, dropout and targets and have no patterns or modules_to_save.
             weights: one finite factor per adapter. adapter_name: of the new adapter, which is not activated.
+            combination_type: "cat", PEFT's name for side by side.
 
         Raises:
             ValueError: naming what is unknown, or what the adapters do not agree in.
         """
+        if combination_type != "cat":
+            raise ValueError(
+                f"combination_type: expected 'cat', got {combination_type!r}; a routed mixture is no one matrix that could be "
+                "averaged or decomposed (for plain LoRA experts rode.baselines.lorahub.compose_adapters adds up A and B)"
+            )
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"weights: expected one per adapter, got {len(weights)} for {len(adapters)}")
         if unknown := [name for name in adapters if name not in self.peft_config]:
@@ -368,7 +387,7 @@ class RodeModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self.model.modules():
-            if isinstance(layer, RodeLayer) and adapter_name in layer.rode_A:
+            if isinstance(layer, RodeLayer) and adapter_name in layer.rode_adapters:
                 layer.concatenate(adapters, adapter_name)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
@@ -377,6 +396,18 @@ class RodeModel(BaseTuner):
                 "adapter_names: RoDE runs one set of adapters for the whole batch; call set_adapter and split the batch"
             )
         return nullcontext()
+
+
+def _renamed(name: str) -> str:
+    """A saved tensor's name of today; files of before December 2026 have no module for each adapter."""
+    layer, _, last = name.rpartition(".")
+    return f"{layer}.rode_adapters.{_FORMER_NAMES[last]}" if last in _FORMER_NAMES else name
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it lies askew in a mapped file: products of unaligned memory may differ in their last bit."""
+    askew = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT != 0
+    return tensor.clone() if askew else tensor
 
 
 def _own(config: PeftConfig) -> RodeConfig:
@@ -392,10 +423,17 @@ def _check_supported(target: nn.Module, name: str) -> None:
             f"{name}: nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would do nothing; "
             "exclude it by exclude_modules"
         )
+    if isinstance(base, Conv1D):
+        return
+    if callable(getattr(base, "weight", None)):
+        raise TypeError(
+            f"{name}: {type(base).__name__} is torch's dynamic quantisation, which passes no gradient to what comes before it; "
+            "train on the unquantised model or on one quantised by bitsandbytes, torchao or HQQ"
+        )
     backend = resolve_quantization_backend(base) if not isinstance(base, nn.Linear) else None
     sizes = (getattr(base, "in_features", None), getattr(base, "out_features", None))
     if (backend is None or backend.layer_type != "linear") and not all(isinstance(n, int) for n in sizes):
         raise TypeError(
-            f"{name}: expected a linear layer (nn.Linear, a quantised one, or any with in_features and out_features), "
+            f"{name}: expected a linear layer (nn.Linear, Conv1D, a quantised one, or any with in_features and out_features), "
             f"got {type(base).__name__}; leave it out by exclude_modules"
         )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 # The functions that a plain linear layer runs. A library that replaces either may keep or cache the result.
 _LINEAR_FORWARD, _LINEAR_FUNCTION = nn.Linear.forward, nn.functional.linear
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTS = (Tensor, nn.Parameter)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody else is told of this module's calls: hooks on it, or accelerate's `_hf_hook`."""
+    return hasattr(module, "_hf_hook") or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def may_write_into(result: Tensor, base: nn.Module) -> bool:
@@ -20,9 +26,9 @@ def may_write_into(result: Tensor, base: nn.Module) -> bool:
     Dispatch and function modes may keep what was computed under them: selective activation checkpointing keeps the outputs of
     chosen products for its recomputation.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or hasattr(base, "_hf_hook"):
+    if type(base) is not nn.Linear or "forward" in base.__dict__:
         return False
-    if any(getattr(base, hooks) for hooks in _HOOKS) or torch_module._has_any_global_hook():
+    if has_hooks(base) or torch_module._has_any_global_hook():
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.functional.linear is not _LINEAR_FUNCTION:
         return False
@@ -30,6 +36,9 @@ def may_write_into(result: Tensor, base: nn.Module) -> bool:
         return False  # a tensor subclass (quantised, sharded) decides by itself what it returns
     if torch.compiler.is_compiling():
         return False  # compiled code is functional anyway
+    # A transform of torch.func may hold a result that is shared by all samples; a tangent may lie on either tensor alone.
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     # With a bias and three dimensions F.linear returns a view, which autograd lets no function with several outputs write to.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from rode_kernels.formula import needs_formula
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
@@ -48,6 +49,12 @@ def init_table_(table: Tensor, embeds: bool, how: str) -> None:
         nn.init.uniform_(table, -TABLE_BOUND, TABLE_BOUND)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    acc_dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(acc_dtype), weight.to(acc_dtype), None if bias is None else bias.to(acc_dtype))
+
+
 class _Logits(torch.autograd.Function):
     """F.linear in float32 that keeps x as it came for backward, and no wider copy of it."""
 
@@ -55,14 +62,9 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        acc_dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(
-                x.to(acc_dtype), weight.to(acc_dtype), None if bias is None else bias.to(acc_dtype)
-            )
+        return _linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -79,6 +81,8 @@ class _Logits(torch.autograd.Function):
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x Wr^T + br`, x (..., K) to (..., N), in float32 (float64 for float64 x) under autocast too: rounded logits flip choices."""
+    if needs_formula(x, weight, bias):  # a transform or a tangent goes through plain operations alone
+        return _linear(x, weight, bias)
     return _Logits.apply(x, weight, bias)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rode.tuner.aux_losses import IGNORE
@@ -164,7 +165,7 @@ class GateStatistics:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, RodeLayer)]
         if not layers:
             raise ValueError("GateStatistics: the model has no RoDE layer; apply a RodeConfig first")
-        if any(layer.gate_recorder is not None for _, layer in layers):
+        if any(layer.info.gate_recorder is not None for _, layer in layers):
             raise ValueError(
                 "GateStatistics: other statistics are attached to this model; detach() those first"
             )
@@ -177,10 +178,9 @@ class GateStatistics:
         roots = towers(model)
         self._layers = []
         for name, layer in layers:
-            layer.gate_recorder = GateRecorder(
-                name, self._kinds, under(name, roots) is not None, self.by_example
-            )
-            self._layers.append((layer, layer.gate_recorder))
+            recorder = GateRecorder(name, self._kinds, under(name, roots) is not None, self.by_example)
+            layer.info.gate_recorder = recorder
+            self._layers.append((layer, recorder))
         self._context = ForwardContext.listen(model, self)
         return self
 
@@ -227,7 +227,7 @@ class GateStatistics:
         if self._context is not None:
             self._context.stop_listening(self)
         for layer, _ in self._layers:
-            layer.gate_recorder = None
+            layer.info.gate_recorder = None
         self._context = None
         self._kinds.rows = None
 
@@ -243,13 +243,24 @@ class GateStatistics:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def report(self) -> GateReport:
-        """Fetches the counts from the device; may be called while attached, and after."""
+    def report(self, all_processes: bool = False) -> GateReport:
+        """Fetches the counts from the device; may be called while attached, and after.
+
+        Args:
+            all_processes: add up the counts of all processes of torch.distributed's default group, each of which has to call this.
+        """
+        found = [
+            (recorder.name, adapter, recorder.ranks[adapter], sums)
+            for _, recorder in self._layers
+            for adapter, sums in recorder.total().items()
+        ]
+        counts = [sums for *_, sums in found]
+        if all_processes and dist.is_available() and dist.is_initialized():
+            counts = _added_up(counts)
         return GateReport(
             tuple(
-                _layer_gates(recorder.name, adapter, recorder.ranks[adapter], self.kinds, sums.cpu())
-                for _, recorder in self._layers
-                for adapter, sums in recorder.total().items()
+                _layer_gates(name, adapter, ranks, self.kinds, sums.cpu())
+                for (name, adapter, ranks, _), sums in zip(found, counts, strict=True)
             )
         )
 
@@ -275,6 +286,17 @@ def _example_gates(
     return ExampleGates(
         name, _block(name), adapter, ranks, kinds, tokens[..., 0], opened, gates, *mixing.unbind(-1)
     )
+
+
+def _added_up(counts: list[Tensor]) -> list[Tensor]:
+    """The sums of all processes' tensors, in one exchange."""
+    if not counts:
+        return counts
+    device = counts[0].device
+    flat = torch.cat([sums.to(device).flatten() for sums in counts])
+    dist.all_reduce(flat)
+    parts = flat.split([sums.numel() for sums in counts])
+    return [part.view_as(sums) for part, sums in zip(parts, counts, strict=True)]
 
 
 def _layer_gates(

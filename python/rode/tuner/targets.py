@@ -5,14 +5,28 @@ from __future__ import annotations
 import difflib
 import re
 
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PretrainedConfig
 
 from rode.tuner.config import RodeConfig
 from rode.tuner.fields import Targets
 
 DEFAULT_NAMES = ("q_proj", "v_proj")
-# One regex for the LLaVA family, whose CLIP and SigLIP towers have a q_proj and a v_proj too.
-VISION_LANGUAGE_REGEX = r".*(language_model|text_model).*\.(q_proj|v_proj)"
+# What holds queries and values in models that PEFT's table does not list, or lists under names of another version.
+_NAMES = (
+    DEFAULT_NAMES,
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("query", "value"),
+    ("q", "v"),
+    ("q_lin", "v_lin"),
+    ("c_attn",),
+    ("Wqkv",),
+)
+# The language model within a multi-modal one, whose towers often have a q_proj and a v_proj too.
+_LANGUAGE_MODEL = r".*(language_model|text_model).*\."
+VISION_LANGUAGE_REGEX = _LANGUAGE_MODEL + r"(q_proj|v_proj)"
 
 # Last part of the names of what turns pictures or sound into the language model's inputs, in transformers and LLaVA's own code.
 _TOWER = re.compile(
@@ -22,8 +36,13 @@ _KINDS = (("vision", "visual", "image"), ("audio",))  # a word of a kind names e
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
-    """Names of a multi-modal model's towers and projectors; empty for a plain language model or a plain vision model."""
+    """Names of a multi-modal model's towers and projectors; empty for a plain language model or a plain vision model.
+
+    The encoder of a model that reads sound or pictures and writes text (Whisper) counts as one.
+    """
     config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and getattr(model, "main_input_name", "") != "input_ids":
+        return tuple(name for name, _ in model.named_modules() if name.rpartition(".")[2] == "encoder")[:1]
     multi_modal = any(
         getattr(config, key, None) is not None for key in ("vision_config", "mm_vision_tower", "audio_config")
     )
@@ -45,10 +64,24 @@ def under(name: str, roots: tuple[str, ...] | list[str]) -> str | None:
 
 
 def default_targets(model: nn.Module, config: RodeConfig) -> str | set[str]:
-    """q_proj and v_proj (the paper's Fig. 4); in a multi-modal model those of its language model."""
-    if towers(model) and config.layers_to_transform is None:
-        return VISION_LANGUAGE_REGEX
-    return set(DEFAULT_NAMES)
+    """The projections to queries and values (the paper's Fig. 4), in a multi-modal model those of its language model.
+
+    Their names are those of PEFT's table for LoRA, if the model's type is in it and has them; else what the model has.
+    """
+    roots = towers(model)
+    free = [name for name, _ in model.named_modules() if not under(name, roots)]
+    own = getattr(model, "config", None)
+    text = own.get_text_config(decoder=True) if isinstance(own, PretrainedConfig) else own
+    listed = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(getattr(text, "model_type", ""))
+    ends = {name.rpartition(".")[2] for name in free}
+    candidates = _NAMES if listed is None or isinstance(listed, str) else (tuple(listed), *_NAMES)
+    names = next((names for names in candidates if ends.issuperset(names)), DEFAULT_NAMES)
+    regex = f"{_LANGUAGE_MODEL}({'|'.join(names)})"
+    # A list serves everywhere, for towers stay closed to bare names; the regex says so to other programs, too.
+    by_regex = (
+        roots and config.layers_to_transform is None and any(re.fullmatch(regex, name) for name in free)
+    )
+    return regex if by_regex else set(names)
 
 
 def named_towers(target_modules: Targets, roots: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,7 +91,7 @@ def named_towers(target_modules: Targets, roots: tuple[str, ...]) -> tuple[str, 
     for root in roots:
         last = root.rpartition(".")[2]
         same_kind = any(any(w in last for w in words) and any(w in text for w in words) for words in _KINDS)
-        if last in text or same_kind:
+        if re.search(rf"\b{last}\b", text) or same_kind:
             opened.append(root)
     return tuple(opened)
 

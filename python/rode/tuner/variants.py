@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rode.tuner.routers import Routed
 from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
+    from rode.tuner.gating import Gated
 
 
 class Options(TypedDict):
@@ -25,26 +26,11 @@ class Options(TypedDict):
     inplace: bool
 
 
-class Layer(Protocol):
-    """The part of a `RodeLayer` that variants use; see there."""
-
-    rode_router: nn.ParameterDict
-    rode_router_bias: nn.ParameterDict
-    rode_norm: nn.ParameterDict
-    rode_norm_bias: nn.ParameterDict
-
-    def gates(self, adapter: str, x: Tensor) -> Tensor: ...
-
-    def keeps_gates(self, adapter: str) -> bool: ...
-
-    def keep(self, adapter: str, routed: Routed, gates: Tensor, x: Tensor) -> None: ...
-
-
 class Variant(Protocol):
-    """One kind of adapter. It holds no state: parameters and settings are the layer's."""
+    """One kind of adapter. It holds no state: parameters and settings are the adapter's."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         """The mixture, added to `options["base"]`.
 
@@ -62,7 +48,7 @@ class PlainSum:
     """Experts without a router: every gate is 1."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
         return gated_mixture(inputs, A, B, A.new_ones(len(options["ranks"])), **options), None
 
@@ -71,14 +57,14 @@ class RectifiedRouter:
     """RoDE's own kind: relu gates of the layer's own router, computed inside the operation."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        bias = layer.rode_router_bias.get(adapter)
-        bias = None if bias is None else operand(bias, inputs)
-        router = operand(layer.rode_router[adapter], inputs)
+        assert adapter.router_weight is not None, "this variant is picked where there is one"
+        bias = None if adapter.router_bias is None else operand(adapter.router_bias, inputs)
+        router = operand(adapter.router_weight, inputs)
         y, gates = rectified_mixture(inputs, A, B, router, bias, return_gates=True, **options)
-        if layer.keeps_gates(adapter):
-            layer.keep(adapter, Routed(gates, gates, gates > 0), gates, x)
+        if adapter.keeps_gates():
+            adapter.keep(Routed(gates, gates, gates > 0), gates, x)
         return y, gates
 
 
@@ -86,9 +72,9 @@ class GivenGates:
     """Gates that are computed before the operation: any other router, or another layer's."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        gates = layer.gates(adapter, x)
+        gates = adapter.gates(x)
         return gated_mixture(inputs, A, B, gates, **options), gates
 
 
@@ -96,11 +82,12 @@ class NormedExperts:
     """The experts' activations are normalised; the operation gates them and takes them up, with the identity in place of A."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        gates = layer.gates(adapter, x)
+        gates = adapter.gates(x)
         down = F.linear(F.dropout(inputs, options["dropout_p"]), A.to(inputs.dtype))
-        factor, shift = layer.rode_norm[adapter], layer.rode_norm_bias[adapter]
+        factor, shift = adapter.norm_weight, adapter.norm_bias
+        assert factor is not None, "made with the adapter"
         normed = F.layer_norm(down.to(factor.dtype), factor.shape, factor, shift).to(inputs.dtype)
         identity = torch.eye(len(factor), dtype=A.dtype, device=A.device)
         return gated_mixture(normed, identity, B, gates, **(options | {"dropout_p": 0.0})), gates
@@ -110,9 +97,9 @@ class MixedFactors:
     """One expert for each sequence, made of averaged A and averaged B; each sequence's gate is open for its own alone."""
 
     def add(
-        self, layer: Layer, adapter: str, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
+        self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        gates = layer.gates(adapter, x)
+        gates = adapter.gates(x)
         rank, count = options["ranks"][0], gates.shape[0]
         if any(size != 1 for size in gates.shape[1:-1]):
             raise ValueError("combine='factors': ids for each token were given; pass one for each sequence")

@@ -97,7 +97,7 @@ def test_values_and_gradients(fields, drops, padding):
     valid = torch.ones(2, 9, dtype=torch.bool)
     if padding:
         valid[1, :4] = False
-        layer.context.mask = valid
+        layer.context.passes.last.mask = valid
     y = layer(x)
     want, dropped = token_by_token(layer, x, valid, fields["capacity_factor"])
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)

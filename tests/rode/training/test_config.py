@@ -222,10 +222,10 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
     }
     assert set(layers) == names
     for layer in layers.values():
-        assert layer.rode_ranks["default"] == (2, 4, 8, 16)
-        assert layer.rode_scaling["default"] == (8.0, 4.0, 2.0, 1.0)  # alpha 16 / rank
-        assert layer.rode_config["default"].dropout == 0.05
-        assert layer.rode_config["default"].gate == "relu"
+        assert layer.adapter("default").ranks == (2, 4, 8, 16)
+        assert layer.adapter("default").scaling == (8.0, 4.0, 2.0, 1.0)  # alpha 16 / rank
+        assert layer.adapter("default").config.dropout == 0.05
+        assert layer.adapter("default").config.gate == "relu"
     # each of 64 layers: A 30 x 4096, B 4096 x 30, router 4 x 4096, no bias
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 64 * (30 * 4096 + 4096 * 30 + 4 * 4096) == 16_777_216

@@ -172,9 +172,9 @@ def predictions(folder: Path) -> list[str]:
 def test_a_task_router_from_training_to_answers(make_experiment, food, tmp_path, capsys):
     experiment = make_experiment_with(make_experiment, {"adapter": BY_TASK, "training": {"max_steps": 3}})
     result = train(experiment, progress=False)
-    layer = next(m for m in result.model.modules() if hasattr(m, "rode_table"))
+    layer = next(m for m in result.model.modules() if hasattr(m, "rode_adapters"))
     assert (
-        layer.rode_table["default"].detach().abs() > 1e-3
+        layer.adapter("default").table.detach().abs() > 1e-3
     ).any()  # all tasks were seen and moved their rows
     out = tmp_path / "evaluation"
     run, data = str(result.output_dir), str(food / "records.jsonl")

@@ -91,7 +91,9 @@ def test_the_two_rates_reach_their_parameters(make_experiment, examples):
     assert sorted({group["lr"] for group in optimizer["param_groups"]}) == [1e-3, 5e-2]
     # Adam's first step moves every weight with a gradient by its rate: B starts at 0
     moved = [
-        t.abs().max().item() for name, t in weights(result.output_dir).items() if name.endswith("rode_B")
+        t.abs().max().item()
+        for name, t in weights(result.output_dir).items()
+        if name.endswith("rode_adapters.B")
     ]
     assert moved == pytest.approx([5e-2] * 4, rel=1e-3)
 
@@ -364,6 +366,11 @@ def test_two_processes_are_one_with_twice_the_batch(make_experiment, tmp_path):
     assert done.stdout.count("adapter in") == 1
     history = json.loads((tmp_path / "two" / "history.json").read_text())
     assert [h["loss"] for h in history if "loss" in h] == pytest.approx(losses(alone), rel=1e-5)
+    once = json.loads((alone.output_dir / "history.json").read_text())
+    for mine, want in zip(history, once, strict=True):  # the gates of all processes' tokens
+        gates = {name: value for name, value in want.items() if name.startswith("gates")}
+        assert gates
+        assert {name: mine[name] for name in gates} == pytest.approx(gates, rel=1e-4)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(alone.output_dir)[name], rtol=1e-3, atol=1e-5)
 
@@ -382,6 +389,12 @@ def test_checkpointing_under_both_of_its_names(make_experiment):
         names = [name for name in both if getattr(arguments, name, None) is not None]
         assert [getattr(arguments, name) for name in names] == [wanted] * len(names)
         assert names
+
+
+def test_accelerates_one_process_on_cpus_is_said(make_experiment, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    training_arguments(make_experiment())
+    assert "accelerate launch starts one process on CPUs" in caplog.text
 
 
 def test_float16_is_refused(make_experiment, examples):

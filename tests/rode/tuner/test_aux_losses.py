@@ -41,7 +41,7 @@ def labels_of(batch):
 
 def formula(name, layer, x, mask):
     """The loss of one router from its input x (B, T, K) and mask (B, T), token by token."""
-    router = layer.rode_router["default"]
+    router = layer.adapter("default").router_weight
     n = len(router)
     rows, by_sequence = [], []
     for b in range(2):
@@ -58,7 +58,10 @@ def formula(name, layer, x, mask):
                 chosen[h.topk(2).indices] = 1
                 rows.append((p, chosen))
             elif name == "threshold":
-                z = layer.rode_threshold["default"][0] @ x[b, t] + layer.rode_threshold_bias["default"][0]
+                z = (
+                    layer.adapter("default").threshold_weight[0] @ x[b, t]
+                    + layer.adapter("default").threshold_bias[0]
+                )
                 above = p - torch.sigmoid(z) / n
                 rows.append((above, (above >= 0).to(x.dtype)))
             else:
@@ -97,7 +100,7 @@ def test_losses_are_their_formulas_without_padding(tiny_llava, llava_batch, name
     mask = batch["attention_mask"].bool()
     want = 0.5 * sum(formula(name, layer, inputs[n], mask) for n, layer in layers) / len(layers)
     torch.testing.assert_close(out.aux_loss, want, rtol=1e-5, atol=1e-8)
-    routers = [layer.rode_router["default"] for _, layer in layers]
+    routers = [layer.adapter("default").router_weight for _, layer in layers]
     mine = torch.autograd.grad(out.aux_loss, routers, retain_graph=True)
     theirs = torch.autograd.grad(want, routers)
     for a, b in zip(mine, theirs, strict=True):
@@ -220,7 +223,7 @@ def test_trainer_steers_to_the_target_and_resumes(tiny_llava, llava_batch, tmp_p
 def test_a_strong_l1_closes_gates(tiny_llava, llava_batch, tmp_path):
     model = adapted(tiny_llava, "l1", aux_weight=50.0)
     layer = next(m for m in model.modules() if isinstance(m, RodeLayer))
-    before = layer.rode_router["default"].detach().clone()
+    before = layer.adapter("default").router_weight.detach().clone()
     trainer_of(
         model, llava_batch, tmp_path, [], 20, learning_rate=0.02, gradient_accumulation_steps=1
     ).train()
@@ -228,7 +231,9 @@ def test_a_strong_l1_closes_gates(tiny_llava, llava_batch, tmp_path):
     layer.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
     model.eval()(**llava_batch)
     mask = llava_batch["attention_mask"].bool()
-    gates = [(seen["x"] @ w.T).relu()[mask].sum(1).mean() for w in (before, layer.rode_router["default"])]
+    gates = [
+        (seen["x"] @ w.T).relu()[mask].sum(1).mean() for w in (before, layer.adapter("default").router_weight)
+    ]
     assert gates[1] < 0.5 * gates[0]
 
 

@@ -42,23 +42,26 @@ def saved(mlp, folder, **fields):
 
 
 def drop_one(tensors):
-    tensors.pop("base_model.model.lin0.rode_B")
+    tensors.pop("base_model.model.lin0.rode_adapters.B")
 
 
 def rename_one(tensors):
-    tensors["base_model.model.lin0.rode_C"] = tensors.pop("base_model.model.lin0.rode_B")
+    tensors["base_model.model.lin0.rode_adapters.C"] = tensors.pop("base_model.model.lin0.rode_adapters.B")
 
 
 def add_one(tensors):
-    tensors["base_model.model.lin2.rode_A"] = torch.zeros(5, 12)
+    tensors["base_model.model.lin2.rode_adapters.A"] = torch.zeros(5, 12)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop_one, r"1 missing, such as base_model\.model\.lin0\.rode_B"),
-        (rename_one, r"1 missing, such as .*lin0\.rode_B.*; 1 surplus, such as .*lin0\.rode_C"),
-        (add_one, r"1 surplus, such as .*lin2\.rode_A"),
+        (drop_one, r"1 missing, such as base_model\.model\.lin0\.rode_adapters\.default\.B"),
+        (
+            rename_one,
+            r"1 missing, such as .*lin0\.rode_adapters\.default\.B.*; 1 surplus, such as .*lin0\.rode_adapters\.C",
+        ),
+        (add_one, r"1 surplus, such as .*lin2\.rode_adapters\.A"),
         (dict.clear, r"6 missing"),
     ],
 )
@@ -75,8 +78,8 @@ def test_missing_and_surplus_tensors_are_an_error(mlp, tmp_path, damage, words, 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("router_bias", True, "2 missing, such as .*rode_router_bias"),
-        ("gate", "none", "2 surplus, such as .*rode_router"),
+        ("router_bias", True, "2 missing, such as .*router_bias"),
+        ("gate", "none", "2 surplus, such as .*router_weight"),
         ("target_modules", ["lin0"], "3 surplus, such as .*lin1"),
     ],
 )

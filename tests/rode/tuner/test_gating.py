@@ -50,9 +50,10 @@ def test_sequence_gates_are_the_means_formula(mlp):
     layer = model.base_model.model.lin0
     x = torch.randn(2, 4, 12, dtype=torch.float64)
     prompt = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    layer.context.prompt = prompt
+    layer.context.passes.last.prompt = prompt
     y = layer(x)
-    A, B, router = (getattr(layer, n)["default"] for n in ("rode_A", "rode_B", "rode_router"))
+    adapter = layer.adapter("default")
+    A, B, router = adapter.A, adapter.B, adapter.router_weight
     for b in range(2):
         mean = x[b, prompt[b]].mean(0)
         gates = (router @ mean).softmax(0)
@@ -71,12 +72,12 @@ def test_constant_gates_merge(mlp, gate):
     model = get_peft_model(mlp(), RodeConfig(**fields)).eval()
     layer = model.base_model.model.lin0
     with torch.no_grad():
-        layer.rode_table["default"].copy_(torch.tensor([[0.4, -0.7]]))
+        layer.adapter("default").table.copy_(torch.tensor([[0.4, -0.7]]))
     x = torch.randn(5, 12, dtype=torch.float64)
     want = model(x)
-    h = layer.rode_table["default"][0]
+    h = layer.adapter("default").table[0]
     gates = {"relu": h.relu(), "softmax": h.softmax(0)}.get(gate, h.sigmoid())
-    A, B = layer.rode_A["default"], layer.rode_B["default"]
+    A, B = layer.adapter("default").A, layer.adapter("default").B
     delta = 8 * gates[0] * B[:, :2] @ A[:2] + 16 / 3 * gates[1] * B[:, 2:] @ A[2:]
     torch.testing.assert_close(layer.get_delta_weight("default"), delta)
     model.merge_adapter()
@@ -87,16 +88,16 @@ def test_constant_gates_merge(mlp, gate):
 def test_one_router_for_a_block(tiny_llava, llava_batch, gate):
     model = adapted(tiny_llava, gate=gate, router_per="block")
     q, v = layers_of(model)[:2]
-    assert "default" in q.rode_router
-    assert "default" not in v.rode_router
+    assert q.adapter("default").router_weight is not None
+    assert v.adapter("default").router_weight is None
     seen = {}
     q.register_forward_hook(lambda m, args, out: seen.update(x=args[0]))
     v.register_forward_hook(lambda m, args, out: seen.update(y=out))
     model(**llava_batch)
     x = seen["x"]
-    h = x @ q.rode_router["default"].T
+    h = x @ q.adapter("default").router_weight.T
     gates = h.relu() if gate == "relu" else h.softmax(-1)
-    A, B = v.rode_A["default"], v.rode_B["default"]
+    A, B = v.adapter("default").A, v.adapter("default").B
     want = v.base_layer(x)
     want = want + 8 * gates[..., :1] * (x @ A[:2].T @ B[:, :2].T)
     want = want + 16 / 3 * gates[..., 1:] * (x @ A[2:].T @ B[:, 2:].T)
@@ -172,8 +173,8 @@ def test_checkpointed_blocks_keep_nothing(tiny_llava, llava_batch):
     model.enable_input_require_grads()
     model(**llava_batch, labels=llava_batch["input_ids"]).loss.backward()
     for layer in layers_of(model):
-        assert layer.block_pass._base == {}
-        assert layer.block_pass._weights is layer.block_pass.whole is None
+        assert layer.info.block_pass._base == {}
+        assert layer.info.block_pass._weights is layer.info.block_pass.whole is None
     copy.deepcopy(model.get_base_model())
 
 
@@ -182,7 +183,7 @@ def test_a_layer_without_a_router_leads_no_block(tiny_llava, llava_batch, first)
     targets = ["q_proj", "v_proj"] if first == "q_proj" else FEED_FORWARD
     fields = {"ranks": (2, 3, 2), "gate": "softmax", "router_per": "block"}
     model = adapted(tiny_llava, **fields, target_modules=targets, rank_pattern={first: (4,)})
-    assert "default" in layers_of(model)[1].rode_router
+    assert layers_of(model)[1].adapter("default").router_weight is not None
     model(**llava_batch)
 
 

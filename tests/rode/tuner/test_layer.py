@@ -27,9 +27,12 @@ def adapted(mlp, dtype=torch.float64, **fields):
     return model, model.base_model.model.lin0
 
 
+PARTS = ("A", "B", "router_weight", "router_bias")
+
+
 def parts(layer, adapter="default"):
     """The adapter's A, B, router and router bias (None where there is none)."""
-    return [p.get(adapter) for p in (getattr(layer, n) for n in layer.adapter_layer_names[:4])]
+    return [getattr(layer.adapter(adapter), name) for name in PARTS]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -53,7 +56,7 @@ def test_values_and_gradients_are_the_formulas(mlp, oracle, gate, bias):
     want.backward(dy)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(x.grad, x2.grad, rtol=1e-11, atol=1e-12)
-    for name, p, copy in zip(layer.adapter_layer_names, parts(layer), copies, strict=False):
+    for name, p, copy in zip(PARTS, parts(layer), copies, strict=False):
         if p is not None:
             assert copy.grad.abs().max() > 0, name
             torch.testing.assert_close(p.grad, copy.grad, rtol=1e-11, atol=1e-12, msg=name)
@@ -78,12 +81,12 @@ def test_explicit_scaling_and_patterns(mlp, oracle):
         rank_pattern={"lin1": (1, 2)},
         alpha_pattern={"lin1": 3.0},
     )
-    assert layer.rode_ranks["default"] == (4,)
-    assert layer.rode_scaling["default"] == (4.0,)
+    assert layer.adapter("default").ranks == (4,)
+    assert layer.adapter("default").scaling == (4.0,)
     lin1 = model.base_model.model.lin1
-    assert lin1.rode_ranks["default"] == (1, 2)
-    assert lin1.rode_scaling["default"] == (3.0, 1.5)
-    assert lin1.rode_A["default"].shape == (3, 9)
+    assert lin1.adapter("default").ranks == (1, 2)
+    assert lin1.adapter("default").scaling == (3.0, 1.5)
+    assert lin1.adapter("default").A.shape == (3, 9)
     _, layer = adapted(mlp, scaling=(0.5, -1.0, 2.0))
     x = torch.randn(3, 12, dtype=torch.float64)
     base = layer.base_layer
@@ -170,8 +173,8 @@ def test_router_inits(mlp):
 def test_closed_experts_get_zero_gradients_and_not_none(mlp):
     model, layer = adapted(mlp, router_bias=True)
     with torch.no_grad():
-        layer.rode_router["default"].zero_()
-        layer.rode_router_bias["default"].copy_(torch.tensor([-1.0, 2.0, -1.0]))
+        layer.adapter("default").router_weight.zero_()
+        layer.adapter("default").router_bias.copy_(torch.tensor([-1.0, 2.0, -1.0]))
     x = torch.randn(6, 12, dtype=torch.float64)
     model(x).sum().backward()
     A, B, router, bias = (p.grad for p in parts(layer))
@@ -294,7 +297,7 @@ def test_dropout_acts_in_training_only_and_never_on_the_router(mlp):
     mean, wide = first.mean(0), (still - layer.base_layer(x)).abs().max().item()
     torch.testing.assert_close(mean, still[0], rtol=0, atol=0.1 * wide)
     with torch.no_grad():
-        layer.rode_router["default"].zero_()[:, 0] = 1.0  # gates are the first feature
+        layer.adapter("default").router_weight.zero_()[:, 0] = 1.0  # gates are the first feature
     if x[0, 0] <= 0:
         x = -x
     assert (layer(x) != layer.base_layer(x)).any(
@@ -342,7 +345,7 @@ def test_broken_weights_are_not_merged(mlp):
     model, layer = adapted(mlp, gate="none")
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
-        layer.rode_A["default"][0, 0] = float("nan")
+        layer.adapter("default").A[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)

@@ -69,7 +69,7 @@ def test_layers_to_transform(tiny_llava):
 def test_rank_pattern_by_block(tiny_llava):
     config = RodeConfig(rank_pattern={r"layers\.1\..*": (4, 4)})
     model = get_peft_model(tiny_llava(), config).get_base_model()
-    ranks = [model.get_submodule(name).rode_ranks["default"] for name in LANGUAGE]
+    ranks = [model.get_submodule(name).adapter("default").ranks for name in LANGUAGE]
     assert ranks == [(2, 4, 8, 16)] * 2 + [(4, 4)] * 2
 
 

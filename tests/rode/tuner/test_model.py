@@ -105,9 +105,11 @@ def test_only_the_adapter_is_trained_and_saved(mlp, tmp_path):
     assert sorted(saved) == [
         f"base_model.model.{layer}.{name}"
         for layer in ("lin0", "lin1")
-        for name in ("rode_A", "rode_B", "rode_router")
+        for name in ("rode_adapters.A", "rode_adapters.B", "rode_adapters.router_weight")
     ]
-    assert torch.equal(saved["base_model.model.lin1.rode_A"], model.base_model.model.lin1.rode_A["default"])
+    assert torch.equal(
+        saved["base_model.model.lin1.rode_adapters.A"], model.base_model.model.lin1.adapter("default").A
+    )
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -154,7 +156,7 @@ def test_several_adapters(mlp):
     model.eval()
     second = model(x)
     assert not torch.equal(second, first)
-    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
 
     lin0, lin1 = model.base_model.model.lin0, model.base_model.model.lin1
     model.base_model.set_adapter(["default", "other"])  # both are added
@@ -292,3 +294,12 @@ def test_meta_device(mlp):
     assert all(p.is_meta for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 30 * (4096 + 4096) + 4 * 4096
+
+
+def test_an_adapter_added_in_evaluation_has_no_dropout(mlp):
+    model = make(mlp, ranks=(2, 4), dropout=0.5).eval()
+    model.add_adapter(
+        "later", RodeConfig(ranks=(8,), dropout=0.5, init_weights=False, target_modules=["lin0"])
+    )
+    model.set_adapter("later")
+    assert torch.equal(model(x64()), model(x64()))

@@ -73,7 +73,7 @@ def adapted(name: str, model: nn.Module | None = None, **fields):
     model = Model() if model is None else model
     model = get_peft_model(model, preset(name, **own))
     for n, p in model.named_parameters():
-        if "rode_table" in n or "rode_norm" in n:  # away from their start, where experts are alike
+        if "table" in n or "norm_" in n:  # away from their start, where experts are alike
             nn.init.normal_(p)
     return model.eval()
 
@@ -81,16 +81,16 @@ def adapted(name: str, model: nn.Module | None = None, **fields):
 def experts(layer: RodeLayer):
     """(scaling_i, A_i, B_i) of each expert."""
     start = 0
-    ranks, scaling = layer.rode_ranks["default"], layer.rode_scaling["default"]
+    ranks, scaling = layer.adapter("default").ranks, layer.adapter("default").scaling
     for i, rank in enumerate(ranks):
-        A = layer.rode_A["default"]
-        A = A if layer.rode_config["default"].shared_A else A[start : start + rank]
-        yield scaling[i], A, layer.rode_B["default"][:, start : start + rank]
+        A = layer.adapter("default").A
+        A = A if layer.adapter("default").config.shared_A else A[start : start + rank]
+        yield scaling[i], A, layer.adapter("default").B[:, start : start + rank]
         start += rank
 
 
 def p(layer, name):
-    return getattr(layer, name)["default"]
+    return getattr(layer.adapter("default"), name)
 
 
 def weighted(layer, x, gates, sequence):
@@ -122,7 +122,7 @@ def softmax(h):
 
 
 def linear_router(layer, x):
-    return [row @ x for row in p(layer, "rode_router")]
+    return [row @ x for row in p(layer, "router_weight")]
 
 
 def relu_gates(layer, x, b):
@@ -130,14 +130,12 @@ def relu_gates(layer, x, b):
 
 
 def task_embedding_gates(layer, x, b):
-    return softmax(linear_router(layer, p(layer, "rode_table")[TASK_IDS[b]]))
+    return softmax(linear_router(layer, p(layer, "table")[TASK_IDS[b]]))
 
 
 def mocle_gates(layer, x, b):
-    embedding = p(layer, "rode_table")[TASK_IDS[b]]
-    h = [
-        w @ embedding + c for w, c in zip(p(layer, "rode_router"), p(layer, "rode_router_bias"), strict=True)
-    ]
+    embedding = p(layer, "table")[TASK_IDS[b]]
+    h = [w @ embedding + c for w, c in zip(p(layer, "router_weight"), p(layer, "router_bias"), strict=True)]
     g = softmax([v / 0.7 for v in h])
     best = max(range(len(g)), key=lambda i: g[i].item())
     return [v if i == best else 0 * v for i, v in enumerate(g)] + [1 - g[best]]
@@ -145,7 +143,7 @@ def mocle_gates(layer, x, b):
 
 def adamole_gates(layer, x, b):
     g = softmax(linear_router(layer, x))
-    z = p(layer, "rode_threshold")[0] @ x + p(layer, "rode_threshold_bias")[0]
+    z = p(layer, "threshold_weight")[0] @ x + p(layer, "threshold_bias")[0]
     threshold = (1 / len(g)) / (1 + torch.exp(-z))
     kept = [v - threshold if v >= threshold else 0 * v for v in g]
     return [v / sum(kept) for v in kept]
@@ -155,7 +153,7 @@ def polytropon(layer, x):
     """(sum_i w_i B_i)(sum_i w_i A_i) x / r, w the task's sigmoids divided by their sum."""
     rows = []
     for b, row in enumerate(x):
-        z = [1 / (1 + torch.exp(-v)) for v in p(layer, "rode_table")[TASK_IDS[b]]]
+        z = [1 / (1 + torch.exp(-v)) for v in p(layer, "table")[TASK_IDS[b]]]
         parts = list(experts(layer))
         A = sum(w / sum(z) * A for w, (_, A, _) in zip(z, parts, strict=True))
         B = sum(w / sum(z) * B for w, (_, _, B) in zip(z, parts, strict=True))
@@ -165,13 +163,13 @@ def polytropon(layer, x):
 
 def dual_lora(layer, x):
     """W x + 2 B (LN(S x) * relu(T x)); LN over the rank, with factor and shift."""
-    S, T, B = p(layer, "rode_A"), p(layer, "rode_router"), p(layer, "rode_B")
+    S, T, B = p(layer, "A"), p(layer, "router_weight"), p(layer, "B")
 
     def token(t):
         skill = S @ t
         centred = skill - skill.mean()
-        skill = centred / torch.sqrt((centred**2).mean() + 1e-5) * p(layer, "rode_norm") + p(
-            layer, "rode_norm_bias"
+        skill = centred / torch.sqrt((centred**2).mean() + 1e-5) * p(layer, "norm_weight") + p(
+            layer, "norm_bias"
         )
         return layer.base_layer.weight @ t + 2 * (B @ (skill * torch.clamp(T @ t, min=0)))
 
@@ -230,7 +228,7 @@ def llava_mole(mlp, x):
     gate = mlp.gate_proj
 
     def token(t):
-        h = [w @ t + c for w, c in zip(p(gate, "rode_router"), p(gate, "rode_router_bias"), strict=True)]
+        h = [w @ t + c for w, c in zip(p(gate, "router_weight"), p(gate, "router_bias"), strict=True)]
         best = max(range(3), key=lambda i: h[i].item())
         return swiglu(mlp, t, weight_of=of_expert(best))
 
@@ -351,9 +349,9 @@ def test_polytropon_is_pefts_poly():
     a, b = mine.base_model.model.v_proj, theirs.base_model.model.v_proj
     with torch.no_grad():
         b.base_layer.weight.copy_(a.base_layer.weight)
-        b.poly_router["default"].module_logits.copy_(a.rode_table["default"])
-        b.poly_lora_A["default"].copy_(a.rode_A["default"].view(3, 2, WIDTH).transpose(1, 2)[None])
-        b.poly_lora_B["default"].copy_(a.rode_B["default"].T.reshape(3, 2, WIDTH)[None])
+        b.poly_router["default"].module_logits.copy_(a.adapter("default").table)
+        b.poly_lora_A["default"].copy_(a.adapter("default").A.view(3, 2, WIDTH).transpose(1, 2)[None])
+        b.poly_lora_B["default"].copy_(a.adapter("default").B.T.reshape(3, 2, WIDTH)[None])
         x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
         with routing_inputs(mine, task_ids=TASK_IDS):
             mine.base_model.model.mlp = theirs.base_model.model.mlp = nn.Identity()

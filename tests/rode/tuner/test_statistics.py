@@ -41,7 +41,7 @@ def counted_by_hand(model, seen, batches):
     """{layer: {kind: (tokens, open share of each expert, mean gate of each expert)}} for lists of (ids, mask) rows."""
     out = {}
     for name, xs in seen.items():
-        router = model.get_base_model().get_submodule(name).rode_router["default"].detach()
+        router = model.get_base_model().get_submodule(name).adapter("default").router_weight.detach()
         gates = {"image": [], "text": []}
         for x, (ids, mask) in zip(xs, batches, strict=True):
             for row in range(ids.shape[0]):
@@ -120,7 +120,7 @@ def test_nothing_changes_while_counting(tiny_llava, llava_batch):
         assert torch.equal(model(**llava_batch).logits, want)
     assert torch.equal(model(**llava_batch).logits, want)
     assert not model.get_base_model()._forward_pre_hooks
-    assert all(m.gate_recorder is None for m in model.modules() if isinstance(m, RodeLayer))
+    assert all(m.info.gate_recorder is None for m in model.modules() if isinstance(m, RodeLayer))
 
 
 class Fetches(TorchDispatchMode):
@@ -251,7 +251,7 @@ def test_examples_and_answers_are_told_apart(tiny_llava, llava_batch):
     for layer, summary in zip(layers, report.layers, strict=True):
         assert layer.kinds == ("image", "prompt", "answer")
         assert layer.tokens.tolist() == [[4, 3, 2], [4, 1, 2]] * 2
-        router = model.get_base_model().get_submodule(layer.name).rode_router["default"].detach()
+        router = model.get_base_model().get_submodule(layer.name).adapter("default").router_weight.detach()
         x = seen[layer.name][0]
         for row in range(2):
             by_kind = {0: [], 1: [], 2: []}

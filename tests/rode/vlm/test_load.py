@@ -92,7 +92,7 @@ def test_an_adapter_brings_its_projector_back_unrounded(tmp_path, llava_dir):
     assert not torch.equal(plain, expected)
 
 
-@pytest.mark.parametrize("lost", ["rode_B", "multi_modal_projector"])
+@pytest.mark.parametrize("lost", ["rode_adapters.B", "multi_modal_projector"])
 def test_an_adapter_without_all_its_tensors_is_refused_by_name(tmp_path, llava_dir, lost):
     model, _ = load_vlm(llava_dir, dtype="float32", device="cpu")
     config = RodeConfig(ranks=(2,), modules_to_save=["multi_modal_projector"])

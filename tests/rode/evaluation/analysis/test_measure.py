@@ -44,8 +44,8 @@ def told_apart(gate="relu"):
             table[token] = torch.nn.functional.one_hot(torch.tensor(feature), table.shape[1]).float()
     model = get_peft_model(model, RodeConfig(ranks=(2, 3, 1), gate=gate, target_modules=FIRST_Q)).eval()
     (layer,) = (m for m in model.modules() if isinstance(m, RodeLayer))
-    layer.rode_router["default"].data.zero_()
-    layer.rode_router["default"].data[0, 0] = layer.rode_router["default"].data[1, 1] = 1
+    layer.adapter("default").router_weight.data.zero_()
+    layer.adapter("default").router_weight.data[0, 0] = layer.adapter("default").router_weight.data[1, 1] = 1
     return model
 
 
@@ -151,7 +151,9 @@ def by_hand(model, examples):
         for t in range(encoded.prompt_length, len(ids)):
             losses.setdefault(e.task, []).append(-logits[t - 1].log_softmax(-1)[ids[t]].item())
         for name, x in seen.items():
-            router = model.get_base_model().get_submodule(name).rode_router["default"].detach().double()
+            router = (
+                model.get_base_model().get_submodule(name).adapter("default").router_weight.detach().double()
+            )
             for t, token in enumerate(ids):
                 kind = "answer" if t >= encoded.prompt_length else "image" if token == 4 else "prompt"
                 row = [max(h, 0.0) for h in (router @ x[t]).tolist()]

@@ -1,0 +1,187 @@
+"""What adapters promise, on tiny random models of each family, by the configurations that people use."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from families import FAMILIES, batch_of, family
+from rode.tuner import RodeConfig, RodeLayer
+
+# What the names of adapted layers hold by default, and what they never hold.
+TOWERS = ("vision", "visual", "image", "projector", "connector", "merger")
+CONFIGS = {
+    "relu": dict(),
+    "softmax with bias": dict(gate="softmax", router_bias=True),
+    "top-1": dict(gate="topk", top_k=1),
+    "one expert": dict(ranks=(4,), gate="none"),
+    "shared A": dict(shared_A=True, ranks=(2, 2), gate="softmax"),
+    "constant gates": dict(gate="softmax", router_input="constant"),
+}
+TEXT_ONLY = [name for name in FAMILIES if name != "whisper"]
+
+
+def adapted(name, **fields):
+    torch.manual_seed(1)
+    return get_peft_model(
+        family(name), RodeConfig(**{"ranks": (2, 3), "dropout": 0.0, "init_weights": False, **fields})
+    ).eval()
+
+
+def layers_of(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, RodeLayer)}
+
+
+def logits(model, name):
+    with torch.no_grad():
+        return model(**batch_of(name)).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_targets_are_the_language_models(name):
+    names = list(layers_of(adapted(name)))
+    assert names
+    assert not any(part in layer for layer in names for part in TOWERS)
+    if name == "whisper":
+        assert all(".decoder." in layer for layer in names)
+        assert any("encoder_attn" in layer for layer in names)
+    if name == "t5":
+        assert any("EncDecAttention" in layer for layer in names)
+        assert any(".encoder." in layer for layer in names)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_new_adapter_changes_nothing_and_each_parameter_learns(name):
+    want = logits(family(name), name)
+    model = adapted(name, init_weights=True, router_init="kaiming")
+    assert torch.equal(logits(model, name), want)
+    model = adapted(name).train()
+    assert not torch.equal(logits(model.eval(), name), want)
+    model(**batch_of(name)).loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if name == "mllama":  # without a picture its cross-attention does not run
+        trained = {n: p for n, p in trained.items() if "cross_attn" not in n}
+    assert trained
+    assert all("rode_adapters" in n for n in trained)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
+    with model.disable_adapter():
+        assert torch.equal(logits(model.eval(), name), want)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_adapter_gives_the_same_bits(name, config, tmp_path):
+    model = adapted(name, **config)
+    want = logits(model, name)
+    model.save_pretrained(tmp_path)
+    for low_memory in (False, True):
+        again = PeftModel.from_pretrained(family(name), tmp_path, low_cpu_mem_usage=low_memory).eval()
+        assert torch.equal(logits(again, name), want)
+    assert torch.equal(logits(copy.deepcopy(model), name), want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merging_is_exact_or_refused(name):
+    with pytest.raises(ValueError, match="its relu gates depend on the input"):
+        adapted(name).merge_and_unload()
+    for config in (CONFIGS["one expert"], CONFIGS["constant gates"]):
+        model = adapted(name, **config)
+        want = logits(model, name)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model, name), want, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model, name), want, rtol=1e-4, atol=1e-5)
+        merged = model.merge_and_unload()
+        assert not layers_of(merged)
+        torch.testing.assert_close(logits(merged, name), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_adapters(name):
+    model = adapted(name)
+    first = logits(model, name)
+    torch.manual_seed(2)
+    model.add_adapter("other", RodeConfig(ranks=(3,), gate="none", init_weights=False))
+    assert torch.equal(logits(model, name), first)
+    model.set_adapter("other")
+    second = logits(model.eval(), name)
+    assert not torch.equal(second, first)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, name), second)
+    status = model.get_model_status()
+    assert status.available_adapters == ["other"]
+    assert status.enabled
+    with pytest.raises(ValueError, match="split the batch"):
+        model(**batch_of(name), adapter_names=["other", "__base__"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_stay_float32_on_a_16_bit_base(name, dtype):
+    torch.manual_seed(1)
+    base = family(name).to(dtype)
+    model = get_peft_model(base, RodeConfig(ranks=(2, 3), init_weights=False, dropout=0.0)).eval()
+    assert {p.dtype for n, p in model.named_parameters() if "rode_" in n} == {torch.float32}
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of(name).items()}
+    found = model(**batch).logits
+    assert found.dtype == dtype
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_checkpointing_gives_the_same_gradients(name):
+    grads = []
+    for checkpointing in (False, True):
+        model = adapted(name).train()
+        if checkpointing:
+            if not family(name).supports_gradient_checkpointing:
+                pytest.skip("the family has no gradient checkpointing")
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model(**batch_of(name)).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, rtol=1e-4, atol=1e-6, msg=n)
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_injection_without_peft_around_it(name):
+    want = logits(adapted(name), name)
+    torch.manual_seed(1)
+    config = RodeConfig(ranks=(2, 3), dropout=0.0, init_weights=False)
+    model = inject_adapter_in_model(config, family(name)).eval()
+    assert torch.equal(logits(model, name), want)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_modules_to_save(name, tmp_path):
+    base = family(name)
+    head = next((n for n in ("lm_head", "proj_out", "cls.predictions.decoder") if _has(base, n)), None)
+    model = adapted(name, modules_to_save=[head])
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "modules_to_save" in n:
+                p.add_(0.1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family(name), tmp_path).eval()
+    assert torch.equal(logits(again, name), logits(model, name))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_targets_are_loras(name):
+    """The same layers as PEFT's own table gives LoRA."""
+    rode = {n.removeprefix("base_model.model.") for n in layers_of(adapted(name))}
+    lora = get_peft_model(family(name), LoraConfig())
+    assert rode == set(lora.targeted_module_names)
