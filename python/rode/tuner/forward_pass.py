@@ -18,7 +18,7 @@ _TAG = "rode_forward_pass"
 
 @dataclass(eq=False)
 class ForwardPass:
-    """What adapted layers read of one call of the model, beside their input.
+    """The inputs of one call of the model that adapted layers read beside their own.
 
     It holds no tensor with a gradient: nodes of the pass's graph refer to it, and neither would ever be freed.
 

@@ -13,7 +13,7 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.fields import Targets
 
 DEFAULT_NAMES = ("q_proj", "v_proj")
-# What holds queries and values in models that PEFT's table does not list, or lists under names of another version.
+# Names of the projections to queries and values in models that PEFT's table does not list, or lists under names of another version.
 _NAMES = (
     DEFAULT_NAMES,
     ("qkv_proj",),
