@@ -281,6 +281,9 @@ class RodeModel(BaseTuner):
             k for k in remapped if k not in own and k.removeprefix("base_model.model.") not in own
         )
         if missing or surplus:
+            missing = [
+                cls._remove_adapter_name_from_key(name, adapter_name) for name in missing
+            ]  # as a file has them
             parts = [
                 f"{len(names)} {what}, such as {names[0]}"
                 for names, what in ((missing, "missing"), (surplus, "surplus"))

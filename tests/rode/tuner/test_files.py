@@ -56,10 +56,10 @@ def add_one(tensors):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (drop_one, r"1 missing, such as base_model\.model\.lin0\.rode_adapters\.default\.B"),
+        (drop_one, r"1 missing, such as base_model\.model\.lin0\.rode_adapters\.B"),
         (
             rename_one,
-            r"1 missing, such as .*lin0\.rode_adapters\.default\.B.*; 1 surplus, such as .*lin0\.rode_adapters\.C",
+            r"1 missing, such as .*lin0\.rode_adapters\.B.*; 1 surplus, such as .*lin0\.rode_adapters\.C",
         ),
         (add_one, r"1 surplus, such as .*lin2\.rode_adapters\.A"),
         (dict.clear, r"6 missing"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -156,3 +161,53 @@ def test_fsdp_with_flat_parameters_trains_as_without(name, one_rank):
     assert sum(want) > 0
     total = sum(p.grad.abs().sum().item() for p in sharded.parameters() if p.requires_grad)
     assert total == pytest.approx(sum(want), rel=1e-6)
+
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+import torch.distributed as dist
+import test_placement as t
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, ShardingStrategy
+
+dist.init_process_group("gloo")
+for name in t.CONFIGS:
+    whole, sharded = t.adapted(name).train(), t.adapted(name).train()
+    sharded = FSDP(
+        sharded,
+        auto_wrap_policy=t.fsdp_auto_wrap_policy(sharded),
+        use_orig_params=False,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.FULL_SHARD,
+    )
+    losses = []
+    for model in (whole, sharded):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(3):
+            loss = model(t.IDS, labels=t.IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[0] != losses[2]
+    torch.testing.assert_close(losses[3:], losses[:3], rtol=1e-5, atol=0)
+dist.destroy_process_group()
+print("the same", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_of_two_ranks_shards_the_parameters_and_trains_as_one(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(here=str(Path(__file__).parent)))
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("the same") == 2
