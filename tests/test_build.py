@@ -23,15 +23,13 @@ BUILD_DIR = f"build/native-{sys.implementation.cache_tag}"
 
 def build(tmp_path: Path, **env: str) -> tuple[Path, str]:
     """A wheel, and the build's log; what setuptools leaves is in tmp_path."""
-    base = ["build", f"--build-base={tmp_path / 'base'}"]
+    tmp_path.mkdir(exist_ok=True)
+    settings = tmp_path / "setuptools.cfg"
+    settings.write_text(f"[build]\nbuild_base = {tmp_path / 'base'}\n")
     run = subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path / "dist")),
-            *(f"--config-settings=--global-option={option}" for option in base),
-            ".",
-        ],
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", str(tmp_path / "dist"), "."],
         cwd=ROOT,
-        env={**os.environ, "RODE_BUILD_DIR": BUILD_DIR, **env},
+        env={**os.environ, "RODE_BUILD_DIR": BUILD_DIR, "DIST_EXTRA_CONFIG": str(settings), **env},
         capture_output=True,
         text=True,
     )
