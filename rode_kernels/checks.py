@@ -104,8 +104,8 @@ def check_inplace(base: Tensor | None, x: Tensor) -> None:
         raise ValueError("inplace=True: base is None; pass the tensor to accumulate into")
     if torch.is_grad_enabled() and base.requires_grad and base.is_leaf:
         raise ValueError("inplace=True: base is a leaf tensor that needs grad; pass inplace=False or a clone")
-    if torch.compiler.is_compiling():
-        # becomes functional: nothing is overwritten, and aliasing cannot be asked while tracing
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        # Compiled code is functional: nothing is overwritten. Neither it nor a transform's wrappers can be asked for aliasing.
         return
     if torch._debug_has_internal_overlap(base) == 1:
         raise ValueError(

@@ -72,9 +72,10 @@ def formula(operands: ForwardOperands, settings: Settings) -> tuple[Tensor, Tens
         dropped = x_acc
     ranks = torch.tensor(mixture.ranks, device=x.device)
     factors = (g * g.new_tensor(scaling)).repeat_interleave(ranks, dim=-1, output_size=mixture.total_rank)
-    v = factors * F.linear(dropped, rounded(A, x.dtype))
-    if not dense:  # a closed expert adds nothing and gets no gradient, even where its product is not finite
-        v = torch.where(factors != 0, v, 0.0)
+    u = F.linear(dropped, rounded(A, x.dtype))
+    # A closed expert adds nothing, even where its u is not finite; with dense gates it has a gradient where u is.
+    counts = factors != 0
+    v = torch.where(counts | u.isfinite() if dense else counts, factors * u, 0.0)
     y = F.linear(v.to(x.dtype).to(acc_dtype), rounded(B, x.dtype))
     return (y if base is None else base.to(acc_dtype) + y).to(x.dtype), g
 

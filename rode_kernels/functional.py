@@ -35,6 +35,8 @@ def _run(
     x, A, B, router_weight, router_bias, gates, base, _ = operands
     if gates is not None:
         gates = gates.expand(*x.shape[:-1], mixture.num_experts)
+    if inplace:
+        check_inplace(base, x)
     if needs_formula(x, A, B, router_weight, router_bias, gates, base):
         say_once("a transform of torch.func, forward-mode differentiation or torch.jit.trace")
         own_seed = None if seed is None else normalize_seed(seed, dropout_p, x)
@@ -43,8 +45,6 @@ def _run(
     used_seed = normalize_seed(seed, dropout_p, x)
     operands = ForwardOperands(x, A, B, router_weight, router_bias, gates, base, used_seed)
     static = (mixture.ranks, mixture.scaling, float(dropout_p), dense, backend or "")
-    if inplace:
-        check_inplace(base, x)
     if base is None or not inplace or torch.compiler.is_compiling():
         y, _, g = OP(*operands, *static)
     elif not needs_autograd(operands):

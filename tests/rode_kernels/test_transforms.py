@@ -282,3 +282,28 @@ def test_second_derivatives_through_two_calls():
         found.append(torch.autograd.grad(dx.square().sum(), (x, A)))
     for mine, want in zip(*found, strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-9, atol=1e-12)
+
+
+def test_bad_input_is_refused_under_a_transform_too():
+    operands, run, _ = case(True)
+    base = operands.pop("base")
+    with pytest.raises(ValueError, match="inplace=True: base is None"):
+        grad(lambda x: run(**{**operands, "x": x}, inplace=True).sum())(operands["x"])
+    with pytest.raises(ValueError, match="A: expected shape"):
+        grad(lambda x: run(**{**operands, "x": x, "A": base}).sum())(operands["x"])
+
+
+@pytest.mark.parametrize("gate_grad", ["open", "all"])
+def test_a_closed_expert_whose_product_is_not_finite_adds_nothing(gate_grad):
+    operands, _, _ = case(False)
+    p = random_problem((2, 3), K=6, O=5, ranks=(1, 3, 2), router=False, dtype=torch.float64)
+    operands["A"] = operands["A"].clone()
+    operands["A"][0] = torch.inf
+    operands["gates"] = operands["gates"].clone()
+    operands["gates"][..., 0] = 0.0
+
+    def run(base):
+        kwargs = dict(ranks=p.ranks, scaling=p.scaling, gate_grad=gate_grad)
+        return gated_mixture(**{**operands, "base": base}, **kwargs)
+
+    torch.testing.assert_close(vmap(run)(operands["base"][None])[0], run(operands["base"]))
