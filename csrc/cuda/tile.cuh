@@ -34,7 +34,7 @@ struct Row {
   bool inside;
 };
 
-// Where row `row` of A stands, or of the router, whose rows begin at `first_router`.
+// The address of row `row` of A, or of the router, whose rows begin at `first_router`.
 template <class T, template <class> class Params>
 RODE_DEVICE Row<T> weight_row(const Params<T>& p, int row, int first_router) {
   const int router = row - first_router;

@@ -1,4 +1,4 @@
-"""What nvcc makes of the forward kernels: no warning, no spill, as many blocks at once as their comment claims, tensor-core
+"""nvcc's code for the forward kernels: no warning, no spill, as many blocks at once as their comment claims, tensor-core
 instructions, and 16-byte copies."""
 
 from __future__ import annotations

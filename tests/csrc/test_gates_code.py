@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels between PyTorch's products: no warning, no spill, blocks at once as their comment says."""
+"""nvcc's code for the kernels between PyTorch's products: no warning, no spill, blocks at once as their comment says."""
 
 from __future__ import annotations
 

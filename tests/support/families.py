@@ -30,10 +30,6 @@ VISION = dict(
     image_size=8,
     patch_size=4,
 )
-QWEN_VISION = dict(
-    depth=2, hidden_size=16, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=1
-)
-IMAGE = dict(image_token_id=60)
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 
 
@@ -50,7 +46,7 @@ def _llava(cls: str, text: Any = None, **more: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _qwen2_vl(cls: str, **vision: Any) -> Callable[[], nn.Module]:
+def _qwen_vl(cls: str, **vision: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         config = getattr(t, f"{cls}Config")(
             text_config={**TEXT, "rope_parameters": ROPE},
@@ -65,6 +61,12 @@ def _qwen2_vl(cls: str, **vision: Any) -> Callable[[], nn.Module]:
     return make
 
 
+def _idefics(cls: str) -> Callable[[], nn.Module]:
+    text = {**TEXT, "model_type": "llama"}
+    values = dict(vision_config=VISION, text_config=text, scale_factor=2, image_token_id=60)
+    return _of(f"{cls}ForConditionalGeneration", f"{cls}Config", **values)
+
+
 def _of(cls: str, config: str, **values: Any) -> Callable[[], nn.Module]:
     return lambda: getattr(t, cls)(getattr(t, config)(**values))
 
@@ -74,8 +76,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llava": _llava("Llava"),
     "llava-next": _llava("LlavaNext", image_grid_pinpoints=[[8, 8]]),
     "llava-onevision": _llava("LlavaOnevision", image_grid_pinpoints=[[8, 8]], video_token_index=61),
-    "qwen2-vl": _qwen2_vl("Qwen2VL", depth=2, embed_dim=16, hidden_size=16, num_heads=2, patch_size=4),
-    "qwen2.5-vl": _qwen2_vl(
+    "qwen2-vl": _qwen_vl("Qwen2VL", depth=2, embed_dim=16, hidden_size=16, num_heads=2, patch_size=4),
+    "qwen2.5-vl": _qwen_vl(
         "Qwen2_5_VL",
         depth=2,
         hidden_size=16,
@@ -85,7 +87,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         patch_size=4,
         fullatt_block_indexes=[1],
     ),
-    "qwen3-vl": _qwen2_vl(
+    "qwen3-vl": _qwen_vl(
         "Qwen3VL",
         depth=2,
         hidden_size=16,
@@ -96,22 +98,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         num_position_embeddings=16,
         deepstack_visual_indexes=[0],
     ),
-    "smolvlm": _of(
-        "SmolVLMForConditionalGeneration",
-        "SmolVLMConfig",
-        vision_config=VISION,
-        text_config={**TEXT, "model_type": "llama"},
-        scale_factor=2,
-        **IMAGE,
-    ),
-    "idefics3": _of(
-        "Idefics3ForConditionalGeneration",
-        "Idefics3Config",
-        vision_config=VISION,
-        text_config={**TEXT, "model_type": "llama"},
-        scale_factor=2,
-        **IMAGE,
-    ),
+    "smolvlm": _idefics("SmolVLM"),
+    "idefics3": _idefics("Idefics3"),
     "paligemma": _of(
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",

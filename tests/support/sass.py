@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels, read from its report and from the machine code."""
+"""nvcc's code for the kernels, read from its report and from the machine code."""
 
 from __future__ import annotations
 

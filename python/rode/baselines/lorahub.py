@@ -181,7 +181,8 @@ def compose_adapters(model: PeftModel, names: Sequence[str], weights: Sequence[f
         if into not in layer.rode_adapters:
             continue
         sums = layer.adapter(into)
-        sums.A.zero_(), sums.B.zero_()
+        sums.A.zero_()
+        sums.B.zero_()
         for name, weight in zip(names, weights, strict=True):
             sums.A.add_(layer.adapter(name).A, alpha=weight)
             sums.B.add_(layer.adapter(name).B, alpha=weight)

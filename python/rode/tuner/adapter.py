@@ -65,9 +65,8 @@ class Adapter(Gated, nn.Module):
         needs_router = config.needs_router(experts)
         own_router = needs_router and not shares_gates
         by_table = config.id_input is not None or config.router_input == "constant"
-        width = (
-            config.embedding_dim if by_table else in_features
-        )  # of what the router reads; None: the table holds logits
+        # The width of what the router reads. None: the table holds logits.
+        width = config.embedding_dim if by_table else in_features
         router = own_router and width is not None and config.router_input != "constant"
         threshold = own_router and config.gate == "threshold"
         norm = needs_router and config.norm_experts
@@ -105,7 +104,8 @@ class Adapter(Gated, nn.Module):
         if self.threshold_weight is not None:
             init_router_(self.threshold_weight, self.threshold_bias, "kaiming")
         if self.norm_weight is not None and self.norm_bias is not None:
-            self.norm_weight.fill_(1), self.norm_bias.zero_()
+            self.norm_weight.fill_(1)
+            self.norm_bias.zero_()
 
     def forward(self, x: Tensor, base: Tensor, owned: bool = False) -> Tensor:
         """base + mixture of x, in base's dtype.

@@ -1,4 +1,4 @@
-"""What adapters promise, on tiny random models of each family, by the configurations that people use."""
+"""Promises of adapters, kept on tiny random models of each family in the configurations that people use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from families import FAMILIES, batch_of, family
 from rode.tuner import RodeConfig, RodeLayer
 
-# What the names of adapted layers hold by default, and what they never hold.
+# Parts of names that no layer adapted by default has.
 TOWERS = ("vision", "visual", "image", "projector", "connector", "merger")
 CONFIGS = {
     "relu": dict(),

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_non_finite_x_of_a_closed_token_reaches_no_weight_on_a_cpu(dtype):
-    """Where most gates are open the router's gradient is a product with closed ones' zeros, unless that is not finite."""
+    """With most gates open the router's gradient is a product with closed ones' zeros, unless that is not finite."""
     if not backends()["cpu"].available:
         pytest.skip("no native code")
     p = random_problem((20,), dtype=dtype, dgates=False)
@@ -87,7 +87,7 @@ def test_cpu_single_token_on_a_strided_base():
 
 
 def test_cpu_with_fewer_threads_than_it_asks_for():
-    """As within another program's parallel region: nobody's share may be lost."""
+    """OpenMP gives fewer threads within another program's parallel region: all columns are computed all the same."""
     if not backends()["cpu"].available:
         pytest.skip("no native code")
     program = """

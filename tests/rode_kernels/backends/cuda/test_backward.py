@@ -38,7 +38,7 @@ def as_found() -> Iterator[None]:
 def sweep(
     dtype: torch.dtype, *, M: int, K: int, O: int, dropout: bool = False, seed: int = 0, **rest
 ) -> None:
-    """As many ranges of tokens and tiles of O as M and O allow, and as few."""
+    """The most and the fewest ranges of tokens and tiles of O that M and O allow."""
     p = random_problem((M,), K=K, O=O, dtype=dtype, seed=seed, **rest)
     if dropout:
         p = with_dropout(p, dropout_keep(torch.tensor([7]), 0.3, M, K), 0.3, 7)
