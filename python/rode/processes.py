@@ -22,3 +22,12 @@ def of_all_processes(error: E) -> E:
 def tells(error: BaseException) -> bool:
     """Whether this process is to tell the error."""
     return is_main() or not getattr(error, "of_all_processes", False)
+
+
+def leave_process_group() -> None:
+    """End this process's part in torch.distributed, once all others are as far: an exit with threads at work may abort."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

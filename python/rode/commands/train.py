@@ -11,7 +11,7 @@ from rode_food.commands.options import ParserOptions, Subparsers
 if TYPE_CHECKING:
     from typing import Unpack
 
-from rode.processes import is_main
+from rode.processes import is_main, leave_process_group
 
 DESCRIPTION = """\
 Train what a config says: an adapter, or (stage: projector) LLaVA's projector.
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from rode.training.train import train
 
     result = train(experiment, resume=args.resume, progress=not args.quiet)
+    leave_process_group()
     if result.interrupted:
         print(
             f"interrupted at step {result.metrics['steps']}; go on with --resume ({result.checkpoint})",

@@ -7,10 +7,16 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"  # Trainer writes it last
+Sharding = Literal["ddp", "fsdp", "deepspeed"]
+_WORDS: dict[Sharding, str] = {
+    "ddp": "neither training.fsdp nor training.deepspeed",
+    "fsdp": "training.fsdp",
+    "deepspeed": "training.deepspeed",
+}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any] | None:
@@ -38,7 +44,12 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def starting_point(
-    run_dir: Path, resume: bool | str | os.PathLike[str], processes: int = 1, *, say: bool = True
+    run_dir: Path,
+    resume: bool | str | os.PathLike[str],
+    processes: int = 1,
+    sharding: Sharding = "ddp",
+    *,
+    say: bool = True,
 ) -> Path | None:
     """The checkpoint that a run goes on from, with everything that a run to the bit needs; None for a new run.
 
@@ -46,12 +57,13 @@ def starting_point(
         run_dir: the run's folder.
         resume: True for the latest whole checkpoint in it, a checkpoint's path, or False for a new run.
         processes: number of processes that train.
+        sharding: how they share weights and optimizer, see `rode.training.sharding`; each kind saves in its own way.
         say: log which torn checkpoints are passed over.
 
     Raises:
         FileExistsError: a new run, and `run_dir` holds a checkpoint.
         FileNotFoundError: no checkpoint, or one of its files is missing.
-        ValueError: the checkpoint named is torn, or is of another number of processes.
+        ValueError: the checkpoint named is torn, or is of another number of processes or another kind of sharding.
     """
     if isinstance(resume, bool):
         latest = latest_checkpoint(run_dir)
@@ -84,11 +96,28 @@ def starting_point(
             raise ValueError(
                 f"{latest / STATE} was cut short while it was written; resume from another checkpoint"
             )
-    _check_files(latest, processes)
+    _check_files(latest, processes, sharding)
     return latest
 
 
-def _check_files(checkpoint: Path, processes: int) -> None:
+def _optimizer_files(checkpoint: Path, processes: int) -> dict[Sharding, list[str]]:
+    """The files that hold the optimizer, by the kind of sharding that leaves them."""
+    try:
+        step = (checkpoint / "latest").read_text().strip()  # DeepSpeed's name for its own folder
+    except FileNotFoundError:
+        step = "global_step*"
+    ranks = range(processes)
+    return {
+        "ddp": ["optimizer.pt"],
+        "fsdp": ["optimizer.bin", "pytorch_model_fsdp.bin"],
+        "deepspeed": [
+            "latest",
+            *(f"{step}/*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks),
+        ],
+    }
+
+
+def _check_files(checkpoint: Path, processes: int, sharding: Sharding) -> None:
     """Trainer goes on without these, silently and with other results."""
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     there = {path.name for path in checkpoint.glob("rng_state*.pth")}
@@ -97,8 +126,19 @@ def _check_files(checkpoint: Path, processes: int) -> None:
             f"{checkpoint}: {random[0]} is missing, as the checkpoint is of {_count(there)} and this run has {processes}; start it "
             "with as many"
         )
-    for name in ("optimizer.pt", "scheduler.pt", *random):
-        if not (checkpoint / name).is_file():
+    optimizer = _optimizer_files(checkpoint, processes)
+    for kind, names in optimizer.items():
+        if (
+            kind != sharding
+            and any(checkpoint.glob(names[0]))
+            and not any(checkpoint.glob(optimizer[sharding][0]))
+        ):
+            raise ValueError(
+                f"{checkpoint}: the checkpoint is of a run with {_WORDS[kind]} and this run has {_WORDS[sharding]}; start it in "
+                "the same way"
+            )
+    for name in (*optimizer[sharding], "scheduler.pt", *random):
+        if not any(checkpoint.glob(name)):
             raise FileNotFoundError(
                 f"{checkpoint / name} is missing, and without it training would go on with other results; resume from another "
                 "checkpoint (--resume CHECKPOINT)"

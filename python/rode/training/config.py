@@ -120,6 +120,11 @@ class TrainingConfig:
     save_total_limit: int = 2
     workers: int = 0
     """Data-loader processes per device."""
+    fsdp: dict[str, Any] | None = None
+    """Spread weights, gradients and optimizer over the processes by torch's FSDP2: transformers' `fsdp_config` ({} for its
+    defaults). Null: every process holds all."""
+    deepspeed: dict[str, Any] | None = None
+    """Spread them by DeepSpeed's ZeRO: DeepSpeed's own configuration, "auto" where `training` says it already."""
 
 
 @dataclass
@@ -177,6 +182,7 @@ def _check(experiment: Experiment) -> None:
     for name in ("max_steps", "max_length"):
         if getattr(training, name) is not None and getattr(training, name) < 1:
             raise ConfigError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
+    _check_sharding(experiment)
     if len(training.betas) != 2:
         raise ConfigError(f"training.betas: expected two numbers, got {training.betas}")
     if not experiment.data.sources:
@@ -195,6 +201,49 @@ def _check(experiment: Experiment) -> None:
             )
     else:
         _check_routing(experiment, adapter_config(experiment))
+
+
+_SAID_ELSEWHERE = {
+    "optimizer": "training.learning_rate, weight_decay, betas and epsilon say it, with the projector's rate apart",
+    "scheduler": "training.schedule and warmup_steps say it",
+    "bf16": "model.dtype says what frozen weights are held in, and trained ones are float32",
+    "fp16": "model.dtype says what frozen weights are held in, and trained ones are float32",
+}
+"""Keys of DeepSpeed's configuration whose effect other keys have already."""
+
+
+def _check_sharding(experiment: Experiment) -> None:
+    """Checks that what the processes share out between them can be."""
+    fsdp, deepspeed = experiment.training.fsdp, experiment.training.deepspeed
+    if fsdp is None and deepspeed is None:
+        return
+    if fsdp is not None and deepspeed is not None:
+        raise ConfigError("training.fsdp: expected null beside training.deepspeed; set one of the two")
+    if fsdp is not None and int(fsdp.get("version", 2)) != 2:
+        raise ConfigError(f"training.fsdp.version: expected 2, got {fsdp['version']}")
+    if fsdp is not None and (kind := fsdp.get("state_dict_type", "FULL_STATE_DICT")) != "FULL_STATE_DICT":
+        raise ConfigError(
+            f"training.fsdp.state_dict_type: expected FULL_STATE_DICT, in which adapters are saved; got {kind!r}"
+        )
+    for key, instead in _SAID_ELSEWHERE.items():
+        if deepspeed is not None and key in deepspeed:
+            raise ConfigError(f"training.deepspeed.{key}: leave it out; {instead}")
+    stage = 3 if deepspeed is None else zero_stage(deepspeed)
+    if stage == 3 and (experiment.stage == "projector" or experiment.adapter.get("method") == "moe-llava"):
+        name = "stage 'projector'" if experiment.stage == "projector" else "adapter.method 'moe-llava'"
+        raise ConfigError(
+            f"training.{'deepspeed' if fsdp is None else 'fsdp'}: {name} saves weights that must be whole in each process; use "
+            "ZeRO stage 2 (configs/distributed/zero2.yaml), or neither"
+        )
+
+
+def zero_stage(deepspeed: dict[str, Any]) -> int:
+    """The stage of ZeRO in DeepSpeed's own configuration. Raises ConfigError for what is none."""
+    zero = deepspeed.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"training.deepspeed.zero_optimization.stage: expected 1, 2 or 3, got {stage!r}")
+    return int(stage)
 
 
 def _check_routing(experiment: Experiment, config: PeftConfig | MoeConfig) -> None:

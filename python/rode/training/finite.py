@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rode.processes import of_all_processes
 from rode.training.checkpoints import latest_checkpoint
@@ -48,6 +49,8 @@ class StepGuard:
         """
         batches, self._batches = self._batches, []
         losses = torch.stack([loss.float() for loss, _ in batches])
+        if isinstance(norm, DTensor):  # FSDP's, of which each process holds its share
+            norm = norm.full_tensor()
         norm = torch.as_tensor(norm, device=losses.device)
         bad = ~(losses.isfinite().all() & norm.isfinite().all())
         if processes > 1:  # a loss is of one process alone

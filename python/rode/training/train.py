@@ -16,11 +16,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
-from rode.training.checkpoints import latest_checkpoint, read_state, starting_point
+from rode.training.checkpoints import Sharding, latest_checkpoint, read_state, starting_point
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
 from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
+from rode.training.lost import is_lost_process, lost_process
+from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
@@ -49,7 +51,8 @@ class TrainResult:
     Attributes:
         output_dir: holds the adapter (or projector.safetensors), config.yaml, history.json, training.json (metrics and
             machine; there once training has ended), tensorboard/, checkpoint-N/.
-        model: the trained model, in eval mode (a PeftModel in stage "adapter"); None where the run was done already.
+        model: the trained model, in eval mode (a PeftModel in stage "adapter"); None where the run was done already. Its weights
+            are this process's share alone after `training.fsdp` or ZeRO-3.
         processor: its processor, or None likewise.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
             truncated_answers.
@@ -216,7 +219,8 @@ def _train(
 ) -> TrainResult:
     """`train` in a folder that no other run writes to."""
     run_dir = experiment.run_dir
-    start = starting_point(run_dir, resume, arguments.world_size, say=arguments.process_index == 0)
+    sharding: Sharding = "fsdp" if arguments.fsdp else "deepspeed" if arguments.deepspeed else "ddp"
+    start = starting_point(run_dir, resume, arguments.world_size, sharding, say=arguments.process_index == 0)
     seed = experiment.training.seed
     if examples is None:
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
@@ -237,15 +241,20 @@ def _train(
         metrics = json.loads(mark.read_text())["metrics"]
         history = state.get("log_history", [])
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
-    if model is None or processor is None:
-        m = experiment.model
-        model, processor = load_vlm(
-            m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
-        )
-    if at_end:  # no picture is looked at any more
-        source = PixelSource(processor)
-    source = source or image_source(experiment, model, processor, examples, progress)
-    model = make_trainable(model, experiment)
+    with whole_while_loaded(arguments):
+        if model is None or processor is None:
+            m = experiment.model
+            model, processor = load_vlm(
+                m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
+            )
+        if at_end:  # no picture is looked at any more
+            source = PixelSource(processor)
+        source = source or image_source(experiment, model, processor, examples, progress)
+        model = make_trainable(model, experiment)
+    trained = sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )  # before they are spread over processes
+    shard_by_block(arguments, model)
     if items is not mixture and "flash" in str(model.config._attn_implementation):
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
@@ -292,6 +301,10 @@ def _train(
         if trainer.is_world_process_zero():
             write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
         raise
+    except RuntimeError as error:
+        if arguments.world_size > 1 and is_lost_process(error):
+            raise lost_process(run_dir, arguments.process_index) from error
+        raise
     finally:
         if statistics is not None:
             statistics.detach()
@@ -304,14 +317,18 @@ def _train(
         "train_runtime": output.metrics["train_runtime"],
         "steps": trainer.state.global_step,
         "examples": len(examples),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": trained,
         "skipped_records": len(skipped),
         "truncated_answers": trainer.count_truncated(),
     }
     if trainer.is_world_process_zero():
         write_text(run_dir / "history.json", json.dumps(history, indent=1))
     if not stop.asked:
-        trainer.save_model(str(run_dir))
+        if at_end:  # nothing was spread over processes
+            if arguments.should_save:
+                trainer._save(str(run_dir))
+        else:
+            trainer.save_model(str(run_dir))
         if trainer.is_world_process_zero():  # after the adapter, whose end it marks
             ran_on = _machine(arguments.device, arguments.world_size)
             text = json.dumps({"metrics": metrics, "machine": ran_on}, indent=1)

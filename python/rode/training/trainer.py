@@ -30,6 +30,7 @@ from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.training.checkpoints import STATE
 from rode.training.config import Experiment
 from rode.training.finite import StepGuard
+from rode.training.sharding import allow_fsdp_on_cpus
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
 from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
@@ -299,6 +300,12 @@ def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any
 def training_arguments(experiment: Experiment, progress: bool = True) -> TrainingArguments:
     """transformers' TrainingArguments of a config."""
     t = experiment.training
+    for key in ("fsdp", "deepspeed"):
+        if getattr(t, key) is not None and "RANK" not in os.environ:
+            raise ValueError(
+                f"training.{key}: expected the processes that torchrun starts, got one process started by itself; use "
+                "torchrun --nproc-per-node N -m rode train, or leave it out"
+            )
     schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]
     arguments = TrainingArguments(
         output_dir=str(experiment.run_dir),
@@ -335,11 +342,15 @@ def training_arguments(experiment: Experiment, progress: bool = True) -> Trainin
         report_to="none",  # TensorBoard is added as a callback, in a folder of its own
         disable_tqdm=not progress,
         use_cpu=experiment.model.device == "cpu",
+        fsdp=True if t.fsdp is not None else None,  # type: ignore[arg-type]  # as its documentation says
+        fsdp_config=t.fsdp,
+        deepspeed=t.deepspeed,
     )
     if arguments.n_gpu > 1:
         # Several visible GPUs and one process would make Trainer use DataParallel, which cannot share frozen weights.
         arguments._n_gpu = 1
     world = arguments.world_size
+    allow_fsdp_on_cpus(arguments)
     if world != t.devices:
         logger.warning(
             "the config means %d device(s) and a global batch of %d; on %d it is %d",
