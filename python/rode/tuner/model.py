@@ -225,6 +225,15 @@ class RodeModel(BaseTuner):
             self._context.handles += shared.attach(parent)
         layer.info.block_pass = shared
 
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Replaces as PEFT does. A base layer that is put back keeps what it has: PEFT would assign its weight to it."""
+        if isinstance(child, RodeLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
