@@ -27,6 +27,7 @@ from rode.tuner.aux_losses import (
     add_to_output,
     mean_over_routers,
     sparsity,
+    warn_if_left_out,
     warn_without_gradient,
 )
 from rode.tuner.forward_pass import ForwardPass, Passes, fit_rows
@@ -323,7 +324,9 @@ def loss_of_gates(context: ForwardContext, records: list[GateRecord]) -> Tensor 
         closed, total = sparsity(held, this.mask)
         context.closed = closed if context.closed is None else context.closed + closed
         context.gates_seen = total if context.gates_seen is None else context.gates_seen + total
-    return mean_over_routers(records, mask, this.side.get("rode_task_ids"), context.l1_factor)
+    loss = mean_over_routers(records, mask, this.side.get("rode_task_ids"), context.l1_factor)
+    warn_if_left_out(loss, records)
+    return loss
 
 
 def context_of(model: nn.Module) -> ForwardContext | None:
