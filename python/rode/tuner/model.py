@@ -31,7 +31,15 @@ from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
-from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
+from rode.tuner.targets import (
+    DEFAULT_NAMES,
+    default_targets,
+    named_towers,
+    near_misses,
+    reads_other_tokens,
+    towers,
+    under,
+)
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -187,6 +195,7 @@ class RodeModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.info.module_name, layer.info.block = current_key, current_key.rpartition(".")[0]
         layer.info.in_tower = under(current_key, self._roots) is not None
+        layer.info.of_cross_attention = reads_other_tokens(current_key)
         layer.info.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)

@@ -178,7 +178,8 @@ class GateStatistics:
         roots = towers(model)
         self._layers = []
         for name, layer in layers:
-            recorder = GateRecorder(name, self._kinds, under(name, roots) is not None, self.by_example)
+            patches = under(name, roots) is not None or layer.info.of_cross_attention
+            recorder = GateRecorder(name, self._kinds, patches, self.by_example)
             layer.info.gate_recorder = recorder
             self._layers.append((layer, recorder))
         self._context = ForwardContext.listen(model, self)
