@@ -220,6 +220,9 @@ def test_masks_of_text_do_not_touch_what_reads_pictures():
     with GateStatistics().attach(model) as statistics:
         model(**batch)
     assert [layer.tokens for layer in statistics.report().layers] == [{"image": 20, "text": 0, "all": 20}]
+    with GateStatistics(by_example=True).attach(model) as statistics:
+        model(**batch)
+    assert [example.tokens.tolist() for example in statistics.examples()] == [[[10, 0], [10, 0]]]
 
 
 def test_a_sequences_router_reads_pictures_too():
