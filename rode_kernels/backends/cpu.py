@@ -33,10 +33,12 @@ def status() -> tuple[bool, str]:
     """Whether native code is here, and a line that says what it runs with or why it is missing."""
     if _native is None:
         return False, _why_not
-    try:
-        _native.set_isa(os.environ.get("RODE_CPU_ISA", ""))
-    except ValueError as error:
-        return False, f"RODE_CPU_ISA: {error}"
+    # Without it the best one is taken, unless the caller has already chosen another.
+    if isa := os.environ.get("RODE_CPU_ISA"):
+        try:
+            _native.set_isa(isa)
+        except ValueError as error:
+            return False, f"RODE_CPU_ISA: {error}"
     if not _native.has_openmp():
         warnings.warn(
             "rode_kernels: built without OpenMP, the cpu backend uses one thread",

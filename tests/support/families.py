@@ -135,9 +135,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
             attention_heads=2,
             image_size=8,
             patch_size=4,
-            max_num_tiles=1,
+            max_num_tiles=2,
             intermediate_layers_indices=[0],
-            supported_aspect_ratios=[[1, 1]],
+            supported_aspect_ratios=[[1, 1], [1, 2]],
             vision_output_dim=32,
         ),
         text_config={**TEXT, "cross_attention_layers": [1], "num_hidden_layers": 2},
@@ -204,12 +204,26 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 def family(name: str) -> nn.Module:
     """The same tiny random model of a family every time, in evaluation mode."""
     torch.manual_seed(0)
-    return FAMILIES[name]().eval()
+    model = FAMILIES[name]().eval()
+    for part, parameter in model.named_parameters():
+        if part.endswith("_gate"):  # Mllama's cross-attention, which adds nothing at first
+            nn.init.constant_(parameter, 0.5)
+    return model
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:
-    """Two rows of ten tokens (for Whisper, of sound), with labels."""
+    """Two rows of ten tokens (for Whisper, of sound), with labels; for Mllama a picture in each row, of one tile and of two."""
     ids = torch.arange(3, 23).view(2, 10)
     if name == "whisper":
         return {"input_features": torch.linspace(-1, 1, 2 * 8 * 20).view(2, 8, 20), "labels": ids}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if name == "mllama":
+        tiles = torch.tensor([[[1, 0]], [[1, 1]]])  # by row and picture
+        batch |= {
+            "pixel_values": torch.linspace(-1, 1, 2 * 2 * 3 * 8 * 8).view(2, 1, 2, 3, 8, 8),
+            "aspect_ratio_ids": torch.tensor([[1], [2]]),
+            "aspect_ratio_mask": tiles,
+            "cross_attention_mask": tiles[:, None].repeat(1, 10, 1, 1),
+        }
+        batch["cross_attention_mask"][:, :2] = 0  # the first tokens come before the picture
+    return batch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from rode.tuner.routers import Routed
 
@@ -211,3 +212,48 @@ def warn_without_gradient() -> None:
             "checkpointing is reentrant (pass gradient_checkpointing_kwargs={'use_reentrant': False})",
             stacklevel=2,
         )
+
+
+def warn_if_left_out(loss: Tensor, records: list[GateRecord]) -> None:
+    """Has the backward pass warn if it reaches gates without having come through their auxiliary loss.
+
+    A trainer that computes its own loss from the model's logits does not look at `output.loss`.
+    """
+    if torch.compiler.is_compiling() or not loss.requires_grad:
+        return
+    told = False  # once for a pass, by its loss or by the first gates
+
+    def silence(_: Tensor) -> None:
+        nonlocal told
+        told = True
+
+    def at_gates(_: tuple[Tensor, ...]) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            warnings.warn(
+                "aux_loss: this backward pass reaches the gates and not their auxiliary loss, which therefore trains nothing: the "
+                "loss was computed from the model's logits (as TRL, compute_loss_func and label smoothing do); add "
+                "output.aux_loss to it, or set aux_loss='none'",
+                stacklevel=2,
+            )
+
+    # If the loss takes part, its hook runs first: a node waits for all that depends on it, as gates and loss do on logits.
+    loss.register_hook(silence)
+    for record in records:
+        node = _where_made(record.routed.logits)
+        if node is not None:
+            node.register_prehook(at_gates)
+
+
+def _where_made(tensor: Tensor) -> Node | None:
+    """The node of the graph that computed the tensor, behind views and casts of it: it may have other results as well."""
+    node = tensor.grad_fn
+    while node is not None:
+        before = [other for other, _ in node.next_functions if other is not None]
+        if (
+            len(before) != 1 or not before[0].next_functions
+        ):  # several inputs, or a parameter, whose node outlives the pass
+            break
+        node = before[0]
+    return node

@@ -27,6 +27,7 @@ from rode.tuner.aux_losses import (
     add_to_output,
     mean_over_routers,
     sparsity,
+    warn_if_left_out,
     warn_without_gradient,
 )
 from rode.tuner.forward_pass import ForwardPass, Passes, fit_rows
@@ -255,8 +256,11 @@ class ForwardContext:
         if config.aux_loss != "none" and self.differentiable:
             self.record(loss_of_gates, GateRecord(adapter, config, routed, tokens, in_tower))
 
-    def ids(self, config: RodeConfig, x: Tensor) -> Tensor:
+    def ids(self, config: RodeConfig, x: Tensor, side_by_side: bool = False) -> Tensor:
         """The ids that this adapter's router reads, int64, with x's leading dimensions or 1 in their place.
+
+        Args:
+            side_by_side: x has several rows for each of the batch, as an answer's beams have.
 
         Raises:
             ValueError: they were not given, do not fit the batch, or are none of the adapter's.
@@ -272,7 +276,9 @@ class ForwardContext:
         ids = ids.to(x.device)
         batch = x.shape[0]
         rows = 0 if ids.dim() == 0 else ids.shape[0]
-        repeats = rows > 0 and batch % rows == 0 and (batch == rows or not torch.is_grad_enabled())
+        repeats = (
+            rows > 0 and batch % rows == 0 and (batch == rows or side_by_side or not torch.is_grad_enabled())
+        )
         if ids.is_floating_point() or not repeats:
             raise ValueError(
                 f"{name}: expected int64 of shape ({batch},), got {ids.dtype} {tuple(ids.shape)}"
@@ -323,7 +329,9 @@ def loss_of_gates(context: ForwardContext, records: list[GateRecord]) -> Tensor 
         closed, total = sparsity(held, this.mask)
         context.closed = closed if context.closed is None else context.closed + closed
         context.gates_seen = total if context.gates_seen is None else context.gates_seen + total
-    return mean_over_routers(records, mask, this.side.get("rode_task_ids"), context.l1_factor)
+    loss = mean_over_routers(records, mask, this.side.get("rode_task_ids"), context.l1_factor)
+    warn_if_left_out(loss, records)
+    return loss
 
 
 def context_of(model: nn.Module) -> ForwardContext | None:

@@ -24,7 +24,8 @@ class LayerInfo:
 
     Attributes:
         module_name: the layer's name in the model. block: the name of the module that holds it.
-        in_tower: the layer's tokens are a vision tower's, and not those of input_ids.
+        in_tower: the layer's tokens are a vision tower's, and not those of input_ids. of_cross_attention: so are these, and each
+            row of the batch has as many rows of them, side by side.
         context: the state of the model's forward pass.
         block_pass: set where whole blocks are experts.
         gate_recorder: set while GateStatistics are attached.
@@ -33,9 +34,15 @@ class LayerInfo:
     module_name: str = ""
     block: str = ""
     in_tower: bool = False
+    of_cross_attention: bool = False
     context: ForwardContext = field(default_factory=ForwardContext)
     block_pass: BlockPass | None = None
     gate_recorder: GateRecorder | None = None
+
+    @property
+    def other_tokens(self) -> bool:
+        """Whether the layer's tokens are not those of input_ids, so that masks and labels say nothing of them."""
+        return self.in_tower or self.of_cross_attention
 
 
 class Gated:
@@ -89,7 +96,7 @@ class Gated:
     def keep(self, routed: Routed, gates: Tensor, x: Tensor) -> None:
         """Keeps gates for the auxiliary loss, and for the block's other layers."""
         config = self.config
-        self.info.context.record_gates(self.name, config, routed, tuple(x.shape[:-1]), self.info.in_tower)
+        self.info.context.record_gates(self.name, config, routed, tuple(x.shape[:-1]), self.info.other_tokens)
         if config.router_per == "block":
             self.info.context.block_gates[self.info.block, self.name] = gates
 
@@ -115,7 +122,7 @@ class Gated:
         if config.router_input == "constant":
             return table.to(acc_dtype).reshape(*(1,) * (x.dim() - 1), -1)
         assert config.id_input is not None, "the other inputs were dealt with"
-        ids = self.info.context.ids(config, x)
+        ids = self.info.context.ids(config, x, side_by_side=self.info.of_cross_attention)
         check_ids(config.id_input, ids, len(table), "num_ids")
         rows = table[ids]
         return rows.to(acc_dtype) if router is None else router_logits(rows, router, bias)
@@ -137,7 +144,7 @@ class Gated:
                     "which this cache was not filled with by this adapter"
                 )
             return kept
-        prompt = None if self.info.in_tower else this.read_prompt()
+        prompt = None if self.info.other_tokens else this.read_prompt()
         acc_dtype = torch.promote_types(x.dtype, torch.float32)
         if prompt is None:
             weights = torch.ones(x.shape[:2], dtype=acc_dtype, device=x.device)
@@ -175,7 +182,7 @@ class Gated:
             raise ValueError(
                 f"{self.info.module_name}: gate='expert-choice' expects x of shape (batch, tokens, features), got {tuple(x.shape)}"
             )
-        mask = None if self.info.in_tower else this.read_mask()
+        mask = None if self.info.other_tokens else this.read_mask()
         return None if mask is None else self._fit(mask, x).to(x.device)
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.context import ForwardContext
 from rode.tuner.gating import LayerInfo
 from rode.tuner.ownership import has_hooks, may_write_into
+from rode.tuner.quantized import is_number_format, quantized_in_place, why_not_mergeable
 
 
 class RodeLayer(BaseTunerLayer):
@@ -70,11 +72,21 @@ class RodeLayer(BaseTunerLayer):
                 dtype = torch.float64 if base_dtype == torch.float64 else parameter.dtype
                 parameter.data = parameter.data.to(device or of_base or parameter.device, dtype)
 
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        """As PEFT finds them; the device of any parameter or buffer if the layer has no weight by a usual name (HQQ)."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:
+            held = next(chain(base_layer.parameters(), base_layer.buffers()), None)
+            device = None if held is None else held.device
+        return device, dtype
+
     def round_adapter(self, adapter_name: str) -> None:
         """Adapters in the base layer's dtype, if that is a floating-point one."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         for parameter in self.adapter(adapter_name).parameters():
-            if dtype is not None and dtype.is_floating_point and not parameter.is_meta:
+            if is_number_format(dtype) and not parameter.is_meta:
                 parameter.data = parameter.data.to(dtype)
 
     def update_layer(
@@ -113,13 +125,8 @@ class RodeLayer(BaseTunerLayer):
         return self.adapter(adapter).delta_weight()
 
     def check_mergeable(self, adapter_names: list[str]) -> None:
-        """Raises ValueError for adapters whose gates depend on the input, before any weight is touched, and for weights that
-        torchao's `quantize_` has replaced."""
-        if self.quantized_in_place and any(name in self.rode_adapters for name in adapter_names):
-            raise ValueError(
-                f"{self.info.module_name}: torchao's quantize_ was applied to the model itself, so nobody knows how to quantise a "
-                "merged weight; merge before quantize_, or load the model with transformers' TorchAoConfig"
-            )
+        """Raises ValueError, before any weight is touched, for adapters whose gates depend on the input, and for base layers in
+        which no merged weight can be stored."""
         configs = {name: self.adapter(name).config for name in adapter_names if name in self.rode_adapters}
         routed = [name for name, config in configs.items() if not config.constant_gates]
         if routed:
@@ -128,13 +135,17 @@ class RodeLayer(BaseTunerLayer):
                 f"adapter {', '.join(map(repr, routed))}: its {gates} gates depend on the input, so it is no single weight and "
                 "cannot be merged; keep it as an adapter, or train with gate='none' or router_input='constant'"
             )
+        reason = why_not_mergeable(self.get_base_layer(), self.quantization_backend, self.quantized_in_place)
+        if configs and reason:
+            raise ValueError(f"{self.info.module_name}: {reason}")
 
-
-def quantized_in_place(base: nn.Module, given: Mapping[str, Any]) -> bool:
-    """Whether torchao's `quantize_` was applied directly, so that PEFT does not know how to make the weight, a subclass, anew."""
-    weight = getattr(base, "weight", None)
-    of_torchao = any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__)
-    return of_torchao and given.get("get_apply_tensor_subclass") is None
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Stores the weight as PEFT does. Where that makes a new layer (HQQ), the new one gets the bias too."""
+        before = self.get_base_layer()
+        super().set_base_weight(weight_data)
+        after = self.get_base_layer()
+        if after is not before and getattr(after, "bias", None) is None:
+            after.bias = before.bias
 
 
 class Linear(nn.Module, RodeLayer):

@@ -31,7 +31,15 @@ from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
-from rode.tuner.targets import DEFAULT_NAMES, default_targets, named_towers, near_misses, towers, under
+from rode.tuner.targets import (
+    DEFAULT_NAMES,
+    default_targets,
+    named_towers,
+    near_misses,
+    reads_other_tokens,
+    towers,
+    under,
+)
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -187,6 +195,7 @@ class RodeModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.info.module_name, layer.info.block = current_key, current_key.rpartition(".")[0]
         layer.info.in_tower = under(current_key, self._roots) is not None
+        layer.info.of_cross_attention = reads_other_tokens(current_key)
         layer.info.context = self._context
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)
@@ -224,6 +233,15 @@ class RodeModel(BaseTuner):
             shared = BlockPass(layer.info.block)
             self._context.handles += shared.attach(parent)
         layer.info.block_pass = shared
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Replaces as PEFT does. A base layer that is put back keeps what it has: PEFT would assign its weight to it."""
+        if isinstance(child, RodeLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""

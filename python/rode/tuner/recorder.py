@@ -19,10 +19,24 @@ class TokenKinds:
 
 
 class GateRecorder:
-    """Sums of one layer's gates, on the device. A layer calls `record` while statistics are attached."""
+    """Sums of one layer's gates, on the device. A layer calls `record` while statistics are attached.
 
-    def __init__(self, name: str, kinds: TokenKinds, in_tower: bool, by_example: bool = False) -> None:
+    Args:
+        in_tower: the layer's tokens are patches, and not those of input_ids. side_by_side: each example has several rows of them.
+        by_example: keeps sums of each example.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kinds: TokenKinds,
+        in_tower: bool,
+        by_example: bool = False,
+        *,
+        side_by_side: bool = False,
+    ) -> None:
         self.name, self._kinds, self._in_tower, self._by_example = name, kinds, in_tower, by_example
+        self._side_by_side = side_by_side
         self.ranks: dict[str, tuple[int, ...]] = {}
         self.sums: dict[str, Tensor] = {}  # adapter -> (kinds, 1 + 2 N) float64: tokens, open gates, gates
         # adapter -> a (kinds, batch, 1 + 2 N + 4) float64 for each pass: the same, then `mixing`
@@ -37,7 +51,9 @@ class GateRecorder:
         rows = self._kinds.rows
         if rows is None:
             return
-        if self._in_tower:  # its tokens are patches, and not those of input_ids
+        if self._side_by_side:
+            gates = gates.reshape(rows.shape[1], -1, gates.shape[-1])
+        if self._in_tower:
             image = gates.new_ones(gates.shape[:-1], dtype=torch.bool)
             rows = torch.stack((image, *[~image] * (len(rows) - 1)))
         gates = self._for_each_token(gates, rows.shape[1:])

@@ -178,7 +178,9 @@ class GateStatistics:
         roots = towers(model)
         self._layers = []
         for name, layer in layers:
-            recorder = GateRecorder(name, self._kinds, under(name, roots) is not None, self.by_example)
+            cross = layer.info.of_cross_attention
+            in_tower = under(name, roots) is not None
+            recorder = GateRecorder(name, self._kinds, in_tower or cross, self.by_example, side_by_side=cross)
             layer.info.gate_recorder = recorder
             self._layers.append((layer, recorder))
         self._context = ForwardContext.listen(model, self)

@@ -32,6 +32,8 @@ VISION_LANGUAGE_REGEX = _LANGUAGE_MODEL + r"(q_proj|v_proj)"
 _TOWER = re.compile(
     r"(vision|visual|image|audio)(_(?!language)\w+)?|(multi_modal|mm)_projector|connector|aligner|embed_(vision|audio)"
 )
+# Keys and values of cross-attention are made of what a tower or an encoder gives.
+_CROSS_INPUT = re.compile(r".*cross_?att\w*\.(\w+\.)*(k|v|key|value)(_proj)?")
 _KINDS = (("vision", "visual", "image"), ("audio",))  # a word of a kind names every tower of that kind
 
 
@@ -61,6 +63,11 @@ def towers(model: nn.Module) -> tuple[str, ...]:
 def under(name: str, roots: tuple[str, ...] | list[str]) -> str | None:
     """The root that `name` is or lies below, else None."""
     return next((root for root in roots if name == root or name.startswith(root + ".")), None)
+
+
+def reads_other_tokens(name: str) -> bool:
+    """Whether the layer makes keys or values of a cross-attention (Mllama's), from tokens that are not those of input_ids."""
+    return _CROSS_INPUT.fullmatch(name) is not None
 
 
 def default_targets(model: nn.Module, config: RodeConfig) -> str | set[str]:

@@ -136,6 +136,30 @@ def test_reentrant_checkpointing_says_that_the_loss_is_left_out(tiny_llava, llav
     assert "aux_loss" not in out
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_backward_pass_without_the_loss_says_so(tiny_llava, llava_batch, name, checkpointing, recwarn):
+    """A trainer that computes its loss from the logits leaves `output.loss` aside, and the auxiliary loss with it."""
+    model = adapted(tiny_llava, name).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {**llava_batch, "labels": labels_of(llava_batch), "rode_task_ids": TASKS}
+
+    def told():
+        found = [str(w.message) for w in recwarn.list if "aux_loss: this backward pass" in str(w.message)]
+        recwarn.clear()
+        return found
+
+    model(**batch).loss.backward()
+    output = model(**batch)
+    (output.logits.square().mean() + output.aux_loss).backward()
+    with torch.no_grad():
+        model(**batch)
+    assert not told()
+    model(**batch).logits.square().mean().backward()
+    assert len(told()) == 1
+
+
 def test_accumulated_batches_count_by_their_learned_tokens(tiny_llava, llava_batch):
     """Two micro-batches with the count of both, as Trainer passes it: sum of losses = CE of all + share-weighted losses."""
     model = adapted(tiny_llava, "l1").train()

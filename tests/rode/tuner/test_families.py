@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from families import FAMILIES, batch_of, family
-from rode.tuner import RodeConfig, RodeLayer
+from rode.tuner import GateStatistics, RodeConfig, RodeLayer
 
 # Parts of names that no layer adapted by default has.
 TOWERS = ("vision", "visual", "image", "projector", "connector", "merger")
@@ -63,8 +63,6 @@ def test_a_new_adapter_changes_nothing_and_each_parameter_learns(name):
     assert not torch.equal(logits(model.eval(), name), want)
     model(**batch_of(name)).loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if name == "mllama":  # without a picture its cross-attention does not run
-        trained = {n: p for n, p in trained.items() if "cross_attn" not in n}
     assert trained
     assert all("rode_adapters" in n for n in trained)
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained.values())
@@ -185,3 +183,79 @@ def test_targets_are_loras(name):
     rode = {n.removeprefix("base_model.model.") for n in layers_of(adapted(name))}
     lora = get_peft_model(family(name), LoraConfig())
     assert rode == set(lora.targeted_module_names)
+
+
+def test_mllamas_cross_attention_adds_what_loras_does():
+    """With pictures, and the same factors in both: the same logits and gradients."""
+    config = dict(target_modules=r".*language_model.*(q_proj|v_proj)")
+    lora = get_peft_model(family("mllama"), LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **config))
+    rode = adapted("mllama", ranks=(4,), gate="none", alpha=8, scaling="alpha/r", **config)
+    pairs = {}
+    for layer, module in layers_of(rode).items():
+        other, adapter = lora.get_submodule(layer), module.rode_adapters["default"]
+        for mine, its in ((adapter.A, other.lora_A), (adapter.B, other.lora_B)):
+            its["default"].weight.data.copy_(mine.data)
+            pairs[mine] = its["default"].weight
+    assert sum("cross_attn" in layer for layer in layers_of(rode)) == 2
+    outputs = [model(**batch_of("mllama")) for model in (rode, lora)]
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-5, atol=1e-6)
+    for output in outputs:
+        output.loss.backward()
+    for mine, its in pairs.items():
+        assert mine.grad.abs().max() > 0
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-4, atol=1e-7)
+
+
+PICTURES = dict(target_modules=r".*cross_attn\.v_proj", task_type="CAUSAL_LM")
+
+
+def test_masks_of_text_do_not_touch_what_reads_pictures():
+    """Keys and values of a cross-attention see patches, here as many as there are tokens."""
+    model = adapted("mllama", gate="softmax", aux_loss="load-balance", **PICTURES).train()
+    batch = batch_of("mllama")
+    losses = [model(**batch).aux_loss]
+    batch["attention_mask"][0, 4:] = 0
+    losses.append(model(**batch).aux_loss)
+    assert torch.equal(losses[0], losses[1])
+    with GateStatistics().attach(model) as statistics:
+        model(**batch)
+    assert [layer.tokens for layer in statistics.report().layers] == [{"image": 20, "text": 0, "all": 20}]
+    with GateStatistics(by_example=True).attach(model) as statistics:
+        model(**batch)
+    assert [example.tokens.tolist() for example in statistics.examples()] == [[[10, 0], [10, 0]]]
+
+
+def test_a_sequences_router_reads_pictures_too():
+    model = adapted("mllama", gate="softmax", router_input="sequence").train()
+    batch = batch_of("mllama")
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :4] = -100
+    model(**batch).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "router_weight" in n}
+    assert len(grads) == 4
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tasks_reach_the_pictures_of_their_row(training):
+    """Row 0 has another task, and nothing changes in row 1."""
+    model = adapted("mllama", gate="softmax", router_input="task", num_ids=2, **PICTURES).train(training)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith("table"):
+                p.copy_(torch.tensor([[2.0, -2.0], [-2.0, 2.0]]))
+    batch = batch_of("mllama")
+    one = model(**batch, rode_task_ids=torch.tensor([0, 1])).logits
+    other = model(**batch, rode_task_ids=torch.tensor([1, 1])).logits
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+
+
+def test_mllama_generates_with_pictures():
+    batch = batch_of("mllama")
+    del batch["labels"]
+    for fields in ({}, dict(gate="softmax", router_input="sequence")):
+        model = adapted("mllama", task_type="CAUSAL_LM", **fields)
+        short = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        whole = model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False)
+        assert torch.equal(short, whole)

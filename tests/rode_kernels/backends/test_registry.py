@@ -60,6 +60,19 @@ def test_an_instruction_set_that_does_not_exist_is_named():
         assert "expected one of" in run(code, RODE_CPU_ISA="sse9").stdout
 
 
+def test_an_instruction_set_chosen_before_the_first_call_stays():
+    code = """
+import rode_kernels
+from rode_kernels import _native
+_native.set_isa("generic")
+print(rode_kernels.backends()["cpu"].reason, _native.isa())
+"""
+    if backends()["cpu"].available:
+        said = run(code, RODE_CPU_ISA="").stdout
+        assert "with generic instructions" in said
+        assert said.split()[-1] == "generic"
+
+
 def test_command_prints_every_backend():
     result = subprocess.run(
         [sys.executable, "-m", "rode_kernels"], capture_output=True, text=True, check=True
