@@ -23,10 +23,12 @@ from torch import nn
 from rode.tuner import RodeConfig, RodeLayer
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, answer_loss
 from rode.vlm.collator import PictureSource
+from rode.vlm.families import family_of
+from rode.vlm.load import base_model
 from rode_food import Example
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
     from rode.vlm.load import Model
 
@@ -224,7 +226,7 @@ def _same(module: nn.Module, other: nn.Module) -> bool:
 
 def few_shot_loss(
     model: Model,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     *,
     prompt: str = "auto",
@@ -234,13 +236,14 @@ def few_shot_loss(
     """A function that computes the mean cross-entropy over the answers' tokens, for the model as it is when called.
 
     Args:
-        model: a LLaVA, with or without adapters. processor: its processor.
+        model: a vision-language model, with or without adapters. processor: its processor.
         examples: see `rode_food.Example`; their batches are made once, and kept on the model's device.
         prompt: as the adapters were trained. source: pictures; None reads them (`PixelSource`).
     """
     if not examples:
         raise ValueError("examples: expected at least one to compute a loss on, got none")
-    collate = TrainingCollator(PromptEncoder(processor, prompt), source or PixelSource(processor))
+    encoder = PromptEncoder(processor, prompt, family=family_of(base_model(model)))
+    collate = TrainingCollator(encoder, source or PixelSource(processor))
     batches = [collate(examples[i : i + batch_size]) for i in range(0, len(examples), batch_size)]
     batches = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
     labels = [batch.pop("labels") for batch in batches]

@@ -132,7 +132,7 @@ def _analysed(
     # A model of its own for each adapter: the other's may have another projector.
     chosen = copy.copy(args)
     chosen.adapter = None if adapter == UNTRAINED else adapter
-    model, processor, prompt = load(chosen, experiment)
+    model, processor, prompt, source = load(chosen, experiment)
     if adapter == UNTRAINED:
         model = _untrained(model, args.adapter)
     measured = measure(
@@ -143,6 +143,7 @@ def _analysed(
         batch_size=settings.batch_size,
         answers=args.answers,
         max_new_tokens=settings.max_new_tokens,
+        source=source,
         routes=routes(args, model, processor),
         progress=not args.quiet,
     )

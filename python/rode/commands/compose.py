@@ -74,11 +74,14 @@ def run(args: argparse.Namespace) -> int:
 
     from rode.baselines.lorahub import compose, few_shot_loss
     from rode.vlm import FeatureSource, load_adapter
+    from rode.vlm.collator import PictureSource
+    from rode.vlm.families import family_of
 
-    model, processor, prompt = load(args, experiment)
-    source = FeatureSource(
-        model, processor
-    )  # a picture goes through the frozen tower once, not once for each evaluation
+    model, processor, prompt, pictures = load(args, experiment)
+    source: PictureSource = pictures
+    if family_of(model).stored_features is None:
+        # a picture goes through the frozen tower once, not once for each evaluation
+        source = FeatureSource(model, processor, shape=pictures.shape)
     names = [f"source{i}" for i in range(len(args.adapters))]
     for name, adapter in zip(names, args.adapters, strict=True):
         model = load_adapter(model, adapter, name)

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     examples, skipped = drop_bad_images(examples, on_bad_image)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
-    model, processor, prompt = load(args, experiment)
+    model, processor, prompt, source = load(args, experiment)
     default_out = (
         experiment.run_dir / ("untrained" if args.untrained else "evaluation")
         if experiment
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         prompt=prompt,
         batch_size=args.batch_size or settings.batch_size,
         max_new_tokens=args.max_new_tokens or settings.max_new_tokens,
+        source=source,
         routes=routes(args, model, processor),
         vocabulary=vocabulary,
         progress=not args.quiet,

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for image in args.image:  # before the model, which takes longer
         open_image(image)
     text = question(args.task) if args.task else args.question
-    model, processor, prompt = load(args)
+    model, processor, prompt, source = load(args)
     task = args.task or args.as_task
     answers = answer(
         model,
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens or 256,
         batch_size=args.batch_size or 8,
         tasks=[task] * len(args.image),
+        source=source,
         routes=routes(args, model, processor),
         progress=not args.quiet and len(args.image) > 1,
     )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rode_food.commands.options import positive
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
     from rode.training.config import Experiment
     from rode.training.side_inputs import Routes
+    from rode.vlm import PixelSource
 
 
 def model_options(adapter: bool = True, answers: bool = True) -> argparse.ArgumentParser:
     """A parent parser: which model, with `adapter` which adapter, with `answers` how long they may be."""
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", metavar="DIR", help="LLaVA checkpoint directory")
+    model.add_argument("--model", metavar="DIR", help="checkpoint directory of a vision-language model")
     if adapter:
         model.add_argument(
             "--adapter", metavar="DIR", help="adapter: an output_dir or a checkpoint-N of `rode train`"
@@ -47,27 +48,38 @@ def saved_experiment(adapter: str | None) -> Experiment | None:
     return None if file is None else load_experiment(file)
 
 
-def load(args: argparse.Namespace, experiment: Experiment | None = None) -> tuple[Any, Any, str]:
-    """(model, processor, prompt style) that the options and the config name."""
+class Loaded(NamedTuple):
+    """What the options and the config name: model, processor, prompt style, and where its pictures come from."""
+
+    model: Any
+    processor: Any
+    prompt: str
+    source: PixelSource
+
+
+def load(args: argparse.Namespace, experiment: Experiment | None = None) -> Loaded:
+    """The model, with its adapter if one is named. Raises ValueError where nothing names a model."""
     from rode.training.config import ModelConfig
-    from rode.vlm import load_adapter, load_vlm
+    from rode.vlm import PixelSource, load_adapter, load_vlm
 
     experiment = experiment or saved_experiment(args.adapter)
     if experiment is None and args.model is None:
         raise ValueError("no model: give --model DIR, or an --adapter that `rode train` wrote")
     config = experiment.model if experiment else ModelConfig(path=args.model)
-    llava, processor = load_vlm(
+    base, processor = load_vlm(
         args.model or config.path,
         dtype=args.dtype or config.dtype,
         device=args.device or config.device,
         attention=config.attention,
         projector=args.projector or config.projector,
     )
-    model = load_adapter(llava, args.adapter) if args.adapter else llava
-    return model, processor, args.prompt or config.prompt
+    model = load_adapter(base, args.adapter) if args.adapter else base
+    return Loaded(
+        model, processor, args.prompt or config.prompt, PixelSource(processor, config.picture_shape)
+    )
 
 
-def routes(args: argparse.Namespace, model: Any, processor: LlavaProcessor) -> Routes:
+def routes(args: argparse.Namespace, model: Any, processor: ProcessorMixin) -> Routes:
     """The side inputs of the adapter's router; clusters stand beside an adapter, or in its checkpoints' parent."""
     from rode.training.clusters import FILE
     from rode.training.side_inputs import make_routes

@@ -21,7 +21,7 @@ from rode.vlm.load import get_projector
 from rode_food import Example
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
 BATCH = 64
 LEARNING_RATE = 1e-3
@@ -52,7 +52,7 @@ def word_vectors(model: Any, tokenizer: Any, words: Sequence[str]) -> torch.Tens
 
 def align_words(
     model: Any,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     source: FeatureSource,
     *,
@@ -83,7 +83,7 @@ def align_words(
     projector = get_projector(model).float().requires_grad_(True)
     skip_cls = int(source.crop_cls)
     features = torch.stack(
-        [source(e.image)[skip_cls:].float() for e in examples]
+        [source(e.image).states[skip_cls:].float() for e in examples]
     )  # (pictures, patches, hidden)
     present = torch.tensor([[float(word in e.reference) for word in words] for e in examples])
     centre = model.get_input_embeddings().weight.detach().float().mean(0)

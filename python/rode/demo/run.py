@@ -20,7 +20,7 @@ from rode_food import TASKS, Example
 from rode_food.html import require_matplotlib
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
     from rode.training.config import Experiment
     from rode.training.train import TrainResult
@@ -260,7 +260,7 @@ class Demo:
         assert self.model is not None, "given, or joined by prepare()"
         return load_vlm(self.model, projector=projector)
 
-    def source(self, model: Any, processor: LlavaProcessor) -> FeatureSource:
+    def source(self, model: Any, processor: ProcessorMixin) -> FeatureSource:
         from rode.vlm import FeatureSource
 
         return FeatureSource(model, processor, self.paths.features)
@@ -310,7 +310,7 @@ class Demo:
         )
         return result
 
-    def evaluate(self, column: str, model: Any, processor: LlavaProcessor) -> None:
+    def evaluate(self, column: str, model: Any, processor: ProcessorMixin) -> None:
         from rode.evaluation.evaluate import evaluate
         from rode.tuner import GateStatistics
         from rode_food.metrics import read_predictions

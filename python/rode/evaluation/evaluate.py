@@ -22,7 +22,7 @@ from rode_food.text_table import text_table
 from rode_food.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
     from rode.training.side_inputs import Routes
     from rode.vlm.collator import PictureSource
@@ -32,7 +32,7 @@ Scores = dict[str, dict[str, Any]]
 
 def evaluate(
     model: Any,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     out_dir: str | os.PathLike[str],
     *,
@@ -73,7 +73,7 @@ def evaluate(
         answers = answer(
             model,
             processor,
-            [examples[i].image for i in order],
+            [examples[i].images for i in order],
             [examples[i].question for i in order],
             prompt=prompt,
             batch_size=batch_size,

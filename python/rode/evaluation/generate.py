@@ -12,23 +12,25 @@ from transformers import GenerationConfig
 from rode.training.side_inputs import Routes, make_routes
 from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
 from rode.vlm.collator import PictureSource
+from rode.vlm.families import family_of
+from rode.vlm.load import base_model
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
 
-def _end_tokens(model: Any, processor: LlavaProcessor) -> list[int]:
-    """Every id that ends an answer: the tokenizer's EOS, which training teaches, and those the checkpoint names."""
+def _end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:
+    """Every id that ends an answer: the one that training teaches, the tokenizer's EOS, and those the checkpoint names."""
     named = model.generation_config.eos_token_id
     named = [] if named is None else named if isinstance(named, list) else [named]
-    return sorted({processor.tokenizer.eos_token_id, *named})
+    return sorted({encoder.end_id, *named} | {encoder.tokenizer.eos_token_id} - {None})
 
 
 @torch.inference_mode()
 def answer(
     model: Any,
-    processor: LlavaProcessor,
-    images: Sequence[str],
+    processor: ProcessorMixin,
+    images: Sequence[str | Sequence[str]],
     questions: Sequence[str],
     *,
     prompt: str = "auto",
@@ -39,15 +41,15 @@ def answer(
     routes: Routes | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Answer each question about the picture beside it.
+    """Answer each question about the picture, or pictures, beside it.
 
     Decoding is greedy. Questions of one batch are padded on the left, so an answer does not depend on its neighbours
     but for the rounding of batched products.
 
     Args:
-        model: a LLaVA, with or without adapter.
+        model: a vision-language model, with or without adapter.
         processor: its processor.
-        images: paths, as many as questions.
+        images: as many as questions: the path of a question's picture, or the paths of its pictures (none is allowed).
         questions: without image token or template.
         prompt: "vicuna", "chat_template" or "auto"; must be what the adapter was trained with.
         max_new_tokens: the longest answer, in tokens.
@@ -69,11 +71,12 @@ def answer(
         raise ValueError(
             f"batch_size and max_new_tokens: expected at least 1, got {batch_size}, {max_new_tokens}"
         )
-    encoder = PromptEncoder(processor, prompt)
+    paths = [(image,) if isinstance(image, str) else tuple(image) for image in images]
+    encoder = PromptEncoder(processor, prompt, family=family_of(base_model(model)))
     routes = routes or make_routes(getattr(model, "active_peft_config", None), model, processor)
     collate = GenerationCollator(encoder, source or PixelSource(processor), routes)
-    tokenizer = processor.tokenizer
-    ends = _end_tokens(model, processor)
+    tokenizer: Any = encoder.tokenizer
+    ends = _end_tokens(model, encoder)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -87,7 +90,7 @@ def answer(
     bar = tqdm(total=len(images), desc="answers", unit="answer", disable=not progress)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
-        batch = collate(images[part], questions[part], None if tasks is None else tasks[part])
+        batch = collate(paths[part], questions[part], None if tasks is None else tasks[part])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -48,6 +48,9 @@ class ModelConfig:
     prompt: Literal["vicuna", "chat_template", "auto"] = "auto"
     vision_features: Literal["live", "memory", "disk"] = "live"
     """"memory" and "disk" compute the frozen tower once for each picture; "live" at every step."""
+    picture_shape: Literal["processor", "pad"] = "processor"
+    """"pad" makes pictures square first, as LLaVA-1.5 does; "processor" leaves them to the model's own processor, and LLaVA's
+    then cuts off what is outside of the middle square."""
     features_dir: str = "runs/features"
     """Where "disk" keeps them."""
     clusters: str | None = None
@@ -294,8 +297,6 @@ def adapter_config(experiment: Experiment) -> PeftConfig | MoeConfig:
             raise ConfigError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
     if method != "moe-llava":
         values = {"task_type": "CAUSAL_LM", **values}
-    if method != "moe-llava" and experiment.training.projector_learning_rate is not None:
-        values["modules_to_save"] = [*(values.get("modules_to_save") or []), "multi_modal_projector"]
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from rode.vlm.load import input_embeddings
 from rode_food import TASKS
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
     from rode.vlm.load import Model
 
@@ -94,7 +94,7 @@ class Routes:
 
 
 def make_routes(
-    config: PeftConfig | None, model: Model, processor: LlavaProcessor, clusters: str | Path | None = None
+    config: PeftConfig | None, model: Model, processor: ProcessorMixin, clusters: str | Path | None = None
 ) -> Routes:
     """The routes of an adapter on a model; `clusters` is a file of `rode fit-clusters`, or a folder that may hold one."""
     if not isinstance(config, RodeConfig) or config.id_input != "rode_cluster_ids":

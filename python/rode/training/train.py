@@ -28,7 +28,8 @@ from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, t
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.collator import PictureSource
-from rode.vlm.load import get_projector, match_projector_input
+from rode.vlm.families import family_of
+from rode.vlm.load import base_model, get_projector, match_projector_input, projector_name
 from rode.vlm.packing import pack_by_picture
 from rode_food import Example
 from rode_food.atomic import write_text
@@ -37,7 +38,7 @@ from rode_food.shards.examples import ShardExamples
 from rode_food.source import Source
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor, PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     from rode.vlm.load import Model
 
@@ -65,7 +66,7 @@ class TrainResult:
 
     output_dir: Path
     model: Model | None
-    processor: LlavaProcessor | None
+    processor: ProcessorMixin | None
     metrics: dict[str, float]
     history: list[dict[str, float]]
     interrupted: bool
@@ -126,7 +127,12 @@ def make_trainable(model: Model, experiment: Experiment) -> Model:
         if experiment.training.projector_learning_rate is not None:
             get_projector(model).float().requires_grad_(True)
         return model
-    if getattr(config, "modules_to_save", None):
+    saved = list(getattr(config, "modules_to_save", None) or [])
+    last = (projector_name(model) or "").rpartition(".")[2]
+    if experiment.training.projector_learning_rate is not None:
+        get_projector(model).float()  # says so, where there is none
+        config.modules_to_save = [*saved, last]  # type: ignore[attr-defined]
+    elif last in saved:
         get_projector(model).float()
     return get_peft_model(model, config)
 
@@ -134,16 +140,16 @@ def make_trainable(model: Model, experiment: Experiment) -> Model:
 def image_source(
     experiment: Experiment,
     model: Model,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     progress: bool,
 ) -> PictureSource:
     """Pictures as the config wants them: read at every step, or the tower's features computed now."""
     if experiment.model.vision_features == "live":
-        return PixelSource(processor)
+        return PixelSource(processor, experiment.model.picture_shape)
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
-    source = FeatureSource(model, processor, directory)
-    source.precompute([example.image for example in examples], progress)
+    source = FeatureSource(model, processor, directory, experiment.model.picture_shape)
+    source.precompute([path for example in examples for path in example.images], progress)
     return source
 
 
@@ -172,7 +178,7 @@ def train(
     *,
     examples: Sequence[Example] | None = None,
     model: PreTrainedModel | None = None,
-    processor: LlavaProcessor | None = None,
+    processor: ProcessorMixin | None = None,
     source: PictureSource | None = None,
     resume: bool | str | os.PathLike[str] = False,
     progress: bool = True,
@@ -182,7 +188,7 @@ def train(
     Args:
         experiment: see `rode.training.config`.
         examples: in place of the config's data sources.
-        model, processor: a LLaVA already loaded, in place of `experiment.model.path`; the model is changed.
+        model, processor: a model already loaded, in place of `experiment.model.path`; the model is changed.
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
         resume: True for the latest checkpoint in `run_dir`, or a checkpoint's path.
         progress: show bars.
@@ -212,7 +218,7 @@ def _train(
     arguments: TrainingArguments,
     examples: Sequence[Example] | None,
     model: Model | None,
-    processor: LlavaProcessor | None,
+    processor: ProcessorMixin | None,
     source: PictureSource | None,
     resume: bool | str | os.PathLike[str],
     progress: bool,
@@ -248,7 +254,7 @@ def _train(
                 m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
             )
         if at_end:  # no picture is looked at any more
-            source = PixelSource(processor)
+            source = PixelSource(processor, experiment.model.picture_shape)
         source = source or image_source(experiment, model, processor, examples, progress)
         model = make_trainable(model, experiment)
     trained = sum(
@@ -259,7 +265,15 @@ def _train(
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
         )
-    encoder = PromptEncoder(processor, experiment.model.prompt, training.max_length, training.on_long_answer)
+    family = family_of(base_model(model))
+    if training.questions_per_picture > 1 and family.packing is not None:
+        raise ValueError(
+            f"training.questions_per_picture: expected 1 for {model.config.model_type!r}, got {training.questions_per_picture}: "
+            f"{family.packing}"
+        )
+    encoder = PromptEncoder(
+        processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
+    )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)

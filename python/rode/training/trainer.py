@@ -33,12 +33,11 @@ from rode.training.finite import StepGuard
 from rode.training.sharding import allow_fsdp_on_cpus
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
-from rode.vlm.load import PROJECTOR_FILE, get_llava, load_projector, save_projector
+from rode.vlm.load import PROJECTOR_FILE, language_model, load_projector, projector_name, save_projector
 from rode.vlm.loss import answer_loss
 from rode.vlm.packing import packed_attention
 
 logger = logging.getLogger(__name__)
-PROJECTOR = "multi_modal_projector"  # its name in every LLaVA
 
 
 class EpochSampler(Sampler[int]):
@@ -92,9 +91,10 @@ def parameter_groups(
     matrices decay while biases and norms do not."""
     rates = {False: learning_rate, True: learning_rate if projector_rate is None else projector_rate}
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    own = projector_name(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            projector, decays = PROJECTOR in name, parameter.ndim > 1
+            projector, decays = own is not None and f".{own}." in f".{name}", parameter.ndim > 1
             options = {"lr": rates[projector], "weight_decay": weight_decay if decays else 0.0}
             groups.setdefault((projector, decays), {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
@@ -146,7 +146,7 @@ class AnswerTrainer(Trainer):
         config = getattr(self.model, "active_peft_config", None)
         self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
-        self.language_model = get_llava(self.model).model.language_model
+        self.language_model = language_model(self.model)
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
 
     def compute_loss(

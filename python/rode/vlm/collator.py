@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional as F
 
 from rode.tuner.aux_losses import IGNORE
 from rode.vlm.packing import PADDING, pack
-from rode.vlm.prompts import PromptEncoder
+from rode.vlm.prompts import Encoded, Picture, PromptEncoder
 from rode_food import Example
 
 logger = logging.getLogger(__name__)
@@ -18,13 +19,9 @@ Routes = Callable[[Sequence["str | None"], Sequence[str]], "dict[str, torch.Tens
 
 
 class PictureSource(Protocol):
-    """A function from a picture's path to its tensor: `PixelSource`, `FeatureSource`."""
+    """A function from a picture's path to the picture, or to its stored features: `PixelSource`, `FeatureSource`."""
 
-    def __call__(self, path: str, /) -> torch.Tensor: ...
-
-    def image_tokens(self, picture: torch.Tensor, /) -> int:
-        """How many tokens the picture takes in the language model."""
-        ...
+    def __call__(self, path: str, /) -> Picture: ...
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
@@ -35,21 +32,50 @@ def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:
     return torch.tensor(joined, dtype=torch.int64)
 
 
+def _pad_by_token(rows: Sequence[torch.Tensor], side: str) -> torch.Tensor:
+    """Tensors (T, ...) to one (rows, longest, ...), with zeros where there is padding and where other dimensions are shorter."""
+    width = max(len(row) for row in rows)
+    if side == "left":
+        rows = [torch.cat([row.new_zeros(width - len(row), *row.shape[1:]), row]) for row in rows]
+    return _merged([row[None] for row in rows])
+
+
+def _merged(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Tensors of one number of dimensions, joined along the first; in the others the smaller ones get zeros at the end."""
+    most = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [m - n for m, n in zip(most, part.shape[1:], strict=True)]
+        padded.append(F.pad(part, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else part)
+    return torch.cat(padded)
+
+
+def _inputs(rows: Sequence[Encoded], side: str) -> dict[str, torch.Tensor]:
+    """What rows have beside their ids: inputs by token, and the pictures of all rows one behind the other."""
+    inputs = {
+        name: _pad_by_token([row.by_token[name] for row in rows], side)
+        for name in dict.fromkeys(name for row in rows for name in row.by_token)
+    }
+    for name in dict.fromkeys(name for row in rows for name in row.vision):
+        inputs[name] = _merged([row.vision[name] for row in rows if name in row.vision])
+    return inputs
+
+
 def _pad_id(encoder: PromptEncoder) -> int:
-    tokenizer = encoder.processor.tokenizer
     # Padding is masked everywhere, so any id will do where a tokenizer (Llama's) names none.
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = encoder.tokenizer.pad_token_id
+    return encoder.end_id if pad is None else int(pad)
 
 
 class TrainingCollator:
-    """Examples, or packs of examples with one picture (`pack_by_picture`), to a batch for training.
+    """Examples, or packs of examples with the same pictures (`pack_by_picture`), to a batch for training.
 
-    `labels` are -100 on picture, prompt and padding, and the token id on the answer and its EOS. `truncated` (one
+    `labels` are -100 on pictures, prompt and padding, and the token id on the answer and its end. `truncated` (one
     int64) counts the answers that were cut. A batch with a pack of several questions also has `position_ids` and
     `segments`, see `rode.vlm.packing`. With `name_records` there are `record_ids`, a list of str.
 
     Args:
-        encoder: turns questions and answers into ids.
+        encoder: turns questions and answers into rows.
         source: `PixelSource` or `FeatureSource`.
         routes: (tasks, questions) -> what an adapter's router reads (`rode.training.side_inputs.Routes`), by row; None for nothing.
         name_records: tell whose batch it is.
@@ -69,16 +95,21 @@ class TrainingCollator:
 
     def __call__(self, items: Sequence[Example | tuple[Example, ...]]) -> dict[str, Any]:
         packs = [item if isinstance(item, tuple) else (item,) for item in items]
-        pictures, rows, cut = [], [], []
+        encoded, rows, cut = [], [], []
         for examples in packs:
             try:
-                pictures.append(self.source(examples[0].image))
+                pictures = [self.source(path) for path in examples[0].images]
             except OSError as error:  # gone or spoiled since the check before the run
                 raise OSError(f"record {examples[0].record_id}: {error}") from error
-            tokens = self.source.image_tokens(pictures[-1])
-            encoded = [self.encoder.encode(e.question, e.answer, tokens, e.record_id) for e in examples]
-            cut += [e.record_id for e, row in zip(examples, encoded, strict=True) if row.truncated]
-            rows.append(pack(encoded, self.encoder.image_token_id))
+            members = [self.encoder.encode(e.question, e.answer, pictures, e.record_id) for e in examples]
+            if len(members) > 1 and members[0].by_token:
+                raise ValueError(
+                    f"training.questions_per_picture: expected 1, got a pack of {len(members)}: the processor's "
+                    f"{next(iter(members[0].by_token))} cannot be joined"
+                )
+            cut += [e.record_id for e, row in zip(examples, members, strict=True) if row.truncated]
+            encoded.append(members[0])
+            rows.append(pack(members, self.encoder.image_token_id))
         if cut and not self._warned:
             self._warned = True
             logger.warning(
@@ -91,7 +122,7 @@ class TrainingCollator:
             "input_ids": _pad([r.ids for r in rows], _pad_id(self.encoder), "right"),
             "attention_mask": _pad([[1] * len(r.ids) for r in rows], 0, "right"),
             "labels": _pad(labels, IGNORE, "right"),
-            "pixel_values": torch.stack(pictures),
+            **_inputs(encoded, "right"),
             "truncated": torch.tensor(len(cut)),
         }
         if self.routes is not None:
@@ -109,7 +140,7 @@ class GenerationCollator:
     """Pictures and questions to a left-padded batch: every answer begins in the same column.
 
     Args:
-        encoder: turns questions into ids, exactly as in training.
+        encoder: turns questions into rows, exactly as in training.
         source: as in `TrainingCollator`.
         routes: as in `TrainingCollator`.
     """
@@ -118,17 +149,26 @@ class GenerationCollator:
         self.encoder, self.source, self.routes = encoder, source, routes
 
     def __call__(
-        self, images: Sequence[str], questions: Sequence[str], tasks: Sequence[str | None] | None = None
+        self,
+        images: Sequence[Sequence[str]],
+        questions: Sequence[str],
+        tasks: Sequence[str | None] | None = None,
     ) -> dict[str, torch.Tensor]:
-        pictures = [self.source(image) for image in images]
+        """The batch.
+
+        Args:
+            images: the paths of each question's pictures; none is allowed.
+            questions: as many.
+            tasks: as many, for an adapter whose router reads them.
+        """
         rows = [
-            self.encoder.encode_prompt(question, self.source.image_tokens(picture))
-            for question, picture in zip(questions, pictures, strict=True)
+            self.encoder.encode_prompt(question, [self.source(path) for path in paths])
+            for question, paths in zip(questions, images, strict=True)
         ]
         batch = {
-            "input_ids": _pad(rows, _pad_id(self.encoder), "left"),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, "left"),
-            "pixel_values": torch.stack(pictures),
+            "input_ids": _pad([row.input_ids for row in rows], _pad_id(self.encoder), "left"),
+            "attention_mask": _pad([[1] * len(row.input_ids) for row in rows], 0, "left"),
+            **_inputs(rows, "left"),
         }
         if self.routes is not None:
             batch |= self.routes([None] * len(rows) if tasks is None else tasks, questions)

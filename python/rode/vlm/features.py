@@ -1,4 +1,4 @@
-"""Features that the frozen vision tower makes of a picture, computed once and used many times.
+"""Pictures for a model, and features that the frozen vision tower makes of a picture, computed once and used many times.
 
 The tower's hidden states go where the pixels went: `accept_features` makes the tower take a tensor of three dimensions
 for its own output, so that everything after it (choice of layer, CLS token, projector) stays transformers' code.
@@ -11,20 +11,23 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from rode.vlm.images import open_image
-from rode.vlm.load import get_llava
+from rode.vlm.families import family_of
+from rode.vlm.images import open_image, pad_to_square
+from rode.vlm.load import base_model
+from rode.vlm.prompts import Features
 from rode_food.atomic import written_aside
 from rode_food.images import open_picture
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from PIL.Image import Image
+    from transformers import ProcessorMixin
 
     from rode.vlm.load import Model
 
@@ -54,7 +57,7 @@ def accept_features(model: Model) -> None:
 
     The class of the tower is extended rather than the tower wrapped: parameter names stay those of the checkpoint.
     """
-    tower = get_llava(model).model.vision_tower
+    tower = base_model(model).model.vision_tower
     if isinstance(tower, _TakesFeatures):
         return
     tower._feature_layers = model.config.vision_feature_layer
@@ -63,23 +66,36 @@ def accept_features(model: Model) -> None:
     tower.__class__ = type(cls.__name__, (_TakesFeatures, cls), {"__module__": cls.__module__})
 
 
+PictureShape = Literal["processor", "pad"]
+
+
 class PixelSource:
-    """Pictures as the tower wants them: `source(path)` gives float32 (3, H, W)."""
+    """Pictures from files: `source(path)` gives an RGB picture, which the processor makes ready.
 
-    def __init__(self, processor: LlavaProcessor) -> None:
-        self.processor = processor
+    Args:
+        processor: of the model.
+        shape: "processor" leaves the picture to it; "pad" makes it a square first, with the processor's mean colour on both
+            sides, as LLaVA-1.5 does. (Its processor's centre crop cuts off what is outside of the middle square.)
+    """
 
-    def __call__(self, path: str) -> torch.Tensor:
-        return self.processor.image_processor(images=open_image(path), return_tensors="pt")["pixel_values"][0]
+    def __init__(self, processor: ProcessorMixin, shape: PictureShape = "processor") -> None:
+        self.processor, self.shape = processor, shape
+        mean = getattr(processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+        self.colour = tuple(int(255 * channel) for channel in mean)
 
-    def image_tokens(self, pixels: torch.Tensor) -> int:
-        """How many tokens the picture takes in the language model, as the processor counts them."""
-        text = self.processor.replace_image_token({"pixel_values": [pixels.numpy()]}, 0)
-        return text.count(self.processor.image_token)
+    def __call__(self, path: str) -> Image:
+        image = open_image(path)
+        return pad_to_square(image, self.colour) if self.shape == "pad" else image
+
+    def pixels(self, path: str) -> torch.Tensor:
+        """The picture as a tower of fixed size takes it: float32 (3, H, W)."""
+        made = self.processor.image_processor(images=self(path), return_tensors="pt")
+        pixels: torch.Tensor = made["pixel_values"][0]
+        return pixels
 
 
 class FeatureSource:
-    """Hidden states of the frozen tower: `source(path)` gives (tower tokens, hidden x layers) in the tower's dtype.
+    """Hidden states of the frozen tower: `source(path)` gives `Features` with (tower tokens, hidden x layers) in the tower's dtype.
 
     Pictures are told apart by content, so a file changed in place is computed anew. One picture goes through the tower
     at a time: what is stored does not depend on what else was in a batch.
@@ -89,12 +105,24 @@ class FeatureSource:
         processor: its processor.
         directory: where to keep the states, one safetensors file for each picture, in a folder named after tower and
             preprocessing; None keeps them in memory.
+        shape: of pictures, see `PixelSource`.
+
+    Raises:
+        ValueError: the model's family cannot have its features stored, and why.
     """
 
-    def __init__(self, model: Model, processor: LlavaProcessor, directory: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        processor: ProcessorMixin,
+        directory: str | Path | None = None,
+        shape: PictureShape = "processor",
+    ) -> None:
+        if (why := family_of(base_model(model)).stored_features) is not None:
+            raise ValueError(f"model.vision_features: expected live for {model.config.model_type!r}: {why}")
         accept_features(model)
-        self.llava = get_llava(model)
-        self.pixels = PixelSource(processor)
+        self.llava: Any = base_model(model)
+        self.pictures = PixelSource(processor, shape)
         self.crop_cls = self.llava.config.vision_feature_select_strategy == "default"
         self.directory = None if directory is None else Path(directory) / self._fingerprint(processor)
         self._by_path: dict[str, str] = {}  # path -> digest of the file
@@ -103,7 +131,7 @@ class FeatureSource:
     def __getstate__(self) -> dict[str, Any]:  # a data-loader worker reads what is there, it runs no tower
         return {**self.__dict__, "llava": None}
 
-    def _fingerprint(self, processor: LlavaProcessor) -> str:
+    def _fingerprint(self, processor: ProcessorMixin) -> str:
         """Digest of the tower's weights and configuration and of the preprocessing."""
         tower = self.llava.model.vision_tower
         digest = hashlib.sha256()
@@ -112,6 +140,8 @@ class FeatureSource:
             self.llava.config.vision_feature_layer,
             processor.image_processor.to_dict(),
         ]
+        if self.pictures.shape != "processor":
+            facts.append(self.pictures.shape)
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         for name, tensor in sorted(tower.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -122,7 +152,7 @@ class FeatureSource:
     def _compute(self, path: str) -> torch.Tensor:
         tower = self.llava.model.vision_tower
         layers = self.llava.config.vision_feature_layer
-        pixels = self.pixels(path).unsqueeze(0).to(next(tower.parameters()).device)
+        pixels = self.pictures.pixels(path).unsqueeze(0).to(next(tower.parameters()).device)
         training = tower.training
         tower.eval()  # a frozen tower drops nothing
         states = tower(pixels, output_hidden_states=True).hidden_states
@@ -148,7 +178,7 @@ class FeatureSource:
                 computed += 1
         return computed
 
-    def __call__(self, path: str) -> torch.Tensor:
+    def __call__(self, path: str) -> Features:
         if path not in self._by_path:
             if self.llava is None:
                 raise KeyError(
@@ -156,10 +186,10 @@ class FeatureSource:
                 )
             self.precompute([path], progress=False)
         key = self._by_path[path]
-        if self.directory is None:
-            return self._states[key]
-        return load_file(self.directory / f"{key}.safetensors")["states"]
-
-    def image_tokens(self, states: torch.Tensor) -> int:
-        """How many tokens the picture takes in the language model: those of the tower, less CLS if that is dropped."""
-        return states.shape[0] - int(self.crop_cls)
+        states = (
+            self._states[key]
+            if self.directory is None
+            else load_file(self.directory / f"{key}.safetensors")["states"]
+        )
+        # those of the tower, less CLS if that is dropped
+        return Features(states, states.shape[0] - int(self.crop_cls))

@@ -1,4 +1,4 @@
-"""Loading a LLaVA checkpoint, a stage-1 projector and an adapter."""
+"""Loading a vision-language model, a stage-1 projector and an adapter."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
+from rode.vlm.families import family_of
 from rode.vlm.pretrained import from_pretrained
 from rode_food.atomic import written_aside
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
 
     Model = PreTrainedModel | PeftModel
-    """A LLaVA, under PEFT or not."""
+    """A vision-language model, under PEFT or not."""
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROJECTOR_FILE = "projector.safetensors"
-# Tokens that a tower puts before its patches (CLS, registers), by model type.
-_EXTRA_TOKENS = {"clip_vision_model": 1, "dinov2": 1, "siglip_vision_model": 0}
+_PROJECTOR = re.compile(r"(multi_modal|mm)_projector|connector|aligner|merger")  # last part of its name
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -55,8 +55,8 @@ def load_vlm(
     device: str = "auto",
     attention: str | None = None,
     projector: str | Path | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a LLaVA and its processor.
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vision-language model and its processor: whatever transformers' AutoModelForImageTextToText and AutoProcessor take.
 
     Args:
         path: a checkpoint directory as `save_pretrained` writes it, or a hub name "owner/name".
@@ -69,62 +69,76 @@ def load_vlm(
         The model in eval mode, and the processor.
 
     Raises:
-        FileNotFoundError: no such directory. ValueError: not a LLaVA, or processor and model do not fit, or they need code of
-            their own.
+        FileNotFoundError: no such directory. ValueError: no vision-language model, or processor and model do not fit, or they need
+            code of their own.
     """
-    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     path = os.path.expanduser(str(path))
     if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(f"{path}: no such model directory (nor a hub name like owner/name)")
     torch_dtype, where = pick_dtype(dtype), pick_device(device)
     config = from_pretrained(AutoConfig, path)
-    if config.model_type != "llava":
-        raise ValueError(f"{path}: expected a model of type 'llava', got {config.model_type!r}")
-    processor = from_pretrained(AutoProcessor, path)
-    if not hasattr(processor, "replace_image_token"):
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
-            f"{path}: expected a LLaVA processor, got {type(processor).__name__}; is a file missing?"
+            f"{path}: expected a vision-language model (LLaVA, Qwen-VL, Gemma 3, ...), got the type {config.model_type!r}"
+        )
+    processor = from_pretrained(AutoProcessor, path)
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{path}: expected a processor with tokenizer and image processor, got {type(processor).__name__}; is a file missing?"
         )
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     # Any: transformers wraps `to` in a way that hides its types
-    model: Any = from_pretrained(LlavaForConditionalGeneration, path, dtype=torch_dtype, **extra)
+    model: Any = from_pretrained(AutoModelForImageTextToText, path, dtype=torch_dtype, **extra)
     model.to(where).eval()
-    fit_processor(processor, model.config)
+    prepare = family_of(model).prepare
+    if prepare is not None:
+        prepare(model, processor)
     if projector is not None:
         load_projector(model, projector)
     match_projector_input(model)
     return model, processor
 
 
-def fit_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
-    """Make the processor count a picture's tokens as the model does: older checkpoints lack the fields for it."""
-    vision: Any = config.vision_config  # of the tower's own class, which transformers does not say
-    wanted = {
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": _EXTRA_TOKENS.get(
-            vision.model_type, processor.num_additional_image_tokens
-        ),
-    }
-    for name, value in wanted.items():
-        if (got := getattr(processor, name)) != value:
-            logger.warning(
-                "the processor's %s is %r; the model's configuration says %r, which is used", name, got, value
-            )
-            setattr(processor, name, value)
-
-
-def get_llava(model: Model) -> LlavaForConditionalGeneration:
-    """The LlavaForConditionalGeneration, under PEFT or not."""
+def base_model(model: torch.nn.Module) -> Any:
+    """The vision-language model itself, under PEFT or not."""
     get_base_model = getattr(model, "get_base_model", None)
-    llava = model if get_base_model is None else get_base_model()
-    return cast("LlavaForConditionalGeneration", llava)
+    return model if get_base_model is None else get_base_model()
+
+
+def language_model(model: Model) -> PreTrainedModel:
+    """The part of a vision-language model that reads tokens, with its embeddings and without its head."""
+    base = base_model(model)
+    for name in ("language_model", "text_model"):
+        if (found := getattr(base.model, name, None)) is not None:
+            return cast("PreTrainedModel", found)
+    return cast("PreTrainedModel", base.get_decoder())
+
+
+def projector_name(model: torch.nn.Module) -> str | None:
+    """The name, within the vision-language model, of the module between tower and language model; None where there is none."""
+    names = [
+        name for name, _ in base_model(model).named_modules() if _PROJECTOR.fullmatch(name.rpartition(".")[2])
+    ]
+    return min(names, key=lambda name: name.count("."), default=None)
 
 
 def get_projector(model: Model) -> torch.nn.Module:
-    """The module between tower and language model."""
-    return get_llava(model).model.multi_modal_projector
+    """The module between tower and language model.
+
+    Raises:
+        ValueError: the model has none that is known by its name.
+    """
+    name = projector_name(model)
+    if name is None:
+        raise ValueError(
+            f"{type(base_model(model)).__name__} has no projector between tower and language model (no module named "
+            "multi_modal_projector, connector, merger or aligner), so none can be trained or replaced"
+        )
+    found: torch.nn.Module = base_model(model).get_submodule(name)
+    return found
 
 
 def input_embeddings(model: Model) -> torch.Tensor:
@@ -141,7 +155,9 @@ def _match_input(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tup
 
 def match_projector_input(model: Model) -> None:
     """Let the projector be float32 (when it is trained) between a tower and a language model in 16 bit: its input is
-    cast here, its output by LLaVA itself."""
+    cast here, its output by the model itself."""
+    if projector_name(model) is None:
+        return
     projector = get_projector(model)
     if _match_input not in projector._forward_pre_hooks.values():
         projector.register_forward_pre_hook(_match_input)
@@ -192,7 +208,8 @@ def load_adapter(model: Model, directory: str | Path, name: str = "default") -> 
     file = Path(directory) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
-    if json.loads(file.read_text()).get("modules_to_save"):
+    last = (projector_name(model) or "").rpartition(".")[2]
+    if last in (json.loads(file.read_text()).get("modules_to_save") or []):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
     try:
         if isinstance(model, PeftModel):

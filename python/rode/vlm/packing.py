@@ -31,7 +31,7 @@ class PackedRow(NamedTuple):
     learned: list[bool]
 
 
-def pack(rows: Sequence[Encoded], image_token_id: int) -> PackedRow:
+def pack(rows: Sequence[Encoded], image_token_id: int | None) -> PackedRow:
     """Merge encodings of questions about one picture; a single one stays as it is.
 
     Raises:
@@ -44,7 +44,7 @@ def pack(rows: Sequence[Encoded], image_token_id: int) -> PackedRow:
         if len(set(tokens)) > 1:
             shared = min(shared, column)
             break
-    if image_token_id in (token for prompt in prompts for token in prompt[shared:]):
+    if any(token == image_token_id for prompt in prompts for token in prompt[shared:]):
         raise ValueError(
             "training.questions_per_picture: this prompt puts the question before the picture, so that nothing can be "
             "shared; set it to 1, or use another prompt"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rode.demo.align import align_words, ingredient_words, word_vectors
+from rode.vlm import Features as Stored
 from rode.vlm import load_vlm
 from rode.vlm.load import get_projector
 from rode_food import Example
@@ -26,7 +27,7 @@ class Features:
         states = 0.1 * torch.randn(5, self.width, generator=generator)
         for row, word in enumerate(path.split("-")[1:], start=1):
             states[row] += self.food[word]
-        return states
+        return Stored(states, 4)
 
 
 def example(number, *words):

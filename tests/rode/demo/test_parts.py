@@ -102,8 +102,7 @@ def test_prompt_and_picture_tokens(loaded, built):
     from rode.vlm import PixelSource, PromptEncoder
 
     model, processor = loaded
-    assert PixelSource(processor).image_tokens(PixelSource(processor)(built[1][0])) == 36
-    encoded = PromptEncoder(processor).encode("What is it?", "rice", 36)
+    encoded = PromptEncoder(processor).encode("What is it?", "rice", [PixelSource(processor)(built[1][0])])
     text = processor.tokenizer.decode(encoded.input_ids)
     assert text == "USER: " + "<image>" * 36 + "\nWhat is it? ASSISTANT: rice<|im_end|>"
     assert encoded.input_ids[encoded.prompt_length :] == [*processor.tokenizer(" rice").input_ids, 2]

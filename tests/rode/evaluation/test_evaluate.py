@@ -29,7 +29,7 @@ def test_examples_are_each_source_once(food, held_out):
 
 
 def test_a_model_that_is_always_right(held_out, tmp_path, monkeypatch):
-    truths = {(e.image, e.question): e.answer for e in held_out}
+    truths = {(e.images, e.question): e.answer for e in held_out}
     monkeypatch.setattr("rode.evaluation.generate.answer", lambda model, processor, images, questions, **_: [
         truths[pair] for pair in zip(images, questions, strict=True)
     ])  # fmt: skip

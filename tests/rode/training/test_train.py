@@ -269,11 +269,12 @@ def test_bad_pictures(make_experiment, examples, tmp_path, caplog):
 
 
 def test_cut_answers_are_counted(make_experiment, examples):
-    from rode.vlm import PromptEncoder
+    from rode.vlm import PixelSource, PromptEncoder
 
     experiment = make_experiment(training={"max_steps": 3})
     _, processor = load_vlm(experiment.model.path, dtype="float32", device="cpu")
-    prompt = len(PromptEncoder(processor, "vicuna").encode_prompt("What is it?", 4))
+    picture = PixelSource(processor)(examples[0].image)
+    prompt = PromptEncoder(processor, "vicuna").encode_prompt("What is it?", [picture]).prompt_length
     experiment.training.max_length = prompt + 7  # soup fits; apple pie and rice and beans do not
     result = train(experiment, examples=examples, progress=False)
     assert result.metrics["truncated_answers"] == 8  # one epoch of 12 examples

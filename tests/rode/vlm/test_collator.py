@@ -37,13 +37,14 @@ def test_labels_are_the_answer_and_its_end(examples):
         assert not learned[length:].any()
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     assert int(batch["truncated"]) == 0
-    picture = PixelSource(processor)(examples[1].image)
+    picture = PixelSource(processor).pixels(examples[1].image)
     assert torch.equal(batch["pixel_values"][1], picture)
 
 
 def test_cut_answers_are_counted_and_warned_of_once(examples, caplog):
     _, processor = collator()
-    prompt = len(PromptEncoder(processor, "vicuna").encode_prompt(examples[0].question, 4))
+    picture = PixelSource(processor)(examples[0].image)
+    prompt = PromptEncoder(processor, "vicuna").encode_prompt(examples[0].question, [picture]).prompt_length
     collate, _ = collator(max_length=prompt + 7)  # " soup" and its end fit, the other two dishes do not
     with caplog.at_level(logging.WARNING):
         batch = collate(examples[:3])
@@ -58,10 +59,10 @@ def test_generation_is_padded_on_the_left(examples):
     processor = tiny_processor()
     encoder = PromptEncoder(processor, "vicuna")
     questions = ["What?", "What is this dish made of?"]
-    batch = GenerationCollator(encoder, PixelSource(processor))([e.image for e in examples[:2]], questions)
+    batch = GenerationCollator(encoder, PixelSource(processor))([e.images for e in examples[:2]], questions)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for row, question in enumerate(questions):
-        alone = encoder.encode_prompt(question, 4)
+        alone = encoder.encode_prompt(question, [PixelSource(processor)(examples[row].image)]).input_ids
         assert ids[row, -len(alone) :].tolist() == alone
         assert mask[row].tolist() == [0] * (ids.shape[1] - len(alone)) + [1] * len(alone)
 

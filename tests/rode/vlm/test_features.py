@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, accept_features
-from rode.vlm.load import fit_processor
+from rode.vlm.families.llava import fit_processor
 from tiny_llava import draw, tiny_model, tiny_processor
 
 TOWERS = [("clip", -2), ("clip", [-3, -1]), ("dinov2", -1), ("dinov2", 2), ("siglip", -1)]
@@ -59,12 +59,12 @@ def test_a_picture_is_computed_once_and_told_by_its_content(tmp_path):
         )
         second = FeatureSource(model, processor, directory)
         assert second.precompute([str(picture)], progress=False) == again
-        assert torch.equal(second(str(picture)), source(str(tmp_path / "copy.png")))
-    before = source(str(picture))
+        assert torch.equal(second(str(picture)).states, source(str(tmp_path / "copy.png")).states)
+    before = source(str(picture)).states
     draw(picture, (10, 200, 30))
     fresh = FeatureSource(model, processor, store)
     assert fresh.precompute([str(picture)], progress=False) == 1
-    assert not torch.equal(fresh(str(picture)), before)
+    assert not torch.equal(fresh(str(picture)).states, before)
     # another tower, another preprocessing: neither may find the first one's states
     assert FeatureSource(tiny_model(seed=1), processor, store).precompute([str(picture)], progress=False) == 1
     processor.image_processor.do_normalize = False
@@ -96,6 +96,6 @@ def test_a_worker_reads_and_does_not_compute(tmp_path):
     source = FeatureSource(model, processor)
     source.precompute([known], progress=False)
     worker = pickle.loads(pickle.dumps(source))
-    assert torch.equal(worker(known), source(known))
+    assert torch.equal(worker(known).states, source(known).states)
     with pytest.raises(KeyError, match="not computed before"):
         worker(unknown)

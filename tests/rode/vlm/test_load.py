@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from rode import RodeConfig
 from rode.vlm import load_adapter, load_projector, load_vlm, open_image, save_projector
-from rode.vlm.load import fit_processor, get_projector, match_projector_input
+from rode.vlm.families.llava import fit_processor
+from rode.vlm.load import get_projector, match_projector_input
 from tiny_llava import save_tiny_llava, tiny_model, tiny_processor
 
 
@@ -45,7 +46,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such model directory"):
         load_vlm(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="expected a model of type 'llava', got 'llama'"):
+    with pytest.raises(ValueError, match=r"expected a vision-language model .* got the type 'llama'"):
         load_vlm(tmp_path, device="cpu")
     with pytest.raises(ValueError, match="dtype: expected one of float32, bfloat16, float16, got 'int8'"):
         load_vlm(tmp_path, dtype="int8")

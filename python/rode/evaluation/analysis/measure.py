@@ -15,10 +15,12 @@ from rode.tuner import GateStatistics
 from rode.tuner.statistics import IGNORE, ExampleGates
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator
 from rode.vlm.collator import PictureSource
+from rode.vlm.families import family_of
+from rode.vlm.load import base_model
 from rode_food import TASKS, Example
 
 if TYPE_CHECKING:
-    from transformers import LlavaProcessor
+    from transformers import ProcessorMixin
 
 ANSWERS = ("truth", "generated")
 
@@ -41,7 +43,7 @@ class TaskGates:
 @torch.inference_mode()
 def measure(
     model: Any,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     *,
     prompt: str = "auto",
@@ -57,7 +59,7 @@ def measure(
     Nothing is sampled, so that the same call gives the same numbers.
 
     Args:
-        model: a LLaVA with an adapter that has a router.
+        model: a vision-language model with an adapter that has a router.
         processor, prompt, batch_size, source, routes, progress: see `rode.evaluation.generate.answer`.
         examples: at least one; the tasks among them are measured apart.
         answers: "truth" runs over the true answers, "generated" over the model's own, which cost a generation each.
@@ -82,7 +84,8 @@ def measure(
         examples = _with_own_answers(
             model, processor, examples, prompt, batch_size, max_new_tokens, source, routes, progress
         )
-    collate = TrainingCollator(PromptEncoder(processor, prompt), source, routes)
+    encoder = PromptEncoder(processor, prompt, family=family_of(base_model(model)))
+    collate = TrainingCollator(encoder, source, routes)
     model.eval()
     found: dict[str, TaskGates] = {}
     with (
@@ -113,7 +116,7 @@ def measure(
 
 def _with_own_answers(
     model: Any,
-    processor: LlavaProcessor,
+    processor: ProcessorMixin,
     examples: Sequence[Example],
     prompt: str,
     batch_size: int,
@@ -128,7 +131,7 @@ def _with_own_answers(
     own = answer(
         model,
         processor,
-        [e.image for e in examples],
+        [e.images for e in examples],
         [e.question for e in examples],
         prompt=prompt,
         batch_size=batch_size,

@@ -132,7 +132,7 @@ def by_hand(model, examples):
     encoder, source = PromptEncoder(processor, "vicuna"), PixelSource(processor)
     gates, losses = {}, {}
     for e in examples:
-        encoded = encoder.encode(e.question, e.answer, 4)
+        encoded = encoder.encode(e.question, e.answer, [source(e.image)])
         ids = encoded.input_ids
         seen = {}
         hooks = [
@@ -144,7 +144,9 @@ def by_hand(model, examples):
         ]
         with torch.no_grad():
             logits = (
-                model(input_ids=torch.tensor([ids]), pixel_values=source(e.image)[None]).logits[0].double()
+                model(input_ids=torch.tensor([ids]), pixel_values=source.pixels(e.image)[None])
+                .logits[0]
+                .double()
             )
         for hook in hooks:
             hook.remove()
@@ -229,7 +231,7 @@ def test_the_models_own_answers(two_tasks, monkeypatch):
 
     monkeypatch.setattr("rode.evaluation.generate.answer", answer)
     _, found = run(told_apart(), two_tasks, answers="generated")
-    assert sorted(asked) == sorted((e.image, e.question) for e in two_tasks)
+    assert sorted(asked) == sorted((e.images, e.question) for e in two_tasks)
     assert found["open_rate"]["category"]["answer"] == [0.25, 0.25, 0]  # a space, a, b, the end
 
 
