@@ -10,13 +10,15 @@ from rode_food.records import (
     Nutrition,
     Quantity,
     RecordError,
+    Turn,
     read_records,
     write_records,
 )
 from rode_food.source import Source, hash_split
-from rode_food.tasks import TASKS, Example, make_examples, parse_answer, question
+from rode_food.tasks import ALL_TASKS, TASKS, Example, make_examples, parse_answer, question
 
 __all__ = [
+    "ALL_TASKS",
     "NUTRITION_FIELDS",
     "SPLITS",
     "TASKS",
@@ -29,6 +31,7 @@ __all__ = [
     "Quantity",
     "RecordError",
     "Source",
+    "Turn",
     "check_image",
     "hash_split",
     "load_examples",

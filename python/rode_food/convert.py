@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rode_food.images import ImageError, check_image
 from rode_food.readers import read_source
@@ -75,10 +74,10 @@ def convert(
         for record in source_records:
             try:
                 check_image(record)
-            except ImageError:
+            except ImageError as error:
                 if on_bad_image == "error":
                     raise
-                log.leave_out("a missing or corrupt image", file=Path(record.image))
+                log.leave_out("a missing or corrupt image", detail=str(error))
                 continue
             if record.split is None:
                 record = dataclasses.replace(record, split=hash_split(record.id, fractions, seed))

@@ -94,13 +94,14 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
 
 
 def check_image(record: FoodRecord) -> None:
-    """`decode_picture` of the record's picture.
+    """`decode_picture` of each of the record's pictures.
 
     Raises:
         ImageError: naming the record, the file and what is wrong with it.
     """
     try:
-        decode_picture(record.image)
+        for image in record.images:
+            decode_picture(image)
     except ImageError as error:
         raise ImageError(f"record {record.id!r}: {error}") from None
 

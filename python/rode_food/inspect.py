@@ -163,10 +163,13 @@ def inspect(
             yield record
 
     if images == "all":
-        _check(found, (record.image for record in read()))
+        _check(found, (image for record in read() for image in record.images))
     else:
+        seen = 0
         for record in read():
-            _draw(pictures, record.image, images, found.records, draws[1])
+            for image in record.images:
+                seen += 1
+                _draw(pictures, image, images, seen, draws[1])
         _check(found, pictures)
     found.samples = [record_to_json(record) for record in chosen]
     found.broken, found.notes = log.broken, log.notes
@@ -181,7 +184,9 @@ def _count(found: Inspection, record: FoodRecord) -> None:
     found.ingredients[len(record.ingredients)] += 1
     if record.category:
         found.categories[record.category] += 1
-    for name in ("title", "category", "ingredients", "instructions", "nutrition"):
+    found.fields["no picture"] += not record.images
+    found.fields["several pictures"] += bool(record.more_images)
+    for name in ("title", "category", "ingredients", "instructions", "nutrition", "conversation"):
         found.fields[name] += bool(getattr(record, name))
     found.fields["all five of nutrition"] += bool(record.nutrition and record.nutrition.complete)
     for name in ("text", "amount", "mass", "nutrition"):

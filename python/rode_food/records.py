@@ -76,11 +76,26 @@ class Ingredient:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A free question and its answer, in words of their own. Neither names a place of the picture: no `<image>` in it."""
+
+    question: str
+    answer: str
+
+
+PICTURE_MARK = "<image>"
+"""The mark by which texts of other formats say where a picture stands; in a record's own texts it would count as one."""
+
+
+@dataclass(frozen=True)
 class FoodRecord:
     """One food sample.
 
-    `image` is absolute after `read_records`; in the file it may be relative to the file's folder.
+    `image` is the first picture, "" where there is none; `more_images` are the others; `images` are all of them. In a file
+    all stand in the field `image`: a path, a list of paths, or null. Paths are absolute after `read_records`; in the file
+    they may be relative to the file's folder.
     `split` None means that the source has none: `rode_food.data_mixture.hash_split` makes one.
+    `conversation` holds free questions and answers; each turn follows those before it.
     """
 
     id: str
@@ -92,6 +107,26 @@ class FoodRecord:
     instructions: tuple[str, ...] = ()
     nutrition: Nutrition | None = None
     split: str | None = None
+    more_images: tuple[str, ...] = ()
+    conversation: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.more_images and not self.image:
+            raise ValueError(
+                f"record {self.id!r}: more_images without an image; the first picture is `image`"
+            )
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All pictures."""
+        return (self.image, *self.more_images) if self.image else ()
+
+
+def with_images(record: FoodRecord, images: Iterable[str]) -> FoodRecord:
+    """The record with these pictures instead of its own."""
+    first, *more = [*images] or [""]
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return FoodRecord(**{**values, "image": first, "more_images": tuple(more)})
 
 
 def _show(value: object) -> str:
@@ -156,7 +191,7 @@ def _list(obj: dict[str, Any], key: str) -> list[Any]:
 
 @functools.cache
 def _names(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(cls))
+    return tuple(f.name for f in fields(cls) if f.name != "more_images")
 
 
 def _nutrition(value: object, path: str) -> Nutrition | None:
@@ -189,6 +224,29 @@ def _ingredient(value: object, path: str) -> Ingredient:
     )
 
 
+def _images(obj: dict[str, Any]) -> tuple[str, ...]:
+    value = obj.get("image")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        return (_text(obj, "image", "", required=True) or "",)
+    for i, path in enumerate(value):
+        if not isinstance(path, str) or not path.strip():
+            raise RecordError(f"image[{i}]: expected a non-empty string, got {_show(path)}")
+    return tuple(value)
+
+
+def _turn(value: object, path: str) -> Turn:
+    obj = _object(value, _names(Turn), path)
+    texts = [_text(obj, key, path, required=True) or "" for key in ("question", "answer")]
+    for key, text in zip(("question", "answer"), texts, strict=True):
+        if PICTURE_MARK in text:
+            raise RecordError(
+                f"{path}.{key}: holds {PICTURE_MARK}; name pictures in image alone, and take the mark out"
+            )
+    return Turn(*texts)
+
+
 def record_from_json(value: object) -> FoodRecord:
     """Builds a record from a decoded JSON object; `image` is taken as it stands.
 
@@ -205,9 +263,10 @@ def record_from_json(value: object) -> FoodRecord:
     for i, step in enumerate(instructions):
         if not isinstance(step, str) or not step.strip():
             raise RecordError(f"instructions[{i}]: expected a non-empty string, got {_show(step)}")
+    image, *more_images = _images(obj) or ("",)
     return FoodRecord(
         id=_text(obj, "id", "", required=True) or "",
-        image=_text(obj, "image", "", required=True) or "",
+        image=image,
         source=_text(obj, "source", "", required=True) or "",
         title=_text(obj, "title", ""),
         category=_text(obj, "category", ""),
@@ -217,6 +276,10 @@ def record_from_json(value: object) -> FoodRecord:
         instructions=tuple(instructions),
         nutrition=_nutrition(obj.get("nutrition"), "nutrition"),
         split=split,
+        more_images=tuple(more_images),
+        conversation=tuple(
+            _turn(entry, f"conversation[{i}]") for i, entry in enumerate(_list(obj, "conversation"))
+        ),
     )
 
 
@@ -232,6 +295,12 @@ def record_as_written(obj: Mapping[str, Any]) -> FoodRecord:
         for entry in values.get("ingredients", ())
     )
     values["instructions"] = tuple(values.get("instructions", ()))
+    values["conversation"] = tuple(Turn(**entry) for entry in values.get("conversation", ()))
+    image = values.get("image", "")
+    if isinstance(image, list):
+        values["image"], values["more_images"] = image[0], tuple(image[1:])
+    else:
+        values["image"] = image
     if "nutrition" in values:
         values["nutrition"] = _as_written("nutrition", values["nutrition"])
     return FoodRecord(**values)
@@ -271,6 +340,11 @@ def _to_json(value: Any) -> Any:
 def record_to_json(record: FoodRecord) -> dict[str, Any]:
     """The record as a JSON-able dict, unknown fields left out; `record_from_json` undoes it."""
     obj: dict[str, Any] = _to_json(record)
+    if record.more_images:
+        obj["image"] = list(record.images)
+        del obj["more_images"]
+    elif not record.image:
+        del obj["image"]
     return obj
 
 
@@ -315,11 +389,7 @@ def read_records(path: str | os.PathLike[str], *, split: str | None = None) -> I
                 raise RecordError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
             if split is None or record.split == split:
                 # absolute stays absolute: Path's "/" drops the left side then
-                yield _with_image(record, str(folder / record.image))
-
-
-def _with_image(record: FoodRecord, image: str) -> FoodRecord:
-    return FoodRecord(**{**{f.name: getattr(record, f.name) for f in fields(record)}, "image": image})
+                yield with_images(record, (str(folder / image) for image in record.images))
 
 
 def write_records(path: str | os.PathLike[str], records: Iterable[FoodRecord]) -> int:
@@ -339,11 +409,15 @@ def write_records(path: str | os.PathLike[str], records: Iterable[FoodRecord]) -
     seen: set[str] = set()
     with replacing(path) as out:
         for record in records:
-            image = Path(record.image)
-            if image.is_absolute() and image.is_relative_to(folder):
-                record = _with_image(record, image.relative_to(folder).as_posix())
+            record = with_images(record, (_within(image, folder) for image in record.images))
             out.write(record_line(record, seen) + "\n")
     return len(seen)
+
+
+def _within(image: str, folder: Path) -> str:
+    path = Path(image)
+    inside = path.is_absolute() and path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if inside else image
 
 
 def record_line(record: FoodRecord, seen: set[str]) -> str:

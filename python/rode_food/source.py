@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rode_food.records import SPLITS
-from rode_food.tasks import TASKS, stable_hash
+from rode_food.tasks import ALL_TASKS, stable_hash
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
     path: str
     name: str | None = None
     weight: float = 1.0
-    tasks: Sequence[str] = TASKS
+    tasks: Sequence[str] = ALL_TASKS
     split_fractions: Mapping[str, float] | None = None
     fraction: float = 1.0
     shuffle_shards: int = 16
@@ -48,8 +48,10 @@ class Source:
         if self.name == "all":
             raise ValueError('name: "all" stands for all sources together in the metrics; choose another')
         for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"tasks of {self.path}: expected some of {', '.join(TASKS)}, got {task!r}")
+            if task not in ALL_TASKS:
+                raise ValueError(
+                    f"tasks of {self.path}: expected some of {', '.join(ALL_TASKS)}, got {task!r}"
+                )
         if self.split_fractions is not None:
             check_fractions(self.split_fractions)
 

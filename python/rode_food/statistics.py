@@ -36,6 +36,7 @@ class Collector:
     def __init__(self) -> None:
         self._splits: Counter[str] = Counter()
         self._sources: Counter[str] = Counter()
+        self._pictures: Counter[str] = Counter()
         self._known: Counter[str] = Counter()
         self._categories: dict[str, Counter[str]] = {}
         self._ingredients: Counter[str] = Counter()
@@ -47,6 +48,10 @@ class Collector:
         split = record.split or NO_SPLIT
         self._splits[split] += 1
         self._sources[record.source] += 1
+        self._pictures["all"] += len(record.images)
+        self._pictures["records without"] += not record.images
+        self._pictures["records with several"] += len(record.images) > 1
+        self._known["conversation"] += bool(record.conversation)
         if record.category is not None:
             category = " ".join(record.category.replace("_", " ").split()).lower()
             self._known["category"] += 1
@@ -100,6 +105,9 @@ class Collector:
             "records": self._splits.total(),
             "splits": {split: self._splits[split] for split in splits},
             "sources": dict(sorted(self._sources.items(), key=lambda item: (-item[1], item[0]))),
+            "pictures": {
+                name: self._pictures[name] for name in ("all", "records without", "records with several")
+            },
             "known": known,
             "categories": {
                 "distinct": len(categories),
@@ -157,6 +165,7 @@ KNOWN = (
     "nutrition",
     "ingredient_nutrition",
     "micronutrients",
+    "conversation",
 )
 
 
@@ -164,9 +173,10 @@ def collect(records: Iterable[FoodRecord]) -> dict[str, Any]:
     """The statistics of records, JSON-able; independent of their order.
 
     Returns:
-        `records`; `splits`, `sources`: how many of each. `known`: records with a category; with ingredients; with an amount or a
+        `records`; `splits`, `sources`: how many of each. `pictures`: how many there are, and records without and with several.
+        `known`: records with a category; with ingredients; with an amount or a
         mass for each of them (`amounts`); with instructions (`recipe`); with all five numbers of the dish (`nutrition`); with all
-        five of each ingredient; with micronutrients of the dish.
+        five of each ingredient; with micronutrients of the dish; with questions of their own (`conversation`).
         `categories`: `distinct`, `effective` (exponential of the entropy: so many, if all were equally common) and `all`,
         the commonest first, with records by split. `ingredients`: distinct names (lower case, without digits and punctuation),
         how many mentions have an amount or mass, a mass, all five numbers; `top`: the names that stand in the most records.

@@ -41,6 +41,7 @@ KNOWN = {
     "nutrition": "nutrition of the dish",
     "ingredient_nutrition": "nutrition of every ingredient",
     "micronutrients": "micronutrients of the dish",
+    "conversation": "questions of its own",
 }
 MICRONUTRIENTS = 20
 """Bars of the coverage figure; the page lists all."""
@@ -114,7 +115,7 @@ def table1_rows(statistics: Statistics, name: str) -> list[list[str]]:
         ],
         [
             name,
-            number(records),
+            number(statistics["pictures"]["all"]),
             f"{share('category')} ({number(statistics['categories']['distinct'])} classes)",
             share("ingredients"),
             *(share(key) for key in ("amounts", "recipe", "nutrition", "ingredient_nutrition")),

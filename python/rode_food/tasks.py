@@ -1,4 +1,4 @@
-"""Questions and answers made from records: ingredients, recipe, nutrition, category.
+"""Questions and answers made from records: ingredients, recipe, nutrition, category, and the record's own questions.
 
 Answers are short and regular, for each answer token costs a decoding step; `parse_answer` undoes them and
 also takes what a model makes of them (extra words, other units, another order).
@@ -9,14 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, overload
 
 from rode_food.nutrition_text import format_nutrition, parse_nutrition
-from rode_food.records import NUTRITION_FIELDS, FoodRecord
+from rode_food.records import NUTRITION_FIELDS, FoodRecord, Turn
 
 TASKS = ("ingredients", "recipe", "nutrition", "category")
+"""The tasks that ask about pictures of food, in wordings of ours."""
+FREE_QUESTION = "question"
+"""The task whose questions and answers stand in the record itself (`FoodRecord.conversation`)."""
+ALL_TASKS = (*TASKS, FREE_QUESTION)
 WORDINGS = ("first", "all", "random")
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -53,25 +57,26 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 
 Reference = list[str] | dict[str, float] | str
-"""The truth of an answer: ingredients or steps; the five numbers of a dish; a category."""
+"""The truth of an answer: ingredients or steps; the five numbers of a dish; a category or a free answer."""
 Answer = list[str] | dict[str, float | None] | str
 """What an answer says, of the same kinds; a number that it does not give is None."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one picture.
+    """One question about one picture, several, or none.
 
     Attributes:
         record_id: the record's id.
-        image: absolute path.
-        task: one of `TASKS`.
+        image: absolute path of the first picture, or "".
+        task: one of `ALL_TASKS`.
         question: without prompt template or image token.
         answer: the target text.
         reference: the truth that metrics compare with, JSON-able: ingredients and recipe: list of str;
-            nutrition: the five of `NUTRITION_FIELDS`, not rounded; category: str.
+            nutrition: the five of `NUTRITION_FIELDS`, not rounded; category and question: str.
         source: by which metrics are kept apart.
         split: "train", "val", "test" or None.
+        more_images: the paths of the pictures after the first.
     """
 
     record_id: str
@@ -82,6 +87,12 @@ class Example:
     reference: Reference
     source: str
     split: str | None
+    more_images: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The paths of all pictures, in their order."""
+        return (self.image, *self.more_images) if self.image else ()
 
 
 def stable_hash(*parts: object) -> int:
@@ -90,27 +101,29 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _check_task(task: str) -> None:
-    if task not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+def _check_task(task: str, known: tuple[str, ...] = ALL_TASKS) -> None:
+    if task not in known:
+        raise ValueError(f"task: expected one of {', '.join(known)}, got {task!r}")
 
 
 def question(task: str, index: int = 0) -> str:
     """The task's question in wording `index` (counted modulo the number of wordings)."""
-    _check_task(task)
+    _check_task(task, TASKS)
     return QUESTIONS[task][index % len(QUESTIONS[task])]
 
 
 def make_examples(
-    record: FoodRecord, tasks: Iterable[str] = TASKS, *, wording: str = "first", seed: int = 0
+    record: FoodRecord, tasks: Iterable[str] = ALL_TASKS, *, wording: str = "first", seed: int = 0
 ) -> list[Example]:
     """The questions that a record can answer; a task whose truth it lacks yields none.
 
+    A record without a picture answers its own questions alone: the wordings of ours ask about what can be seen.
+
     Args:
-        record: as `read_records` gives it; its image must be an absolute path.
+        record: as `read_records` gives it; its images must be absolute paths.
         tasks: which tasks, in which order.
         wording: "first" (evaluation), "all" (one example per wording) or "random": one, chosen by a hash of
-            (seed, record id, task), so that it depends neither on order nor on process.
+            (seed, record id, task), so that it depends neither on order nor on process. The record's own questions have one.
         seed: for "random".
 
     Raises:
@@ -118,32 +131,51 @@ def make_examples(
     """
     if wording not in WORDINGS:
         raise ValueError(f"wording: expected one of {', '.join(WORDINGS)}, got {wording!r}")
-    if not os.path.isabs(record.image):
-        raise ValueError(
-            f"record {record.id!r}: image {record.image!r} is relative; read_records makes it absolute"
-        )
-    examples = []
-    for task in tasks:
-        truth = _truth(task, record)
-        if truth is None:
-            continue
-        answer, reference = truth
-        wordings = QUESTIONS[task]
-        if wording == "all":
-            chosen = wordings
-        else:
-            index = stable_hash(seed, record.id, task) % len(wordings) if wording == "random" else 0
-            chosen = (wordings[index],)
-        for text in chosen:
-            examples.append(
-                Example(record.id, record.image, task, text, answer, reference, record.source, record.split)
+    for image in record.images:
+        if not os.path.isabs(image):
+            raise ValueError(
+                f"record {record.id!r}: image {image!r} is relative; read_records makes it absolute"
             )
-    return examples
+    return [
+        Example(
+            record.id,
+            record.image,
+            task,
+            text,
+            answer,
+            reference,
+            record.source,
+            record.split,
+            record.more_images,
+        )
+        for task in tasks
+        for text, answer, reference in _asked(task, record, wording, seed)
+    ]
+
+
+def _asked(task: str, record: FoodRecord, wording: str, seed: int) -> Iterator[tuple[str, str, Reference]]:
+    """(question, answer, reference) of each example of a task."""
+    _check_task(task)
+    if task == FREE_QUESTION:
+        for number, turn in enumerate(record.conversation):
+            yield in_context(record.conversation[:number], turn.question), turn.answer, turn.answer
+        return
+    truth = _truth(task, record) if record.image else None
+    if truth is None:
+        return
+    wordings = QUESTIONS[task]
+    index = stable_hash(seed, record.id, task) % len(wordings) if wording == "random" else 0
+    for text in wordings if wording == "all" else (wordings[index],):
+        yield text, *truth
+
+
+def in_context(earlier: Iterable[Turn], question: str) -> str:
+    """A question as it is asked after earlier turns: their texts stand before it, so that "And how much of it?" has a sense."""
+    return "".join(f"{turn.question}\n{turn.answer}\n\n" for turn in earlier) + question
 
 
 def _truth(task: str, record: FoodRecord) -> tuple[str, Reference] | None:
-    """(answer, reference) of a task, or None where the record lacks it."""
-    _check_task(task)
+    """(answer, reference) of one of `TASKS`, or None where the record lacks it."""
     if task == "ingredients":
         names = ingredient_names(record)
         return (", ".join(names), names) if names else None
@@ -180,7 +212,7 @@ def parse_answer(task: Literal["ingredients", "recipe"], text: str) -> list[str]
 @overload
 def parse_answer(task: Literal["nutrition"], text: str) -> dict[str, float | None] | None: ...
 @overload
-def parse_answer(task: Literal["category"], text: str) -> str | None: ...
+def parse_answer(task: Literal["category", "question"], text: str) -> str | None: ...
 @overload
 def parse_answer(task: str, text: str) -> Answer | None: ...
 def parse_answer(task: str, text: str) -> Answer | None:
@@ -188,9 +220,12 @@ def parse_answer(task: str, text: str) -> Answer | None:
 
     Returns:
         ingredients: list of names (each once). recipe: list of steps. nutrition: dict of the five fields in
-        g and kcal, None for a field that was not found. category: str, lower case.
+        g and kcal, None for a field that was not found. category: str, lower case. question: the text, without the white
+        space around it.
     """
     _check_task(task)
+    if task == FREE_QUESTION:
+        return text.strip() or None
     if task == "nutrition":
         return parse_nutrition(text)
     if task == "category":

@@ -17,10 +17,12 @@ from rode_food.records import (
     Nutrition,
     Quantity,
     RecordError,
+    Turn,
     read_records,
     record_as_written,
     record_from_json,
     record_to_json,
+    with_images,
     write_records,
 )
 from rode_food.tasks import make_examples
@@ -67,7 +69,10 @@ record = st.builds(
     instructions=st.lists(texts, max_size=3).map(tuple),
     nutrition=st.none() | nutrition,
     split=st.sampled_from([None, "train", "val", "test"]),
+    more_images=st.lists(texts, max_size=2).map(tuple),
+    conversation=st.lists(st.builds(Turn, texts, texts), max_size=3).map(tuple),
 )
+record = record | record.map(lambda one: with_images(one, ()))
 
 
 @settings(max_examples=100, deadline=None)
@@ -96,6 +101,35 @@ def test_a_file_survives_reading_and_writing(tmp_path: Path) -> None:
         "nutrition": {"energy": 0},
         "split": "test",
     }
+
+
+def test_several_pictures_and_none(tmp_path: Path) -> None:
+    turns = (Turn("What is it?", "A soup."), Turn("Is it hot?", "Yes."))
+    records = [
+        FoodRecord("a", str(tmp_path / "1.jpg"), "s", more_images=("/far/2.jpg", str(tmp_path / "3.jpg"))),
+        FoodRecord("b", "", "s", conversation=turns),
+    ]
+    path = tmp_path / "r.jsonl"
+    write_records(path, records)
+    assert list(read_records(path)) == records
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {"id": "a", "image": ["1.jpg", "/far/2.jpg", "3.jpg"], "source": "s"}
+    assert lines[1] == {
+        "id": "b",
+        "source": "s",
+        "conversation": [
+            {"question": "What is it?", "answer": "A soup."},
+            {"question": "Is it hot?", "answer": "Yes."},
+        ],
+    }
+    assert [record.images for record in read_records(path)] == [
+        (f"{tmp_path}/1.jpg", "/far/2.jpg", f"{tmp_path}/3.jpg"),
+        (),
+    ]
+    for empty in (None, []):
+        assert record_from_json({**MINIMAL, "image": empty}).images == ()
+    with pytest.raises(ValueError, match="record 'a': more_images without an image"):
+        FoodRecord("a", "", "s", more_images=("b.jpg",))
 
 
 def test_who_is_reading_keeps_the_old_file(tmp_path: Path) -> None:
@@ -143,7 +177,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({"split": "dev"}, 'split: expected one of train, val, test or null, got "dev"'),
         ({"split": ["train"]}, 'split: expected one of train, val, test or null, got ["train"]'),
         ({"id": ""}, 'id: expected a non-empty string, got ""'),
-        ({"image": None}, "image: missing; expected a non-empty string"),
+        ({"image": ""}, 'image: expected a non-empty string, got ""'),
+        ({"image": ["a.jpg", " "]}, 'image[1]: expected a non-empty string, got " "'),
+        ({"image": {"path": "a.jpg"}}, 'image: expected a non-empty string, got {"path": "a.jpg"}'),
+        ({"more_images": ["b.jpg"]}, "more_images: unknown field"),
+        ({"conversation": [{"question": "Why?"}]}, "conversation[0].answer: missing; expected a non-empty string"),
+        ({"conversation": [{"question": "Why?", "answer": " "}]},
+         'conversation[0].answer: expected a non-empty string, got " "'),
+        ({"conversation": [{"question": "<image> Why?", "answer": "So."}]},
+         "conversation[0].question: holds <image>; name pictures in image alone"),
+        ({"conversation": [{"question": "Why?", "answer": "So.", "role": "x"}]},
+         "conversation[0].role: unknown field; known fields: question, answer"),
         ({"instructions": ["a", ""]}, 'instructions[1]: expected a non-empty string, got ""'),
         ({"source": "all"}, 'source: "all" stands for all sources'),
         ({"title": "x" * 500 + "\n", "split": "x" * 500}, 'split: expected one of train, val, test or null, got "xxx'),
@@ -206,7 +250,7 @@ def test_the_documented_example_is_a_record() -> None:
 
 def test_every_field_is_documented() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    for cls in (FoodRecord, Ingredient, Nutrition, Quantity):
+    for cls in (FoodRecord, Ingredient, Nutrition, Quantity, Turn):
         for field in fields(cls):
             mark = f'"{field.name}"' if cls is Quantity else f"`{field.name}`"
             assert mark in text, f"{cls.__name__}.{field.name} is not in {DOCS.name}"

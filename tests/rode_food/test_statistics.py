@@ -85,7 +85,9 @@ def test_counts_by_hand() -> None:
         "nutrition": 3,
         "ingredient_nutrition": 1,
         "micronutrients": 2,
+        "conversation": 0,
     }
+    assert found["pictures"] == {"all": 5, "records without": 0, "records with several": 0}
     assert found["categories"] == {
         "distinct": 2,
         "effective": pytest.approx(math.exp(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))), rel=1e-5),

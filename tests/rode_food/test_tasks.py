@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rode_food.nutrition_text import format_nutrition
-from rode_food.records import FoodRecord, Ingredient, Nutrition
+from rode_food.records import FoodRecord, Ingredient, Nutrition, Turn
 from rode_food.tasks import QUESTIONS, TASKS, make_examples, parse_answer, question
 
 RECORD = FoodRecord(
@@ -91,7 +93,7 @@ def test_wordings() -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(
-        ValueError, match="task: expected one of ingredients, recipe, nutrition, category, got 'x'"
+        ValueError, match="task: expected one of ingredients, recipe, nutrition, category, question, got 'x'"
     ):
         make_examples(RECORD, ["x"])
     with pytest.raises(ValueError, match="wording: expected one of first, all, random, got 'last'"):
@@ -100,6 +102,8 @@ def test_bad_arguments() -> None:
         make_examples(FoodRecord("a", "a.jpg", "s"))
     with pytest.raises(ValueError, match="task: expected"):
         question("x")
+    with pytest.raises(ValueError, match="nutrition, category, got 'question'"):
+        question("question")
     with pytest.raises(ValueError, match="task: expected"):
         parse_answer("x", "")
 
@@ -223,3 +227,36 @@ def test_category_in_other_words(text: str, expected: str | None) -> None:
 )
 def test_recipe_in_other_words(text: str, expected: list[str] | None) -> None:
     assert parse_answer("recipe", text) == expected
+
+
+TURNS = (
+    Turn("What is it?", "A soup."),
+    Turn("Is it hot?\nSay yes or no.", "Yes."),
+    Turn("Why?", " It steams."),
+)
+
+
+def test_questions_of_the_records_own_have_the_earlier_turns_before_them() -> None:
+    record = dataclasses.replace(RECORD, more_images=("/x/side.jpg",), conversation=TURNS)
+    found = make_examples(record, ["question"], wording="random", seed=3)
+    assert [(e.question, e.answer, e.reference) for e in found] == [
+        ("What is it?", "A soup.", "A soup."),
+        ("What is it?\nA soup.\n\nIs it hot?\nSay yes or no.", "Yes.", "Yes."),
+        (
+            "What is it?\nA soup.\n\nIs it hot?\nSay yes or no.\nYes.\n\nWhy?",
+            " It steams.",
+            " It steams.",
+        ),
+    ]
+    assert found == make_examples(record, ["question"], wording="all")
+    assert {e.images for e in make_examples(record)} == {("/x/dish.jpg", "/x/side.jpg")}
+    assert [e.task for e in make_examples(record)] == [*TASKS, *["question"] * 3]
+    assert parse_answer("question", "  Yes.\n") == "Yes."
+    assert parse_answer("question", " \n") is None
+
+
+def test_without_a_picture_only_the_records_own_questions_are_asked() -> None:
+    record = dataclasses.replace(RECORD, image="", conversation=TURNS)
+    assert [(e.task, e.image, e.images) for e in make_examples(record)] == [("question", "", ())] * 3
+    with pytest.raises(ValueError, match=r"record 'a': image 'b\.jpg' is relative"):
+        make_examples(FoodRecord("a", "/a.jpg", "s", more_images=("b.jpg",)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rode.commands.options import load, model_options, routes, saved_experiment
 from rode_food.commands.options import ParserOptions, Subparsers, positive
-from rode_food.tasks import TASKS
+from rode_food.tasks import ALL_TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -49,7 +49,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         "--data", metavar="JSONL", nargs="+", help="files of records (default: those of the adapter's config)"
     )
     sub.add_argument("--split", choices=("train", "val", "test"), help="default: the config's, else test")
-    sub.add_argument("--tasks", nargs="+", choices=TASKS)
+    sub.add_argument("--tasks", nargs="+", choices=ALL_TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
     sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default: the config's, else error")
     sub.add_argument(

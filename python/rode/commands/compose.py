@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rode.commands.options import load, model_options, saved_experiment
 from rode_food.commands.options import ParserOptions, Subparsers, positive
-from rode_food.tasks import TASKS
+from rode_food.tasks import ALL_TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -52,7 +52,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         help="files of records; default: those of the first adapter's config",
     )
     sub.add_argument("--split", choices=("train", "val", "test"), default="val", help="default val")
-    sub.add_argument("--tasks", nargs="+", choices=TASKS)
+    sub.add_argument("--tasks", nargs="+", choices=ALL_TASKS)
     sub.add_argument(
         "--examples", type=positive, default=5, metavar="N", help="drawn from the split (default 5)"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rode.commands.options import load, model_options, routes
 from rode_food.commands.options import ParserOptions, Subparsers, positive
-from rode_food.tasks import TASKS
+from rode_food.tasks import ALL_TASKS
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -39,7 +39,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="change the config")
     sub.add_argument("--data", metavar="JSONL", nargs="+", help="files of records")
     sub.add_argument("--split", choices=("train", "val", "test"), help="default test")
-    sub.add_argument("--tasks", nargs="+", choices=TASKS)
+    sub.add_argument("--tasks", nargs="+", choices=ALL_TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
     sub.add_argument(
         "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the config, else ./evaluation"

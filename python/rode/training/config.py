@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rode.baselines.moe_llava import MoeConfig
 
-TaskName = Literal["ingredients", "recipe", "nutrition", "category"]
+TaskName = Literal["ingredients", "recipe", "nutrition", "category", "question"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 

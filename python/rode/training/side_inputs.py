@@ -82,6 +82,11 @@ class Routes:
                 raise ValueError(
                     f"this adapter's router reads the task of a question: say which of {', '.join(TASKS)} it is (--task)"
                 )
+            if unknown := sorted(set(filter(None, tasks)) - set(TASKS)):
+                raise ValueError(
+                    f"this adapter's router knows the tasks {', '.join(TASKS)}, and got {unknown[0]!r}: leave it out of the "
+                    "source's tasks"
+                )
             inputs[self.task_input] = torch.tensor([TASKS.index(task) for task in tasks])
         if self.cluster_input is not None:
             assert self.clusters is not None, "checked when this was made"

@@ -12,7 +12,7 @@ from rode_food.metrics.ingredients import ingredient_iou
 from rode_food.metrics.nutrition import pmae
 from rode_food.metrics.text import rouge_l, sacrebleu
 from rode_food.names import normalise_name
-from rode_food.tasks import TASKS, parse_answer
+from rode_food.tasks import ALL_TASKS, parse_answer
 from rode_food.vocabulary import Vocabulary
 
 Row = Mapping[str, Any]
@@ -49,6 +49,16 @@ def category_accuracy(predicted: Iterable[str | None], true: Iterable[str]) -> f
     return 100 * sum(hits) / len(hits)
 
 
+def exact_answers(predicted: Iterable[str], true: Iterable[str]) -> float:
+    """Percent of free answers that are the truth, but for case and white space."""
+    pairs = [
+        [" ".join(text.split()).casefold() for text in pair] for pair in zip(predicted, true, strict=True)
+    ]
+    if not pairs:
+        raise ValueError("predicted: expected at least one answer, got none")
+    return 100 * sum(answer == truth for answer, truth in pairs) / len(pairs)
+
+
 def score(
     rows: Iterable[Row], vocabulary: Vocabulary | None = None
 ) -> dict[str, dict[str, float | str | None]]:
@@ -68,20 +78,21 @@ def score(
         nutrition: `pmae_mass`, `pmae_energy`, `pmae_fat`, `pmae_protein`, `pmae_carb`, `pmae` (their mean),
         `parse_rate`, `pmae_parsed` (over the parsed answers; None if there are none);
         category: `category_accuracy`;
+        question: `question_exact`, `question_rouge_l`;
         and `n_<task>`, the number of answers. See `rode_food.metrics.nutrition.pmae` for unparsed answers.
 
     Raises:
         ValueError: for a row that lacks a key, has an unknown task or an answer that is no text, or whose source is named "all".
-        ImportError: if there are recipe rows and `rode[metrics]` is not installed.
+        ImportError: if there are rows of recipes or questions and `rode[metrics]` is not installed.
     """
     groups: dict[str, list[Row]] = {"all": []}
     for number, row in enumerate(rows, start=1):
         missing = [key for key in ROW_KEYS if key not in row]
         if missing:
             raise ValueError(f"prediction {number}: missing {', '.join(missing)}")
-        if row["task"] not in TASKS:
+        if row["task"] not in ALL_TASKS:
             raise ValueError(
-                f"prediction {number}: task: expected one of {', '.join(TASKS)}, got {row['task']!r}"
+                f"prediction {number}: task: expected one of {', '.join(ALL_TASKS)}, got {row['task']!r}"
             )
         if not isinstance(row["answer"], str):
             raise ValueError(f"prediction {number}: answer: expected text, got {row['answer']!r}")
@@ -96,7 +107,7 @@ def score(
 
 def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | str | None]:
     out: dict[str, float | str | None] = {}
-    for task in TASKS:
+    for task in ALL_TASKS:
         mine = [row for row in rows if row["task"] == task]
         if not mine:
             continue
@@ -119,6 +130,10 @@ def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | 
             result = pmae([parse_answer("nutrition", text) for text in texts], references)
             out |= {f"pmae_{name}": value for name, value in result.fields.items()}
             out |= {"pmae": result.mean, "parse_rate": result.parse_rate, "pmae_parsed": result.parsed_mean}
+        elif task == "question":
+            truths = [row["truth"] for row in mine]
+            out["question_exact"] = exact_answers(texts, truths)
+            out["question_rouge_l"] = rouge_l(texts, truths)
         else:
             categories = (parse_answer("category", text) for text in texts)
             out["category_accuracy"] = category_accuracy(categories, references)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rode_food.readers.log import ReadLog
-from rode_food.records import FoodRecord, RecordError, record_from_json
+from rode_food.records import FoodRecord, RecordError, record_from_json, with_images
 
 
 def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
@@ -42,4 +41,4 @@ def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
                 log.leave_out_broken("invalid JSON", file=source, line=number, detail=detail)
             else:
                 seen.add(record.id)
-                yield dataclasses.replace(record, image=str(folder / record.image))
+                yield with_images(record, (str(folder / image) for image in record.images))

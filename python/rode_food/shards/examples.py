@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar, cast, overload
 
 import numpy as np
@@ -13,7 +13,7 @@ from rode_food.shards.address import ShardError
 from rode_food.shards.index import Shards
 from rode_food.shards.order import shuffle_blocks
 from rode_food.source import Source
-from rode_food.tasks import QUESTIONS, TASKS, Example, make_examples
+from rode_food.tasks import FREE_QUESTION, QUESTIONS, TASKS, Example, make_examples
 
 Item_co = TypeVar("Item_co", bound="Example | tuple[Example, ...]", covariant=True)
 """A question, or a pack of questions about one picture."""
@@ -31,7 +31,8 @@ class ShardExamples(Sequence[Item_co]):
         wording, seed: see `rode_food.tasks.make_examples`.
 
     Attributes:
-        lengths: int32, characters of question and answer of each item; that of a question in wording "random" is a mean.
+        lengths: int32, characters of question and answer of each item; that of a question in wording "random" is a mean
+            over the wordings, that of a record's own question a mean over its questions.
     """
 
     def __init__(
@@ -47,23 +48,30 @@ class ShardExamples(Sequence[Item_co]):
         rows = np.concatenate([np.empty(0, np.int64), *parts])
         if split == "train" and source.fraction < 1:
             rows = rows[shards.samples["rank"][rows] / 2.0**64 < source.fraction]
-        answers = shards.samples["answers"][rows]  # (samples, TASKS)
-        columns, questions = [], []
-        for task in self.tasks:
-            lengths = [len(text) for text in QUESTIONS[task]]
-            asked = {"all": lengths, "random": [round(sum(lengths) / len(lengths))]}.get(wording, lengths[:1])
-            columns += [TASKS.index(task)] * len(asked)
-            questions += asked
-        answers = answers[:, columns].astype(np.int64)  # (samples, questions of a record that has all)
-        asked = answers > 0
+        columns = [column for task in self.tasks for column in self._asked(task, rows)]
+        asked = np.stack([times for times, _ in columns] or [np.zeros(len(rows), np.int64)], axis=1)
+        sizes = np.stack([size for _, size in columns] or [np.zeros(len(rows), np.int64)], axis=1)
         counts = asked.sum(axis=1)
         self._sample = np.repeat(rows, counts).astype(np.uint32)
         before = np.repeat(np.cumsum(counts) - counts, counts)
         self._first = (np.arange(len(self._sample)) - before).astype(np.uint16)
         self._stop = self._first + np.uint16(1)
-        self.lengths = (answers + np.asarray(questions, np.int64))[asked].astype(np.int32)
+        self.lengths = np.repeat(sizes.ravel(), asked.ravel()).astype(np.int32)
         self.packs = False
         self._latest: tuple[int, list[Example]] = (-1, [])
+
+    def _asked(self, task: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each wording of a task, by sample: how many questions there are, and the characters of one and its answer."""
+        samples = self.shards.samples
+        if task == FREE_QUESTION:
+            turns = samples["turns"][rows].astype(np.int64)
+            yield turns, samples["turns_size"][rows] // np.maximum(turns, 1)
+            return
+        answers = samples["answers"][rows, TASKS.index(task)].astype(np.int64)
+        lengths = [len(text) for text in QUESTIONS[task]]
+        mean = round(sum(lengths) / len(lengths))
+        for length in {"all": lengths, "random": [mean]}.get(self.wording, lengths[:1]):
+            yield (answers > 0).astype(np.int64), answers + length
 
     def packed(self, most: int) -> ShardExamples[tuple[Example, ...]]:
         """The same questions in tuples of at most `most` about one picture (`rode.vlm.packing.pack_by_picture`)."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import mmap
 import struct
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from rode_food.records import NUTRITION_FIELDS
 
@@ -19,15 +20,24 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-Place = tuple[int, int, int, int]
-"""Of a sample: offset and size of its record's JSON, offset and size of its picture."""
+Place = tuple[int, int]
+"""Offset and size in the shard."""
+
+
+class Places(NamedTuple):
+    """Where a sample's parts stand: its record's JSON and each of its pictures."""
+
+    record: Place
+    pictures: list[Place]
+
 
 ROW_GROUP = 100
 """Rows that Parquet writes, and its readers read, at once."""
 
 
 class TarShard:
-    """A WebDataset shard: for each sample `KEY.json` and `KEY.jpg`, nothing in the headers but names and sizes.
+    """A WebDataset shard: for each sample `KEY.json`, `KEY.jpg`, and `KEY.1.jpg`, `KEY.2.jpg` for further pictures; nothing
+    in the headers but names and sizes.
 
     Args:
         file: open for writing bytes, at its start.
@@ -35,22 +45,24 @@ class TarShard:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self.places: list[Place] = []
+        self.places: list[Places] = []
 
-    def add(self, key: str, record: Mapping[str, Any], text: bytes, picture: bytes) -> None:
-        """`text` is the JSON of `record`. A key must fit a tar's header: ASCII, at most 95 characters."""
+    def add(self, key: str, record: Mapping[str, Any], text: bytes, pictures: Sequence[bytes]) -> None:
+        """`text` is the JSON of `record`. A key must fit a tar's header: ASCII, at most 90 characters."""
         # A member's extension is the name of its field to all readers, so it is the same for every kind of picture: where
         # one sample had .jpg and another .png, `datasets` would leave all pictures of one kind out, without a word.
-        self.places.append((*self._member(f"{key}.json", text), *self._member(f"{key}.jpg", picture)))
+        place = self._member(f"{key}.json", text)
+        named = [(f"{key}.{number}.jpg" if number else f"{key}.jpg") for number in range(len(pictures))]
+        self.places.append(Places(place, [*map(self._member, named, pictures)]))
 
-    def _member(self, name: str, data: bytes) -> tuple[int, int]:
+    def _member(self, name: str, data: bytes) -> Place:
         member = tarfile.TarInfo(name)  # mode 0644, time, user and group 0
         member.size = len(data)
         offset = self.tar.offset + tarfile.BLOCKSIZE
         self.tar.addfile(member, io.BytesIO(data))
         return offset, len(data)
 
-    def close(self) -> list[Place]:
+    def close(self) -> list[Places]:
         self.tar.close()
         return self.places
 
@@ -59,7 +71,7 @@ class TarShard:
 
 
 class ParquetShard:
-    """A Parquet shard: the record's fields as columns, the picture as `datasets` has it, and the record's JSON.
+    """A Parquet shard: the record's fields as columns, the pictures as `datasets` has them, and the record's JSON.
 
     Pictures and JSON are neither compressed nor put in a dictionary, so that each stands in the file as it is and a reader finds
     it by offset: pictures would not get smaller, and one of them can be read without its row group.
@@ -74,7 +86,7 @@ class ParquetShard:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.rows: list[dict[str, Any]] = []
-        self.digests: list[tuple[bytes, bytes]] = []
+        self.digests: list[tuple[bytes, list[bytes]]] = []
         parquet = import_parquet()
         self.schema = parquet_schema()
         self.writer = parquet.ParquetWriter(
@@ -86,11 +98,15 @@ class ParquetShard:
             data_page_version="1.0",
         )
 
-    def add(self, key: str, record: Mapping[str, Any], text: bytes, picture: bytes) -> None:
+    def add(self, key: str, record: Mapping[str, Any], text: bytes, pictures: Sequence[bytes]) -> None:
+        images = [{"bytes": picture, "path": f"{key}.jpg"} for picture in pictures]
+        for number, image in enumerate(images[1:], start=1):
+            image["path"] = f"{key}.{number}.jpg"
         columns = {
             **_columns(record),
             "json": text.decode(),
-            "image": {"bytes": picture, "path": f"{key}.jpg"},
+            "image": images[0] if images else None,
+            "more_images": images[1:],
         }
         self.rows.append(columns)
         if len(self.rows) == ROW_GROUP:
@@ -101,15 +117,18 @@ class ParquetShard:
 
         if self.rows:
             self.writer.write_table(pyarrow.Table.from_pylist(self.rows, schema=self.schema))
-            self.digests += [(_mark(r["json"].encode()), _mark(r["image"]["bytes"])) for r in self.rows]
+            self.digests += [
+                (_mark(row["json"].encode()), [_mark(image["bytes"]) for image in _images(row)])
+                for row in self.rows
+            ]
             self.rows = []
 
-    def close(self) -> list[Place]:
+    def close(self) -> list[Places]:
         self._flush()
         self.writer.close()
         self.file.flush()
         parquet = import_parquet()
-        places: list[Place] = []
+        places: list[Places] = []
         with open(self.file.name, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             facts = parquet.ParquetFile(file).metadata
             for number in range(facts.num_row_groups):
@@ -117,8 +136,12 @@ class ParquetShard:
                 rows = self.digests[len(places) : len(places) + group.num_rows]
                 columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
                 texts = _find(data, columns["json"], [text for text, _ in rows])
-                pictures = _find(data, columns["image.bytes"], [picture for _, picture in rows])
-                places += [(*text, *picture) for text, picture in zip(texts, pictures, strict=True)]
+                first = iter(_find(data, columns["image.bytes"], [mark for _, p in rows for mark in p[:1]]))
+                more = [mark for _, p in rows for mark in p[1:]]
+                rest = iter(_find(data, columns["more_images.list.element.bytes"], more))
+                for text, (_, pictures) in zip(texts, rows, strict=True):
+                    own = [*itertools.islice(first, len(pictures[:1]))]
+                    places.append(Places(text, [*own, *itertools.islice(rest, len(pictures[1:]))]))
         return places
 
     def abandon(self) -> None:
@@ -128,14 +151,18 @@ class ParquetShard:
         self.writer.is_open = False
 
 
+def _images(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if row["image"] is not None:
+        yield row["image"]
+        yield from row["more_images"]
+
+
 def _mark(value: bytes) -> bytes:
     """The marks by which a value is known afterwards: how it begins in a page, and its digest."""
     return struct.pack("<I", len(value)) + value[:64] + hashlib.sha256(value).digest()
 
 
-def _find(
-    data: mmap.mmap, column: pyarrow.parquet.ColumnChunkMetaData, marks: list[bytes]
-) -> list[tuple[int, int]]:
+def _find(data: mmap.mmap, column: pyarrow.parquet.ColumnChunkMetaData, marks: list[bytes]) -> list[Place]:
     """(offset, size) of each value of a column chunk of PLAIN byte arrays: length in four bytes, then the bytes."""
     position = column.data_page_offset
     end = position + column.total_compressed_size
@@ -172,11 +199,13 @@ def parquet_schema() -> pyarrow.Schema:
     ingredient = pa.struct(
         {"name": text, "amount": number, "unit": text, "mass": number, "nutrition": nutrition, "text": text}
     )
-    features = {"image": {"_type": "Image"}}
+    picture = pa.struct({"bytes": pa.binary(), "path": text})
+    features: dict[str, object] = {"image": {"_type": "Image"}, "more_images": [{"_type": "Image"}]}
     return pa.schema(
         {
             "id": text,
-            "image": pa.struct({"bytes": pa.binary(), "path": text}),
+            "image": picture,
+            "more_images": pa.list_(picture),
             "source": text,
             "title": text,
             "category": text,
@@ -184,6 +213,7 @@ def parquet_schema() -> pyarrow.Schema:
             "instructions": pa.list_(text),
             "nutrition": nutrition,
             "split": text,
+            "conversation": pa.list_(pa.struct({"question": text, "answer": text})),
             "json": text,
         },
         metadata={"huggingface": json.dumps({"info": {"features": features}})},

@@ -11,29 +11,35 @@ from typing import Any
 
 import numpy as np
 
-from rode_food.records import SPLITS, FoodRecord, record_as_written
+from rode_food.records import SPLITS, FoodRecord, record_as_written, with_images
 from rode_food.shards.address import ShardError, forget_open_files, make_address, read_part
 from rode_food.tasks import TASKS
 
-INDEX, SAMPLES = "index.json", "samples.npy"
-VERSION = 1
+INDEX, SAMPLES, PICTURES = "index.json", "samples.npy", "pictures.npy"
+VERSION = 2
 FORMATS = {"webdataset": ".tar", "parquet": ".parquet"}
 
 SAMPLE = np.dtype(
     [
         ("record", "<u8"),  # offset of the record's JSON in its shard
         ("record_size", "<u4"),
-        ("picture", "<u8"),  # offset of the picture's bytes
-        ("picture_size", "<u4"),
+        ("picture", "<u8"),  # offset of the first picture's bytes
+        ("picture_size", "<u4"),  # 0 where the record has no picture
+        ("more", "<u4"),  # further pictures, and the row of `PICTURES` where they begin
+        ("first_more", "<u4"),
         ("rank", "<u8"),  # by which `Source.fraction` chooses
         (
             "answers",
             "<u4",
             (len(TASKS),),
         ),  # characters of the answer to each task, 0 where the record has none
+        ("turns", "<u4"),  # questions of the record's own, and the characters of them and of their answers
+        ("turns_size", "<u4"),
     ]
 )
-"""What is known of a sample without reading it: 48 bytes, in the order of the shards."""
+"""What is known of a sample without reading it: 64 bytes, in the order of the shards."""
+PICTURE = np.dtype([("offset", "<u8"), ("size", "<u4")])
+"""The place of a picture after a sample's first: 12 bytes, in the order of the samples."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,20 @@ class Shards:
         facts: what index.json says.
         shards: the files, sorted by name.
         samples: array of `SAMPLE`, mapped from the file and not read.
+        pictures: array of `PICTURE`, likewise; empty where no record has several.
         first: number of each shard's first sample, and at the end their total.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], shards: list[Shard], samples: np.ndarray) -> None:
-        self.folder, self.facts, self.shards, self.samples = folder, facts, shards, samples
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        shards: list[Shard],
+        samples: np.ndarray,
+        pictures: np.ndarray,
+    ) -> None:
+        self.folder, self.facts, self.shards = folder, facts, shards
+        self.samples, self.pictures = samples, pictures
         self.first = np.cumsum([0, *(shard.records for shard in shards)])
         self._paths = [os.fspath(folder / shard.file) for shard in shards]
 
@@ -71,12 +86,23 @@ class Shards:
         return int(np.searchsorted(self.first, sample, side="right")) - 1
 
     def image(self, sample: int) -> str:
-        """The picture's address, which stands for a path."""
-        row = self.samples[sample]
-        return make_address(self._paths[self.shard_of(sample)], int(row["picture"]), int(row["picture_size"]))
+        """The first picture's address, which stands for a path; "" where there is none."""
+        return (self.images(sample) or [""])[0]
+
+    def images(self, sample: int) -> list[str]:
+        """The addresses of all pictures of a sample."""
+        row, path = self.samples[sample], self._paths[self.shard_of(sample)]
+        if not row["picture_size"]:
+            return []
+        more = self.pictures[int(row["first_more"]) : int(row["first_more"]) + int(row["more"])]
+        places = [
+            (row["picture"], row["picture_size"]),
+            *((place["offset"], place["size"]) for place in more),
+        ]
+        return [make_address(path, int(offset), int(size)) for offset, size in places]
 
     def record(self, sample: int) -> FoodRecord:
-        """The record as it was written, `image` the picture's address.
+        """The record as it was written, its images the pictures' addresses.
 
         Raises:
             ShardError: where it should stand is no record.
@@ -84,7 +110,7 @@ class Shards:
         row, path = self.samples[sample], self._paths[self.shard_of(sample)]
         text = read_part(path, int(row["record"]), int(row["record_size"]))
         try:
-            return record_as_written({**json.loads(text), "image": self.image(sample)})
+            return with_images(record_as_written(json.loads(text)), self.images(sample))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ShardError(
                 f"{path}: sample {sample - int(self.first[self.shard_of(sample)])} is damaged ({error}); copy the shard again"
@@ -135,7 +161,10 @@ def open_shards(folder: str | os.PathLike[str]) -> Shards:
         if facts["format"] not in FORMATS or any(s["split"] not in SPLITS for s in facts["shards"]):
             raise ValueError("unknown format or split")
         shards = [Shard(**{key: shard[key] for key in Shard.__annotations__}) for shard in facts["shards"]]
-        tasks, digest = facts["tasks"], facts["samples_sha256"]
+        tasks = facts["tasks"]
+        digests = {SAMPLES: facts["samples_sha256"]}
+        if "pictures_sha256" in facts:
+            digests[PICTURES] = facts["pictures_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); copy it again") from None
     if tasks != list(TASKS):
@@ -149,9 +178,11 @@ def open_shards(folder: str | os.PathLike[str]) -> Shards:
         if (size := file.stat().st_size) != shard.bytes:
             what = "cut short" if size < shard.bytes else "too long"
             raise ShardError(f"{file}: {what}: {size} bytes, the index says {shard.bytes}; copy it again")
-    table = folder / SAMPLES
-    if not table.is_file() or file_digest(table) != digest:
-        raise ShardError(f"{table}: missing or damaged; copy it again")
-    samples = np.load(table, mmap_mode="r")
+    tables = {PICTURES: np.empty(0, PICTURE)}
+    for name, digest in digests.items():
+        table = folder / name
+        if not table.is_file() or file_digest(table) != digest:
+            raise ShardError(f"{table}: missing or damaged; copy it again")
+        tables[name] = np.load(table, mmap_mode="r")
     forget_open_files()
-    return Shards(folder, facts, shards, samples)
+    return Shards(folder, facts, shards, tables[SAMPLES], tables[PICTURES])

@@ -27,9 +27,19 @@ from rode_food.images import ImageError, check_image, open_picture
 from rode_food.records import SPLITS, FoodRecord, RecordError, record_from_json, record_line, record_to_json
 from rode_food.shards.address import ShardError
 from rode_food.shards.formats import ParquetShard, TarShard, import_parquet
-from rode_food.shards.index import FORMATS, INDEX, SAMPLE, SAMPLES, VERSION, file_digest, open_shards
+from rode_food.shards.index import (
+    FORMATS,
+    INDEX,
+    PICTURE,
+    PICTURES,
+    SAMPLE,
+    SAMPLES,
+    VERSION,
+    file_digest,
+    open_shards,
+)
 from rode_food.source import hash_split
-from rode_food.tasks import TASKS, make_examples, stable_hash
+from rode_food.tasks import FREE_QUESTION, TASKS, make_examples, stable_hash
 
 Map = Callable[
     [Callable[[list[str]], list[str]], Iterable[tuple[str, list[str]]]], Iterable[tuple[str, list[str]]]
@@ -150,10 +160,11 @@ def _write_lines(
                 raise RecordError(
                     f"record {record.id!r}: split: missing; write one, or give fractions by which to make one"
                 )
-            if not os.path.isabs(record.image):
-                raise RecordError(
-                    f"record {record.id!r}: image: {record.image!r} is relative; rode_food.read_records makes it absolute"
-                )
+            for image in record.images:
+                if not os.path.isabs(image):
+                    raise RecordError(
+                        f"record {record.id!r}: image: {image!r} is relative; rode_food.read_records makes it absolute"
+                    )
             line = record_line(record, seen).encode() + b"\n"
             out.write(line)
             digest.update(line)
@@ -183,7 +194,7 @@ def _finished(folder: Path, made_of: str, on_bad_image: str, overwrite: bool) ->
     except (ValueError, KeyError, TypeError):
         names = []
     (folder / INDEX).unlink()  # first: without it there are no shards
-    for name in [*names, SAMPLES]:
+    for name in [*names, SAMPLES, PICTURES]:
         (folder / os.path.basename(name)).unlink(missing_ok=True)
     return None
 
@@ -229,20 +240,23 @@ def _write_shard(folder: Path, format: str, on_bad_image: str, part: Mapping[str
         if whole and (on_bad_image == "skip" or not entry["left_out"]):
             return text
         entry_path.unlink()
-    rows: list[tuple[int, list[int]]] = []
+    rows: list[tuple[int, list[int], int, int]] = []
     left_out: list[tuple[str, str]] = []
     with replacing(path, "wb") as out:
         shard = (TarShard if format == "webdataset" else ParquetShard)(out)
         try:
             for record in _lines_at(folder / BUILDING / "records.jsonl", part["offsets"]):
-                picture = _picture(record, on_bad_image, left_out)
-                if picture is not None:
+                pictures = _pictures(record, on_bad_image, left_out)
+                if pictures is not None:
                     obj = record_to_json(record)
-                    del obj["image"]
+                    obj.pop("image", None)
                     line = json.dumps(obj, ensure_ascii=False).encode()
-                    shard.add(safe_key(record.id), obj, line, picture)
-                    answers = dict.fromkeys(TASKS, 0) | {e.task: len(e.answer) for e in make_examples(record)}
-                    rows.append((stable_hash("fraction", record.id), [answers[task] for task in TASKS]))
+                    shard.add(safe_key(record.id), obj, line, pictures)
+                    examples = make_examples(record)
+                    answers = dict.fromkeys(TASKS, 0) | {e.task: len(e.answer) for e in examples}
+                    turns = [len(e.question) + len(e.answer) for e in examples if e.task == FREE_QUESTION]
+                    lengths = [answers[task] for task in TASKS]
+                    rows.append((stable_hash("fraction", record.id), lengths, len(turns), sum(turns)))
             places = shard.close()
         except BaseException:
             shard.abandon()
@@ -252,14 +266,14 @@ def _write_shard(folder: Path, format: str, on_bad_image: str, part: Mapping[str
         entry |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     else:
         path.unlink()
-    samples = [[*place, *row] for place, row in zip(places, rows, strict=True)]
+    samples = [[*place.record, place.pictures, *row] for place, row in zip(places, rows, strict=True)]
     text = json.dumps({**entry, "left_out": left_out, "samples": samples}, ensure_ascii=False)
     write_text(entry_path, text)
     return text
 
 
-def _picture(record: FoodRecord, on_bad_image: str, left_out: list[tuple[str, str]]) -> bytes | None:
-    """The file's bytes, once they have been decoded; None, and a line more in `left_out`, where they cannot be."""
+def _pictures(record: FoodRecord, on_bad_image: str, left_out: list[tuple[str, str]]) -> list[bytes] | None:
+    """The files' bytes, once all have been decoded; None, and a line more in `left_out`, where one cannot be."""
     try:
         check_image(record)
     except ImageError as error:
@@ -267,8 +281,11 @@ def _picture(record: FoodRecord, on_bad_image: str, left_out: list[tuple[str, st
             raise
         left_out.append((record.id, str(error)))
         return None
-    with open_picture(record.image) as file:
-        return file.read()
+    found = []
+    for image in record.images:
+        with open_picture(image) as file:
+            found.append(file.read())
+    return found
 
 
 def _lines_at(path: Path, offsets: Iterable[int]) -> Iterator[FoodRecord]:
@@ -279,16 +296,29 @@ def _lines_at(path: Path, offsets: Iterable[int]) -> Iterator[FoodRecord]:
 
 
 def _entry(line: str) -> dict[str, Any]:
-    """The result of `_write_shard`, its samples as an array: lists of a million would take a gigabyte."""
+    """The result of `_write_shard`, its samples as arrays: lists of a million would take a gigabyte."""
     entry = json.loads(line)
-    rows = [(*row[:5], tuple(row[5])) for row in entry["samples"]]
-    return {**entry, "samples": np.array(rows, SAMPLE)}
+    rows = []
+    more: list[tuple[int, int]] = []
+    for offset, size, pictures, rank, answers, *turns in entry["samples"]:
+        first = pictures[0] if pictures else (0, 0)
+        rows.append(
+            (offset, size, *first, max(len(pictures) - 1, 0), len(more), rank, tuple(answers), *turns)
+        )
+        more += map(tuple, pictures[1:])
+    return {**entry, "samples": np.array(rows, SAMPLE), "pictures": np.array(more, PICTURE)}
 
 
 def _write_index(folder: Path, entries: list[dict[str, Any]], made_of: str, format: str) -> Written:
-    samples = [entry["samples"] for entry in entries]
+    samples = np.concatenate([np.empty(0, SAMPLE), *(entry["samples"] for entry in entries)])
+    pictures = np.concatenate([np.empty(0, PICTURE), *(entry["pictures"] for entry in entries)])
+    # each shard counted its own; the samples stand in the same order
+    samples["first_more"] = np.cumsum(samples["more"]) - samples["more"]
     with replacing(folder / SAMPLES, "wb") as out:
-        np.save(out, np.concatenate([np.empty(0, SAMPLE), *samples]))
+        np.save(out, samples)
+    if len(pictures):
+        with replacing(folder / PICTURES, "wb") as out:
+            np.save(out, pictures)
     shards = [
         {key: entry[key] for key in ("file", "split", "records", "bytes", "sha256")}
         for entry in entries
@@ -300,6 +330,7 @@ def _write_index(folder: Path, entries: list[dict[str, Any]], made_of: str, form
         "made_of": made_of,
         "tasks": TASKS,
         "samples_sha256": file_digest(folder / SAMPLES),
+        **({"pictures_sha256": file_digest(folder / PICTURES)} if len(pictures) else {}),
         "left_out": sorted(pair for entry in entries for pair in entry["left_out"]),
         "shards": shards,
     }

@@ -206,8 +206,8 @@ def _order(candidates: _Candidates) -> np.ndarray:
 
 def _pictures(candidates: _Candidates, numbers: np.ndarray) -> Iterator[str]:
     for line in candidates.lines(numbers):
-        record = json.loads(line)
-        yield json.dumps([record["id"], record["image"]])
+        record = record_from_json(json.loads(line))
+        yield json.dumps([record.id, record.image])
 
 
 def hash_pictures(lines: list[str]) -> list[str]:
@@ -224,6 +224,8 @@ def hash_pictures(lines: list[str]) -> list[str]:
     for line in lines:
         record_id, path = json.loads(line)
         try:
+            if not path:
+                raise ImageError("no picture")
             # the hash looks at 32 x 32 pixels: a JPEG may decode at an eighth of its size, all of its data is read still
             image = decode_picture(path, smallest_side=128)
             rows.append({"hash": str(imagehash.phash(image))})

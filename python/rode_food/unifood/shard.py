@@ -30,7 +30,7 @@ def run(stage: Stage) -> dict[str, Any]:
         size = 0
         for record in stage.records():
             splits[record.split or ""] += 1
-            size += os.path.getsize(record.image) if os.path.isfile(record.image) else 0
+            size += sum(os.path.getsize(image) for image in record.images if os.path.isfile(image))
         shards = sum(math.ceil(count / settings.size) for count in splits.values())
         return {"records": dict(splits), "shards": shards, "bytes_of_pictures": size}
 

@@ -9,6 +9,7 @@ import pytest
 
 from rode.paper.tables import own_table
 from rode.training.config import ALL_TASKS, ConfigError, adapter_config, load_experiment
+from rode_food import TASKS
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted((CONFIGS / "questions").glob("*.yaml"))
@@ -38,9 +39,7 @@ def experiments():
 
 def test_there_is_one_for_each_case(experiments):
     want = {"top1-2-4-8-16", "data-1-8", "data-1-4", "data-1-2", "data-1"}
-    want |= {
-        f"ranks-{joined(ranks)}{task}" for ranks in RANKS for task in ("", *(f"-{t}" for t in ALL_TASKS))
-    }
+    want |= {f"ranks-{joined(ranks)}{task}" for ranks in RANKS for task in ("", *(f"-{t}" for t in TASKS))}
     assert set(experiments) == want
 
 
@@ -65,10 +64,10 @@ def test_each_is_the_papers_run_but_for_what_is_asked(experiments):
 @pytest.mark.parametrize("ranks", RANKS, ids=joined)
 def test_rank_sets_have_one_total(experiments, ranks):
     assert sum(ranks) == 30
-    for task in ("", *ALL_TASKS):
+    for task in ("", *TASKS):
         found = experiments[f"ranks-{joined(ranks)}" + (f"-{task}" if task else "")]
         assert found.adapter == {"gate": "relu", "ranks": ranks}
-        assert found.data.sources[0].tasks == ([task] if task else list(ALL_TASKS))
+        assert found.data.sources[0].tasks == ([task] if task else list(TASKS))
 
 
 def test_fractions_of_the_data(experiments):

@@ -299,7 +299,7 @@ def test_scores_from_a_file(tmp_path: Path) -> None:
     [
         (
             {"task": "cook"},
-            "prediction 2: task: expected one of ingredients, recipe, nutrition, category, got 'cook'",
+            "prediction 2: task: expected one of ingredients, recipe, nutrition, category, question, got 'cook'",
         ),
         ({"source": "all"}, 'prediction 2: source: "all" stands for the sum of all'),
         ({"answer": None}, "prediction 2: answer: expected text, got None"),
@@ -320,3 +320,16 @@ def test_unequal_or_empty_lists_are_refused() -> None:
             metric(["a"], ["a", "b"])  # type: ignore[operator]
     with pytest.raises(ValueError, match="at least one category"):
         category_accuracy([], [])
+
+
+def test_free_answers() -> None:
+    pairs = [("Yes.", "yes."), (" a  soup\n", "A soup"), ("3", "2"), ("a red soup", "a soup")]
+    rows = [
+        {"id": "a", "source": "s", "task": "question", "answer": answer, "truth": truth, "reference": truth}
+        for answer, truth in pairs
+    ]
+    found = score(rows)["s"]
+    assert found["n_question"] == 4
+    assert found["question_exact"] == 50.0
+    # 1, 1, 0, and F of 2 of 3 words that are 2 of 2
+    assert found["question_rouge_l"] == pytest.approx(100 * (1 + 1 + 0 + 0.8) / 4)

@@ -232,7 +232,7 @@ def test_a_damaged_index(folder):
     facts = json.loads(good)
     cases = [
         (good[: len(good) // 2], r"index\.json: damaged \(JSONDecodeError"),
-        (json.dumps({**facts, "version": 9}), r"version 9, this program reads 1; write the shards anew"),
+        (json.dumps({**facts, "version": 9}), r"version 9, this program reads 2; write the shards anew"),
         (
             json.dumps({**facts, "tasks": ["category"]}),
             "made for the tasks category; this program has others",

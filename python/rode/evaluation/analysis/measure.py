@@ -17,7 +17,7 @@ from rode.vlm import PixelSource, PromptEncoder, TrainingCollator
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
 from rode.vlm.load import base_model
-from rode_food import TASKS, Example
+from rode_food import ALL_TASKS, Example
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -66,7 +66,7 @@ def measure(
         max_new_tokens: the longest generated answer.
 
     Returns:
-        task -> gates, tasks in the order of `rode_food.TASKS`.
+        task -> gates, tasks in the order of `rode_food.ALL_TASKS`.
 
     Raises:
         ValueError: no example, no router, or an unknown choice of answers.
@@ -92,7 +92,7 @@ def measure(
         GateStatistics(answers=True, by_example=True).attach(model) as statistics,
         tqdm(total=len(examples), desc="gates", unit="example", disable=not progress) as bar,
     ):
-        for task in TASKS:
+        for task in ALL_TASKS:
             # Like lengths together: less padding.
             chosen = sorted(
                 (e for e in examples if e.task == task), key=lambda e: len(e.question) + len(e.answer)
