@@ -17,7 +17,7 @@ import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from pictures_only import pictures_only
+from rode.vlm.processor import pictures_only
 
 TEXT = dict(
     hidden_size=32,
@@ -428,7 +428,7 @@ TINY_VLMS: tuple[str, ...] = tuple(_FAMILIES)
 def save_tiny_vlm(name: str, folder: Path) -> Path:
     """Write a tiny random checkpoint of a family (one of `TINY_VLMS`), model and processor; the folder.
 
-    The same weights every time. Without torchvision, `pictures_only.load_processor` loads the
+    The same weights every time. Without torchvision, `rode.vlm.processor.load_processor` loads the
     processors that have a video half.
     """
     family = _FAMILIES[name]

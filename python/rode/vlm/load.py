@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rode.vlm.families import family_of
 from rode.vlm.pretrained import from_pretrained
+from rode.vlm.processor import load_processor
 from rode_food.atomic import written_aside
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def load_vlm(
         FileNotFoundError: no such directory. ValueError: no vision-language model, or processor and model do not fit, or they need
             code of their own.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     path = os.path.expanduser(str(path))
@@ -84,7 +85,7 @@ def load_vlm(
         raise ValueError(
             f"{path}: expected a vision-language model (LLaVA, Qwen-VL, Gemma 3, ...), got the type {config.model_type!r}"
         )
-    processor = from_pretrained(AutoProcessor, path)
+    processor = load_processor(path, config)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ValueError(
             f"{path}: expected a processor with tokenizer and image processor, got {type(processor).__name__}; is a file missing?"

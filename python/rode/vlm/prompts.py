@@ -212,6 +212,8 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=self._adds_bos(text)).input_ids)
 
     def _prompt_row(self, question: str, pictures: Sequence[Picture]) -> Encoded:
+        if not pictures and self.family.no_picture is not None:
+            raise ValueError(f"a question without a picture: {self.family.no_picture}")
         prompt = self._prompt(question, len(pictures))
         images = [picture for picture in pictures if isinstance(picture, Image)]
         whole = self._is_text(question)

@@ -59,7 +59,7 @@ def test_patches_learn_their_words(llava_dir):
         word_vectors(model, processor.tokenizer, found.words) - centre, dim=1
     )
     with torch.no_grad():
-        patches = get_projector(model)(source("77-beans-rice")[1:]) - centre
+        patches = get_projector(model)(source("77-beans-rice").states[1:]) - centre
     nearest = (torch.nn.functional.normalize(patches, dim=1) @ directions.T).argmax(1)
     assert [found.words[i] for i in nearest[:2]] == ["beans", "rice"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
-from pictures_only import load_processor
+from rode.vlm.processor import load_processor
 from tiny_vlms import TINY_VLMS, save_tiny_vlm
 
 QUESTIONS = ("what?", "how much is it?")
@@ -42,7 +42,10 @@ def inputs(processor: Any, questions: tuple[str, ...], pictures: list[Image.Imag
 @pytest.mark.parametrize("name", TINY_VLMS)
 def test_checkpoint_loads_learns_and_generates(name: str, tmp_path: Path) -> None:
     save_tiny_vlm(name, tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), load_processor(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        load_processor(tmp_path, AutoConfig.from_pretrained(tmp_path)),
+    )
     assert type(processor).__name__ == type(model).__name__.replace("ForConditionalGeneration", "Processor")
     pictures = [picture(20, 20, (200, 30, 60)), picture(60, 25, (10, 180, 120))]
     batch = inputs(processor, QUESTIONS, pictures)
@@ -67,7 +70,7 @@ def test_text_survives_the_tokenizer_and_an_answer_ends_as_the_family_ends_it(
     name: str, tmp_path: Path
 ) -> None:
     save_tiny_vlm(name, tmp_path)
-    processor = load_processor(tmp_path)
+    processor = load_processor(tmp_path, AutoConfig.from_pretrained(tmp_path))
     text = "Crème brûlée:\n  2 eggs"
     tokenizer = processor.tokenizer
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text

@@ -21,6 +21,7 @@ class Family:
         appended: text that the processor puts behind every prompt.
         answer_inputs: by name, the value on the answer's tokens of the processor's inputs that have one for each token; else 0.
         prepare: what (model, processor) need after loading.
+        no_picture: why a question needs a picture; None if it needs none.
         packing: why several questions cannot share a picture's tokens; None if they can.
         stored_features: why the tower's features cannot be stored; None if they can.
     """
@@ -29,6 +30,7 @@ class Family:
     appended: str = ""
     answer_inputs: Mapping[str, int] = field(default_factory=dict)
     prepare: Callable[[Any, Any], None] | None = None
+    no_picture: str | None = None
     packing: str | None = None
     stored_features: str | None = "storing features is written for LLaVA-1.5's tower alone"
 

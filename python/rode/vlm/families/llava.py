@@ -33,4 +33,8 @@ def fit_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
             setattr(processor, name, value)
 
 
-FAMILY = Family(prepare=lambda model, processor: fit_processor(processor, model.config), stored_features=None)
+def _prepare(model: Any, processor: Any) -> None:
+    fit_processor(processor, model.config)
+
+
+FAMILY = Family(prepare=_prepare, stored_features=None)

@@ -16,5 +16,6 @@ FAMILY = Family(
     template=_template,
     appended="\n",
     answer_inputs={"token_type_ids": 1},
+    no_picture="its processor takes no text without a picture",
     packing="its prompt sees itself whole, so that every question changes what stands before it",
 )
