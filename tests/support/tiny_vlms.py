@@ -7,17 +7,26 @@ weights are not.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as t
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from rode.vlm.processor import pictures_only
+from vlm_text import (
+    CHATML_TOKENS,
+    DEFAULT_SYSTEM,
+    QWEN_IMAGE,
+    QWEN_TOKENS,
+    TILE_TOKENS,
+    chatml,
+    tiny_tokenizer,
+    write_template,
+)
 
 TEXT = dict(
     hidden_size=32,
@@ -50,94 +59,6 @@ QWEN_IDS = dict(
     vision_end_token_id="<|vision_end|>",
 )
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
-CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QWEN_TOKENS = (*CHATML_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-# what Idefics3 and SmolVLM write around and before a picture's parts
-TILE_TOKENS = (
-    "<image>",
-    "<fake_token_around_image>",
-    "<global-img>",
-    "<end_of_utterance>",
-    *[f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)],
-)
-
-
-def _template(before: str, image: str, after: str, start: str, system: str = "", model: str = "") -> str:
-    """A Jinja template: each message is `before`, its parts, `after`; `start` opens the answer.
-
-    `image` stands for a picture. `{role}` in `before` is the message's role, or `model` for the assistant's.
-    """
-    role = "m['role']" if not model else f"('{model}' if m['role'] == 'assistant' else m['role'])"
-    before = before.replace("{role}", "{{ " + role + " }}").replace("{Role}", "{{ m['role'] | capitalize }}")
-    return (
-        system
-        + "{% for m in messages %}"
-        + before
-        + "{% for part in ([{'type': 'text', 'text': m['content']}] if m['content'] is string else m['content']) %}"
-        + "{% if part['type'] == 'image' %}"
-        + image
-        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-        + after
-        + "{% endfor %}{% if add_generation_prompt %}"
-        + start
-        + "{% endif %}"
-    )
-
-
-def _chatml(image: str, system: str = "") -> str:
-    return _template(
-        "{{ '<|im_start|>' }}{role}{{ '\\n' }}",
-        image,
-        "{{ '<|im_end|>\\n' }}",
-        "{{ '<|im_start|>assistant\\n' }}",
-        system,
-    )
-
-
-DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
-)
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def tiny_tokenizer(
-    special: Sequence[str],
-    *,
-    eos: str,
-    pad: str,
-    bos: str | None = None,
-    puts_bos: bool = False,
-    **named: str,
-) -> t.PreTrainedTokenizerFast:
-    """Byte-level tokenizer: the special tokens, then 256 bytes, no merges.
-
-    Args:
-        special: all special tokens; their places are their ids.
-        eos, pad, bos: which of them have these parts.
-        puts_bos: put `bos` in front of every text, as Llama and Gemma do.
-        named: tokens that the family's processor asks its tokenizer for, by attribute (`image_token`, ...).
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos is not None and puts_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, vocabulary[bos])]
-        )
-    own = {eos, pad, bos, *named.values()}
-    fast = t.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=pad,
-        bos_token=bos,
-        padding_side="left",
-        extra_special_tokens=named,
-    )
-    fast.add_special_tokens({"additional_special_tokens": [s for s in special if s not in own]})
-    return fast
 
 
 @dataclass(frozen=True)
@@ -191,7 +112,7 @@ def _qwen_vl(cls: str, video: str, vision: dict[str, Any], system: str = "") -> 
             patch_size=4, temporal_patch_size=2, merge_size=2, min_pixels=16 * 16, max_pixels=32 * 32
         ),
         turn_ends=("<|im_end|>", "<|endoftext|>"),
-        template=_chatml(QWEN_IMAGE, system),
+        template=chatml(QWEN_IMAGE, system),
         video=video,
     )
 
@@ -215,7 +136,7 @@ def _idefics(cls: str, video: str | None, tokens: tuple[str, str, str], ends: tu
         ),
         turn_ends=ends,
         # SmolVLM's and Idefics3's differ in the first token alone
-        template=_template(
+        template=write_template(
             "{Role}{% if m['content'] is string or m['content'][0]['type'] == 'text' %}: {% else %}:{% endif %}",
             "<image>",
             "{{ '<end_of_utterance>\\n' }}",
@@ -245,7 +166,7 @@ _FAMILIES: dict[str, TinyVlm] = {
             size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
         ),
         turn_ends=("</s>",),
-        template=_template(
+        template=write_template(
             "{% if m['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}",
             "{{ '<image>\\n' }}",
             "{% if m['role'] == 'user' %} {% else %}</s>{% endif %}",
@@ -270,7 +191,7 @@ _FAMILIES: dict[str, TinyVlm] = {
             image_grid_pinpoints=PINPOINTS,
         ),
         turn_ends=("</s>",),
-        template=_template(
+        template=write_template(
             "{% if m['role'] == 'user' %}[INST] {% else %} {% endif %}",
             "{{ '<image>\\n' }}",
             "{% if m['role'] == 'user' %} [/INST]{% else %}</s>{% endif %}",
@@ -292,7 +213,7 @@ _FAMILIES: dict[str, TinyVlm] = {
         tokenizer=dict(special=(*CHATML_TOKENS, "<image>", "<video>"), eos="<|im_end|>", pad="<|endoftext|>"),
         image_processor=_square("LlavaOnevisionImageProcessorPil", image_grid_pinpoints=PINPOINTS),
         turn_ends=("<|im_end|>", "<|endoftext|>"),
-        template=_chatml("<image>"),
+        template=chatml("<image>"),
         processor=dict(num_image_tokens=16, vision_feature_select_strategy="full"),
         video="LlavaOnevisionVideoProcessor",
     ),
@@ -386,7 +307,7 @@ _FAMILIES: dict[str, TinyVlm] = {
         ),
         image_processor=_square("Gemma3ImageProcessorPil"),
         turn_ends=("<end_of_turn>", "<eos>"),
-        template=_template(
+        template=write_template(
             "{{ '<start_of_turn>' }}{role}{{ '\\n' }}",
             "<start_of_image>",
             "{{ '<end_of_turn>\\n' }}",
@@ -417,7 +338,7 @@ _FAMILIES: dict[str, TinyVlm] = {
         ),
         image_processor=_square("GotOcr2ImageProcessorPil", crop_to_patches=True, max_patches=4),
         turn_ends=("<|im_end|>", "<|endoftext|>"),
-        template=_chatml("{{ '<IMG_CONTEXT>\\n' }}"),
+        template=chatml("{{ '<IMG_CONTEXT>\\n' }}"),
         processor=dict(image_seq_length=4),
         video="InternVLVideoProcessor",
     ),

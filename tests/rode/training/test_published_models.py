@@ -30,7 +30,8 @@ CLIP_336 = dict(
 
 @dataclass(frozen=True)
 class Published:
-    """A published model's sizes: the configuration, billions of parameters, and the language model's projections."""
+    """A published model's sizes: the configuration, billions of parameters, the language model's projections, and what is
+    trained (docs/training.md)."""
 
     config: Any
     billions: float
@@ -39,6 +40,7 @@ class Published:
     hidden: int
     q: int
     v: int
+    trained: int
 
 
 PUBLISHED = {
@@ -75,6 +77,7 @@ PUBLISHED = {
         hidden=3584,
         q=28 * 128,
         v=4 * 128,
+        trained=10_264_576,
     ),
     "llava-next-7b": Published(
         t.LlavaNextConfig(
@@ -95,6 +98,7 @@ PUBLISHED = {
         hidden=4096,
         q=32 * 128,
         v=8 * 128,
+        trained=13_828_096,
     ),
     "gemma3-4b": Published(
         t.Gemma3Config(
@@ -116,6 +120,7 @@ PUBLISHED = {
         hidden=2560,
         q=8 * 256,
         v=4 * 256,
+        trained=9_052_160,
     ),
     "smolvlm-2b": Published(
         t.SmolVLMConfig(
@@ -138,6 +143,7 @@ PUBLISHED = {
         hidden=2048,
         q=32 * 64,
         v=32 * 64,
+        trained=6_291_456,
     ),
 }
 
@@ -172,5 +178,5 @@ def test_a_published_models_config(name):
         for out in (published.q, published.v)
     )
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == formula
+    assert sum(p.numel() for p in trained.values()) == formula == published.trained
     assert all(p.dtype == torch.float32 for p in trained.values())
