@@ -1,0 +1,97 @@
+"""Every family from a config to an answer: trained, resumed, loaded, asked, scored, analysed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rode.cli import main
+from rode.training.config import dump_experiment
+from rode.training.train import train
+from rode.vlm import load_adapter, load_vlm
+from rode.vlm.load import projector_name
+from tiny_vlms import TINY_VLMS, save_tiny_vlm
+
+
+@pytest.fixture
+def experiment_of(make_experiment, tmp_path):
+    def make(name, **changes):
+        folder = save_tiny_vlm(name, tmp_path / name)
+        model = {"path": str(folder), "prompt": "auto", **changes.pop("model", {})}
+        training = {
+            "learning_rate": 2e-2,
+            "batch_size": 2,
+            "max_steps": 12,
+            "save_steps": 6,
+            "schedule": "constant",
+        }
+        return make_experiment(
+            model=model,
+            adapter={"ranks": [4, 8], "dropout": 0.0},
+            training={**training, **changes.pop("training", {})},
+            **changes,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("name", TINY_VLMS)
+def test_from_a_config_to_an_answer(name, experiment_of, food, tmp_path, capsys):
+    experiment = experiment_of(name, training={"projector_learning_rate": 1e-3, "group_by_length": True})
+    result = train(experiment, progress=False)
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert sum(losses[-4:]) < sum(losses[:4]) - 2
+    entry = result.history[0]
+    assert 0 < entry["gates/open_image"] < 1  # tokens of pictures and of text are told apart
+    assert 0 < entry["gates/open_text"] < 1
+
+    saved = load_file(result.output_dir / "adapter_model.safetensors")
+    last = projector_name(result.model).rpartition(".")[2]
+    assert {"rode_adapters", last} <= {part for key in saved for part in key.split(".")}
+    assert not any(f"vision_tower.{key}" in key for key in saved)
+
+    # resumed from the middle to the same bits
+    rest = tmp_path / "rest"
+    shutil.copytree(result.output_dir / "checkpoint-6", rest / "checkpoint-6")
+    experiment.output_dir = str(rest)
+    train(experiment, resume=True, progress=False)
+    again = load_file(rest / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in saved.items())
+
+    # loaded to the same logits, and asked from the command line
+    model, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu")
+    loaded = load_adapter(model, result.output_dir)
+    ours = result.model.state_dict()
+    for key, value in loaded.state_dict().items():
+        if "rode_adapters" in key or "modules_to_save" in key:
+            assert torch.equal(value, ours[key]), key
+    capsys.readouterr()
+    command = ["generate", "--adapter", str(result.output_dir), "--task", "category", "--max-new-tokens", "4"]
+    assert main([*command, "--image", str(food / "0.png"), str(food / "1.png"), "--json", "--quiet"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [str(food / "0.png"), str(food / "1.png")]
+
+
+@pytest.mark.parametrize("name", TINY_VLMS)
+def test_scores_and_analysis(name, experiment_of, food, tmp_path):
+    """An adapter of one step is scored, and its router analysed."""
+    experiment = experiment_of(name, training={"max_steps": 1}, evaluation={"max_new_tokens": 3})
+    train(experiment, progress=False)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_experiment(experiment))
+    assert main(["evaluate", str(file), "--limit", "4", "--quiet"]) == 0
+    folder = experiment.run_dir / "evaluation"
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    kinds = {
+        kind
+        for layer in json.loads((folder / "gates.json").read_text())["layers"]
+        for kind in layer["tokens"]
+    }
+    assert kinds == {"image", "text", "all"}
+    out = tmp_path / "analysis"
+    assert main(["analyze", str(experiment.run_dir), "--limit", "4", "--out", str(out), "--quiet"]) == 0
