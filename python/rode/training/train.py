@@ -26,9 +26,10 @@ from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.tuner import GateStatistics, HoldSparsity
-from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
+from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
+from rode.vlm.features import feature_source
 from rode.vlm.load import base_model, get_projector, match_projector_input, projector_name
 from rode.vlm.packing import pack_by_picture
 from rode_food import Example
@@ -148,7 +149,10 @@ def image_source(
     if experiment.model.vision_features == "live":
         return PixelSource(processor, experiment.model.picture_shape)
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
-    source = FeatureSource(model, processor, directory, experiment.model.picture_shape)
+    trained = experiment.stage == "projector" or experiment.training.projector_learning_rate is not None
+    source = feature_source(
+        model, processor, directory, experiment.model.picture_shape, projector_trained=trained
+    )
     source.precompute([path for example in examples for path in example.images], progress)
     return source
 

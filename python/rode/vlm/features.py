@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from rode.vlm.families import family_of
 from rode.vlm.images import open_image, pad_to_square
 from rode.vlm.load import base_model
-from rode.vlm.prompts import Features
+from rode.vlm.prompts import Features, StoredPicture
 from rode_food.atomic import written_aside
 from rode_food.images import open_picture
 
@@ -94,21 +94,91 @@ class PixelSource:
         return pixels
 
 
-class FeatureSource:
-    """Hidden states of the frozen tower: `source(path)` gives `Features` with (tower tokens, hidden x layers) in the tower's dtype.
+def digest_of(facts: Sequence[Any], weights: Mapping[str, torch.Tensor]) -> str:
+    """32 hexadecimal digits that change with the facts (JSON-able, or by their text) and with any weight."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class FeatureStore(ABC):
+    """Features of pictures, in memory or on disk: `source(path)` gives the picture's.
 
     Pictures are told apart by content, so a file changed in place is computed anew. One picture goes through the tower
     at a time: what is stored does not depend on what else was in a batch.
 
     Args:
+        pictures: where they come from.
+        directory: where to keep the features, one safetensors file for each picture, in a folder named after weights and
+            preprocessing; None keeps them in memory.
+    """
+
+    def __init__(self, pictures: PixelSource, directory: str | Path | None) -> None:
+        self.pictures = pictures
+        self.directory = None if directory is None else Path(directory) / self._fingerprint()
+        self._by_path: dict[str, str] = {}  # path -> digest of the file
+        self._stored: dict[str, dict[str, torch.Tensor]] = {}  # digest -> tensors
+
+    @property
+    @abstractmethod
+    def computes(self) -> bool:
+        """Whether the tower is at hand; in a data-loader worker it is not."""
+
+    @abstractmethod
+    def _fingerprint(self) -> str:
+        """Digest of everything that a picture's features depend on but the picture."""
+
+    @abstractmethod
+    def _compute(self, path: str) -> dict[str, torch.Tensor]:
+        """The picture's tensors, to be stored."""
+
+    @abstractmethod
+    def _picture(self, stored: dict[str, torch.Tensor]) -> Features | StoredPicture:
+        """Stored tensors as rows take them."""
+
+    def precompute(self, paths: Iterable[str], progress: bool = True) -> int:
+        """See to it that every picture's features are at hand; the number that had to be computed."""
+        computed = 0
+        unique = list(dict.fromkeys(paths))
+        for path in tqdm(unique, desc="vision features", unit="picture", disable=not progress):
+            with open_picture(path) as file:
+                key = hashlib.sha256(file.read()).hexdigest()
+            self._by_path[path] = key
+            if self.directory is None:
+                if key not in self._stored:
+                    self._stored[key] = self._compute(path)
+                    computed += 1
+            elif not (stored := self.directory / f"{key}.safetensors").exists():
+                with written_aside(stored) as aside:
+                    save_file({name: t.contiguous() for name, t in self._compute(path).items()}, aside)
+                computed += 1
+        return computed
+
+    def __call__(self, path: str) -> Any:
+        if path not in self._by_path:
+            if not self.computes:
+                raise KeyError(
+                    f"{path}: its features were not computed before the data-loader workers started"
+                )
+            self.precompute([path], progress=False)
+        key = self._by_path[path]
+        if self.directory is None:
+            return self._picture(self._stored[key])
+        return self._picture(load_file(self.directory / f"{key}.safetensors"))
+
+
+class FeatureSource(FeatureStore):
+    """Hidden states of a LLaVA's frozen tower: `source(path)` gives `Features` with (tower tokens, hidden x layers).
+
+    They are those before the projector, which may be trained.
+
+    Args:
         model: the LLaVA (its `vision_tower` is used; nothing of it is kept but the tower).
         processor: its processor.
-        directory: where to keep the states, one safetensors file for each picture, in a folder named after tower and
-            preprocessing; None keeps them in memory.
+        directory: see `FeatureStore`.
         shape: of pictures, see `PixelSource`.
-
-    Raises:
-        ValueError: the model's family cannot have its features stored, and why.
     """
 
     def __init__(
@@ -118,38 +188,31 @@ class FeatureSource:
         directory: str | Path | None = None,
         shape: PictureShape = "processor",
     ) -> None:
-        if (why := family_of(base_model(model)).stored_features) is not None:
-            raise ValueError(f"model.vision_features: expected live for {model.config.model_type!r}: {why}")
         accept_features(model)
         self.llava: Any = base_model(model)
-        self.pictures = PixelSource(processor, shape)
         self.crop_cls = self.llava.config.vision_feature_select_strategy == "default"
-        self.directory = None if directory is None else Path(directory) / self._fingerprint(processor)
-        self._by_path: dict[str, str] = {}  # path -> digest of the file
-        self._states: dict[str, torch.Tensor] = {}  # digest -> (tower tokens, hidden x layers)
+        super().__init__(PixelSource(processor, shape), directory)
 
     def __getstate__(self) -> dict[str, Any]:  # a data-loader worker reads what is there, it runs no tower
         return {**self.__dict__, "llava": None}
 
-    def _fingerprint(self, processor: ProcessorMixin) -> str:
-        """Digest of the tower's weights and configuration and of the preprocessing."""
+    @property
+    def computes(self) -> bool:
+        return self.llava is not None
+
+    def _fingerprint(self) -> str:
         tower = self.llava.model.vision_tower
-        digest = hashlib.sha256()
         facts = [
             tower.config.to_dict(),
             self.llava.config.vision_feature_layer,
-            processor.image_processor.to_dict(),
+            self.pictures.processor.image_processor.to_dict(),
         ]
         if self.pictures.shape != "processor":
             facts.append(self.pictures.shape)
-        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(tower.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:32]
+        return digest_of(facts, tower.state_dict())
 
     @torch.inference_mode()
-    def _compute(self, path: str) -> torch.Tensor:
+    def _compute(self, path: str) -> dict[str, torch.Tensor]:
         tower = self.llava.model.vision_tower
         layers = self.llava.config.vision_feature_layer
         pixels = self.pictures.pixels(path).unsqueeze(0).to(next(tower.parameters()).device)
@@ -158,38 +221,38 @@ class FeatureSource:
         states = tower(pixels, output_hidden_states=True).hidden_states
         tower.train(training)
         picked = states[layers] if isinstance(layers, int) else torch.cat([states[i] for i in layers], dim=-1)
-        return picked[0].cpu().clone()  # (tower tokens, hidden x layers)
+        return {"states": picked[0].cpu().clone()}  # (tower tokens, hidden x layers)
 
-    def precompute(self, paths: Iterable[str], progress: bool = True) -> int:
-        """See to it that every picture's states are at hand; the number that had to be computed."""
-        computed = 0
-        unique = list(dict.fromkeys(paths))
-        for path in tqdm(unique, desc="vision features", unit="picture", disable=not progress):
-            with open_picture(path) as file:
-                key = hashlib.sha256(file.read()).hexdigest()
-            self._by_path[path] = key
-            if self.directory is None:
-                if key not in self._states:
-                    self._states[key] = self._compute(path)
-                    computed += 1
-            elif not (stored := self.directory / f"{key}.safetensors").exists():
-                with written_aside(stored) as aside:
-                    save_file({"states": self._compute(path).contiguous()}, aside)
-                computed += 1
-        return computed
-
-    def __call__(self, path: str) -> Features:
-        if path not in self._by_path:
-            if self.llava is None:
-                raise KeyError(
-                    f"{path}: its features were not computed before the data-loader workers started"
-                )
-            self.precompute([path], progress=False)
-        key = self._by_path[path]
-        states = (
-            self._states[key]
-            if self.directory is None
-            else load_file(self.directory / f"{key}.safetensors")["states"]
-        )
+    def _picture(self, stored: dict[str, torch.Tensor]) -> Features:
         # those of the tower, less CLS if that is dropped
-        return Features(states, states.shape[0] - int(self.crop_cls))
+        return Features(stored["states"], len(stored["states"]) - int(self.crop_cls))
+
+
+def feature_source(
+    model: Model,
+    processor: ProcessorMixin,
+    directory: str | Path | None = None,
+    shape: PictureShape = "processor",
+    *,
+    projector_trained: bool = False,
+) -> FeatureStore:
+    """The store for a model's family.
+
+    Args:
+        model, processor, directory, shape: see `FeatureStore` and `PixelSource`.
+        projector_trained: whether the projector is, behind which most families' features are taken.
+
+    Raises:
+        ValueError: the model's features cannot be stored, and why.
+    """
+    base = base_model(model)
+    if base.config.model_type == "llava":
+        return FeatureSource(model, processor, directory, shape)
+    if projector_trained:
+        raise ValueError(
+            f"model.vision_features: expected live for {base.config.model_type!r} with a trained projector: its features are "
+            "stored behind the projector"
+        )
+    from rode.vlm.image_features import ImageFeatureSource
+
+    return ImageFeatureSource(model, processor, directory, shape)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL.Image import Image
+from PIL import Image
 
 from rode.vlm.families import Family
 
@@ -31,7 +31,14 @@ class Features(NamedTuple):
     tokens: int
 
 
-Picture = Image | Features
+class StoredPicture(NamedTuple):
+    """A picture as what a model's `get_image_features` made of it, and its (width, height), by which its tokens are counted."""
+
+    features: torch.Tensor
+    size: tuple[int, int]
+
+
+Picture = Image.Image | Features | StoredPicture
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ class PromptEncoder:
         self.image_token_id: int | None = found
         self._controls = _control_texts(processor)
         self._prompt = lru_cache(maxsize=4096)(self._render)
+        self._blank = lru_cache(maxsize=4096)(self._blank_row)
         self.end_id = self._end()
 
     def __reduce__(self) -> tuple[type[PromptEncoder], tuple[Any, ...]]:
@@ -215,20 +223,22 @@ class PromptEncoder:
         if not pictures and self.family.no_picture is not None:
             raise ValueError(f"a question without a picture: {self.family.no_picture}")
         prompt = self._prompt(question, len(pictures))
-        images = [picture for picture in pictures if isinstance(picture, Image)]
         whole = self._is_text(question)
         text = prompt.prefix if whole else prompt.before
-        stored = [picture for picture in pictures if isinstance(picture, Features)]
-        if stored:
-            row = self._stored_row(text, stored)
+        states = [picture for picture in pictures if isinstance(picture, Features)]
+        stored = [picture for picture in pictures if isinstance(picture, StoredPicture)]
+        if states:
+            row = self._stored_row(text, states)
+        elif stored:
+            if len(pictures) > 1:  # some processors cut several pictures otherwise than one
+                raise ValueError(
+                    f"model.vision_features: expected live for a question about several pictures, got {len(pictures)} of them"
+                )
+            blank = self._blank(text, stored[0].size)
+            vision = {**blank.vision, "pixel_values": stored[0].features}
+            row = Encoded(blank.input_ids, blank.prompt_length, False, blank.by_token, vision)
         else:
-            made = self.processor(
-                text=[text],
-                images=[images] if images else None,
-                add_special_tokens=self._adds_bos(text),
-                return_tensors="pt",
-            )
-            row = self._split(dict(made))
+            row = self._processed(text, [picture for picture in pictures if isinstance(picture, Image.Image)])
         ids = row.input_ids
         if not whole:
             end = self._raw(self.family.appended)
@@ -242,6 +252,21 @@ class PromptEncoder:
         added = len(ids) - len(row.input_ids)
         by_token = {name: _extended(values, added, 0) for name, values in row.by_token.items()}
         return Encoded(ids, len(ids), False, by_token, row.vision)
+
+    def _processed(self, text: str, images: list[Image.Image]) -> Encoded:
+        made = self.processor(
+            text=[text],
+            images=[images] if images else None,
+            add_special_tokens=self._adds_bos(text),
+            return_tensors="pt",
+        )
+        return self._split(dict(made))
+
+    def _blank_row(self, text: str, size: tuple[int, int]) -> Encoded:
+        """The row of a picture of this size, without its pixels: how many tokens it takes does not depend on them."""
+        row = self._processed(text, [Image.new("RGB", size)])
+        vision = {name: value for name, value in row.vision.items() if not name.startswith("pixel")}
+        return Encoded(row.input_ids, row.prompt_length, False, row.by_token, vision)
 
     def _stored_row(self, text: str, stored: Sequence[Features]) -> Encoded:
         """LLaVA's way of counting: as many image tokens as the tower gives."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rode.vlm import IGNORE, GenerationCollator, PromptEncoder, TrainingCollator, load_vlm
+from rode.vlm import IGNORE, GenerationCollator, PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.families import family_of
+from rode.vlm.features import feature_source
 from rode.vlm.load import get_projector, language_model, projector_name
+from rode.vlm.prompts import StoredPicture
 from rode_food import Example
 from tiny_vlms import TINY_VLMS, save_tiny_vlm
 
@@ -176,3 +178,42 @@ def test_parts_are_found_by_what_they_are(name, checkpoints):
     assert projector is not None
     assert get_projector(model) is model.get_submodule(projector)
     assert sum(p.numel() for p in get_projector(model).parameters()) > 0
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("name", [name for name in TINY_VLMS if name != "llava"])
+def test_stored_features_give_what_pictures_give(name, where, checkpoints, tmp_path):
+    """Logits of rows with a picture, with one of another size, and without; from memory, and from the disk by a second store."""
+    model, processor = checkpoints(name)
+    paths = []
+    for key in ("a", "b"):
+        paths.append(str(tmp_path / f"{key}.png"))
+        source(key).save(paths[-1])
+    encoder = PromptEncoder(processor, family=family_of(model))
+    pixels = PixelSource(processor)
+    rows = [(paths[0],), (paths[1],)] + [()] * (name != "paligemma")
+    questions = ["What is it?", "How much of it is <s>there</s>?", "Why?"][: len(rows)]
+    live = GenerationCollator(encoder, pixels)(rows, questions)
+    directory = tmp_path / "features" if where == "disk" else None
+    with torch.no_grad():
+        expected = model(**live).logits
+        store = feature_source(model, processor, directory)
+        assert store.precompute(paths, progress=False) == 2
+        if where == "disk":
+            store = feature_source(model, processor, directory)
+            assert store.precompute(paths, progress=False) == 0
+        stored = pickle.loads(pickle.dumps(store))  # as a data-loader worker has it
+        batch = GenerationCollator(encoder, stored)(rows, questions)
+        assert torch.equal(batch["input_ids"], live["input_ids"])
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(**live).logits, expected)  # pictures still go through
+
+
+def test_features_behind_a_trained_projector_are_refused(checkpoints):
+    model, processor = checkpoints("gemma3")
+    with pytest.raises(ValueError, match="expected live for 'gemma3' with a trained projector"):
+        feature_source(model, processor, projector_trained=True)
+    store = feature_source(model, processor)
+    picture = StoredPicture(torch.zeros(4, 8), (20, 20))
+    with pytest.raises(ValueError, match="expected live for a question about several pictures, got 2"):
+        store.encoder.encode_prompt("?", [picture, picture])

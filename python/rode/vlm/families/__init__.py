@@ -32,7 +32,7 @@ class Family:
     prepare: Callable[[Any, Any], None] | None = None
     no_picture: str | None = None
     packing: str | None = None
-    stored_features: str | None = "storing features is written for LLaVA-1.5's tower alone"
+    stored_features: str | None = None
 
 
 _FILES = {

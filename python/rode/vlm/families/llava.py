@@ -37,4 +37,4 @@ def _prepare(model: Any, processor: Any) -> None:
     fit_processor(processor, model.config)
 
 
-FAMILY = Family(prepare=_prepare, stored_features=None)
+FAMILY = Family(prepare=_prepare)

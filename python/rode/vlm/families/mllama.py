@@ -2,4 +2,5 @@
 
 from rode.vlm.families import Family
 
-FAMILY = Family(packing="its text reads pictures by cross-attention and has no tokens of theirs to share")
+_WHY = "its text reads pictures by cross-attention and has no tokens of theirs"
+FAMILY = Family(packing=_WHY, stored_features=_WHY)

@@ -1,0 +1,144 @@
+"""What a frozen tower and projector make of a picture, stored once and used many times, in any model with `get_image_features`.
+
+The features go where the pixels went: `accept_image_features` makes `get_image_features` take them back, so that everything
+after it stays transformers' code. LLaVA's tower is stored before its projector instead, see `rode.vlm.features`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from rode.vlm.families import family_of
+from rode.vlm.features import FeatureStore, PictureShape, PixelSource, digest_of
+from rode.vlm.load import base_model, language_model
+from rode.vlm.prompts import PromptEncoder, StoredPicture
+
+if TYPE_CHECKING:
+    from rode.vlm.load import Model
+
+_DIMENSIONS = 8  # of stored features: no processor's pixels have as many
+
+
+class _TakesImageFeatures(torch.nn.Module):
+    """Mixed into a model's class: `pixel_values` of eight dimensions are what `get_image_features` gave before."""
+
+    _stored: _Kind
+
+    def get_image_features(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        if pixel_values is None or pixel_values.dim() != _DIMENSIONS:
+            return super().get_image_features(pixel_values, *args, **kwargs)  # type: ignore[misc]
+        kind = self._stored
+        first, *deep = pixel_values.reshape(pixel_values.shape[: kind.dimensions]).chunk(
+            1 + kind.deep, dim=-1
+        )
+        more = {"deepstack_features": [[layer] if kind.listed else layer for layer in deep]} if deep else {}
+        return kind.output(pooler_output=[first] if kind.listed else first, **more)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a model's `get_image_features` gives: the class, whether a list of tensors, of how many dimensions, and how many
+    further layers' features there are (Qwen3-VL's)."""
+
+    output: type[Any]
+    listed: bool
+    dimensions: int
+    deep: int
+
+
+def accept_image_features(model: Model) -> None:
+    """Let `pixel_values` be stored features. The model's class is extended, so that parameter names stay the checkpoint's."""
+    inner = base_model(model).model
+    if not isinstance(inner, _TakesImageFeatures):
+        cls = type(inner)
+        inner.__class__ = type(cls.__name__, (_TakesImageFeatures, cls), {"__module__": cls.__module__})
+
+
+class ImageFeatureSource(FeatureStore):
+    """Features of frozen tower and projector: `source(path)` gives a `StoredPicture`.
+
+    Pictures are told apart by content. Each goes through the tower alone, so that what is stored depends on nothing else.
+
+    Args:
+        model: of any family with `get_image_features`; its tower and projector are frozen.
+        processor: of the model.
+        directory: where to keep the features, one safetensors file for each picture, in a folder named after weights and
+            preprocessing; None keeps them in memory.
+        shape: of pictures, see `rode.vlm.features.PixelSource`.
+
+    Raises:
+        ValueError: the model's family cannot have its features stored, and why.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        processor: ProcessorMixin,
+        directory: str | Path | None = None,
+        shape: PictureShape = "processor",
+    ) -> None:
+        base = base_model(model)
+        family = family_of(base)
+        why = family.stored_features
+        if why is None and not hasattr(base.model, "get_image_features"):
+            why = "it has no get_image_features"
+        if why is not None:
+            raise ValueError(f"model.vision_features: expected live for {base.config.model_type!r}: {why}")
+        accept_image_features(base)
+        self.base: Any = base
+        self.encoder: Any = PromptEncoder(processor, family=family)
+        super().__init__(PixelSource(processor, shape), directory)
+        self._features(Image.new("RGB", (56, 56)))  # to know of what kind they are
+
+    def __getstate__(self) -> dict[str, Any]:  # a data-loader worker reads what is there, it runs no tower
+        return {**self.__dict__, "base": None, "encoder": None}
+
+    @property
+    def computes(self) -> bool:
+        return self.base is not None
+
+    def _fingerprint(self) -> str:
+        facts = [
+            self.base.config.to_dict(),
+            self.pictures.processor.image_processor.to_dict(),
+            self.pictures.shape,
+        ]
+        text = {*language_model(self.base).parameters(), *self.base.get_output_embeddings().parameters()}
+        weights = {name: tensor for name, tensor in self.base.named_parameters() if tensor not in text}
+        return digest_of(facts, weights)
+
+    @torch.inference_mode()
+    def _features(self, picture: Image.Image) -> torch.Tensor:
+        inner = self.base.model
+        made = self.encoder.encode_prompt("?", [picture]).vision
+        taken = inspect.signature(type(inner).__mro__[2].get_image_features).parameters  # type: ignore[attr-defined]
+        training = inner.training
+        inner.eval()  # a frozen tower drops nothing
+        out = inner.get_image_features(
+            **{name: value.to(self.base.device) for name, value in made.items() if name in taken},
+            return_dict=True,
+        )
+        inner.train(training)
+        pooled, deep = out.pooler_output, list(getattr(out, "deepstack_features", None) or [])
+        listed = isinstance(pooled, (list, tuple))  # a tensor for each picture
+        layers = [
+            torch.cat(list(layer)) if isinstance(layer, (list, tuple)) else layer for layer in (pooled, *deep)
+        ]
+        features = torch.cat(layers, dim=-1)
+        inner._stored = _Kind(type(out), listed, features.dim(), len(deep))
+        return features.reshape(*features.shape, *[1] * (_DIMENSIONS - features.dim())).cpu()
+
+    def _compute(self, path: str) -> dict[str, torch.Tensor]:
+        picture = self.pictures(path)
+        return {"features": self._features(picture).clone(), "size": torch.tensor(picture.size)}
+
+    def _picture(self, stored: dict[str, torch.Tensor]) -> StoredPicture:
+        width, height = stored["size"].tolist()
+        return StoredPicture(stored["features"], (width, height))
