@@ -95,3 +95,48 @@ def test_scores_and_analysis(name, experiment_of, food, tmp_path):
     assert kinds == {"image", "text", "all"}
     out = tmp_path / "analysis"
     assert main(["analyze", str(experiment.run_dir), "--limit", "4", "--out", str(out), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("name", TINY_VLMS)
+def test_the_projector_alone(name, experiment_of):
+    """Stage 1 trains and writes what lies between tower and language model, and nothing else."""
+    experiment = experiment_of(name, stage="projector", training={"max_steps": 2})
+    before, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu")
+    result = train(experiment, progress=False)
+    projector = projector_name(before)
+    changed = {
+        key
+        for key, value in result.model.state_dict().items()
+        if not torch.equal(value, before.state_dict()[key])
+    }
+    assert changed
+    assert all(key.startswith(f"{projector}.") for key in changed)
+    after, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu", projector=result.output_dir)
+    for key in changed:
+        assert torch.equal(after.state_dict()[key], result.model.state_dict()[key]), key
+
+
+def test_what_a_family_cannot_do_is_said_before_it_trains(experiment_of):
+    with pytest.raises(
+        ValueError, match="questions_per_picture: expected 1 for 'qwen2_5_vl', got 2: its tokens have"
+    ):
+        train(experiment_of("qwen2.5-vl", training={"questions_per_picture": 2}), progress=False)
+    with pytest.raises(
+        ValueError, match="vision_features: expected live for 'gemma3' with a trained projector"
+    ):
+        train(
+            experiment_of(
+                "gemma3", model={"vision_features": "memory"}, training={"projector_learning_rate": 1e-3}
+            ),
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "qwen3-vl"])
+def test_stored_features_train_as_pictures_do(name, experiment_of, tmp_path):
+    runs = []
+    for features in ("live", "memory"):
+        experiment = experiment_of(name, model={"vision_features": features}, training={"max_steps": 4})
+        experiment.output_dir = str(tmp_path / features)
+        runs.append([entry["loss"] for entry in train(experiment, progress=False).history if "loss" in entry])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)

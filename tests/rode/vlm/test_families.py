@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from rode.vlm import IGNORE, GenerationCollator, PixelSource, PromptEncoder, Tra
 from rode.vlm.families import family_of
 from rode.vlm.features import feature_source
 from rode.vlm.load import get_projector, language_model, projector_name
+from rode.vlm.loss import answer_loss
+from rode.vlm.packing import pack_by_picture, packed_attention
 from rode.vlm.prompts import StoredPicture
 from rode_food import Example
 from tiny_vlms import TINY_VLMS, save_tiny_vlm
@@ -217,3 +220,32 @@ def test_features_behind_a_trained_projector_are_refused(checkpoints):
     picture = StoredPicture(torch.zeros(4, 8), (20, 20))
     with pytest.raises(ValueError, match="expected live for a question about several pictures, got 2"):
         store.encoder.encode_prompt("?", [picture, picture])
+
+
+@pytest.mark.parametrize("name", TINY_VLMS)
+def test_questions_about_a_picture_share_its_tokens_or_it_is_said_why_not(name, checkpoints, tmp_path):
+    """Loss and gradient of packed rows are those of separate ones."""
+    model, processor = checkpoints(name)
+    family = family_of(model)
+    if family.packing is not None:
+        assert name in ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "gemma3", "paligemma")
+        return
+    collate = TrainingCollator(PromptEncoder(processor, family=family), source)
+    rows = [
+        Example(f"r{i}", "b", "question", "How?" * (i + 1), "so" * (3 - i), "", "s", "train")
+        for i in range(3)
+    ]
+    weight = language_model(model).get_parameter("layers.0.self_attn.q_proj.weight")
+    found = []
+    for items in (rows, pack_by_picture(rows, 3)):
+        batch = collate(items)
+        labels, segments = batch.pop("labels"), batch.pop("segments", None)
+        del batch["truncated"]
+        assert (len(labels), segments is None) in ((3, True), (1, False))
+        with nullcontext() if segments is None else packed_attention(language_model(model), segments):
+            loss = answer_loss(model, model.get_output_embeddings(), batch, labels)
+        loss.backward()
+        found.append((loss.detach(), weight.grad))
+        weight.grad = None
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
