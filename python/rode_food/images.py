@@ -17,13 +17,22 @@ MAX_PIXELS = 64_000_000
 """Pixels that a picture may have; more is taken for a decompression bomb: kilobytes on disk, gigabytes in memory."""
 
 
+MAX_ASPECT = 200
+"""Longer side over shorter side that a picture may have; some image processors refuse more, and nothing is seen on it."""
+
+
 class ImageError(ValueError):
     """A picture that is missing or cannot be decoded. One line that names the file, and the record where there is one."""
 
 
 def check_pixels(image: PIL.Image.Image) -> None:
-    """Call it on what `PIL.Image.open` gives, which has read the header alone. Raises ImageError above `MAX_PIXELS`."""
+    """Call it on what `PIL.Image.open` gives, which has read the header alone. Raises ImageError for a size of 0, and above
+    `MAX_PIXELS` or `MAX_ASPECT`."""
     width, height = image.size
+    if not min(width, height) or max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{width} x {height} pixels: expected sides above 0, one at most {MAX_ASPECT} times the other"
+        )
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
 

@@ -15,7 +15,7 @@ CONFIG = """
 name: photographs
 output_dir: {out}/run
 model: {{path: {model}, device: cpu, prompt: vicuna, vision_features: disk, features_dir: {out}/features}}
-data: {{sources: [{{path: {out}/records.jsonl}}], on_bad_image: skip}}
+data: {{sources: [{{path: {out}/records.jsonl}}], on_bad_record: skip}}
 adapter: {{ranks: [2, 4, 8, 16], target_modules: ".*language_model.*_proj"}}
 training:
   learning_rate: 1.0e-2

@@ -51,7 +51,12 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.add_argument("--split", choices=("train", "val", "test"), help="default: the config's, else test")
     sub.add_argument("--tasks", nargs="+", choices=ALL_TASKS)
     sub.add_argument("--limit", type=positive, metavar="N", help="at most N examples of each source")
-    sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default: the config's, else error")
+    sub.add_argument(
+        "--on-bad-record",
+        "--on-bad-image",
+        choices=("error", "skip"),
+        help="default: the config's, else error",
+    )
     sub.add_argument(
         "--against",
         metavar="ADAPTER2",
@@ -96,7 +101,7 @@ def _examples(
     """(evaluation settings, examples, one line for each record left out)."""
     from rode.evaluation.evaluate import evaluation_examples
     from rode.training.config import EvaluationConfig
-    from rode.vlm import drop_bad_images
+    from rode.training.usable import drop_unusable
     from rode_food.source import Source
 
     if experiment is None and not args.data:
@@ -115,8 +120,8 @@ def _examples(
     if args.tasks:
         sources = [dataclasses.replace(source, tasks=args.tasks) for source in sources]
     examples = evaluation_examples(sources, settings.split, settings.limit)
-    on_bad_image = args.on_bad_image or (experiment.data.on_bad_image if experiment else "error")
-    return settings, *drop_bad_images(examples, on_bad_image)
+    on_bad_record = args.on_bad_record or (experiment.data.on_bad_record if experiment else "error")
+    return settings, *drop_unusable(examples, on_bad_record=on_bad_record)
 
 
 def _analysed(

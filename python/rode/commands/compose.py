@@ -133,7 +133,7 @@ def _check_experiments(args: argparse.Namespace, experiments: dict[str, Experime
 
 def _draw_examples(args: argparse.Namespace, experiment: Experiment | None) -> list[Example]:
     from rode.evaluation.evaluate import evaluation_examples
-    from rode.vlm import drop_bad_images
+    from rode.training.usable import drop_unusable
     from rode_food.source import Source
 
     tasks = {"tasks": args.tasks} if args.tasks else {}
@@ -145,7 +145,7 @@ def _draw_examples(args: argparse.Namespace, experiment: Experiment | None) -> l
         raise ValueError("nothing to find coefficients on: give --data records.jsonl")
     found = evaluation_examples(sources, args.split)
     drawn = random.Random(args.seed).sample(found, min(args.examples, len(found)))
-    return drop_bad_images(drawn)[0]
+    return drop_unusable(drawn)[0]
 
 
 def _write(

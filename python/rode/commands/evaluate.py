@@ -44,7 +44,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
     sub.add_argument(
         "--out", metavar="DIR", help="default: OUTPUT_DIR/evaluation of the config, else ./evaluation"
     )
-    sub.add_argument("--on-bad-image", choices=("error", "skip"), help="default error")
+    sub.add_argument("--on-bad-record", "--on-bad-image", choices=("error", "skip"), help="default error")
     sub.add_argument("--untrained", action="store_true", help="the config's model before training")
     sub.add_argument("--predictions", metavar="JSONL", help="score these answers anew, without a model")
     sub.add_argument(
@@ -87,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         sources = [Source(**{**vars(source), **tasks}) for source in experiment.data.sources]
     from rode.evaluation.evaluate import evaluation_examples
-    from rode.vlm import drop_bad_images
+    from rode.training.usable import drop_unusable
 
     examples = evaluation_examples(sources, args.split or settings.split, args.limit or settings.limit)
-    on_bad_image = args.on_bad_image or (experiment.data.on_bad_image if experiment else "error")
-    examples, skipped = drop_bad_images(examples, on_bad_image)
+    on_bad_record = args.on_bad_record or (experiment.data.on_bad_record if experiment else "error")
+    examples, skipped = drop_unusable(examples, on_bad_record=on_bad_record)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
     model, processor, prompt, source = load(args, experiment)

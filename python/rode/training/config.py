@@ -8,6 +8,7 @@ another may refuse) as a whole. A file with a `sweep` (`rode.training.sweep`) ho
 from __future__ import annotations
 
 import functools
+import logging
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from rode.baselines.moe_llava import MoeConfig
+
+logger = logging.getLogger(__name__)
 
 TaskName = Literal["ingredients", "recipe", "nutrition", "category", "question"]
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
@@ -80,8 +83,8 @@ class DataConfig:
     sources: list[SourceConfig]
     wording: Literal["first", "all", "random"] = "random"
     """Wordings of a question in training; evaluation always asks the first."""
-    on_bad_image: Literal["error", "skip"] = "error"
-    """A picture that cannot be read: stop, or leave its record out and say so."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be used (a picture that cannot be read, an empty answer): stop, or leave it out and say so."""
 
 
 @dataclass
@@ -329,8 +332,31 @@ def _peft_class(values: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any
     return cls, values
 
 
+_OLD_NAMES = {"on_bad_image": "on_bad_record"}
+"""Former names of keys of `data`, which are still read."""
+
+
+@functools.cache
+def _warn_once(old: str, new: str) -> None:
+    logger.warning("data.%s is called data.%s now; the old name is read still", old, new)
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with former names replaced. An old name beside the new one was given later, so it counts."""
+    data = values.get("data")
+    if not isinstance(data, dict) or not _OLD_NAMES.keys() & data.keys():
+        return values
+    data = dict(data)
+    for old, new in _OLD_NAMES.items():
+        if old in data:
+            _warn_once(old, new)
+            data[new] = data.pop(old)
+    return {**values, "data": data}
+
+
 def experiment_from_dict(values: dict[str, Any]) -> Experiment:
     """A config from plain values, checked. Raises ConfigError."""
+    values = _with_new_names(values)
     experiment = build(Experiment, values)
     _check(experiment)
     return experiment
@@ -369,7 +395,7 @@ def experiment_values(path: str | Path, *, base: str | Path | None = None) -> di
         parent = values.pop("extends", None)
         if not isinstance(parent, str | None):
             raise ConfigError(f"{file}: extends: expected the name of a config file, got {parent!r}")
-        chain.append(values)
+        chain.append(_with_new_names(values))
         following = None if parent is None else file.parent / parent
         if base is not None and len(chain) == 1:
             following = Path(base)

@@ -25,8 +25,9 @@ from rode.training.lost import is_lost_process, lost_process
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
+from rode.training.usable import usable
 from rode.tuner import GateStatistics, HoldSparsity
-from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, drop_bad_images, load_vlm
+from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
 from rode.vlm.features import feature_source
@@ -61,7 +62,7 @@ class TrainResult:
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
         interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
-        skipped: one line for each record left out for its picture.
+        skipped: one line for each record left out, or some of its questions: `rode.training.usable`.
         was_done: there was nothing to resume: the run had ended before, and no file was touched.
     """
 
@@ -79,23 +80,6 @@ class TrainResult:
 def data_sources(experiment: Experiment) -> list[Source]:
     """The config's sources as `rode_food.data_mixture` wants them."""
     return [Source(**vars(source)) for source in experiment.data.sources]
-
-
-def _usable(mixture: DataMixture[Example], on_bad_image: str) -> tuple[DataMixture[Example], list[str]]:
-    """The mixture without the examples whose picture cannot be read, see `drop_bad_images`. Pictures in shards
-    were read when the shards were written."""
-    parts: list[Sequence[Example]] = []
-    skipped: list[str] = []
-    for part in mixture.parts():
-        if not isinstance(part, ShardExamples):
-            part, lines = drop_bad_images(part, on_bad_image)
-            skipped += lines
-        parts.append(part)
-    for line in skipped:
-        logger.warning("left out: %s", line)
-    if skipped and not any(parts):
-        raise ValueError(f"no example left to train on: all {len(skipped)} pictures were left out")
-    return mixture.with_parts(parts), skipped
 
 
 def _packed(mixture: DataMixture[Example], most: int) -> DataMixture[tuple[Example, ...]]:
@@ -236,7 +220,7 @@ def _train(
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
     else:
         mixture = DataMixture(list(examples), [len(examples)], [1.0], seed)
-    mixture, skipped = _usable(mixture, experiment.data.on_bad_image)
+    mixture, skipped = usable(mixture, experiment.data.on_bad_record)
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")

@@ -2,7 +2,7 @@
 
 from rode.vlm.collator import IGNORE, GenerationCollator, TrainingCollator
 from rode.vlm.features import FeatureSource, PixelSource, accept_features
-from rode.vlm.images import drop_bad_images, open_image
+from rode.vlm.images import image_problems, open_image
 from rode.vlm.load import load_adapter, load_projector, load_vlm, save_projector
 from rode.vlm.loss import answer_loss
 from rode.vlm.prompts import Features, Prompt, PromptEncoder, render_prompt
@@ -18,7 +18,7 @@ __all__ = [
     "TrainingCollator",
     "accept_features",
     "answer_loss",
-    "drop_bad_images",
+    "image_problems",
     "load_adapter",
     "load_projector",
     "load_vlm",

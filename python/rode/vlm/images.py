@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -23,10 +23,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 
 class HasImage(Protocol):
-    """The part of an example that is needed here (`rode_food.Example` has it)."""
-
-    @property
-    def record_id(self) -> str: ...
+    """The part of an example that is needed to pack it (`rode_food.Example` has it)."""
 
     @property
     def image(self) -> str: ...
@@ -51,29 +48,3 @@ def image_problems(paths: Iterable[str | Path], workers: int = 8) -> dict[str, s
         return {
             path: message for path, message in zip(unique, pool.map(problem, unique), strict=True) if message
         }
-
-
-def drop_bad_images(examples: Sequence[E], on_bad_image: str = "error") -> tuple[list[E], list[str]]:
-    """Split off the examples whose picture cannot be read.
-
-    Args:
-        examples: anything with `record_id` and `image`.
-        on_bad_image: "error" raises on the first bad picture, "skip" leaves its examples out.
-
-    Returns:
-        The usable examples in their order, and one line per record left out.
-    """
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image: expected 'error' or 'skip', got {on_bad_image!r}")
-    problems = image_problems(example.image for example in examples)
-    lines = list(
-        dict.fromkeys(
-            f"record {example.record_id}: {problems[example.image]}"
-            for example in examples
-            if example.image in problems
-        )
-    )
-    if lines and on_bad_image == "error":
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise OSError(f"{lines[0]}{more}; mend the picture, or set data.on_bad_image=skip")
-    return [example for example in examples if example.image not in problems], lines

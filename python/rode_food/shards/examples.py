@@ -77,7 +77,11 @@ class ShardExamples(Sequence[Item_co]):
         """The same questions in tuples of at most `most` about one picture (`rode.vlm.packing.pack_by_picture`)."""
         packs = object.__new__(ShardExamples)
         packs.__dict__.update(self.__dict__)
-        begins = self._first % most == 0
+        # a run of neighbours about one picture ends at another record, and where an example was left out
+        fresh = np.ones(len(self), bool)
+        fresh[1:] = (np.diff(self._sample) != 0) | (self._first[1:] != self._stop[:-1])
+        number = np.arange(len(self))
+        begins = (number - np.maximum.accumulate(np.where(fresh, number, 0))) % most == 0
         starts = np.flatnonzero(begins)
         packs._sample, packs._first = self._sample[starts], self._first[starts]
         last = np.append(starts[1:], len(self)) - 1
@@ -85,6 +89,14 @@ class ShardExamples(Sequence[Item_co]):
         packs.lengths = np.add.reduceat(self.lengths, starts) if len(starts) else self.lengths
         packs.packs = True
         return packs
+
+    def without(self, numbers: Sequence[int]) -> ShardExamples[Item_co]:
+        """All items but those with these numbers."""
+        fewer: ShardExamples[Item_co] = object.__new__(ShardExamples)
+        fewer.__dict__.update(self.__dict__)
+        for name in ("_sample", "_first", "_stop", "lengths"):
+            setattr(fewer, name, np.delete(getattr(self, name), np.asarray(numbers, np.int64)))
+        return fewer
 
     def __len__(self) -> int:
         return len(self._sample)

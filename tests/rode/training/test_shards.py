@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from rode.evaluation.evaluate import evaluate, evaluation_examples
 from rode.training.train import train
-from rode.vlm import FeatureSource, TrainingCollator, drop_bad_images, load_vlm
+from rode.training.usable import drop_unusable
+from rode.vlm import FeatureSource, TrainingCollator, load_vlm
 from rode_food import Source, load_examples, read_records
 from rode_food.shards.examples import ShardExamples
 from rode_food.shards.index import Shards, open_shards
@@ -150,7 +151,7 @@ def test_shards_beside_records(experiment_of, shards_dir, food, read, tmp_path):
         {"path": str(tmp_path / "more/records.jsonl"), "tasks": ["category"], "name": "loose"},
     ]
     experiment = experiment_of(
-        data={"sources": sources, "on_bad_image": "skip"},
+        data={"sources": sources, "on_bad_record": "skip"},
         training={"max_steps": None, "epochs": 1, "batch_size": 2, "group_by_length": True},
     )
     result = train(experiment, progress=False)
@@ -178,7 +179,7 @@ def test_evaluation_from_shards(food, shards_dir, llava_dir, tmp_path):
     for name, path in (("shards", shards_dir), ("file", food / "records.jsonl")):
         examples = evaluation_examples([Source(str(path))], "test")
         assert len(examples) == 16
-        assert drop_bad_images(examples)[1] == []
+        assert drop_unusable(examples)[1] == []
         scores.append(evaluate(model, processor, examples, tmp_path / name, max_new_tokens=4, progress=False))
     assert scores[0] == scores[1]
     rows = [json.loads(line) for line in (tmp_path / "shards/predictions.jsonl").read_text().splitlines()]
@@ -186,8 +187,8 @@ def test_evaluation_from_shards(food, shards_dir, llava_dir, tmp_path):
 
 
 def test_a_shard_spoiled_during_training_names_itself(experiment_of, shards_dir, monkeypatch):
-    address = Shards.image
-    monkeypatch.setattr(Shards, "image", lambda self, i: address(self, i).replace("+", "+9"))
+    images = Shards.images
+    monkeypatch.setattr(Shards, "images", lambda self, i: [a.replace("+", "+9") for a in images(self, i)])
     with pytest.raises(OSError, match=r"record dish\d+: .*food-train-00000\d\.tar: cut short: expected 9\d+"):
         train(experiment_of(training={"max_steps": 1}), progress=False)
 

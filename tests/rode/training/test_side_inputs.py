@@ -63,6 +63,13 @@ def test_a_question_without_a_task_is_refused():
         Routes(preset("moelora"))([None], ["Is it spicy?"])
 
 
+def test_a_task_that_the_router_does_not_know_is_refused():
+    with pytest.raises(
+        ValueError, match=r"router knows the tasks ingredients, .*, and got 'question': leave it out"
+    ):
+        Routes(preset("polytropon"))(["category", "question"], ["?"] * 2)
+
+
 def test_clusters_find_what_is_alike(tmp_path):
     table = torch.eye(6)
 

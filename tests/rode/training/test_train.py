@@ -251,9 +251,9 @@ def test_bad_pictures(make_experiment, examples, tmp_path, caplog):
         dataclasses.replace(examples[3], image=str(tmp_path / "bad.png")),
         *examples[4:],
     ]
-    with pytest.raises(OSError, match=r"record dish3: .*bad.png: not a readable picture"):
+    with pytest.raises(ValueError, match=r"record dish3: .*bad.png: not a readable picture"):
         train(make_experiment(), examples=spoiled, progress=False)
-    experiment = make_experiment(data={"on_bad_image": "skip"}, training={"max_steps": 1})
+    experiment = make_experiment(data={"on_bad_record": "skip"}, training={"max_steps": 1})
     result = train(experiment, examples=spoiled, progress=False)
     assert result.metrics["examples"] == 11
     assert result.metrics["skipped_records"] == 1
@@ -262,7 +262,7 @@ def test_bad_pictures(make_experiment, examples, tmp_path, caplog):
     alone = [spoiled[3]]
     with pytest.raises(ValueError, match="no example left to train on"):
         train(
-            make_experiment(data={"on_bad_image": "skip"}, output_dir=str(tmp_path / "x")),
+            make_experiment(data={"on_bad_record": "skip"}, output_dir=str(tmp_path / "x")),
             examples=alone,
             progress=False,
         )

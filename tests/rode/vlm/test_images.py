@@ -1,13 +1,11 @@
-"""Pictures that cannot be read are found, named with their record, and left out or fatal."""
+"""Pictures that cannot be read are found and named."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 from PIL import Image
 
-from rode.vlm import drop_bad_images, open_image
+from rode.vlm import image_problems, open_image
 from tiny_llava import draw
 
 
@@ -30,25 +28,23 @@ def test_each_is_refused(broken):
             open_image(path)
 
 
-def test_skip_and_error(broken, examples):
-    mixed = [
-        *examples[:2],
-        *(dataclasses.replace(examples[i + 2], image=path) for i, path in enumerate(broken)),
-    ]
-    mixed.append(
-        dataclasses.replace(mixed[2], task="recipe")
-    )  # a second question about the first bad picture
-    kept, lines = drop_bad_images(mixed, "skip")
-    assert kept == examples[:2]
-    assert len(lines) == 5
-    assert lines[0] == f"record dish2: {broken[0]}: no such picture"
+def test_each_is_named_once(broken, tmp_path):
+    whole = str(tmp_path / "whole.jpg")
+    found = image_problems([whole, *broken, broken[0]])
+    assert list(found) == broken
+    assert found[broken[0]] == f"{broken[0]}: no such picture"
+
+
+@pytest.mark.parametrize(("size", "fits"), [((1, 200), True), ((201, 1), False), ((1, 1), True)])
+def test_absurd_shapes(tmp_path, size, fits):
+    Image.new("RGB", size).save(tmp_path / "long.png")
+    if fits:
+        assert open_image(tmp_path / "long.png").size == size
+        return
     with pytest.raises(
-        OSError, match=r"record dish2: .*gone.jpg: no such picture \(and 4 more\).*on_bad_image=skip"
+        OSError, match=r"long.png: .*201 x 1 pixels: expected sides above 0, one at most 200 times"
     ):
-        drop_bad_images(mixed, "error")
-    assert drop_bad_images(examples, "error") == (examples, [])
-    with pytest.raises(ValueError, match="on_bad_image: expected 'error' or 'skip', got 'ignore'"):
-        drop_bad_images(mixed, "ignore")
+        open_image(tmp_path / "long.png")
 
 
 def test_a_picture_is_rgb_and_upright(tmp_path):

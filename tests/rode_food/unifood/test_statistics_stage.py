@@ -80,7 +80,7 @@ def test_a_run_that_stops_leaves_no_half(make: Any) -> None:
     stage = make()
     whole = stage.source.read_text()
     stage.source.write_text(whole + '{"id": "d9"}\n')
-    with pytest.raises(RecordError, match=r"records.jsonl:5: image: missing"):
+    with pytest.raises(RecordError, match=r"records.jsonl:5: source: missing"):
         run(stage)
     assert list(stage.folder.iterdir()) == []
     stage.source.write_text(whole)

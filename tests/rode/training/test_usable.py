@@ -1,0 +1,119 @@
+"""Examples that cannot be used are found before training, named, and left out or fatal."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from odd_dishes import dishes
+from rode.training.config import _warn_once, load_experiment
+from rode.training.usable import drop_unusable, split_unusable, usable
+from rode_food import Example, Source, load_examples, write_records
+from rode_food.shards.write import write_shards
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Paths of pictures that cannot be used."""
+    Image.new("RGB", (500, 1)).save(tmp_path / "long.png")
+    (tmp_path / "empty.png").touch()
+    return [str(tmp_path / name) for name in ("gone.jpg", "empty.png", "long.png")]
+
+
+def test_pictures_and_answers(bad, examples):
+    mixed = [*examples[:2], *(dataclasses.replace(examples[i + 2], image=path) for i, path in enumerate(bad))]
+    mixed.append(
+        dataclasses.replace(mixed[2], task="recipe")
+    )  # a second question about the first bad picture
+    mixed.append(dataclasses.replace(examples[5], more_images=(examples[0].image, bad[0])))
+    mixed.append(dataclasses.replace(examples[6], answer=" \n"))
+    kept, lines = drop_unusable(mixed, on_bad_record="skip")
+    assert kept == examples[:2]
+    assert lines[0] == f"record dish2: {bad[0]}: no such picture"
+    assert "500 x 1 pixels" in lines[2]
+    assert lines[3:] == [
+        f"record dish5: {bad[0]}: no such picture",
+        "record dish6: task category: the answer is empty",
+    ]
+    message = r"record dish2: .*gone.jpg: no such picture \(and 4 more\); .* data.on_bad_record=skip"
+    with pytest.raises(ValueError, match=message):
+        drop_unusable(mixed)
+    assert drop_unusable(examples) == (examples, [])
+    without = [dataclasses.replace(examples[0], image="")]
+    assert drop_unusable(without) == (without, [])
+    with pytest.raises(ValueError, match="on_bad_record: expected 'error' or 'skip', got 'ignore'"):
+        drop_unusable(mixed, on_bad_record="ignore")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.text("xyz ", max_size=4)), max_size=12))
+def test_the_first_check_that_objects_is_heard(texts):
+    examples = [Example(id, "", "question", "?", text, text, "s", None) for id, text in texts]
+
+    def long(example):
+        return "too long" if len(example.answer) > 2 else None
+
+    def spaced(example):
+        return "a space" if " " in example.answer else None
+
+    numbers, lines = split_unusable(examples, [long, spaced])
+    assert numbers == [i for i, (_, text) in enumerate(texts) if len(text) > 2 or " " in text]
+    want = [f"record {texts[i][0]}: {'too long' if len(texts[i][1]) > 2 else 'a space'}" for i in numbers]
+    assert lines == list(dict.fromkeys(want))
+
+
+def no_soup(example):
+    return "it is a soup" if example.task == "category" and example.answer == "soup" else None
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_shards_are_asked_for_further_checks_alone(tmp_path, monkeypatch, caplog, most):
+    records = dishes(tmp_path / "pictures", 12, split="train")
+    write_shards(records, tmp_path / "shards")
+    write_records(tmp_path / "r.jsonl", records)
+    mixture = load_examples([Source(str(tmp_path / name)) for name in ("shards", "r.jsonl")], "train")
+    whole = [list(part) for part in mixture.parts()]
+    unchanged, skipped = usable(mixture, "error")
+    assert (list(unchanged.examples), skipped) == ([*whole[0], *whole[1]], [])
+    with pytest.raises(ValueError, match=r"record .*: it is a soup \(and 3 more\); mend the record"):
+        usable(mixture, "error", [no_soup])
+    kept, skipped = usable(mixture, "skip", [no_soup])
+    assert len(skipped) == 8
+    assert caplog.text.count("it is a soup") == 8
+    for part, before in zip(kept.parts(), whole, strict=True):
+        assert list(part) == [example for example in before if not no_soup(example)]
+    shards = kept.parts()[0]
+    assert shards.lengths.tolist() == [len(e.question) + len(e.answer) for e in shards]
+    packs = shards.packed(most)
+    assert [example for pack in packs for example in pack] == list(shards)
+    assert all(len({e.record_id for e in pack}) == 1 and len(pack) <= most for pack in packs)
+    assert packs.lengths.sum() == shards.lengths.sum()
+    with pytest.raises(ValueError, match="no example left to train on: 24 problems"):
+        usable(mixture, "skip", [lambda example: "no"])
+
+
+CONFIG = """
+name: x
+stage: adapter
+model: {path: m}
+data: {sources: [{path: a.jsonl}], KEY}
+adapter: {ranks: [2, 2], gate: relu}
+"""
+
+
+def test_the_old_name_is_read_with_one_warning(tmp_path, caplog):
+    _warn_once.cache_clear()
+    (tmp_path / "old.yaml").write_text(CONFIG.replace("KEY", "on_bad_image: skip"))
+    (tmp_path / "new.yaml").write_text(CONFIG.replace("KEY", "on_bad_record: error"))
+    (tmp_path / "child.yaml").write_text("extends: new.yaml\ndata: {on_bad_image: skip}\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_experiment(tmp_path / "old.yaml").data.on_bad_record == "skip"
+        assert load_experiment(tmp_path / "new.yaml").data.on_bad_record == "error"
+        assert load_experiment(tmp_path / "child.yaml").data.on_bad_record == "skip"
+        later = load_experiment(tmp_path / "new.yaml", ["data.on_bad_image=skip"])
+        assert later.data.on_bad_record == "skip"
+    assert caplog.text.count("data.on_bad_image is called data.on_bad_record now") == 1
