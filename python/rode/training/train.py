@@ -25,13 +25,19 @@ from rode.training.lost import is_lost_process, lost_process
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
-from rode.training.usable import usable
+from rode.training.usable import encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
 from rode.vlm.features import feature_source
-from rode.vlm.load import base_model, get_projector, match_projector_input, projector_name
+from rode.vlm.load import (
+    base_model,
+    get_projector,
+    match_projector_input,
+    projector_name,
+    read_processor,
+)
 from rode.vlm.packing import pack_by_picture
 from rode_food import Example
 from rode_food.atomic import write_text
@@ -220,11 +226,21 @@ def _train(
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
     else:
         mixture = DataMixture(list(examples), [len(examples)], [1.0], seed)
-    mixture, skipped = usable(mixture, experiment.data.on_bad_record)
+    if processor is None:
+        processor, config_of_model = read_processor(experiment.model.path)
+    else:
+        assert model is not None, "checked by train"
+        config_of_model = base_model(model).config
+    training, family = experiment.training, family_of(config_of_model)
+    encoder = PromptEncoder(
+        processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
+    )
+    may_fail = training.max_length is not None or family.no_picture is not None
+    checks = [encodable(encoder, experiment.model.picture_shape)] if may_fail else []
+    mixture, skipped = usable(mixture, experiment.data.on_bad_record, checks)
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
-    training = experiment.training
     items: DataMixture[Example | tuple[Example, ...]] = mixture
     if training.questions_per_picture > 1:
         items = _packed(mixture, training.questions_per_picture)
@@ -236,10 +252,15 @@ def _train(
         history = state.get("log_history", [])
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     with whole_while_loaded(arguments):
-        if model is None or processor is None:
+        if model is None:
             m = experiment.model
-            model, processor = load_vlm(
-                m.path, dtype=m.dtype, device=m.device, attention=m.attention, projector=m.projector
+            model, _ = load_vlm(
+                m.path,
+                dtype=m.dtype,
+                device=m.device,
+                attention=m.attention,
+                projector=m.projector,
+                processor=processor,
             )
         if at_end:  # no picture is looked at any more
             source = PixelSource(processor, experiment.model.picture_shape)
@@ -253,15 +274,11 @@ def _train(
         raise ValueError(
             "training.questions_per_picture: flash attention takes no mask for it; set model.attention=sdpa"
         )
-    family = family_of(base_model(model))
     if training.questions_per_picture > 1 and family.packing is not None:
         raise ValueError(
             f"training.questions_per_picture: expected 1 for {model.config.model_type!r}, got {training.questions_per_picture}: "
             f"{family.packing}"
         )
-    encoder = PromptEncoder(
-        processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
-    )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)

@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
-from rode.vlm.images import image_problems
+from PIL import Image
+
+from rode.vlm.features import PictureShape
+from rode.vlm.images import image_problems, picture_size
+from rode.vlm.prompts import PromptEncoder
 from rode_food import Example
 from rode_food.data_mixture import DataMixture
 from rode_food.shards.examples import ShardExamples
 
 logger = logging.getLogger(__name__)
+_MARGIN = (
+    64  # tokens by which an estimate may be wrong: more than a prompt's words and what joins of texts change
+)
 
 Check = Callable[[Example], str | None]
 """Takes an example and returns what makes it unusable, in words, or None."""
@@ -30,6 +37,38 @@ def unreadable_pictures(examples: Iterable[Example]) -> Check:
 
     def check(example: Example) -> str | None:
         return next((problems[image] for image in example.images if image in problems), None)
+
+    return check
+
+
+def encodable(encoder: PromptEncoder, shape: PictureShape = "processor") -> Check:
+    """A check that an example becomes a row: its prompt and pictures fit `max_length`, and the family takes it as it is.
+
+    Pictures are looked at by their size alone: how many tokens they take depends on nothing else.
+    """
+    expansions: dict[tuple[int, int], int] = {}
+
+    def taken(size: tuple[int, int]) -> int:
+        """Tokens that a picture of this size adds to a prompt."""
+        if size not in expansions:
+            blank = Image.new("RGB", size)
+            expansions[size] = encoder.encode_prompt("?", [blank]).prompt_length - encoder.text_length("?")
+        return expansions[size]
+
+    def check(example: Example) -> str | None:
+        if encoder.max_length is None and (example.images or encoder.family.no_picture is None):
+            return None
+        try:
+            sizes = [picture_size(image) for image in example.images]
+            if shape == "pad":
+                sizes = [(max(size), max(size)) for size in sizes]
+            text = encoder.text_length(example.question) + len(encoder.tokenizer(example.answer).input_ids)
+            if sizes and text + sum(map(taken, sizes)) + _MARGIN < (encoder.max_length or 0):
+                return None
+            encoder.encode(example.question, example.answer, [Image.new("RGB", size) for size in sizes])
+        except (OSError, ValueError) as error:
+            return f"task {example.task}: {error}"
+        return None
 
     return check
 

@@ -19,7 +19,7 @@ from rode_food.atomic import written_aside
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
     Model = PreTrainedModel | PeftModel
     """A vision-language model, under PEFT or not."""
@@ -49,37 +49,18 @@ def pick_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_vlm(
-    path: str | Path,
-    *,
-    dtype: str = "bfloat16",
-    device: str = "auto",
-    attention: str | None = None,
-    projector: str | Path | None = None,
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a vision-language model and its processor: whatever transformers' AutoModelForImageTextToText and AutoProcessor take.
-
-    Args:
-        path: a checkpoint directory as `save_pretrained` writes it, or a hub name "owner/name".
-        dtype: "float32", "bfloat16" or "float16"; what the frozen weights are held in.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
-        attention: transformers' `attn_implementation`; None for its own choice.
-        projector: a `projector.safetensors` of stage 1, or the folder that holds it; replaces the checkpoint's.
-
-    Returns:
-        The model in eval mode, and the processor.
+def read_processor(path: str | Path) -> tuple[ProcessorMixin, PretrainedConfig]:
+    """The processor of a vision-language model and the model's configuration, without its weights.
 
     Raises:
-        FileNotFoundError: no such directory. ValueError: no vision-language model, or processor and model do not fit, or they need
-            code of their own.
+        FileNotFoundError, ValueError: see `load_vlm`.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     path = os.path.expanduser(str(path))
     if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(f"{path}: no such model directory (nor a hub name like owner/name)")
-    torch_dtype, where = pick_dtype(dtype), pick_device(device)
     config = from_pretrained(AutoConfig, path)
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
@@ -90,13 +71,49 @@ def load_vlm(
         raise ValueError(
             f"{path}: expected a processor with tokenizer and image processor, got {type(processor).__name__}; is a file missing?"
         )
+    prepare = family_of(config).prepare
+    if prepare is not None:
+        prepare(config, processor)
+    return processor, config
+
+
+def load_vlm(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    attention: str | None = None,
+    projector: str | Path | None = None,
+    processor: ProcessorMixin | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vision-language model and its processor: whatever transformers' AutoModelForImageTextToText and AutoProcessor take.
+
+    Args:
+        path: a checkpoint directory as `save_pretrained` writes it, or a hub name "owner/name".
+        dtype: "float32", "bfloat16" or "float16"; what the frozen weights are held in.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        attention: transformers' `attn_implementation`; None for its own choice.
+        projector: a `projector.safetensors` of stage 1, or the folder that holds it; replaces the checkpoint's.
+        processor: of this path, if it was read already (`read_processor`).
+
+    Returns:
+        The model in eval mode, and the processor.
+
+    Raises:
+        FileNotFoundError: no such directory. ValueError: no vision-language model, or processor and model do not fit, or they need
+            code of their own.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    torch_dtype, where = pick_dtype(dtype), pick_device(device)
+    if processor is None:
+        processor, _ = read_processor(path)
     extra: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     # Any: transformers wraps `to` in a way that hides its types
-    model: Any = from_pretrained(AutoModelForImageTextToText, path, dtype=torch_dtype, **extra)
+    model: Any = from_pretrained(
+        AutoModelForImageTextToText, os.path.expanduser(str(path)), dtype=torch_dtype, **extra
+    )
     model.to(where).eval()
-    prepare = family_of(model).prepare
-    if prepare is not None:
-        prepare(model, processor)
     if projector is not None:
         load_projector(model, projector)
     match_projector_input(model)

@@ -293,6 +293,10 @@ class PromptEncoder:
         vision = {name: value for name, value in made.items() if name not in by_token}
         return Encoded(ids[0].tolist(), tokens, False, by_token, vision)
 
+    def text_length(self, question: str) -> int:
+        """Tokens of a prompt with one picture whose placeholder counts as it stands in the text."""
+        return len(self._ids(self._prompt(question, 1).prefix))
+
     def encode_prompt(self, question: str, pictures: Sequence[Picture]) -> Encoded:
         """The row up to where the answer begins."""
         return self._prompt_row(question, pictures)

@@ -47,7 +47,7 @@ def test_one_variant_is_one_config(file):
     assert experiment.adapter == {"gate": "softmax", "ranks": [30], "alpha": 8}
     first, second = experiment.data.sources
     assert (first.path, first.name, first.tasks) == ("r.jsonl", "r", ["recipe"])  # the rest of a source stays
-    assert (second.path, len(second.tasks)) == ("s.jsonl", 4)
+    assert (second.path, second.tasks) == ("s.jsonl", list(ALL_TASKS))
     assert (experiment.training.batch_size, experiment.training.seed) == (3, 4)
     twice = load_experiment(
         file, ["sweep=ranks-30-recipe", "sweep=ranks-2-4"]

@@ -20,7 +20,7 @@ class Family:
         template: (processor, question, pictures) -> prompt text, for checkpoints that have no chat template.
         appended: text that the processor puts behind every prompt.
         answer_inputs: by name, the value on the answer's tokens of the processor's inputs that have one for each token; else 0.
-        prepare: what (model, processor) need after loading.
+        prepare: (configuration, processor) -> None: what the processor needs after loading.
         no_picture: why a question needs a picture; None if it needs none.
         packing: why several questions cannot share a picture's tokens; None if they can.
         stored_features: why the tower's features cannot be stored; None if they can.
@@ -49,8 +49,8 @@ _FILES = {
 
 
 def family_of(model: Any) -> Family:
-    """The family of a model (or of anything with a `config`), by its configuration's `model_type`."""
-    name = _FILES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    """The family of a model, or of its configuration, by `model_type`."""
+    name = _FILES.get(getattr(getattr(model, "config", model), "model_type", ""))
     if name is None:
         return Family()
     family = importlib.import_module(f"{__name__}.{name}").FAMILY

@@ -33,8 +33,8 @@ def fit_processor(processor: LlavaProcessor, config: LlavaConfig) -> None:
             setattr(processor, name, value)
 
 
-def _prepare(model: Any, processor: Any) -> None:
-    fit_processor(processor, model.config)
+def _prepare(config: Any, processor: Any) -> None:
+    fit_processor(processor, config)
 
 
 FAMILY = Family(prepare=_prepare)
