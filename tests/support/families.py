@@ -212,4 +212,7 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
     ids = torch.arange(3, 23).view(2, 10)
     if name == "whisper":
         return {"input_features": torch.linspace(-1, 1, 2 * 8 * 20).view(2, 8, 20), "labels": ids}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    if name in ("paligemma", "gemma3"):  # before transformers 5.6 they do not train without
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    return batch

@@ -73,9 +73,15 @@ class PixelSource:
         return self.processor.image_processor(images=open_image(path), return_tensors="pt")["pixel_values"][0]
 
     def image_tokens(self, pixels: torch.Tensor) -> int:
-        """How many tokens the picture takes in the language model, as the processor counts them."""
-        text = self.processor.replace_image_token({"pixel_values": [pixels.numpy()]}, 0)
-        return text.count(self.processor.image_token)
+        """How many tokens the picture takes in the language model, as the processor counts them.
+
+        This is the count of `LlavaProcessor`, which has no method for it before transformers 5.10.
+        """
+        height, width = pixels.shape[-2:]
+        patch = self.processor.patch_size
+        patches = (height // patch) * (width // patch)
+        dropped = self.processor.vision_feature_select_strategy == "default"
+        return patches + self.processor.num_additional_image_tokens - dropped
 
 
 class FeatureSource:

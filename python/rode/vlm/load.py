@@ -82,7 +82,7 @@ def load_vlm(
     if config.model_type != "llava":
         raise ValueError(f"{path}: expected a model of type 'llava', got {config.model_type!r}")
     processor = from_pretrained(AutoProcessor, path)
-    if not hasattr(processor, "replace_image_token"):
+    if not hasattr(processor, "vision_feature_select_strategy"):
         raise ValueError(
             f"{path}: expected a LLaVA processor, got {type(processor).__name__}; is a file missing?"
         )

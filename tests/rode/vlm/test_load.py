@@ -11,7 +11,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from rode import RodeConfig
-from rode.vlm import load_adapter, load_projector, load_vlm, open_image, save_projector
+from rode.vlm import PixelSource, load_adapter, load_projector, load_vlm, open_image, save_projector
 from rode.vlm.load import fit_processor, get_projector, match_projector_input
 from tiny_llava import save_tiny_llava, tiny_model, tiny_processor
 
@@ -26,10 +26,20 @@ def test_a_checkpoint_comes_back(tmp_path, tower, examples):
     assert processor.image_token_id == model.config.image_token_id
     inputs = processor(images=open_image(examples[0].image), text="<image>\nWhat?", return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+    assert PixelSource(processor).image_tokens(inputs["pixel_values"][0]) == 4
     with torch.no_grad():
         model(**inputs)  # which counts the picture's tokens itself
     half, _ = load_vlm(tmp_path, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("strategy", "extra"), [("default", 1), ("full", 1), ("full", 0)])
+def test_tokens_of_a_picture_are_counted_as_the_processor_does(strategy, extra, examples):
+    processor = tiny_processor()
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = strategy, extra
+    inputs = processor(images=open_image(examples[0].image), text="<image>", return_tensors="pt")
+    tokens = (inputs["input_ids"] == processor.image_token_id).sum()
+    assert PixelSource(processor).image_tokens(inputs["pixel_values"][0]) == tokens
 
 
 def test_an_old_processor_is_made_to_count_as_the_model(caplog):
