@@ -16,7 +16,7 @@ INSTALL = PATH="$(abspath $(VENV))/bin:$$PATH" RODE_BUILD_DIR="$(RODE_BUILD_DIR)
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
-.PHONY: demo test test-long test-full lint format clean
+.PHONY: demo test test-long test-full test-versions lint format clean
 
 demo: $(VENV)/.native $(VENV)/.demo  ## train, evaluate and compare a small LLaVA-RoDE on drawn plates, or on DATA= with MODEL=
 	$(VENV)/bin/rode demo --out demo --scale $(SCALE) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
@@ -28,6 +28,9 @@ test-long: $(VENV)/.emulated $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
 	$(PYTEST) -n 2 --dist loadgroup -m slow
 
 test-full: test test-long
+
+test-versions: $(VENV)/.emulated $(VENV)/.dev  ## the tests with other versions of transformers, PEFT and accelerate (docs/versions.md)
+	$(VENV)/bin/nox --envdir $(VENV)/nox
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -41,7 +44,7 @@ format: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build *.egg-info python/*.egg-info rode_kernels/_*.so demo
 
-# torch first and by version: the package itself admits any torch >= 2.9 and would take the newest, largest build
+# torch first and by version: the package itself admits any torch from 2.8 on and would take the newest, largest build
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade "pip>=23.2"

@@ -17,9 +17,17 @@ from types import ModuleType
 def register_with_peft() -> None:
     """Registers "RODE" now if PEFT has been imported, else as soon as it is."""
     if "peft" in sys.modules:
-        import rode.tuner  # noqa: F401  (registers)
+        _register()
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterPeft())
+
+
+def _register() -> None:
+    """Imports `rode.tuner`, which registers. Versions are checked first: with another PEFT that import may fail."""
+    from rode.versions import check_versions
+
+    check_versions()
+    import rode.tuner  # noqa: F401
 
 
 class _AfterPeft(MetaPathFinder):
@@ -45,7 +53,7 @@ class _AfterPeft(MetaPathFinder):
             except BaseException:
                 sys.meta_path.insert(0, self)  # the next try may succeed
                 raise
-            import rode.tuner  # noqa: F401  (registers)
+            _register()
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

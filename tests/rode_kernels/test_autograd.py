@@ -270,14 +270,14 @@ def test_inplace_writes_into_base_of_any_strides(backend):
 
 
 def test_inplace_into_a_view(backend):
-    """F.linear with a bias and three dimensions returns a view."""
+    """Before torch 2.15, F.linear with a bias and three dimensions returns a view."""
     p = leaves_of(random_problem((3, 10)))
     W, b = torch.randn(20, 24, requires_grad=True), torch.randn(20, requires_grad=True)
     wanted = [p.x, p.A, p.router_weight, W, b]
 
     def step(inplace):
         base = torch.nn.functional.linear(p.x, W, b)
-        assert base._is_view()
+        base = base if base._is_view() else base.view(base.shape)
         y = call(p, base=base, inplace=inplace, backend=backend)
         assert (y is base) == inplace
         return y.square().sum()

@@ -226,4 +226,6 @@ def batch_of(name: str) -> dict[str, torch.Tensor]:
             "cross_attention_mask": tiles[:, None].repeat(1, 10, 1, 1),
         }
         batch["cross_attention_mask"][:, :2] = 0  # the first tokens come before the picture
+    if name in ("paligemma", "gemma3"):  # before transformers 5.6 they do not train without
+        batch["token_type_ids"] = torch.zeros_like(ids)
     return batch

@@ -80,4 +80,6 @@ def no_gradients(operands: BackwardOperands, needs: Needs) -> Gradients:
 
 def tf32_allowed() -> bool:
     """Whether torch may round float32 products to tf32: `torch.set_float32_matmul_precision` and newer forms; off by default."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # from torch 2.9 on
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")

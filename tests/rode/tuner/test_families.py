@@ -121,12 +121,14 @@ def test_several_adapters(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapters_stay_float32_on_a_16_bit_base(name, dtype):
     torch.manual_seed(1)
-    base = family(name).to(dtype)
+    base = family(name).to(dtype).eval()
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of(name).items()}
+    logits_dtype = base(**batch).logits.dtype  # Gemma 3 gives float32 in some versions of transformers
+    assert logits_dtype in (dtype, torch.float32)
     model = get_peft_model(base, RodeConfig(ranks=(2, 3), init_weights=False, dropout=0.0)).eval()
     assert {p.dtype for n, p in model.named_parameters() if "rode_" in n} == {torch.float32}
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch_of(name).items()}
     found = model(**batch).logits
-    assert found.dtype == dtype
+    assert found.dtype == logits_dtype
     assert torch.isfinite(found).all()
 
 

@@ -140,7 +140,7 @@ def test_transformers_loads_the_adapter(tiny_llava, llava_batch, tmp_path):
     want = model(**llava_batch).logits
     bare = tiny_llava()
     info = bare.load_adapter(tmp_path)
-    assert not info.missing_keys
+    assert info is None or not info.missing_keys  # before transformers 5.7 it returns None
     assert torch.equal(bare.eval()(**llava_batch).logits, want)
 
 
