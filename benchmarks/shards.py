@@ -27,7 +27,7 @@ from PIL import Image
 
 from benchmarks import write_json
 from benchmarks.timing import Spread, headline, interleaved, machine, ratios, spread
-from rode.training.train import _usable
+from rode.training.usable import usable
 from rode.vlm import open_image
 from rode_food import FoodRecord, Ingredient, Nutrition, Source, load_examples, write_records
 from rode_food.data_mixture import DataMixture
@@ -224,7 +224,7 @@ def _taken(mixture: DataMixture, decode: bool) -> int:
 
 def _starts(sources: dict[str, Source], rounds: int) -> list[dict[str, Any]]:
     def start(source: Source) -> DataMixture:
-        return _usable(load_examples([source], "train"), "error")[0]
+        return usable(load_examples([source], "train"), "error")[0]
 
     times = interleaved(
         {form: functools.partial(start, source) for form, source in sources.items()}, rounds, warm_up=0

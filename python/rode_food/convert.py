@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rode_food.images import ImageError, check_image
 from rode_food.readers import read_source
@@ -43,12 +44,12 @@ def convert(
     seed: int = 0,
     on_bad_image: str = "error",
     strict: bool = False,
-    **options: bool | int,
+    **options: bool | int | str,
 ) -> Conversion:
     """Reads data in a published layout and writes one JSONL file of records.
 
     Pictures stay where they are: the records hold their absolute paths, or relative ones if they lie below
-    the folder of `out`.
+    the folder of `out`. Pictures that stand in the data itself are written to OUT_pictures beside it.
 
     Args:
         kind: a key of `rode_food.readers.READERS`.
@@ -68,7 +69,9 @@ def convert(
         raise ValueError(f"on_bad_image: expected error or skip, got {on_bad_image!r}")
     written: Counter[str] = Counter()
     log = ReadLog(strict=strict)
-    source_records = read_source(kind, source, log, **options)
+    beside = Path(out).resolve()
+    pictures = beside.with_name(f"{beside.name.partition('.')[0]}_pictures")
+    source_records = read_source(kind, source, log, pictures=pictures, **options)
 
     def records() -> Iterator[FoodRecord]:
         for record in source_records:

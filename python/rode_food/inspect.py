@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rode_food.images import ImageError, decode_picture, wrong_suffix
-from rode_food.readers import guess_kind, read_source
+from rode_food.readers import READERS, guess_kind, read_source
+from rode_food.readers.file_kind import file_kind
 from rode_food.readers.log import Problem, ReadLog
 from rode_food.records import FoodRecord, record_to_json
 
@@ -41,6 +44,7 @@ class Inspection:
         broken, left_out, notes: reason -> entries; what is broken is not counted again as left out.
         problems: the first of each reason, with file and line.
         samples: records as they would be written.
+        advice: the next step, for a file.
     """
 
     kind: str
@@ -60,6 +64,7 @@ class Inspection:
     notes: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    advice: str = ""
 
     @property
     def sound(self) -> bool:
@@ -92,6 +97,7 @@ class Inspection:
             "notes": dict(self.notes),
             "problems": problems,
             "samples": self.samples,
+            "advice": self.advice,
             "sound": self.sound,
         }
 
@@ -100,6 +106,9 @@ class Inspection:
 
     def _lines(self) -> Iterator[str]:
         yield f"{self.source}: {self.kind}, {self.records:,} records"
+        if self.kind not in READERS:
+            yield self.advice
+            return
         yield from _table("split", self.splits, self.records)
         yield from _table("with", self.fields, self.records)
         if self.categories:
@@ -125,6 +134,8 @@ class Inspection:
             for name, value in sample.items():
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 yield f"  {name}: {text if len(text) <= _LINE else text[: _LINE - 3] + '...'}"
+        if self.advice:
+            yield f"to convert: {self.advice}"
 
 
 def inspect(
@@ -134,9 +145,9 @@ def inspect(
     samples: int = 3,
     images: int | Literal["all"] = 100,
     seed: int = 0,
-    **options: bool | int,
+    **options: bool | int | str,
 ) -> Inspection:
-    """Reads a source to its end; writes nothing.
+    """Reads a source to its end; writes nothing, but for pictures that stand in the data itself: to a temporary folder.
 
     Args:
         source: a folder in a publisher's layout, or a file of records.
@@ -149,28 +160,36 @@ def inspect(
         ValueError: no layout is recognised; see `read_source`.
         RecordError: a file that the layout needs is missing or is none of its kind.
     """
+    advice = ""
+    if kind is None and Path(source).is_file():
+        what = file_kind(source)
+        if what.reader is None:
+            return Inspection(what.name, str(source), advice=what.advice)
+        kind, advice = what.reader, what.advice
     kind = guess_kind(source) if kind is None else kind
-    found = Inspection(kind, str(source))
+    found = Inspection(kind, str(source), advice=advice)
     log = ReadLog(keep=LISTED)
     chosen: list[FoodRecord] = []
     pictures: list[str] = []
     draws = random.Random(seed), random.Random(seed + 1)
 
-    def read() -> Iterator[FoodRecord]:
-        for record in read_source(kind, source, log, **options):
-            _count(found, record)
-            _draw(chosen, record, samples, found.records, draws[0])
-            yield record
+    with tempfile.TemporaryDirectory(prefix="rode-inspect-") as embedded:
 
-    if images == "all":
-        _check(found, (image for record in read() for image in record.images))
-    else:
-        seen = 0
-        for record in read():
-            for image in record.images:
-                seen += 1
-                _draw(pictures, image, images, seen, draws[1])
-        _check(found, pictures)
+        def read() -> Iterator[FoodRecord]:
+            for record in read_source(kind, source, log, pictures=embedded, **options):
+                _count(found, record)
+                _draw(chosen, record, samples, found.records, draws[0])
+                yield record
+
+        if images == "all":
+            _check(found, (image for record in read() for image in record.images))
+        else:
+            seen = 0
+            for record in read():
+                for image in record.images:
+                    seen += 1
+                    _draw(pictures, image, images, seen, draws[1])
+            _check(found, pictures)
     found.samples = [record_to_json(record) for record in chosen]
     found.broken, found.notes = log.broken, log.notes
     found.left_out = log.counts - log.broken

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rode_food.atomic import replacing
+from rode_food.opening import open_data
 
 SPLITS = ("train", "val", "test")
 NUTRITION_FIELDS = ("mass", "energy", "fat", "protein", "carb")
@@ -356,7 +357,7 @@ def read_records(path: str | os.PathLike[str], *, split: str | None = None) -> I
     """Reads a JSONL file record by record; never holds more than one (and the ids seen).
 
     Args:
-        path: the file, UTF-8. Empty lines are skipped.
+        path: the file, UTF-8, gzip'ed or not. Empty lines are skipped.
         split: only records of this split; every line is checked all the same.
 
     Raises:
@@ -368,7 +369,7 @@ def read_records(path: str | os.PathLike[str], *, split: str | None = None) -> I
     path = Path(path)
     folder = path.resolve().parent
     first_line: dict[str, int] = {}
-    with path.open("rb") as lines:
+    with open_data(path) as lines:
         for number, raw in enumerate(lines, start=1):
             try:
                 # utf-8-sig: a byte-order mark, as some editors write it, is no part of the first object

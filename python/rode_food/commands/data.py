@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rode_food.commands import audit as data_audit
 from rode_food.commands import build as data_build
+from rode_food.commands import export as data_export
 from rode_food.commands import shard as data_shard
 from rode_food.commands import statistics as data_statistics
 from rode_food.commands import vocabulary as data_vocabulary
@@ -20,10 +21,11 @@ Turn published data sets into records (docs/records.md), and look into them firs
 
 examples:
   rode data inspect RECIPE1M_DIR --images all
+  rode data convert llava-instruct llava_v1_5_mix.json records.jsonl --image-folder IMAGES_DIR
   rode data convert recipe1m RECIPE1M_DIR records.jsonl --images-per-recipe 3 --on-bad-image skip
 """
 
-MODULES = (data_vocabulary, data_statistics, data_audit, data_shard, data_build)
+MODULES = (data_vocabulary, data_statistics, data_audit, data_shard, data_export, data_build)
 
 
 def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
@@ -59,7 +61,7 @@ def _add_convert(data: Subparsers, options: ParserOptions) -> None:
     )
     sub.set_defaults(run=run_convert)
     sub.add_argument("kind", choices=sorted(READERS), metavar="KIND", help="layout of the data, see below")
-    sub.add_argument("source", metavar="SOURCE", help="folder of the data; the file for kind records")
+    sub.add_argument("source", metavar="SOURCE", help="folder of the data, or the file")
     sub.add_argument("out", metavar="JSONL", help="file to write")
     sub.add_argument("--on-bad-image", choices=("error", "skip"), default="error", help="default error")
     sub.add_argument(
@@ -115,16 +117,17 @@ def _add_reader_options(sub: argparse.ArgumentParser) -> None:
         if isinstance(option.default, bool):
             sub.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=about)
         else:
+            text = isinstance(option.default, str)
             sub.add_argument(
                 flag,
-                type=int,
+                type=str if text else int,
                 default=argparse.SUPPRESS,
-                metavar="N",
-                help=f"{about}; default {option.default}",
+                metavar="DIR" if text else "N",
+                help=about if text else f"{about}; default {option.default}",
             )
 
 
-def _reader_options(args: argparse.Namespace) -> dict[str, bool | int]:
+def _reader_options(args: argparse.Namespace) -> dict[str, bool | int | str]:
     from rode_food.readers import OPTIONS
 
     return {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
@@ -152,8 +155,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     from rode_food.atomic import write_json
     from rode_food.inspect import inspect
 
-    found = inspect(args.source, args.kind, samples=args.samples, images=args.images, **_reader_options(args))
+    options: dict[str, Any] = _reader_options(args)
+    found = inspect(args.source, args.kind, samples=args.samples, images=args.images, **options)
     print(found)
     if args.json:
         write_json(args.json, found.to_json())
-    return int(args.strict and not found.sound)
+    return int(not found.records or (args.strict and not found.sound))

@@ -16,6 +16,8 @@ from rode_food.readers import (
     food2k,
     food101,
     food_photos,
+    llava_instruct,
+    messages,
     nutrition5k,
     nutrition5k_csv,
     recipe1m,
@@ -23,15 +25,16 @@ from rode_food.readers import (
     records_file,
     vireo,
 )
+from rode_food.readers.file_kind import file_kind
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a reader: a bool or a whole number of at least 1, and a line about it."""
+    """An option of a reader: a bool, a whole number of at least 1 or a text, and a line about it."""
 
-    default: bool | int
+    default: bool | int | str
     about: str
 
 
@@ -44,14 +47,16 @@ class Reader:
         about: a line.
         signs: files and folders by which the layout is known: of each tuple one is there, below the source.
         options: names of `OPTIONS` that it takes.
-        file: the source is a file, not a folder.
+        takes: the source is a file, a folder, or either.
+        embeds: pictures may stand in the source itself; the reader is given a folder for them.
     """
 
     read: Callable[..., Iterator[FoodRecord]]
     about: str
     signs: tuple[tuple[str, ...], ...]
     options: tuple[str, ...] = ()
-    file: bool = False
+    takes: str = "folder"
+    embeds: bool = False
 
 
 OPTIONS = {
@@ -59,6 +64,7 @@ OPTIONS = {
     "derive_carb": Option(
         False, "carbohydrate = (energy - 9 fat - 4 protein) / 4 where that is not negative"
     ),
+    "image_folder": Option("", "folder to which pictures' paths are relative; else the data's own"),
     "foodlmm": Option(False, "select dishes and ingredients as FoodLMM does"),
 }
 """Name, as a keyword of readers and, with dashes, a flag of `rode data`, -> what it is."""
@@ -111,13 +117,34 @@ READERS = {
     "food-photos": Reader(
         food_photos.read, "photographs with a recipe each: photos.json beside images/", (("photos.json",),)
     ),
-    "records": Reader(records_file.read, "a JSONL file of records (docs/records.md)", (), file=True),
+    "llava-instruct": Reader(
+        llava_instruct.read,
+        "a JSON array (or lines) of LLaVA-instruct conversations",
+        (),
+        ("image_folder",),
+        takes="file",
+        embeds=True,
+    ),
+    "messages": Reader(
+        messages.read,
+        "rows with messages and images: JSON lines, Parquet, datasets",
+        (("state.json", "dataset_dict.json"),),
+        ("image_folder",),
+        takes="file or folder",
+        embeds=True,
+    ),
+    "records": Reader(records_file.read, "a JSONL file of records (docs/records.md)", (), takes="file"),
 }
 """Kind, as `rode data convert` takes it, -> reader; `guess_kind` tries them in this order."""
 
 
 def read_source(
-    kind: str, source: str | os.PathLike[str], log: ReadLog, **options: bool | int
+    kind: str,
+    source: str | os.PathLike[str],
+    log: ReadLog,
+    *,
+    pictures: str | os.PathLike[str] | None = None,
+    **options: bool | int | str,
 ) -> Iterator[FoodRecord]:
     """The records of a source; its kind, place and options are checked before this returns.
 
@@ -125,6 +152,7 @@ def read_source(
         kind: a key of `READERS`.
         source: the data's folder; the file for kind `records`.
         log: is told what is left out, or kept with a doubt.
+        pictures: folder for pictures that stand in the source itself; SOURCE_pictures beside it by default.
         options: of `OPTIONS`; only those that the kind takes.
 
     Raises:
@@ -133,28 +161,35 @@ def read_source(
     if kind not in READERS:
         raise ValueError(f"kind: expected one of {', '.join(READERS)}, got {kind!r}")
     reader, source = READERS[kind], Path(source)
-    if not (source.is_file() if reader.file else source.is_dir()):
-        raise ValueError(f"source: {source} is not a {'file' if reader.file else 'folder'}")
+    fits = ("file" in reader.takes and source.is_file()) or ("folder" in reader.takes and source.is_dir())
+    if not fits:
+        raise ValueError(f"source: {source} is not a {reader.takes}")
     for name, value in options.items():
         if name not in reader.options:
             takes = ", ".join(reader.options) or "no options"
             raise ValueError(f"{name}: kind {kind} does not take it; it takes {takes}")
         default = OPTIONS[name].default
-        if type(value) is not type(default) or value < 0 or (value < 1 and type(value) is int):
-            wanted = "true or false" if isinstance(default, bool) else "a whole number of at least 1"
+        if type(value) is not type(default) or (type(value) is int and value < 1):
+            wanted = {bool: "true or false", int: "a whole number of at least 1"}.get(type(default), "text")
             raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    if reader.embeds:
+        beside = source.with_name(f"{source.name.partition('.')[0]}_pictures")
+        return reader.read(source, log, Path(pictures) if pictures is not None else beside, **options)
     return reader.read(source, log, **options)
 
 
 def guess_kind(source: str | os.PathLike[str]) -> str:
-    """The kind whose files lie in a folder; a file is `records`.
+    """The kind whose files lie in a folder; that of a file by its content (`rode_food.file_kind`).
 
     Raises:
-        ValueError: none do, with what was looked for, or there is no such folder.
+        ValueError: none do, with what was looked for, the file is of no kind that is read, or there is no such folder.
     """
     source = Path(source)
     if source.is_file():
-        return "records"
+        found = file_kind(source)
+        if found.reader is None:
+            raise ValueError(f"source: {source} is {found.name}; {found.advice}")
+        return found.reader
     if not source.is_dir():
         raise ValueError(f"source: {source} is neither a folder nor a file")
     known = {kind: reader.signs for kind, reader in READERS.items() if reader.signs}

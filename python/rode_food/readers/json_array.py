@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from rode_food.opening import open_data
 from rode_food.readers.log import ReadLog
 from rode_food.records import RecordError
 
@@ -61,7 +62,7 @@ def read_json_array(
         RecordError: if the file holds no array, naming it; if `log.strict`, at the first broken entry.
         FileNotFoundError: there is no such file.
     """
-    with path.open("rb") as file:
+    with open_data(path) as file:
         yield from _Scanner(path, file, log, keys, buffer_size).entries()
 
 
@@ -69,7 +70,7 @@ class _Scanner:
     """`text` is a window of the file's bytes read as Latin-1: offsets in it are bytes, and what gives JSON its structure
     is ASCII. Strings are decoded again as UTF-8, entry by entry, where they are not ASCII."""
 
-    def __init__(self, path: Path, file: BinaryIO, log: ReadLog, keys: tuple[str, ...], size: int) -> None:
+    def __init__(self, path: Path, file: IO[bytes], log: ReadLog, keys: tuple[str, ...], size: int) -> None:
         self.path, self.file, self.log, self.keys, self.size = path, file, log, keys, size
         self.text = ""
         self.start = 0  # offset of the window in the file
