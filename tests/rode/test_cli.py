@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import threading
@@ -74,7 +75,7 @@ def shown_commands():
     lines = [
         line.split("   ")[0].strip()
         for text in texts
-        for line in text.splitlines()
+        for line in re.sub(r"\\\n\s+", "", text).splitlines()  # a command may go on in the next line
         if line.startswith(("  ", "rode", "torchrun"))
     ]
     return [

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from rode.vlm import load_adapter
     from rode.vlm.collator import PictureSource
     from rode.vlm.families import family_of
-    from rode.vlm.features import feature_source
+    from rode.vlm.image_features import feature_source
 
     model, processor, prompt, pictures = load(args, experiment)
     # a picture goes through the frozen tower once, not once for each evaluation

@@ -30,7 +30,7 @@ from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
-from rode.vlm.features import feature_source
+from rode.vlm.image_features import feature_source
 from rode.vlm.load import (
     base_model,
     get_projector,

@@ -226,33 +226,3 @@ class FeatureSource(FeatureStore):
     def _picture(self, stored: dict[str, torch.Tensor]) -> Features:
         # those of the tower, less CLS if that is dropped
         return Features(stored["states"], len(stored["states"]) - int(self.crop_cls))
-
-
-def feature_source(
-    model: Model,
-    processor: ProcessorMixin,
-    directory: str | Path | None = None,
-    shape: PictureShape = "processor",
-    *,
-    projector_trained: bool = False,
-) -> FeatureStore:
-    """The store for a model's family.
-
-    Args:
-        model, processor, directory, shape: see `FeatureStore` and `PixelSource`.
-        projector_trained: whether the projector is, behind which most families' features are taken.
-
-    Raises:
-        ValueError: the model's features cannot be stored, and why.
-    """
-    base = base_model(model)
-    if base.config.model_type == "llava":
-        return FeatureSource(model, processor, directory, shape)
-    if projector_trained:
-        raise ValueError(
-            f"model.vision_features: expected live for {base.config.model_type!r} with a trained projector: its features are "
-            "stored behind the projector"
-        )
-    from rode.vlm.image_features import ImageFeatureSource
-
-    return ImageFeatureSource(model, processor, directory, shape)

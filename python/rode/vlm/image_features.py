@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from rode.vlm.families import family_of
-from rode.vlm.features import FeatureStore, PictureShape, PixelSource, digest_of
+from rode.vlm.features import FeatureSource, FeatureStore, PictureShape, PixelSource, digest_of
 from rode.vlm.load import base_model, language_model
 from rode.vlm.prompts import PromptEncoder, StoredPicture
 
@@ -142,3 +142,31 @@ class ImageFeatureSource(FeatureStore):
     def _picture(self, stored: dict[str, torch.Tensor]) -> StoredPicture:
         width, height = stored["size"].tolist()
         return StoredPicture(stored["features"], (width, height))
+
+
+def feature_source(
+    model: Model,
+    processor: ProcessorMixin,
+    directory: str | Path | None = None,
+    shape: PictureShape = "processor",
+    *,
+    projector_trained: bool = False,
+) -> FeatureStore:
+    """The store for a model's family.
+
+    Args:
+        model, processor, directory, shape: see `FeatureStore` and `PixelSource`.
+        projector_trained: whether the projector is, behind which most families' features are taken.
+
+    Raises:
+        ValueError: the model's features cannot be stored, and why.
+    """
+    base = base_model(model)
+    if base.config.model_type == "llava":
+        return FeatureSource(model, processor, directory, shape)
+    if projector_trained:
+        raise ValueError(
+            f"model.vision_features: expected live for {base.config.model_type!r} with a trained projector: its features are "
+            "stored behind the projector"
+        )
+    return ImageFeatureSource(model, processor, directory, shape)

@@ -35,7 +35,7 @@ class HasImage(Protocol):
     """The part of an example that is needed to pack it (`rode_food.Example` has it)."""
 
     @property
-    def image(self) -> str: ...
+    def images(self) -> tuple[str, ...]: ...
 
 
 E = TypeVar("E", bound=HasImage)

@@ -89,12 +89,15 @@ def packed_attention(language_model: PreTrainedModel, segments: torch.Tensor) ->
 
 
 def pack_by_picture(examples: Sequence[E], most: int) -> list[tuple[E, ...]]:
-    """Put examples with the same picture together, at most `most` in a pack; packs stand in the order of their first."""
-    latest: dict[str, list[E]] = {}
+    """Put examples with the same pictures together, at most `most` in a pack; packs stand in the order of their first.
+
+    Examples without a picture have nothing to share, and stay alone.
+    """
+    latest: dict[tuple[str, ...], list[E]] = {}
     packs: list[list[E]] = []
     for example in examples:
-        if len(latest.get(example.image, ())) in (0, most):
+        if not example.images or len(latest.get(example.images, ())) in (0, most):
             packs.append([])
-            latest[example.image] = packs[-1]
-        latest[example.image].append(example)
+            latest[example.images] = packs[-1]
+        latest[example.images].append(example)
     return [tuple(members) for members in packs]

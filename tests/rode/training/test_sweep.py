@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from rode.training.config import ConfigError, experiment_values, load_experiment
+from rode.training.config import ALL_TASKS, ConfigError, experiment_values, load_experiment
 from rode.training.sweep import variants
 
 BASE = {

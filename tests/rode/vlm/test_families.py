@@ -11,7 +11,7 @@ from PIL import Image
 
 from rode.vlm import IGNORE, GenerationCollator, PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.families import family_of
-from rode.vlm.features import feature_source
+from rode.vlm.image_features import feature_source
 from rode.vlm.load import get_projector, language_model, projector_name
 from rode.vlm.loss import answer_loss
 from rode.vlm.packing import pack_by_picture, packed_attention
