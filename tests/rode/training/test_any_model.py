@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rode.cli import main
+from rode.evaluation.generate import answer
 from rode.training.config import dump_experiment
 from rode.training.train import train
 from rode.vlm import load_adapter, load_vlm
@@ -140,3 +141,75 @@ def test_stored_features_train_as_pictures_do(name, experiment_of, tmp_path):
         experiment.output_dir = str(tmp_path / features)
         runs.append([entry["loss"] for entry in train(experiment, progress=False).history if "loss" in entry])
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("router", ["task", "cluster"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "smolvlm", "gemma3"])
+def test_routers_that_read_the_task_or_the_cluster(name, router, experiment_of, tmp_path):
+    experiment = experiment_of(name, training={"max_steps": 2}, evaluation={"max_new_tokens": 2})
+    experiment.adapter = {"ranks": [2, 4], "router_input": router, "num_ids": 4 if router == "task" else 2}
+    file = tmp_path / "run.yaml"
+    if router == "cluster":
+        clusters = str(tmp_path / "clusters.safetensors")
+        file.write_text(dump_experiment(experiment_of(name)))
+        assert (
+            main(
+                [
+                    "fit-clusters",
+                    str(file),
+                    "data.wording=all",
+                    "--clusters",
+                    "2",
+                    "--out",
+                    clusters,
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
+        experiment.model.clusters = clusters
+    file.write_text(dump_experiment(experiment))
+    tasks = "[ingredients, recipe, nutrition, category]"
+    assert main(["train", str(file), f"data.sources.0.tasks={tasks}", "--quiet"]) == 0
+    assert main(["evaluate", str(file), f"data.sources.0.tasks={tasks}", "--limit", "4", "--quiet"]) == 0
+    assert len((experiment.run_dir / "evaluation" / "predictions.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", TINY_VLMS)
+def test_an_answer_does_not_depend_on_its_neighbours(name, food, tmp_path):
+    """Three questions of unequal length about pictures, several of them, and none, answered in one batch and alone."""
+    model, processor = load_vlm(save_tiny_vlm(name, tmp_path), dtype="float32", device="cpu")
+    paths = [str(food / f"{i}.png") for i in range(3)]
+    images = [paths[:1], paths[1:], paths[2:] if name == "paligemma" else []]
+    questions = ["What is it?", "How much of everything is there on both plates?", "Why?"]
+    together = answer(model, processor, images, questions, max_new_tokens=5, batch_size=3)
+    alone = [
+        answer(model, processor, [pictures], [question], max_new_tokens=5)[0]
+        for pictures, question in zip(images, questions, strict=True)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3-vl", "idefics3", "internvl"])
+def test_records_with_several_pictures_or_none(name, experiment_of, food, tmp_path):
+    rows = []
+    for i in range(6):
+        pictures = [str(food / f"{k}.png") for k in range(i, i + i % 3)]
+        turns = [{"question": f"How many pictures are there, if {i} is no answer?", "answer": str(i % 3)}]
+        row = {
+            "id": f"r{i}",
+            "image": pictures or None,
+            "conversation": turns,
+            "source": "s",
+            "split": "train" if i < 3 else "test",
+        }
+        rows.append(json.dumps(row) + "\n")
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(rows))
+    experiment = experiment_of(name, data={"sources": [{"path": str(records)}]}, training={"max_steps": 3})
+    assert train(experiment, progress=False).metrics["examples"] == 3
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_experiment(experiment))
+    assert main(["evaluate", str(file), "--max-new-tokens", "2", "--quiet"]) == 0
+    metrics = json.loads((experiment.run_dir / "evaluation" / "metrics.json").read_text())
+    assert "question_exact" in metrics["all"]

@@ -12,9 +12,14 @@ from PIL import Image
 
 from odd_dishes import dishes
 from rode.training.config import _warn_once, load_experiment
-from rode.training.usable import drop_unusable, split_unusable, usable
+from rode.training.train import train
+from rode.training.usable import drop_unusable, encodable, split_unusable, usable
+from rode.vlm import PromptEncoder
+from rode.vlm.families import family_of
+from rode.vlm.load import read_processor
 from rode_food import Example, Source, load_examples, write_records
 from rode_food.shards.write import write_shards
+from tiny_vlms import save_tiny_vlm
 
 
 @pytest.fixture
@@ -117,3 +122,59 @@ def test_the_old_name_is_read_with_one_warning(tmp_path, caplog):
         later = load_experiment(tmp_path / "new.yaml", ["data.on_bad_image=skip"])
         assert later.data.on_bad_record == "skip"
     assert caplog.text.count("data.on_bad_image is called data.on_bad_record now") == 1
+
+
+def test_a_prompt_that_leaves_no_room_is_found_before_the_first_step(make_experiment, food, caplog):
+    """With the records that have it named, or left out; the others train."""
+    texts = {"cut": "a short one", "long": "Is it good? " * 60}
+    examples = [
+        Example(f"{name}{i}", str(food / f"{i}.png"), "category", text, "rice", "rice", "s", "train")
+        for name, text in texts.items()
+        for i in range(4)
+    ]
+    experiment = make_experiment(training={"max_length": 250, "max_steps": 2})
+    with pytest.raises(
+        ValueError, match=r"record long0: task category: prompt and picture take \d+ tokens .* max_length=250"
+    ):
+        train(experiment, examples=examples, progress=False)
+    experiment.data.on_bad_record = "skip"
+    result = train(experiment, examples=examples, progress=False)
+    assert [line.split(":")[0] for line in result.skipped] == [f"record long{i}" for i in range(4)]
+    assert result.metrics["examples"] == 4
+
+
+@pytest.mark.parametrize("text", ["<image>", "<s>salt</s>", "rice <pad>"])
+def test_text_that_looks_like_a_control_token_trains_and_resumes(make_experiment, food, text):
+    examples = [
+        Example(f"r{i}", str(food / f"{i}.png"), "category", f"Is it {text}?", text, text, "s", "train")
+        for i in range(4)
+    ]
+    result = train(
+        make_experiment(training={"max_steps": 3, "save_steps": 2}), examples=examples, progress=False
+    )
+    longer = make_experiment(training={"max_steps": 5, "save_steps": 2})
+    again = train(longer, examples=examples, resume=True, progress=False)
+    assert (result.metrics["steps"], again.metrics["steps"]) == (3, 5)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_estimate_of_a_rows_length_is_the_rows(tmp_path, limit):
+    """Just too long, and just short enough: the answer is that of the row itself, for pictures of several sizes."""
+    processor, config = read_processor(save_tiny_vlm("qwen2.5-vl", tmp_path / "model"))
+    paths = []
+    for i, size in enumerate([(20, 20), (60, 25), (31, 90)]):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.new("RGB", size).save(paths[-1])
+    for path in paths:
+        example = Example("r", path, "category", "What is it?", "rice", "rice", "s", "train")
+        family = family_of(config)
+        length = len(
+            PromptEncoder(processor, family=family)
+            .encode(example.question, example.answer, [Image.open(path)])
+            .input_ids
+        )
+        encoder = PromptEncoder(processor, "auto", length - limit, "error", family)
+        problem = encodable(encoder)(example)
+        assert (problem is None) == (limit == 0)
+        if problem is not None:
+            assert f"{length} tokens do not fit max_length={length - 1}" in problem

@@ -1,12 +1,14 @@
-"""Pictures that cannot be read are found and named."""
+"""Pictures that cannot be read are found and named; pictures made square."""
 
 from __future__ import annotations
 
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
-from rode.vlm import image_problems, open_image
-from tiny_llava import draw
+from rode.vlm import PixelSource, image_problems, open_image
+from rode.vlm.images import pad_to_square, picture_size
+from tiny_llava import draw, tiny_processor
 
 
 @pytest.fixture
@@ -54,3 +56,41 @@ def test_a_picture_is_rgb_and_upright(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     opened = open_image(tmp_path / "turned.png")
     assert (opened.mode, opened.size) == ("RGB", (2, 4))
+
+
+@pytest.mark.parametrize("size", [(20, 10), (10, 20), (15, 15), (7, 4)])
+def test_a_padded_picture_is_all_there_in_the_middle_of_a_square(size):
+    picture = Image.new("RGB", size, (200, 30, 60))
+    square = pad_to_square(picture, (1, 2, 3))
+    side = max(size)
+    assert square.size == (side, side)
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    for x in range(side):
+        for y in range(side):
+            inside = left <= x < left + size[0] and top <= y < top + size[1]
+            assert square.getpixel((x, y)) == ((200, 30, 60) if inside else (1, 2, 3))
+
+
+def test_the_sides_of_a_wide_picture_are_seen_if_it_is_padded(tmp_path):
+    """The processor's centre crop shows nothing of the outer fifths; the colour beside a padded picture is zero to the model."""
+    path = tmp_path / "wide.png"
+    picture = Image.new("RGB", (100, 50), (122, 116, 104))
+    picture.paste((255, 0, 0), (0, 0, 20, 50))
+    picture.save(path)
+    crop = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = tiny_processor()
+    processor.image_processor = crop
+    red = 2.0  # normalised red of pure red is about 1.93, and less elsewhere
+    seen = {shape: PixelSource(processor, shape).pixels(str(path))[0] for shape in ("processor", "pad")}
+    assert float(seen["processor"].max()) < 0.5
+    assert float(seen["pad"].max()) == pytest.approx(red, abs=0.1)
+    assert float(seen["pad"][0].abs().max()) < 0.05  # the first row is padding
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_pictures_size_is_that_of_the_upright_picture(tmp_path, orientation):
+    picture = Image.new("RGB", (30, 10))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "a.jpg", exif=exif)
+    assert picture_size(str(tmp_path / "a.jpg")) == open_image(tmp_path / "a.jpg").size
