@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as t
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -349,8 +350,7 @@ TINY_VLMS: tuple[str, ...] = tuple(_FAMILIES)
 def save_tiny_vlm(name: str, folder: Path) -> Path:
     """Write a tiny random checkpoint of a family (one of `TINY_VLMS`), model and processor; the folder.
 
-    The same weights every time. Without torchvision, `rode.vlm.processor.load_processor` loads the
-    processors that have a video half.
+    The same weights every time. Skips the test where this transformers has no processor of the family without torchvision.
     """
     family = _FAMILIES[name]
     tokenizer = tiny_tokenizer(**family.tokenizer)
@@ -360,7 +360,12 @@ def save_tiny_vlm(name: str, folder: Path) -> Path:
     values = {k: ids(v) if isinstance(v, str) and v in special else v for k, v in values.items()}
     # The processor first: PaliGemma's adds tokens.
     cls = PROCESSOR_MAPPING[getattr(t, config_class)]
-    parts: list[Any] = [family.image_processor(), tokenizer]
+    try:
+        parts: list[Any] = [family.image_processor(), tokenizer]
+    except ImportError as error:
+        if "Torchvision" not in str(error):
+            raise
+        pytest.skip(f"transformers {t.__version__} has no processor for {name} without torchvision")
     more = {"chat_template": family.template, **family.processor}
     processor = _make(cls, parts, more, has_video=family.video is not None)
     common = dict(

@@ -38,19 +38,21 @@ class _TakesImageFeatures(torch.nn.Module):
         first, *deep = pixel_values.reshape(pixel_values.shape[: kind.dimensions]).chunk(
             1 + kind.deep, dim=-1
         )
-        more = {"deepstack_features": [[layer] if kind.listed else layer for layer in deep]} if deep else {}
+        layers = [[layer] if kind.deep_listed else layer for layer in deep]
+        more = {"deepstack_features": layers} if deep else {}
         return kind.output(pooler_output=[first] if kind.listed else first, **more)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a model's `get_image_features` gives: the class, whether a list of tensors, of how many dimensions, and how many
-    further layers' features there are (Qwen3-VL's)."""
+    """What a model's `get_image_features` gives: the class, whether a list of tensors, of how many dimensions, how many further
+    layers' features there are (Qwen3-VL's), and whether those are lists."""
 
     output: type[Any]
     listed: bool
     dimensions: int
     deep: int
+    deep_listed: bool
 
 
 def accept_image_features(model: Model) -> None:
@@ -132,7 +134,13 @@ class ImageFeatureSource(FeatureStore):
             torch.cat(list(layer)) if isinstance(layer, (list, tuple)) else layer for layer in (pooled, *deep)
         ]
         features = torch.cat(layers, dim=-1)
-        inner._stored = _Kind(type(out), listed, features.dim(), len(deep))
+        inner._stored = _Kind(
+            type(out),
+            listed,
+            features.dim(),
+            len(deep),
+            any(isinstance(layer, (list, tuple)) for layer in deep),
+        )
         return features.reshape(*features.shape, *[1] * (_DIMENSIONS - features.dim())).cpu()
 
     def _compute(self, path: str) -> dict[str, torch.Tensor]:

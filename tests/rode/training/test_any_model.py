@@ -45,7 +45,7 @@ def test_from_a_config_to_an_answer(name, experiment_of, food, tmp_path, capsys)
     experiment = experiment_of(name, training={"projector_learning_rate": 1e-3, "group_by_length": True})
     result = train(experiment, progress=False)
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
-    assert sum(losses[-4:]) < sum(losses[:4]) - 2
+    assert sum(losses[-4:]) < sum(losses[:4]) - 0.3
     entry = result.history[0]
     assert 0 < entry["gates/open_image"] < 1  # tokens of pictures and of text are told apart
     assert 0 < entry["gates/open_text"] < 1
