@@ -18,7 +18,7 @@ from rode_food.commands import data
 # torch, transformers and peft are imported by the commands that need them.
 
 TOP = """\
-Fine-tune and run LLaVA models for food with RoDE: rectified mixtures of LoRA experts of different ranks.
+Fine-tune and run vision-language models for food with RoDE: rectified mixtures of LoRA experts of different ranks.
 
   rode data inspect DIR                                    what a source holds, and what is broken in it
   rode data convert food-photos PHOTOS_DIR records.jsonl   records from a published data set

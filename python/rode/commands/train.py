@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 from rode.processes import is_main, leave_process_group
 
 DESCRIPTION = """\
-Train what a config says: an adapter, or (stage: projector) LLaVA's projector.
+Train what a config says: an adapter, or (stage: projector) the module between tower and language model.
 
 Writes to output_dir (runs/NAME): the adapter, config.yaml, history.json, tensorboard/ and checkpoint-N/ with adapter,
 optimizer, scheduler and random state. Ctrl-C ends after the step under way and leaves a checkpoint to --resume from.
