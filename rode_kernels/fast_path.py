@@ -183,13 +183,13 @@ def find(
         if prepared.guard(*tensors):
             cast = prepared.autocast
             return prepared if not cast or torch.get_autocast_dtype(cast) == x.dtype else None
-    if len(same_shapes) >= _GUARDS:
-        return None
     found = _prepare(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, name)
-    if found is not None:
-        if len(_known) >= _KEYS:
-            _known.clear()
-        _known.setdefault(key, []).append(found)
+    if found is not None:  # the oldest makes room, of shapes and of a shape's layouts
+        if key not in _known and len(_known) >= _KEYS:
+            _known.pop(next(iter(_known)), None)
+        guards = _known.setdefault(key, [])
+        guards.append(found)
+        del guards[:-_GUARDS]
     return found
 
 

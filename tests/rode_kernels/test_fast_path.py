@@ -242,16 +242,20 @@ def test_threads_are_those_of_the_call(monkeypatch):
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
+    """The oldest shapes and layouts are forgotten, and the latest known."""
     monkeypatch.setattr(fast_path, "_KEYS", 4)
+    met = []
     for tokens in range(1, 20):
-        leading, options = arguments((tokens,))
-        call(leading, options)
-        assert knows(leading, options)
+        met.append(arguments((tokens,)))
+        call(*met[-1])
+        assert all(knows(*one) for one in met[-4:])
+        assert not any(knows(*one) for one in met[:-4])
         assert len(fast_path._known) <= 4
     leading, options = arguments((1, 5))
     for row in range(1, 20):  # one token whose distance to the next one is another each time
         x = torch.randn(1, 5, 24 + row)[..., :24]
         torch.testing.assert_close(call([x, *leading[1:]], options), call([x.clone(), *leading[1:]], options))
+        assert knows([x, *leading[1:]], options)
     assert max(map(len, fast_path._known.values())) <= fast_path._GUARDS
 
 

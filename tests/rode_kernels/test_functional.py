@@ -167,6 +167,23 @@ def test_nan_input_is_not_swallowed(backend):
     assert y[[0, 2, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("gate_grad", ["open", "all"])
+def test_a_given_gate_that_is_nan_is_not_taken_for_closed(backend, gate_grad):
+    p = random_problem((5,))
+    gates = torch.rand(5, len(p.ranks), dtype=p.x.dtype)
+    gates[2, 0], gates[2, 1] = float("nan"), 0.0
+    x, gates = p.x.clone().requires_grad_(), gates.requires_grad_()
+    y = gated_mixture(
+        x, p.A, p.B, gates, ranks=p.ranks, scaling=p.scaling, gate_grad=gate_grad, backend=backend
+    )
+    y.sum().backward()
+    others = torch.arange(5) != 2
+    for t in (y, x.grad):
+        assert t[2].isnan().all()
+        assert t[others].isfinite().all()
+    assert gates.grad.isfinite().all()  # a gate's own gradient does not depend on its value
+
+
 def test_token_bits_do_not_depend_on_company(backend):
     """A token's result has the same bits alone as among others: batching does not change an answer."""
     if backend == "reference":
