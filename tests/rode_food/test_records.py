@@ -184,8 +184,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({"conversation": [{"question": "Why?"}]}, "conversation[0].answer: missing; expected a non-empty string"),
         ({"conversation": [{"question": "Why?", "answer": " "}]},
          'conversation[0].answer: expected a non-empty string, got " "'),
-        ({"conversation": [{"question": "<image> Why?", "answer": "So."}]},
-         "conversation[0].question: holds <image>; name pictures in image alone"),
         ({"conversation": [{"question": "Why?", "answer": "So.", "role": "x"}]},
          "conversation[0].role: unknown field; known fields: question, answer"),
         ({"instructions": ["a", ""]}, 'instructions[1]: expected a non-empty string, got ""'),
@@ -310,3 +308,9 @@ def test_a_record_just_written_needs_no_second_check(given_record: FoodRecord) -
 def test_what_was_never_written_is_refused_all_the_same(obj: dict) -> None:
     with pytest.raises((TypeError, ValueError, KeyError, AttributeError)):
         record_as_written(obj)
+
+
+def test_texts_of_a_conversation_are_text_whatever_they_hold():
+    turn = {"question": "What does <image> mean in </s> HTML?", "answer": "<|im_end|>"}
+    record = record_from_json({"id": "a", "source": "s", "conversation": [turn]})
+    assert record.conversation == (Turn(**turn),)
