@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rode.training.config import ConfigError, Experiment, adapter_config
+from rode.training.config import ConfigError, Experiment, adapter_config, with_new_names
 from rode_food.settings import assign, build
 from rode_food.shards.index import open_shards
 
@@ -62,7 +62,7 @@ def settings(experiment: dict[str, Any], data: Mapping[str, str]) -> dict[str, A
     """A recorded config for comparison, without its adapter: keys that came later at their defaults, and for files of records
     and the vocabulary their hashes, for what they hold counts and not where they lie."""
     try:
-        experiment = plain(build(Experiment, experiment))
+        experiment = plain(build(Experiment, with_new_names(experiment, say=False)))
     except ConfigError:  # keys that are no more show as a difference
         experiment = json.loads(json.dumps(experiment))
     experiment.pop("adapter", None)
@@ -78,7 +78,10 @@ def adapter_differences(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     if now["adapter"] == then["adapter"]:
         return []
     try:
-        pair = [adapter_values(build(Experiment, experiment)) for experiment in (now, then)]
+        pair = [
+            adapter_values(build(Experiment, with_new_names(experiment, say=False)))
+            for experiment in (now, then)
+        ]
     except ConfigError:  # keys that are no more
         pair = [now["adapter"], then["adapter"]]
     return [f"adapter.{text}" for text in differences(*pair)]

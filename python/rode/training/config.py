@@ -341,22 +341,24 @@ def _warn_once(old: str, new: str) -> None:
     logger.warning("data.%s is called data.%s now; the old name is read still", old, new)
 
 
-def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with former names replaced. An old name beside the new one was given later, so it counts."""
+def with_new_names(values: dict[str, Any], say: bool = True) -> dict[str, Any]:
+    """The values with former names of keys replaced, with a warning if `say`. An old name beside the new one was given later,
+    so it counts."""
     data = values.get("data")
     if not isinstance(data, dict) or not _OLD_NAMES.keys() & data.keys():
         return values
     data = dict(data)
     for old, new in _OLD_NAMES.items():
         if old in data:
-            _warn_once(old, new)
+            if say:
+                _warn_once(old, new)
             data[new] = data.pop(old)
     return {**values, "data": data}
 
 
 def experiment_from_dict(values: dict[str, Any]) -> Experiment:
     """A config from plain values, checked. Raises ConfigError."""
-    values = _with_new_names(values)
+    values = with_new_names(values)
     experiment = build(Experiment, values)
     _check(experiment)
     return experiment
@@ -395,7 +397,7 @@ def experiment_values(path: str | Path, *, base: str | Path | None = None) -> di
         parent = values.pop("extends", None)
         if not isinstance(parent, str | None):
             raise ConfigError(f"{file}: extends: expected the name of a config file, got {parent!r}")
-        chain.append(_with_new_names(values))
+        chain.append(with_new_names(values))
         following = None if parent is None else file.parent / parent
         if base is not None and len(chain) == 1:
             following = Path(base)
