@@ -94,6 +94,13 @@ def test_scores_and_analysis(name, experiment_of, food, tmp_path):
         for kind in layer["tokens"]
     }
     assert kinds == {"image", "text", "all"}
+    if name not in (
+        "llava",
+        "qwen3-vl",
+        "idefics3",
+        "gemma3",
+    ):  # drawing takes seconds, and reads nothing of the family
+        return
     out = tmp_path / "analysis"
     assert main(["analyze", str(experiment.run_dir), "--limit", "4", "--out", str(out), "--quiet"]) == 0
 

@@ -273,7 +273,7 @@ def learns(make_experiment, adapter, records, tmp_path, **model):
         {
             "adapter": adapter,
             "model": model,
-            "training": {"max_steps": 40, "learning_rate": 1e-2, "batch_size": 8},
+            "training": {"max_steps": 40, "learning_rate": 1e-2, "batch_size": 8, "gate_statistics": False},
         },
     )
     experiment.output_dir = str(tmp_path / "run")

@@ -79,16 +79,16 @@ def test_code_for_an_nvidia_and_an_amd_gpu():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets"),
-    [("bf16", ("sm_89", "gfx1100")), ("float", ("sm_89",)), ("f16", ("sm_90",))],
+    [("bf16", ("gfx1100",)), ("float", ("sm_89",))],
 )
 def test_code_for_other_gpus(kind, targets):
-    """float16's code differs from bfloat16's only in the type of a product: one GPU shows that it compiles."""
+    """float16's code differs from bfloat16's only in the type of a product; CONTRIBUTING.md has the command for it."""
     check_code(kind, targets)
 
 
 @needs_cuobjdump
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "targets"), [("bf16", ("sm_89", "gfx942"))])
+@pytest.mark.parametrize(("kind", "targets"), [("bf16", ("sm_89",))])
 def test_code_of_every_configuration(kind, targets):
     """All that tuning may choose compiles and fits; a few spills are weighed by its measurement."""
     reports = compiled(["tests/support/triton_code.py", kind, "choices", *targets])
