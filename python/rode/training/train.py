@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
-from rode.training.checkpoints import Sharding, latest_checkpoint, read_state, starting_point
+from rode.training.board import Board, quiet_writer_threads
+from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
+from rode.training.disk import names_full_disk, warn_about_space
 from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.lost import is_lost_process, lost_process
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
+from rode.training.start import agreed_start
 from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
 from rode.training.usable import encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
@@ -191,6 +193,7 @@ def train(
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
         BlockingIOError: another run is at work in `run_dir`.
         FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
+        DiskFullError: a file could not be written.
         NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
@@ -203,7 +206,8 @@ def train(
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
     arguments = training_arguments(experiment, progress)
-    with one_run(experiment.run_dir, arguments):
+    run_dir = experiment.run_dir
+    with one_run(run_dir, arguments), names_full_disk(run_dir), quiet_writer_threads():
         return _train(experiment, arguments, examples, model, processor, source, resume, progress)
 
 
@@ -220,7 +224,7 @@ def _train(
     """`train` in a folder that no other run writes to."""
     run_dir = experiment.run_dir
     sharding: Sharding = "fsdp" if arguments.fsdp else "deepspeed" if arguments.deepspeed else "ddp"
-    start = starting_point(run_dir, resume, arguments.world_size, sharding, say=arguments.process_index == 0)
+    start = agreed_start(run_dir, resume, arguments, sharding)
     seed = experiment.training.seed
     if examples is None:
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
@@ -283,12 +287,11 @@ def _train(
     write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)
     callbacks: list[TrainerCallback] = [stop := StopOnInterrupt()]
-    board = None
+    board = Board(run_dir / "tensorboard")
     if arguments.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(run_dir / "tensorboard"))
-        callbacks.append(TensorBoardCallback(board))
+        warn_about_space(run_dir, trained, training.save_total_limit)
+        board.open()
+        callbacks.append(board)
     config = getattr(model, "active_peft_config", None)
     routed = getattr(config, "routed", False)
     if getattr(config, "target_sparsity", None) is not None:
@@ -327,8 +330,7 @@ def _train(
     finally:
         if statistics is not None:
             statistics.detach()
-        if board is not None:
-            board.close()
+        board.close()
     model.eval()
     history = trainer.state.log_history
     metrics = {

@@ -18,7 +18,6 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
+from rode.training.checkpoint_writer import WholeCheckpoints
 from rode.training.checkpoints import STATE
 from rode.training.config import Experiment
 from rode.training.finite import StepGuard
@@ -113,7 +113,7 @@ class _TellEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(WholeCheckpoints):
     """Trains on answers.
 
     Args:
