@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import types
 import typing
@@ -57,17 +58,31 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal and value in get_args(hint):
         return value
-    if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 3e-4 as text
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and not math.isfinite(number):
+            raise SettingsError(f"{where}: expected a finite number, got {value!r}")
+        if number is not None:
+            return number
     if hint in (int, bool, str) and type(value) is hint:
         return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
     raise SettingsError(f"{where}: expected {_describe(hint)}, got {value!r}")
+
+
+def refuse_not_finite(value: object, where: str) -> None:
+    """Raises SettingsError, naming the key, for a number in plain values that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{where}: expected a finite number, got {value!r}")
+    items: typing.Iterable[tuple[Any, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        refuse_not_finite(item, f"{where}.{key}")
 
 
 def build(cls: type[T], values: object, where: str = "") -> T:

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from rode.training.checkpoints import is_whole, newest_first
 from rode.training.disk import names_full_disk
+from rode.training.finite import check_weights
 from rode.training.manifest import write_manifest
 from rode_food.atomic import sync
 
@@ -71,12 +72,22 @@ class WholeCheckpoints(Trainer):
 
     _writes_aside = False
 
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.args.output_dir or ".")
+
+    def check_weights(self) -> None:
+        """Raises NotFiniteError where a trained weight is not finite."""
+        assert self.model is not None, "made with a model"
+        check_weights(self.model, self.run_dir, self.args.world_size)
+
     def _get_output_dir(self, trial: Any) -> str:
         directory = str(super()._get_output_dir(trial))
         return os.path.join(directory, ASIDE) if self._writes_aside else directory
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         run_dir = Path(super()._get_output_dir(trial))
+        self.check_weights()
         aside, checkpoint = run_dir / ASIDE, run_dir / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             shutil.rmtree(aside, ignore_errors=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import yaml
 
 from rode.training import sweep
-from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
+from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping, refuse_not_finite
 from rode_food.source import Source
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite: stop before it changes a weight, or leave it out and say so."""
+    max_nonfinite: int = 10
+    """So many steps in a row may be left out; the next one stops the run."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """After the warm-up. "linear" is DeepSpeed's WarmupDecayLR."""
     warmup_steps: int = 100
@@ -176,6 +180,7 @@ _POSITIVE = (
     "logging_steps",
     "save_steps",
     "learning_rate",
+    "max_nonfinite",
 )
 
 
@@ -188,6 +193,9 @@ def _check(experiment: Experiment) -> None:
     for name in ("max_steps", "max_length"):
         if getattr(training, name) is not None and getattr(training, name) < 1:
             raise ConfigError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
+    for name in ("fsdp", "deepspeed"):
+        refuse_not_finite(getattr(training, name), f"training.{name}")
+    refuse_not_finite(experiment.adapter, "adapter")
     _check_sharding(experiment)
     if len(training.betas) != 2:
         raise ConfigError(f"training.betas: expected two numbers, got {training.betas}")
@@ -221,6 +229,8 @@ _SAID_ELSEWHERE = {
 def _check_sharding(experiment: Experiment) -> None:
     """Checks that what the processes share out between them can be."""
     fsdp, deepspeed = experiment.training.fsdp, experiment.training.deepspeed
+    if deepspeed is not None and experiment.training.on_nonfinite == "skip":
+        raise ConfigError("training.on_nonfinite: expected stop with DeepSpeed, which takes its steps itself")
     if fsdp is None and deepspeed is None:
         return
     if fsdp is not None and deepspeed is not None:

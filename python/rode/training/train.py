@@ -26,7 +26,8 @@ from rode.training.lost import is_lost_process, lost_process
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.start import agreed_start
-from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
+from rode.training.stopping import StopOnInterrupt
+from rode.training.trainer import AnswerTrainer, total_steps, training_arguments
 from rode.training.usable import encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
@@ -66,7 +67,7 @@ class TrainResult:
             are this process's share alone after `training.fsdp` or ZeRO-3.
         processor: its processor, or None likewise.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
-            truncated_answers.
+            truncated_answers, nonfinite_steps (left out).
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
         interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
@@ -311,6 +312,7 @@ def _train(
         lengths=_lengths(items) if training.group_by_length else None,
         projector_only=experiment.stage == "projector",
         statistics=statistics,
+        skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
     )
     try:
         with stop:
@@ -319,6 +321,7 @@ def _train(
                 if at_end
                 else trainer.train(resume_from_checkpoint=None if start is None else str(start))
             )
+            trainer.check_weights()
     except NotFiniteError:  # the good steps before it are worth a look
         if trainer.is_world_process_zero():
             write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
@@ -341,6 +344,7 @@ def _train(
         "trainable_parameters": trained,
         "skipped_records": len(skipped),
         "truncated_answers": trainer.count_truncated(),
+        "nonfinite_steps": trainer.guard.skipped,
     }
     if trainer.is_world_process_zero():
         write_text(run_dir / "history.json", json.dumps(history, indent=1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
+from rode.finite import refuse_not_finite
 from rode.vlm.families import family_of
 from rode.vlm.pretrained import from_pretrained
 from rode.vlm.processor import load_processor
@@ -196,6 +197,7 @@ def load_projector(model: Model, path: str | Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such projector; `rode train` with stage: projector writes one")
     state, projector = load_file(file), get_projector(model)
+    refuse_not_finite(state, str(file))
     own = projector.state_dict()
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
         shapes = [{n: tuple(t.shape) for n, t in s.items()} for s in (own, state)]
@@ -226,6 +228,8 @@ def load_adapter(model: Model, directory: str | Path, name: str = "default") -> 
     file = Path(directory) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
+    if (weights := Path(directory) / "adapter_model.safetensors").is_file():
+        refuse_not_finite(load_file(weights), str(weights))  # of any method of PEFT
     last = (projector_name(model) or "").rpartition(".")[2]
     if last in (json.loads(file.read_text()).get("modules_to_save") or []):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded

@@ -298,3 +298,21 @@ def test_an_older_runs_recipe_yaml_is_still_found(tmp_path):
     assert saved_config(tmp_path) == tmp_path / "recipe.yaml"
     (tmp_path / "config.yaml").write_text("name: a")
     assert saved_config(tmp_path) == tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.learning_rate=.inf", "training.learning_rate"),
+        ("training.learning_rate=1e999", "training.learning_rate"),
+        ("training.weight_decay=.nan", "training.weight_decay"),
+        ("training.betas=[0.9, nan]", r"training.betas\[1\]"),
+        ("data.sources.0.weight=-.inf", r"data.sources\[0\].weight"),
+        ("adapter.alpha=.nan", "adapter.alpha"),
+        ("adapter.alpha_pattern={a: .inf}", "adapter.alpha_pattern.a"),
+        ("training.deepspeed={zero_optimization: {stage: 2}, x: .inf}", "training.deepspeed.x"),
+    ],
+)
+def test_settings_that_are_not_finite_are_refused(tmp_path, override, key):
+    with pytest.raises(ConfigError, match=f"{key}: expected a finite number, got "):
+        load_experiment(write(tmp_path), [override])
