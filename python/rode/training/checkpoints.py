@@ -13,6 +13,7 @@ from rode.training.manifest import MANIFEST, damage
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"  # Trainer writes it last
+AUTO = "auto"
 Sharding = Literal["ddp", "fsdp", "deepspeed"]
 _WORDS: dict[Sharding, str] = {
     "ddp": "neither training.fsdp nor training.deepspeed",
@@ -72,7 +73,8 @@ def starting_point(
 
     Args:
         run_dir: the run's folder.
-        resume: True for the latest whole checkpoint in it, a checkpoint's path, or False for a new run.
+        resume: True for the latest whole checkpoint in it, "auto" for that or a new run where the folder holds no checkpoint, a
+            checkpoint's path, or False for a new run.
         processes: number of processes that train.
         sharding: how they share weights and optimizer, see `rode.training.sharding`; each kind saves in its own way.
 
@@ -81,6 +83,10 @@ def starting_point(
         FileNotFoundError: no whole checkpoint.
         ValueError: the checkpoint named is damaged, or is of another number of processes or another kind of sharding.
     """
+    if resume == AUTO:  # damaged ones are an error: a new run would replace them unseen
+        resume = any(newest_first(run_dir))
+        if not resume:
+            return None
     if isinstance(resume, bool):
         if not resume:
             if (latest := latest_checkpoint(run_dir)) is not None:

@@ -113,6 +113,8 @@ class TrainingConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     """Optimizer steps; null for `epochs`."""
+    max_minutes: float | None = None
+    """Stop with a checkpoint, as Ctrl-C does, when a run has taken so long from its start; null for no limit."""
     max_length: int | None = None
     """Tokens of prompt, picture and answer together; null for no limit."""
     on_long_answer: Literal["truncate", "error"] = "truncate"
@@ -195,6 +197,8 @@ def _check(experiment: Experiment) -> None:
             raise ConfigError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
     for name in ("fsdp", "deepspeed"):
         refuse_not_finite(getattr(training, name), f"training.{name}")
+    if training.max_minutes is not None and training.max_minutes <= 0:
+        raise ConfigError(f"training.max_minutes: expected more than 0 or null, got {training.max_minutes}")
     refuse_not_finite(experiment.adapter, "adapter")
     _check_sharding(experiment)
     if len(training.betas) != 2:

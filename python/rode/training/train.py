@@ -69,7 +69,7 @@ class TrainResult:
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
             truncated_answers, nonfinite_steps (left out).
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
-        interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
+        interrupted: stopped by a signal or by training.max_minutes; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
         skipped: one line for each record left out, or some of its questions: `rode.training.usable`.
         was_done: there was nothing to resume: the run had ended before, and no file was touched.
@@ -187,7 +187,8 @@ def train(
         examples: in place of the config's data sources.
         model, processor: a model already loaded, in place of `experiment.model.path`; the model is changed.
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
-        resume: True for the latest checkpoint in `run_dir`, or a checkpoint's path.
+        resume: True for the latest whole checkpoint in `run_dir`, "auto" for that or a new run where there is none, or the path of
+            one.
         progress: show bars.
 
     Raises:
@@ -224,6 +225,7 @@ def _train(
 ) -> TrainResult:
     """`train` in a folder that no other run writes to."""
     run_dir = experiment.run_dir
+    stop = StopOnInterrupt(experiment.training.max_minutes)  # loading counts
     sharding: Sharding = "fsdp" if arguments.fsdp else "deepspeed" if arguments.deepspeed else "ddp"
     start = agreed_start(run_dir, resume, arguments, sharding)
     seed = experiment.training.seed
@@ -287,7 +289,7 @@ def _train(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)
-    callbacks: list[TrainerCallback] = [stop := StopOnInterrupt()]
+    callbacks: list[TrainerCallback] = [stop]
     board = Board(run_dir / "tensorboard")
     if arguments.process_index == 0:
         warn_about_space(run_dir, trained, training.save_total_limit)
