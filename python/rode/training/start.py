@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rode.processes import of_all_processes
 from rode.training.checkpoints import Sharding, starting_point
+from rode.training.ready import check_writable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def agreed_start(
     run_dir: Path, resume: bool | str | os.PathLike[str], arguments: TrainingArguments, sharding: Sharding
 ) -> Path | None:
-    """`rode.training.checkpoints.starting_point` for all processes of a run.
+    """`rode.training.checkpoints.starting_point` for all processes of a run, in a folder that can be written.
 
     Args:
         run_dir, resume, sharding: as there.
@@ -28,6 +29,7 @@ def agreed_start(
     found: list[Path | OSError | ValueError | None] = [None]
     if arguments.process_index == 0:
         try:
+            check_writable(run_dir)
             found = [starting_point(run_dir, resume, arguments.world_size, sharding)]
         except (OSError, ValueError) as error:
             if arguments.world_size == 1:

@@ -23,6 +23,7 @@ from rode.training.disk import names_full_disk, warn_about_space
 from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.lost import is_lost_process, lost_process
+from rode.training.ready import check_inputs
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.start import agreed_start
@@ -207,6 +208,7 @@ def train(
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
+    check_inputs(experiment, model=model is None, data=examples is None)
     arguments = training_arguments(experiment, progress)
     run_dir = experiment.run_dir
     with one_run(run_dir, arguments), names_full_disk(run_dir), quiet_writer_threads():

@@ -36,9 +36,16 @@ def pick_device(name: str = "auto") -> torch.device:
     """ "auto" is the process's own GPU if torch sees one, else the CPU."""
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= count:
+            built = "" if torch.version.cuda or torch.version.hip else ", which was built without CUDA,"
+            raise ValueError(
+                f"device: got {name!r}, and torch {torch.__version__}{built} sees {count} GPUs; use auto or cpu"
+            )
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
