@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rode.processes import of_all_processes
+from rode.processes import is_main, of_all_processes
 from rode.vlm.load import PROJECTOR_FILE, pick_device
 from rode_food.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rode.training.config import Experiment
+
+logger = logging.getLogger(__name__)
 
 
 def check_inputs(experiment: Experiment, *, model: bool = True, data: bool = True) -> None:
@@ -51,11 +54,17 @@ def _check_inputs(experiment: Experiment, model: bool, data: bool) -> None:
         for i, source in enumerate(experiment.data.sources):
             if source.weight != 0:
                 _find(f"data.sources[{i}].path", source.path)
-    if experiment.evaluation.vocabulary is not None:  # it is read after the training, perhaps hours later
+    vocabulary = experiment.evaluation.vocabulary
+    if vocabulary is not None:  # it is read after the training, perhaps hours later
         try:
-            Vocabulary.load(experiment.evaluation.vocabulary)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"evaluation.vocabulary: {error}") from error
+            Vocabulary.load(vocabulary)
+        except FileNotFoundError:
+            if is_main():
+                logger.warning(
+                    "evaluation.vocabulary: %s: no such file yet; evaluation will want it", vocabulary
+                )
+        except ValueError as error:
+            raise ValueError(f"evaluation.vocabulary: {error}") from error
 
 
 def _find(key: str, path: str, within: str | None = None) -> None:

@@ -29,7 +29,6 @@ def nothing_is_loaded(monkeypatch):
             {"data": {"sources": [{"path": "/nowhere"}]}},
             r"data.sources\[0\].path: /nowhere: no such file or folder",
         ),
-        ({"evaluation": {"vocabulary": "/nowhere"}}, "evaluation.vocabulary: /nowhere: no such vocabulary"),
     ],
 )
 def test_missing_files_name_the_key(make_experiment, nothing_is_loaded, changes, words):
@@ -44,7 +43,10 @@ def test_a_folder_without_a_projector(make_experiment, nothing_is_loaded, tmp_pa
         train(make_experiment(model={"projector": str(tmp_path)}), progress=False)
 
 
-def test_a_vocabulary_is_read_at_the_start(make_experiment, nothing_is_loaded, tmp_path):
+def test_a_vocabulary_is_read_at_the_start(make_experiment, nothing_is_loaded, tmp_path, caplog):
+    with pytest.raises(AssertionError, match="too late"):  # it may be built until evaluation wants it
+        train(make_experiment(evaluation={"vocabulary": "/nowhere"}), progress=False)
+    assert "evaluation.vocabulary: /nowhere: no such file yet" in caplog.text
     (tmp_path / "v.json").write_text("{")
     with pytest.raises(ValueError, match=r"evaluation.vocabulary: "):
         train(make_experiment(evaluation={"vocabulary": str(tmp_path / "v.json")}), progress=False)
