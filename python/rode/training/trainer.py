@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedModel,
@@ -26,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
 from rode.training.checkpoint_writer import WholeCheckpoints
 from rode.training.checkpoints import STATE
+from rode.training.closed import ClosedGates, ZeroGradients
 from rode.training.config import Experiment
 from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
@@ -143,6 +145,7 @@ class AnswerTrainer(WholeCheckpoints):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
+        self.closed_gates, self.zero_gradients = ClosedGates(), ZeroGradients()
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # one process alone cannot run it again
         self.guard = StepGuard(self.run_dir, skips, None if spread else self._explain)
         config = getattr(self.model, "active_peft_config", None)
@@ -197,6 +200,7 @@ class AnswerTrainer(WholeCheckpoints):
             for parameter in model.parameters():  # the optimizer passes over parameters without a gradient
                 parameter.grad = None
             return 0.0
+        self.zero_gradients.add(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norm
 
     def count_truncated(self) -> int:
@@ -209,8 +213,12 @@ class AnswerTrainer(WholeCheckpoints):
         if self.guard.skipped:
             logs["nonfinite_steps"] = self.guard.skipped
         if self.statistics is not None and "loss" in logs:
-            logs.update(self.statistics.report(all_processes=True).scalars())
+            report = self.statistics.report(all_processes=True)
+            logs.update(report.scalars())
+            logs.update(self.closed_gates.update(report, self.state.global_step))
             self.statistics.reset()
+        if "loss" in logs:
+            self.zero_gradients.tell(self.state.global_step)
         if "loss" in logs:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, HoldSparsity):
