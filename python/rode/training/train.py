@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.training.board import Board, quiet_writer_threads
+from rode.training.changes import check_changes
 from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
@@ -230,6 +231,8 @@ def _train(
     stop = StopOnInterrupt(experiment.training.max_minutes)  # loading counts
     sharding: Sharding = "fsdp" if arguments.fsdp else "deepspeed" if arguments.deepspeed else "ddp"
     start = agreed_start(run_dir, resume, arguments, sharding)
+    if start is not None:
+        check_changes(experiment, start)
     seed = experiment.training.seed
     if examples is None:
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
