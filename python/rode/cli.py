@@ -1,4 +1,5 @@
-"""The `rode` command. Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted."""
+"""The `rode` command. Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 3 a value in training was not finite,
+130 interrupted."""
 
 from __future__ import annotations
 
@@ -93,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        code = 3 if isinstance(error, FloatingPointError) else 1
         if not tells(error):
-            return 1
+            return code
         # Errors of ours say what to do; anything else is named by its type, and --debug shows where it came from.
         ours = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
         text = " ".join(str(error).split()) or type(error).__name__
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rode: {text}" if ours else f"rode: {type(error).__name__}: {text} (--debug shows where)",
             file=sys.stderr,
         )
-        return 1
+        return code
 
 
 def _demo(argv: list[str]) -> int:

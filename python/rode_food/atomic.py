@@ -27,7 +27,7 @@ def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(aside)  # of a killed process that had our number
         yield aside
-        _sync(aside)
+        sync(aside)
         os.replace(aside, path)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # a failed write does not say where
@@ -44,7 +44,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Put a file, or all files of a folder, on the disk: else a power cut after the rename can leave them empty."""
     files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else (path,)
     for file in files:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import types
 import typing
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
+
+from rode_food.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -57,24 +60,44 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return {key: _convert(get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is Literal and value in get_args(hint):
         return value
-    if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 3e-4 as text
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 3e-4 as text
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and not math.isfinite(number):
+            raise SettingsError(f"{where}: expected a finite number, got {value!r}")
+        if number is not None:
+            return number
     if hint in (int, bool, str) and type(value) is hint:
         return os.path.expanduser(os.path.expandvars(value)) if isinstance(value, str) else value
-    raise SettingsError(f"{where}: expected {_describe(hint)}, got {value!r}")
+    raise SettingsError(f"{where}: expected {_describe(hint)}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def refuse_not_finite(value: object, where: str) -> None:
+    """Raises SettingsError, naming the key, for a number in plain values that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{where}: expected a finite number, got {value!r}")
+    items: typing.Iterable[tuple[Any, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        refuse_not_finite(item, f"{where}.{key}")
 
 
 def build(cls: type[T], values: object, where: str = "") -> T:
     """A dataclass from plain values, every key and type checked against its fields. Raises SettingsError, naming `where`."""
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
-        raise SettingsError(f"{where or 'at the top'}: expected a mapping, got {values!r}")
+        raise SettingsError(f"{where or 'at the top'}: expected a mapping, got {_shown(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -88,7 +111,11 @@ def build(cls: type[T], values: object, where: str = "") -> T:
 def read_mapping(file: Path) -> dict[str, Any]:
     """The mapping at the top of a YAML file, unchecked. Raises SettingsError, naming the file, for anything else in it."""
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise SettingsError(
+            f"{file}: expected UTF-8 text, got other bytes at position {error.start}"
+        ) from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -102,9 +129,10 @@ def override(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise SettingsError(f"override {assignment!r}: expected key.sub=value")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise SettingsError(f"override {assignment!r}: {text!r} is not YAML") from error
+        why = " ".join(str(error).split())
+        raise SettingsError(f"override {assignment!r}: {text!r} is not YAML: {why}") from error
     assign(values, key, value, f"override {assignment!r}")
 
 

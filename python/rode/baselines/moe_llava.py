@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rode.finite import refuse_not_finite
 from rode.tuner.context import ForwardContext
 from rode.tuner.routers import router_logits
 from rode_food.atomic import write_json, written_aside
@@ -333,6 +334,7 @@ def load_moe_weights(model: nn.Module, directory: str | os.PathLike[str]) -> Non
     """
     files = [Path(directory) / name for name in (MOE_CONFIG, MOE_WEIGHTS)]
     state = load_file(files[1])
+    refuse_not_finite(state, str(files[1]))
     for name, layer in moe_layers(model).items():
         own = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         wrong = [key for key, t in own.items() if key not in state or state[key].shape != t.shape]

@@ -23,6 +23,7 @@ examples:
   rode train configs/own-records.yaml
   rode train configs/own-records.yaml training.max_steps=50 data.sources.0.path=my.jsonl
   rode train configs/own-records.yaml --resume
+  rode train configs/own-records.yaml --resume auto training.max_minutes=110
   torchrun --nproc-per-node 4 -m rode train configs/unifood-rode-7b.yaml
 """
 
@@ -40,7 +41,7 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a path from the latest",
+        help="go on from a checkpoint; without a path from the latest; 'auto' begins anew where there is none",
     )
 
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     leave_process_group()
     if result.interrupted:
         print(
-            f"interrupted at step {result.metrics['steps']}; go on with --resume ({result.checkpoint})",
+            f"stopped at step {result.metrics['steps']}; go on with --resume ({result.checkpoint})",
             file=sys.stderr,
         )
         return 130

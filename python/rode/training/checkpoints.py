@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from rode.training.manifest import MANIFEST, damage
+
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"  # Trainer writes it last
+AUTO = "auto"
 Sharding = Literal["ddp", "fsdp", "deepspeed"]
 _WORDS: dict[Sharding, str] = {
     "ddp": "neither training.fsdp nor training.deepspeed",
@@ -28,19 +31,36 @@ def read_state(checkpoint: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def _newest_first(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Every checkpoint-N that holds a state, whole or torn."""
+def newest_first(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Every checkpoint-N, whole or not."""
     found = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in Path(directory).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and (path / STATE).is_file()
+        if path.name.removeprefix("checkpoint-").isdigit() and path.is_dir()
     ]
     return (path for _, path in sorted(found, reverse=True))
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there in the size in which they were written. Reads none but small ones."""
+    return _problem(checkpoint, contents=False) is None
+
+
+def _problem(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """Why a checkpoint is not whole, in words, or None.
+
+    One without a manifest is of an older version; its state was written last, and all that can be asked is whether that is whole.
+    """
+    if (checkpoint / MANIFEST).is_file():
+        return damage(checkpoint, contents=contents)
+    if not (checkpoint / STATE).is_file():
+        return f"{STATE} is missing"
+    return f"{STATE} was cut short while it was written" if read_state(checkpoint) is None else None
+
+
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint-N with the largest N that was written whole, or None."""
-    return next((path for path in _newest_first(directory) if read_state(path) is not None), None)
+    """The whole checkpoint-N (`is_whole`) with the largest N, or None."""
+    return next(filter(is_whole, newest_first(directory)), None)
 
 
 def starting_point(
@@ -48,56 +68,67 @@ def starting_point(
     resume: bool | str | os.PathLike[str],
     processes: int = 1,
     sharding: Sharding = "ddp",
-    *,
-    say: bool = True,
 ) -> Path | None:
     """The checkpoint that a run goes on from, with everything that a run to the bit needs; None for a new run.
 
     Args:
         run_dir: the run's folder.
-        resume: True for the latest whole checkpoint in it, a checkpoint's path, or False for a new run.
+        resume: True for the latest whole checkpoint in it, "auto" for that or a new run where the folder holds no checkpoint, a
+            checkpoint's path, or False for a new run.
         processes: number of processes that train.
         sharding: how they share weights and optimizer, see `rode.training.sharding`; each kind saves in its own way.
-        say: log which torn checkpoints are passed over.
 
     Raises:
-        FileExistsError: a new run, and `run_dir` holds a checkpoint.
-        FileNotFoundError: no checkpoint, or one of its files is missing.
-        ValueError: the checkpoint named is torn, or is of another number of processes or another kind of sharding.
+        FileExistsError: a new run, and `run_dir` holds a whole checkpoint.
+        FileNotFoundError: no whole checkpoint.
+        ValueError: the checkpoint named is damaged, or is of another number of processes or another kind of sharding.
     """
-    if isinstance(resume, bool):
-        latest = latest_checkpoint(run_dir)
+    if resume == AUTO:  # damaged ones are an error: a new run would replace them unseen
+        resume = any(newest_first(run_dir))
         if not resume:
-            if latest is not None:
+            return None
+    if isinstance(resume, bool):
+        if not resume:
+            if (latest := latest_checkpoint(run_dir)) is not None:
                 raise FileExistsError(
                     f"{run_dir} holds {latest.name}: pass --resume, or set another output_dir"
                 )
             return None
-        torn = [path for path in _newest_first(run_dir) if read_state(path) is None]
-        if latest is None and torn:
-            raise FileNotFoundError(
-                f"{torn[0] / STATE} was cut short while it was written, and {run_dir} holds no whole checkpoint to resume from; "
-                "leave --resume out to train anew"
-            )
-        if latest is None:
-            raise FileNotFoundError(f"{run_dir}: no checkpoint to resume from; leave --resume out")
-        for path in torn:
-            if say and int(path.name.removeprefix("checkpoint-")) > int(
-                latest.name.removeprefix("checkpoint-")
-            ):
-                logger.warning(
-                    "%s was cut short while it was written: going on from %s", path / STATE, latest.name
-                )
-    else:
-        latest = Path(resume)
-        if not (latest / STATE).is_file():
-            raise FileNotFoundError(f"{resume}: no checkpoint ({STATE} is missing)")
-        if read_state(latest) is None:
-            raise ValueError(
-                f"{latest / STATE} was cut short while it was written; resume from another checkpoint"
-            )
-    _check_files(latest, processes, sharding)
-    return latest
+        return _latest_usable(run_dir, processes, sharding)
+    named = Path(resume)
+    if not named.is_dir() or not any((named / name).is_file() for name in (STATE, MANIFEST)):
+        raise FileNotFoundError(f"{resume}: no checkpoint ({STATE} is missing)")
+    if (problem := _problem(named) or _lacks(named, processes, sharding)) is not None:
+        raise ValueError(f"{named}: {problem}; resume from another checkpoint (--resume CHECKPOINT)")
+    _say_if_unchecked(named)
+    return named
+
+
+def _latest_usable(run_dir: Path, processes: int, sharding: Sharding) -> Path:
+    """The latest whole checkpoint; a line for each that is passed over. Raises FileNotFoundError."""
+    passed: list[str] = []
+    for path in newest_first(run_dir):
+        problem = _problem(path) or _lacks(path, processes, sharding)
+        if problem is None:
+            for line in passed:
+                logger.warning("%s: going on from %s", line, path.name)
+            _say_if_unchecked(path)
+            return path
+        passed.append(f"{path} is passed over, as {problem}")
+    if passed:
+        raise FileNotFoundError(
+            f"{run_dir} holds no whole checkpoint to resume from ({'; '.join(passed)}); leave --resume out to train anew"
+        )
+    raise FileNotFoundError(f"{run_dir}: no checkpoint to resume from; leave --resume out")
+
+
+def _say_if_unchecked(checkpoint: Path) -> None:
+    if not (checkpoint / MANIFEST).is_file():
+        logger.warning(
+            "%s has no %s, as an older version wrote it: that its files are there is known, not that they are unchanged",
+            checkpoint,
+            MANIFEST,
+        )
 
 
 def _optimizer_files(checkpoint: Path, processes: int) -> dict[Sharding, list[str]]:
@@ -117,8 +148,12 @@ def _optimizer_files(checkpoint: Path, processes: int) -> dict[Sharding, list[st
     }
 
 
-def _check_files(checkpoint: Path, processes: int, sharding: Sharding) -> None:
-    """Trainer goes on without these, silently and with other results."""
+def _lacks(checkpoint: Path, processes: int, sharding: Sharding) -> str | None:
+    """What a checkpoint lacks to go on to the bit, in words: Trainer goes on without, silently and with other results.
+
+    Raises:
+        ValueError: it is of another kind of run.
+    """
     random = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
     there = {path.name for path in checkpoint.glob("rng_state*.pth")}
     if there and not there & set(random):
@@ -139,14 +174,12 @@ def _check_files(checkpoint: Path, processes: int, sharding: Sharding) -> None:
             )
     for name in (*optimizer[sharding], "scheduler.pt", *random):
         if not any(checkpoint.glob(name)):
-            raise FileNotFoundError(
-                f"{checkpoint / name} is missing, and without it training would go on with other results; resume from another "
-                "checkpoint (--resume CHECKPOINT)"
-            )
+            return f"{name} is missing, and without it training would go on with other results"
     if processes > 1 and f"rng_state_{processes}.pth" in there:
         raise ValueError(
             f"{checkpoint}: the checkpoint is of {_count(there)} and this run has {processes}; start it with as many"
         )
+    return None
 
 
 def _count(random: set[str]) -> str:

@@ -10,20 +10,16 @@ from __future__ import annotations
 import functools
 import logging
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from rode.training import sweep
-from rode_food.settings import SettingsError, build, did_you_mean, override, read_mapping
-from rode_food.source import Source
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from rode.baselines.moe_llava import MoeConfig
+from rode.training.adapters import adapter_config as adapter_config
+from rode.training.checks import check
+from rode_food.settings import SettingsError, build, override, read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +94,10 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite: stop before it changes a weight, or leave it out and say so."""
+    max_nonfinite: int = 10
+    """So many steps in a row may be left out; the next one stops the run."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """After the warm-up. "linear" is DeepSpeed's WarmupDecayLR."""
     warmup_steps: int = 100
@@ -109,6 +109,8 @@ class TrainingConfig:
     epochs: float = 1.0
     max_steps: int | None = None
     """Optimizer steps; null for `epochs`."""
+    max_minutes: float | None = None
+    """Stop with a checkpoint, as Ctrl-C does, when a run has taken so long from its start; null for no limit."""
     max_length: int | None = None
     """Tokens of prompt, picture and answer together; null for no limit."""
     on_long_answer: Literal["truncate", "error"] = "truncate"
@@ -167,171 +169,6 @@ class Experiment:
         return Path(self.output_dir or Path("runs") / self.name)
 
 
-_POSITIVE = (
-    "batch_size",
-    "gradient_accumulation",
-    "devices",
-    "questions_per_picture",
-    "epochs",
-    "logging_steps",
-    "save_steps",
-    "learning_rate",
-)
-
-
-def _check(experiment: Experiment) -> None:
-    """Checks beyond types."""
-    training = experiment.training
-    for name in _POSITIVE:
-        if getattr(training, name) <= 0:
-            raise ConfigError(f"training.{name}: expected more than 0, got {getattr(training, name)}")
-    for name in ("max_steps", "max_length"):
-        if getattr(training, name) is not None and getattr(training, name) < 1:
-            raise ConfigError(f"training.{name}: expected at least 1 or null, got {getattr(training, name)}")
-    _check_sharding(experiment)
-    if len(training.betas) != 2:
-        raise ConfigError(f"training.betas: expected two numbers, got {training.betas}")
-    if not experiment.data.sources:
-        raise ConfigError("data.sources: expected at least one source, got none")
-    for i, source in enumerate(experiment.data.sources):
-        try:
-            Source(**vars(source))
-        except ValueError as error:
-            raise ConfigError(f"data.sources[{i}]: {error}") from error
-    if experiment.stage == "projector":
-        if experiment.adapter:
-            raise ConfigError("adapter: stage 'projector' trains no adapter; leave it out")
-        if training.projector_learning_rate is not None:
-            raise ConfigError(
-                "training.projector_learning_rate: in stage 'projector' it is training.learning_rate"
-            )
-    else:
-        _check_routing(experiment, adapter_config(experiment))
-
-
-_SAID_ELSEWHERE = {
-    "optimizer": "training.learning_rate, weight_decay, betas and epsilon say it, with the projector's rate apart",
-    "scheduler": "training.schedule and warmup_steps say it",
-    "bf16": "model.dtype says what frozen weights are held in, and trained ones are float32",
-    "fp16": "model.dtype says what frozen weights are held in, and trained ones are float32",
-}
-"""Keys of DeepSpeed's configuration whose effect other keys have already."""
-
-
-def _check_sharding(experiment: Experiment) -> None:
-    """Checks that what the processes share out between them can be."""
-    fsdp, deepspeed = experiment.training.fsdp, experiment.training.deepspeed
-    if fsdp is None and deepspeed is None:
-        return
-    if fsdp is not None and deepspeed is not None:
-        raise ConfigError("training.fsdp: expected null beside training.deepspeed; set one of the two")
-    if fsdp is not None and int(fsdp.get("version", 2)) != 2:
-        raise ConfigError(f"training.fsdp.version: expected 2, got {fsdp['version']}")
-    if fsdp is not None and (kind := fsdp.get("state_dict_type", "FULL_STATE_DICT")) != "FULL_STATE_DICT":
-        raise ConfigError(
-            f"training.fsdp.state_dict_type: expected FULL_STATE_DICT, in which adapters are saved; got {kind!r}"
-        )
-    for key, instead in _SAID_ELSEWHERE.items():
-        if deepspeed is not None and key in deepspeed:
-            raise ConfigError(f"training.deepspeed.{key}: leave it out; {instead}")
-    stage = 3 if deepspeed is None else zero_stage(deepspeed)
-    if stage == 3 and (experiment.stage == "projector" or experiment.adapter.get("method") == "moe-llava"):
-        name = "stage 'projector'" if experiment.stage == "projector" else "adapter.method 'moe-llava'"
-        raise ConfigError(
-            f"training.{'deepspeed' if fsdp is None else 'fsdp'}: {name} saves weights that must be whole in each process; use "
-            "ZeRO stage 2 (configs/distributed/zero2.yaml), or neither"
-        )
-
-
-def zero_stage(deepspeed: dict[str, Any]) -> int:
-    """The stage of ZeRO in DeepSpeed's own configuration. Raises ConfigError for what is none."""
-    zero = deepspeed.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"training.deepspeed.zero_optimization.stage: expected 1, 2 or 3, got {stage!r}")
-    return int(stage)
-
-
-def _check_routing(experiment: Experiment, config: PeftConfig | MoeConfig) -> None:
-    """Checks that data and model have what the adapter's router reads."""
-    by_row = (
-        getattr(config, "router_input", "token") in ("task", "cluster", "sequence")
-        or getattr(config, "aux_groups", None)
-        or getattr(config, "gate", "") == "expert-choice"
-        or getattr(config, "n_tasks", None)
-    )
-    if by_row and experiment.training.questions_per_picture > 1:
-        raise ConfigError(
-            "training.questions_per_picture: this adapter treats a sequence as one question, so its picture cannot be shared by "
-            f"several; set it to 1, got {experiment.training.questions_per_picture}"
-        )
-    if getattr(config, "id_input", None) == "rode_cluster_ids" and experiment.model.clusters is None:
-        raise ConfigError(
-            "model.clusters: router_input 'cluster' wants the file that `rode fit-clusters` writes"
-        )
-
-
-def adapter_config(experiment: Experiment) -> PeftConfig | MoeConfig:
-    """The PEFT configuration (or MoeConfig) that the config's `adapter` describes, every key checked."""
-    values = dict(experiment.adapter)
-    method = values.pop("method", "rode")
-    cls: type[PeftConfig | MoeConfig]
-    if method == "peft":
-        cls, values = _peft_class(values)
-    elif method == "rode":
-        from rode.tuner import RodeConfig as cls
-        from rode.tuner.presets import preset_fields
-        from rode.tuner.targets import VISION_LANGUAGE_REGEX
-
-        if "preset" in values:
-            try:
-                values = preset_fields(values.pop("preset"), **values)
-            except ValueError as error:
-                raise ConfigError(f"adapter.{error}") from error
-        if values.get("layers_to_transform") is None:  # which selects among names, where a regex says it all
-            values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
-    elif method == "moe-llava":
-        from rode.baselines.moe_llava import MoeConfig as cls
-    else:
-        raise ConfigError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
-    known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")
-    if method != "moe-llava":
-        values = {"task_type": "CAUSAL_LM", **values}
-    try:
-        return cls(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"adapter: {error}") from error
-
-
-def _peft_class(values: dict[str, Any]) -> tuple[type[PeftConfig], dict[str, Any]]:
-    """PEFT's configuration class for `peft_type`, and the other values; default targets are the language model's."""
-    from peft.config import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from rode.tuner.targets import VISION_LANGUAGE_REGEX
-
-    known = {str(getattr(kind, "value", kind)): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    name = values.pop("peft_type", None)
-    if name not in known or name == "RODE":
-        raise ConfigError(
-            f"adapter.peft_type: expected a method of PEFT such as LORA, POLY or XLORA, got {name!r}"
-        )
-    cls = known[name]
-    if issubclass(cls, PromptLearningConfig) or name == "ADALORA":
-        why = "has a loss of its own" if name == "ADALORA" else "puts tokens before the picture"
-        raise ConfigError(
-            f"adapter.peft_type: {name} {why}, which training on answers does not know; use another method"
-        )
-    if "target_modules" in {f.name for f in fields(cls)}:
-        values.setdefault("target_modules", VISION_LANGUAGE_REGEX)
-    if name == "XLORA" and isinstance(values.get("adapters"), dict):  # PEFT finds them only under these names
-        values["adapters"] = {str(i): path for i, path in enumerate(values["adapters"].values())}
-    return cls, values
-
-
 _OLD_NAMES = {"on_bad_image": "on_bad_record"}
 """Former names of keys of `data`, which are still read."""
 
@@ -360,7 +197,7 @@ def experiment_from_dict(values: dict[str, Any]) -> Experiment:
     """A config from plain values, checked. Raises ConfigError."""
     values = with_new_names(values)
     experiment = build(Experiment, values)
-    _check(experiment)
+    check(experiment)
     return experiment
 
 

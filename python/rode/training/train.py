@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
-from rode.training.checkpoints import Sharding, latest_checkpoint, read_state, starting_point
+from rode.training.board import Board, quiet_writer_threads
+from rode.training.changes import check_changes
+from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
+from rode.training.disk import names_full_disk, warn_about_space
 from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.lost import is_lost_process, lost_process
+from rode.training.ready import check_inputs
 from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
-from rode.training.trainer import AnswerTrainer, StopOnInterrupt, total_steps, training_arguments
+from rode.training.start import agreed_start
+from rode.training.stopping import StopOnInterrupt
+from rode.training.trainer import AnswerTrainer, total_steps, training_arguments
 from rode.training.usable import encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
@@ -64,9 +69,9 @@ class TrainResult:
             are this process's share alone after `training.fsdp` or ZeRO-3.
         processor: its processor, or None likewise.
         metrics: train_loss, train_runtime (s), steps, examples, trainable_parameters, skipped_records,
-            truncated_answers.
+            truncated_answers, nonfinite_steps (left out).
         history: Trainer's log: dicts with step, loss, learning_rate, grad_norm, ...
-        interrupted: stopped by Ctrl-C; `checkpoint` is where to go on from.
+        interrupted: stopped by a signal or by training.max_minutes; `checkpoint` is where to go on from.
         checkpoint: the latest checkpoint, or None.
         skipped: one line for each record left out, or some of its questions: `rode.training.usable`.
         was_done: there was nothing to resume: the run had ended before, and no file was touched.
@@ -184,13 +189,15 @@ def train(
         examples: in place of the config's data sources.
         model, processor: a model already loaded, in place of `experiment.model.path`; the model is changed.
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
-        resume: True for the latest checkpoint in `run_dir`, or a checkpoint's path.
+        resume: True for the latest whole checkpoint in `run_dir`, "auto" for that or a new run where there is none, or the path of
+            one.
         progress: show bars.
 
     Raises:
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
         BlockingIOError: another run is at work in `run_dir`.
         FileNotFoundError, OSError, ValueError: inputs, with the record, key or checkpoint named.
+        DiskFullError: a file could not be written.
         NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
@@ -202,8 +209,10 @@ def train(
         raise ImportError("training writes TensorBoard logs: pip install 'rode[train]'") from error
     if (model is None) != (processor is None):
         raise ValueError("model and processor: expected both or neither")
+    check_inputs(experiment, model=model is None, data=examples is None)
     arguments = training_arguments(experiment, progress)
-    with one_run(experiment.run_dir, arguments):
+    run_dir = experiment.run_dir
+    with one_run(run_dir, arguments), names_full_disk(run_dir), quiet_writer_threads():
         return _train(experiment, arguments, examples, model, processor, source, resume, progress)
 
 
@@ -219,8 +228,11 @@ def _train(
 ) -> TrainResult:
     """`train` in a folder that no other run writes to."""
     run_dir = experiment.run_dir
+    stop = StopOnInterrupt(experiment.training.max_minutes)  # loading counts
     sharding: Sharding = "fsdp" if arguments.fsdp else "deepspeed" if arguments.deepspeed else "ddp"
-    start = starting_point(run_dir, resume, arguments.world_size, sharding, say=arguments.process_index == 0)
+    start = agreed_start(run_dir, resume, arguments, sharding)
+    if start is not None:
+        check_changes(experiment, start)
     seed = experiment.training.seed
     if examples is None:
         mixture = load_examples(data_sources(experiment), "train", wording=experiment.data.wording, seed=seed)
@@ -282,13 +294,12 @@ def _train(
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", dump_experiment(experiment))
     mark.unlink(missing_ok=True)
-    callbacks: list[TrainerCallback] = [stop := StopOnInterrupt()]
-    board = None
+    callbacks: list[TrainerCallback] = [stop]
+    board = Board(run_dir / "tensorboard")
     if arguments.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(run_dir / "tensorboard"))
-        callbacks.append(TensorBoardCallback(board))
+        warn_about_space(run_dir, trained, training.save_total_limit)
+        board.open()
+        callbacks.append(board)
     config = getattr(model, "active_peft_config", None)
     routed = getattr(config, "routed", False)
     if getattr(config, "target_sparsity", None) is not None:
@@ -308,6 +319,7 @@ def _train(
         lengths=_lengths(items) if training.group_by_length else None,
         projector_only=experiment.stage == "projector",
         statistics=statistics,
+        skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
     )
     try:
         with stop:
@@ -316,6 +328,7 @@ def _train(
                 if at_end
                 else trainer.train(resume_from_checkpoint=None if start is None else str(start))
             )
+            trainer.check_weights()
     except NotFiniteError:  # the good steps before it are worth a look
         if trainer.is_world_process_zero():
             write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
@@ -327,8 +340,7 @@ def _train(
     finally:
         if statistics is not None:
             statistics.detach()
-        if board is not None:
-            board.close()
+        board.close()
     model.eval()
     history = trainer.state.log_history
     metrics = {
@@ -339,6 +351,7 @@ def _train(
         "trainable_parameters": trained,
         "skipped_records": len(skipped),
         "truncated_answers": trainer.count_truncated(),
+        "nonfinite_steps": trainer.guard.skipped,
     }
     if trainer.is_world_process_zero():
         write_text(run_dir / "history.json", json.dumps(history, indent=1))

@@ -1,5 +1,5 @@
 """transformers' Trainer with the few things that differ here: the loss on answers, learning rates by group, an order of
-examples that depends on seed and epoch alone, small checkpoints, a stop where numbers are not finite, and Ctrl-C."""
+examples that depends on seed and epoch alone, small checkpoints, and a stop where numbers are not finite."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import logging
 import math
 import os
 import random
-import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,8 +25,11 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
+from rode.training.checkpoint_writer import WholeCheckpoints
 from rode.training.checkpoints import STATE
+from rode.training.closed import ClosedGates, ZeroGradients
 from rode.training.config import Experiment
+from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
 from rode.training.sharding import allow_fsdp_on_cpus
 from rode.tuner import GateStatistics, HoldSparsity
@@ -113,7 +114,7 @@ class _TellEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(WholeCheckpoints):
     """Trains on answers.
 
     Args:
@@ -122,6 +123,7 @@ class AnswerTrainer(Trainer):
         projector_rate: learning rate of the projector's parameters; None for the common one.
         projector_only: checkpoints hold the projector instead of an adapter. (A MoE-LLaVA's hold its mixtures.)
         statistics: gates counted between two log lines and logged with them.
+        skips: steps in a row that may be left out as they are not finite.
     """
 
     model: PreTrainedModel  # never None here; or a PeftModel, which passes on what it lacks
@@ -134,6 +136,7 @@ class AnswerTrainer(Trainer):
         lengths: Sequence[int] | None = None,
         projector_only: bool = False,
         statistics: GateStatistics | None = None,
+        skips: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -142,7 +145,9 @@ class AnswerTrainer(Trainer):
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
         self.statistics = statistics
-        self.guard = StepGuard(Path(self.args.output_dir or "."))
+        self.closed_gates, self.zero_gradients = ClosedGates(), ZeroGradients()
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # one process alone cannot run it again
+        self.guard = StepGuard(self.run_dir, skips, None if spread else self._explain)
         config = getattr(self.model, "active_peft_config", None)
         self.reads_prompts = getattr(config, "router_input", None) == "sequence"
         self.head = self.model.get_output_embeddings()
@@ -174,13 +179,28 @@ class AnswerTrainer(Trainer):
     ) -> torch.Tensor:
         ids = inputs.pop("record_ids")
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.guard.add(loss, ids)
+        self.guard.add(loss, ids, inputs)
+        if self.guard.skips:  # a mean that is logged is over the steps that count
+            loss = torch.where(loss.isfinite(), loss, 0.0)
         return loss
+
+    def _explain(self, inputs: dict[str, Any]) -> str | None:
+        cut = self.truncated_answers.clone()
+        try:
+            return first_not_finite(
+                self.model, lambda: self.compute_loss(self.model, inputs), self.statistics
+            )
+        finally:
+            self.truncated_answers = cut
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
         """Trainer asks for it once a step, right before the optimizer, whether it clips or not."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.guard.check(norm, self.state.global_step + 1, self.args.world_size)
+        if not self.guard.check(norm, self.state.global_step + 1, self.args.world_size):
+            for parameter in model.parameters():  # the optimizer passes over parameters without a gradient
+                parameter.grad = None
+            return 0.0
+        self.zero_gradients.add(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return norm
 
     def count_truncated(self) -> int:
@@ -190,9 +210,15 @@ class AnswerTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if cut := self.count_truncated():
             logs["truncated_answers"] = cut
+        if self.guard.skipped:
+            logs["nonfinite_steps"] = self.guard.skipped
         if self.statistics is not None and "loss" in logs:
-            logs.update(self.statistics.report(all_processes=True).scalars())
+            report = self.statistics.report(all_processes=True)
+            logs.update(report.scalars())
+            logs.update(self.closed_gates.update(report, self.state.global_step))
             self.statistics.reset()
+        if "loss" in logs:
+            self.zero_gradients.tell(self.state.global_step)
         if "loss" in logs:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, HoldSparsity):
@@ -247,42 +273,6 @@ class AnswerTrainer(Trainer):
                 total += entry["loss"] * (entry["step"] - last)
                 last = entry["step"]
         return TrainOutput(self.state.global_step, total / max(1, last), {"train_runtime": 0.0})
-
-
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends training after the optimizer step under way, with a checkpoint; the second
-    stops at once. Use as a context manager around `train`."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        logger.warning("stopping after this step, with a checkpoint; once more to stop at once")
-
-    def __enter__(self) -> StopOnInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread: whoever runs us there keeps the signals
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        asked = torch.tensor(self.asked, device=args.device, dtype=torch.int32)
-        if args.world_size > 1:  # all processes stop at the same step, or the others would wait for ever
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        if self.asked or (args.world_size > 1 and bool(asked)):
-            self.asked = control.should_save = control.should_training_stop = True
 
 
 def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rode.finite import refuse_not_finite
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
@@ -286,7 +287,9 @@ class RodeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Renames as PEFT does; missing and surplus tensors are a ValueError, where PEFT's other methods warn."""
+        """Renames as PEFT does; missing and surplus tensors, and values that are not finite, are a ValueError, where PEFT's other
+        methods warn."""
+        refuse_not_finite(state_dict, f"adapter {adapter_name!r}")
         state_dict = {_renamed(name): _aligned(tensor) for name, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
+from rode.finite import refuse_not_finite
 from rode.vlm.families import family_of
 from rode.vlm.pretrained import from_pretrained
 from rode.vlm.processor import load_processor
@@ -35,9 +36,16 @@ def pick_device(name: str = "auto") -> torch.device:
     """ "auto" is the process's own GPU if torch sees one, else the CPU."""
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.type == "cuda" and (device.index or 0) >= count:
+            built = "" if torch.version.cuda or torch.version.hip else ", which was built without CUDA,"
+            raise ValueError(
+                f"device: got {name!r}, and torch {torch.__version__}{built} sees {count} GPUs; use auto or cpu"
+            )
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
@@ -196,11 +204,44 @@ def load_projector(model: Model, path: str | Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such projector; `rode train` with stage: projector writes one")
     state, projector = load_file(file), get_projector(model)
+    refuse_not_finite(state, str(file))
     own = projector.state_dict()
     if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in own.items()}:
         shapes = [{n: tuple(t.shape) for n, t in s.items()} for s in (own, state)]
         raise ValueError(f"{file}: the model's projector has {shapes[0]}, the file {shapes[1]}")
     projector.to(next(iter(state.values())).dtype).load_state_dict(state)
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """The plain values of an adapter_config.json, of a method that PEFT knows.
+
+    Raises:
+        ValueError: it is damaged, or of another method.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import rode.tuner  # noqa: F401  (registers the RODE method with PEFT)
+
+    try:
+        values = json.loads(file.read_bytes())
+    except ValueError as error:  # also for bytes that are no text
+        raise ValueError(
+            f"{file}: expected JSON, got something else ({error}); the file is damaged"
+        ) from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file}: expected a mapping, got {type(values).__name__}; the file is another's or damaged"
+        )
+    known = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"{file}: peft_type: expected a method of PEFT such as RODE or LORA, got {kind!r}; the file is another's or damaged"
+        )
+    saved = values.get("modules_to_save")
+    if not isinstance(saved, list | None):
+        raise ValueError(f"{file}: modules_to_save: expected a list of names or null, got {saved!r}")
+    return values
 
 
 def load_adapter(model: Model, directory: str | Path, name: str = "default") -> Model:
@@ -226,14 +267,18 @@ def load_adapter(model: Model, directory: str | Path, name: str = "default") -> 
     file = Path(directory) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no adapter here (adapter_config.json is missing)")
+    if (weights := Path(directory) / "adapter_model.safetensors").is_file():
+        refuse_not_finite(load_file(weights), str(weights))  # of any method of PEFT
+    values = read_adapter_config(file)
     last = (projector_name(model) or "").rpartition(".")[2]
-    if last in (json.loads(file.read_text()).get("modules_to_save") or []):
+    if last in (values.get("modules_to_save") or []):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded
     try:
         if isinstance(model, PeftModel):
             model.load_adapter(str(directory), name)
             return model.eval()
         return PeftModel.from_pretrained(model, str(directory), adapter_name=name).eval()
-    except (ValueError, KeyError) as error:  # KeyError: PEFT's, for a tensor of modules_to_save
-        what = str(error) if isinstance(error, ValueError) else f"the tensor {error} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        # KeyError: PEFT's, for a tensor of modules_to_save; TypeError: for a value in adapter_config.json of another type
+        what = f"the tensor {error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{directory}: {what}") from error

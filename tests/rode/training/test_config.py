@@ -33,8 +33,13 @@ MINIMAL = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "r
 
 
 def write(folder, changes="", base=MINIMAL):
+    """A config of `base` with the keys of `changes` in place of its own; or of `changes` as they stand, if they are no mapping."""
     file = folder / "r.yaml"
-    file.write_text(yaml.safe_dump(base) + changes)
+    try:
+        text = yaml.safe_dump({**base, **yaml.safe_load(changes or "{}")})
+    except (yaml.YAMLError, TypeError):
+        text = yaml.safe_dump(base) + changes
+    file.write_text(text)
     return file
 
 
@@ -50,7 +55,7 @@ BAD = [
     ("training: {batch_size: 0}", r"training.batch_size: expected more than 0, got 0"),
     ("training: {betas: 0.9}", r"training.betas: expected a list of a number, got 0.9"),
     ("training: {betas: [0.9]}", r"training.betas: expected two numbers"),
-    ("training: {max_steps: 0}", r"training.max_steps: expected at least 1 or null, got 0"),
+    ("training: {max_steps: 0}", r"training.max_steps: expected more than 0, got 0"),
     ("training: 3", r"training: expected a mapping, got 3"),
     ("stage: both", r"stage: expected one of adapter, projector, got 'both'"),
     ("stage: projector\nadapter: {ranks: [2]}", r"adapter: stage 'projector' trains no adapter"),
@@ -298,3 +303,39 @@ def test_an_older_runs_recipe_yaml_is_still_found(tmp_path):
     assert saved_config(tmp_path) == tmp_path / "recipe.yaml"
     (tmp_path / "config.yaml").write_text("name: a")
     assert saved_config(tmp_path) == tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.learning_rate=.inf", "training.learning_rate"),
+        ("training.learning_rate=1e999", "training.learning_rate"),
+        ("training.weight_decay=.nan", "training.weight_decay"),
+        ("training.betas=[0.9, nan]", r"training.betas\[1\]"),
+        ("data.sources.0.weight=-.inf", r"data.sources\[0\].weight"),
+        ("adapter.alpha=.nan", "adapter.alpha"),
+        ("adapter.alpha_pattern={a: .inf}", "adapter.alpha_pattern.a"),
+        ("training.deepspeed={zero_optimization: {stage: 2}, x: .inf}", "training.deepspeed.x"),
+    ],
+)
+def test_settings_that_are_not_finite_are_refused(tmp_path, override, key):
+    with pytest.raises(ConfigError, match=f"{key}: expected a finite number, got "):
+        load_experiment(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluation.batch_size=-1", "evaluation.batch_size: expected more than 0, got -1"),
+        ("evaluation.max_new_tokens=0", "evaluation.max_new_tokens: expected more than 0, got 0"),
+        ("evaluation.limit=0", "evaluation.limit: expected more than 0, got 0"),
+        ("training.projector_learning_rate=-1", "training.projector_learning_rate: expected more than 0"),
+        ("training.weight_decay=-0.1", "training.weight_decay: expected at least 0, got -0.1"),
+        ("training.betas=[0.9, 1]", r"training.betas\[1\]: expected at least 0 and less than 1, got 1.0"),
+        ("training.workers=-1", "training.workers: expected at least 0, got -1"),
+        ("training.seed=-1", "training.seed: expected at least 0, got -1"),
+    ],
+)
+def test_nonsense_is_refused_when_the_config_is_read(tmp_path, override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_experiment(write(tmp_path), [override])

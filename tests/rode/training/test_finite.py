@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rode.cli import main
+from rode.training import train as train_module
 from rode.training import trainer
 from rode.training.config import dump_experiment
 from rode.training.finite import NotFiniteError, StepGuard
 from rode.training.train import train
-from rode.vlm import load_vlm
+from rode.vlm import load_adapter, load_vlm
 from rode_food.data_mixture import DataMixture
 
 REAL_LOSS = trainer.answer_loss
@@ -44,6 +46,150 @@ def spoiled_at(call, kind):
         return spoil(kind, value, model) if next(calls) == call else value
 
     return loss
+
+
+def spoil_layer(model, monkeypatch, at):
+    """Let a layer give NaN from its call number `at` on; its name."""
+    name, layer = next(
+        (n, m) for n, m in model.named_modules() if n.endswith("language_model.layers.1.self_attn.v_proj")
+    )
+    real, calls = layer.forward, iter(range(10**6))
+
+    def forward(*args, **kwargs):
+        out = real(*args, **kwargs)
+        return out * math.nan if next(calls) >= at else out
+
+    monkeypatch.setattr(layer, "forward", forward)
+    return name
+
+
+@pytest.fixture
+def nan_layer(monkeypatch):
+    """A function that makes training put `spoil_layer` into the adapted model; gives a list that gets the layer's name."""
+    real = train_module.make_trainable
+
+    def spoiled(at):
+        found = []
+
+        def make(*args):
+            model = real(*args)
+            found.append(spoil_layer(model, monkeypatch, at))
+            return model
+
+        monkeypatch.setattr(train_module, "make_trainable", make)
+        return found
+
+    return spoiled
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_the_layer_is_named_with_its_gates(make_experiment, examples, nan_layer, counted):
+    found = nan_layer(1)
+    experiment = make_experiment(training={"max_steps": 3, "gate_statistics": counted})
+    with pytest.raises(NotFiniteError) as caught:
+        train(experiment, examples=examples, progress=False)
+    text = str(caught.value)
+    assert text.startswith("step 2: the loss is nan on the records dish")
+    assert f"the first layer with a value that is not finite is {found[0]}" in text
+    assert (
+        bool(re.search(r"\(its gates: rank 2: open for \d+% of tokens, mean [\d.]+; rank 4: ", text))
+        == counted
+    )
+
+
+def test_the_gradient_is_named(make_experiment, examples, monkeypatch):
+    def loss(model, *args):
+        weight = [p for p in model.parameters() if p.requires_grad][3]
+        return REAL_LOSS(model, *args) + (weight.sum() * 0).sqrt()
+
+    monkeypatch.setattr(trainer, "answer_loss", loss)
+    with pytest.raises(NotFiniteError) as caught:
+        train(make_experiment(training={"max_steps": 3}), examples=examples, progress=False)
+    assert "the gradient norm is nan" in str(caught.value)
+    assert re.search(
+        r"the first gradient that is not finite, from the loss backwards, is that of \S+rode_",
+        str(caught.value),
+    )
+
+
+def test_steps_are_left_out(make_experiment, examples, tmp_path, monkeypatch, caplog):
+    """Weights, and the optimizer's memory, are as if such a step had not been."""
+    experiment = make_experiment(
+        training={
+            "max_steps": 4,
+            "save_steps": 1,
+            "save_total_limit": 10,
+            "on_nonfinite": "skip",
+            "weight_decay": 0.1,
+        }
+    )
+    monkeypatch.setattr(trainer, "answer_loss", spoiled_at(1, "nan"))
+    result = train(experiment, examples=examples, progress=False)
+    assert result.metrics["nonfinite_steps"] == 1
+    assert result.metrics["steps"] == 4
+    one, two, three = (
+        load_file(experiment.run_dir / f"checkpoint-{step}" / "adapter_model.safetensors")
+        for step in (1, 2, 3)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(three[name], two[name]) for name in one)
+    states = [
+        torch.load(experiment.run_dir / f"checkpoint-{step}" / "optimizer.pt")["state"][0] for step in (1, 2)
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    entries = [entry for entry in result.history if "loss" in entry]
+    assert all(math.isfinite(value) for entry in entries for value in entry.values())
+    assert [entry.get("nonfinite_steps") for entry in entries] == [None, 1, 1, 1]
+    assert "step 2: the loss is nan on the records dish" in caplog.text
+    assert "this step is left out (1 in a row, 1 in all)" in caplog.text
+
+
+def test_too_many_in_a_row_stop(make_experiment, examples, nan_layer):
+    found = nan_layer(1)
+    experiment = make_experiment(training={"max_steps": 9, "on_nonfinite": "skip", "max_nonfinite": 2})
+    with pytest.raises(
+        NotFiniteError, match=r"step 4: .* 2 steps in a row have been left out before it"
+    ) as caught:
+        train(experiment, examples=examples, progress=False)
+    assert found[0] in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(make_experiment, examples, monkeypatch):
+    """The gradient of the last step is finite, and what the optimizer makes of it is not."""
+    real = torch.optim.AdamW.step
+
+    def step(self, *args):
+        real(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][2].view(-1)[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    experiment = make_experiment(training={"max_steps": 1})
+    with pytest.raises(
+        NotFiniteError, match=r"the weight \S+ had values that are not finite when they were to be"
+    ):
+        train(experiment, examples=examples, progress=False)
+    assert not list(experiment.run_dir.glob("checkpoint-*"))
+    assert not (experiment.run_dir / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize(
+    "adapter",
+    [{"ranks": [2, 4]}, {"method": "peft", "peft_type": "LORA", "r": 4}, {"method": "moe-llava"}],
+)
+def test_an_adapter_that_is_not_finite_is_refused(make_experiment, examples, value, adapter):
+    experiment = make_experiment(training={"max_steps": 1})
+    experiment.adapter = adapter
+    result = train(experiment, examples=examples, progress=False)
+    file = next(result.output_dir.glob("*.safetensors"))
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    weights[name].flatten()[0] = value
+    save_file(weights, file, {"format": "pt"})
+    model, _ = load_vlm(experiment.model.path, dtype="float32", device="cpu")
+    with pytest.raises(ValueError, match=f"{file}: {re.escape(name)} holds values that are not finite"):
+        load_adapter(model, result.output_dir)
 
 
 @pytest.mark.parametrize(("accumulation", "most"), [(1, 0.0), (2, 1.0)], ids=["not clipped", "clipped"])
@@ -108,7 +254,7 @@ def test_the_command_says_so_in_one_line(make_experiment, tmp_path, food, monkey
     file = tmp_path / "config.yaml"
     file.write_text(dump_experiment(experiment))
     monkeypatch.setattr(trainer, "answer_loss", spoiled_at(0, "nan"))
-    assert main(["train", str(file), "--quiet"]) == 1
+    assert main(["train", str(file), "--quiet"]) == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rode: ")]
     assert len(lines) == 1
     assert lines[0].startswith("rode: step 1: the loss is nan on the records dish")
@@ -144,6 +290,7 @@ def test_a_good_step_waits_for_the_device_once(tmp_path):
 RANK_ONE = """
 import os, sys
 sys.path.insert(0, {tests!r})
+from rode.training import train as train_module
 from rode.training import trainer
 from rode.cli import main
 from test_finite import spoiled_at

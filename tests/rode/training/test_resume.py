@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rode.cli import main
-from rode.training.checkpoints import latest_checkpoint, starting_point
+from rode.training.checkpoints import starting_point
 from rode.training.config import dump_experiment
 from rode.training.train import train
 from rode.training.trainer import total_steps, training_arguments
@@ -37,19 +37,6 @@ def four_steps(make_experiment, examples):
         return experiment
 
     return run
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_without_a_part_is_refused(four_steps, examples, name):
-    experiment = four_steps()
-    experiment.training.max_steps = 6
-    (experiment.run_dir / "checkpoint-4" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing, and without it"):
-        train(experiment, examples=examples, resume=True, progress=False)
-    with pytest.raises(FileNotFoundError, match=f"checkpoint-4/{name} is missing"):
-        train(experiment, examples=examples, resume=experiment.run_dir / "checkpoint-4", progress=False)
-    rest = train(experiment, examples=examples, resume=experiment.run_dir / "checkpoint-2", progress=False)
-    assert rest.metrics["steps"] == 6
 
 
 def checkpoint_of(folder, random):
@@ -90,32 +77,6 @@ def test_each_process_needs_its_random_state(tmp_path, random, processes, error,
 def test_as_many_processes_go_on(tmp_path):
     checkpoint = checkpoint_of(tmp_path, ranks(0, 1, 2))
     assert starting_point(tmp_path, True, 3) == checkpoint
-
-
-@pytest.mark.parametrize("text", ["", '{"global_step": 4, "log_hist', "null"])
-def test_a_torn_checkpoint_is_passed_over(four_steps, examples, tmp_path, caplog, text):
-    experiment = four_steps()
-    whole = weights(experiment.run_dir)
-    (experiment.run_dir / "checkpoint-4" / "trainer_state.json").write_text(text)
-    assert latest_checkpoint(experiment.run_dir).name == "checkpoint-2"
-    train(experiment, examples=examples, resume=True, progress=False)
-    lines = [r.getMessage() for r in caplog.records if "cut short" in r.getMessage()]
-    torn = experiment.run_dir / "checkpoint-4" / "trainer_state.json"
-    assert lines == [f"{torn} was cut short while it was written: going on from checkpoint-2"]
-    assert_same(weights(experiment.run_dir), whole)
-    assert latest_checkpoint(experiment.run_dir).name == "checkpoint-4"  # written anew
-
-
-def test_nothing_but_torn_checkpoints_is_one_error(four_steps, examples):
-    experiment = four_steps(2)
-    torn = experiment.run_dir / "checkpoint-2" / "trainer_state.json"
-    torn.write_text("")
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-2/trainer_state.json was cut short .* no whole"):
-        train(experiment, examples=examples, resume=True, progress=False)
-    with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state.json was cut short"):
-        train(experiment, examples=examples, resume=torn.parent, progress=False)
-    train(experiment, examples=examples, progress=False)  # and without --resume it trains anew
-    assert latest_checkpoint(experiment.run_dir) == torn.parent
 
 
 def bytes_of(folder):

@@ -105,3 +105,35 @@ def test_an_adapter_without_all_its_tensors_is_refused_by_name(tmp_path, llava_d
     with pytest.raises(ValueError, match=rf"^{tmp_path}: .*missing") as refused:
         load_adapter(load_vlm(llava_dir, dtype="float32", device="cpu")[0], tmp_path)
     assert lost in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected JSON, got something else"),
+        ('{"peft_type": "RODE", ', "expected JSON, got something else"),
+        ("\xff", "expected JSON, got something else"),
+        ("[]", "expected a mapping, got list"),
+        ("{}", "peft_type: expected a method of PEFT such as RODE or LORA, got None"),
+        ('{"peft_type": "RODO"}', "peft_type: expected a method of PEFT .*, got 'RODO'"),
+        ('{"peft_type": ["RODE"]}', "peft_type: expected a method of PEFT"),
+        (
+            '{"peft_type": "RODE", "modules_to_save": 3}',
+            "modules_to_save: expected a list of names or null, got 3",
+        ),
+    ],
+)
+def test_a_broken_adapter_config_is_a_sentence(tmp_path, text, words):
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^{file}: {words}"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["ranks", "alpha", "target_modules", "gate"])
+def test_a_value_of_another_type_is_a_sentence(tmp_path, key):
+    get_peft_model(tiny_model(), RodeConfig(ranks=(2, 4))).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: {"a": 1}}))
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*{key}"):
+        load_adapter(tiny_model(), tmp_path)
