@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.lines.simple import parse_ingredient_line
 from rode_food.readers.json_array import Entry
 from rode_food.readers.log import ReadLog
 from rode_food.records import Ingredient, RecordError

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.lines.simple import parse_ingredient_line
 from rode_food.records import Ingredient, Nutrition, Quantity
 from rode_food.unifood.label.prompt import NUMBERS, ingredient_line
 from rode_food.unifood.label.settings import LabelSettings
