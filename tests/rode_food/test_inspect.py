@@ -63,7 +63,7 @@ def test_counts_samples_and_problems(recipes: Path) -> None:
     assert found.wrong_suffix_list == [f"image {pictures[2]} is no JPEG"]
     assert found.broken == {"invalid JSON": 1}
     assert not found.left_out
-    assert found.notes == {}
+    assert found.notes == {"a line that names no ingredient": 4}
     assert not found.sound
     text = str(found)
     assert f"{recipes}: recipe1m, 4 records" in text
@@ -103,7 +103,16 @@ def test_the_command(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             "file": f"{recipes}/layer1.json",
             "line": 5,
             "detail": "Expecting property name enclosed in double quotes",
-        }
+        },
+        *(
+            {
+                "reason": "a line that names no ingredient",
+                "file": f"{recipes}/layer1.json",
+                "line": line,
+                "detail": "For the top:",
+            }
+            for line in (1, 2, 3, 4)
+        ),
     ]
     assert main([*arguments, "--strict"]) == 1
     write_array(recipes / "layer1.json", [layer1("00")])

@@ -39,6 +39,10 @@ _JUNK_BEFORE = re.compile(
     rf"^(?:(?:x\s+)?[\d./½¼¾⅓⅔⅛-]+\s*(?:{_UNIT_WORDS}\b\.?)?\s*|x\s+(?=\d)|[/|+&,;:)]\s*|{_UNIT_WORDS}\.\s+)+",
     re.I,
 )
+# "White sugar 120 g", "Onion (half)": an amount behind the name, which the library leaves there now and then
+_AMOUNT_AFTER = re.compile(
+    r"(?:\s+[\d./½¼¾-]+\s*(?:[a-z]{1,8}\.?)?|\s*\((?:half|whole|[\d./½¼¾-]+\s*[a-z]*)\))$", re.I
+)
 _TEMPERATURE = re.compile(
     r"^(?:boiling|hot|cold|warm|lukewarm|tepid|ice[- ]cold|iced|room[- ]temperature)\s+"
     r"(?=(?:\w+\s+)?(?:water|milk|stock|broth)$)",
@@ -192,8 +196,9 @@ def _assemble(text: str, plain: Prepared, raw: Raw) -> Line:
     if is_heading(text):
         return Line((), ())
     own = parse_ingredient_line(plain.text)
+    trailing = own is not None and own.amount is not None and any(_AMOUNT_AFTER.search(n) for n in raw.names)
     names = _joined([n for n in map(_clean, raw.names) if n], plain.text)
-    names = [_with_state(name, text) for name in names]
+    names = [_with_state(_outside(name, plain.text), text) for name in names]
     if own is not None:
         names.append(_clean(own.name))
     amounts = [amount for entry in raw.amounts if (amount := _amount(entry)) is not None]
@@ -209,6 +214,9 @@ def _assemble(text: str, plain: Prepared, raw: Raw) -> Line:
         counted = next((word for word in last if word in _COUNTED), None)
         if counted:
             amounts = [Amount(amounts[0].low, amounts[0].high, counted)]
+    if trailing and own is not None and own.amount is not None:
+        names = [_AMOUNT_AFTER.sub("", name) for name in names]
+        amounts = [Amount(own.amount, own.amount, unit_name(own.unit or ""))]
     if own is not None and own.amount is not None and not any(amount.unit for amount in amounts):
         unit = unit_name(own.unit or "")  # the other reading knows "9 dl"
         if not amounts or unit in GRAMS or unit in MILLILITRES:
@@ -242,6 +250,15 @@ def _joined(names: list[str], text: str) -> list[str]:
     return [" ".join(both[0].split()), *names] if both else names
 
 
+def _outside(name: str, text: str) -> str:
+    """ "Garlic (fresh, peeled)" is garlic, not "Garlic fresh", which nobody wrote."""
+    if "(" not in text or "(" in name or name.lower() in text.lower():
+        return name
+    without = re.sub(r"\([^)]*\)?", " ", text).lower()
+    kept = [word for word in name.split() if word.lower() in without]
+    return " ".join(kept) or name
+
+
 def _with_state(name: str, text: str) -> str:
     """With the word before it that makes another food of it, which the parser takes for preparation: "cooked rice"; "rice,
     cooked" was measured before."""
@@ -250,6 +267,7 @@ def _with_state(name: str, text: str) -> str:
 
 
 def _clean(name: str) -> str:
+    name = re.split(r"(?<=\w{4})\.\s", name)[0]  # the next sentence is a remark
     name = _JUNK_BEFORE.sub("", name.strip(" .,;:=-*|/+"))
     return re.sub(
         r"^(?:of|the|a|an)\s+|\s+(?:amount|usage|quantity|servings?)$",

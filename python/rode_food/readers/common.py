@@ -74,6 +74,9 @@ def line_to_ingredient(line: str) -> Ingredient | None:
     return dataclasses.replace(found, text=line, amount=_finite(found.amount), mass=_finite(found.mass))
 
 
+NO_INGREDIENT = "a line that names no ingredient"
+
+
 def _finite(number: float | None) -> float | None:
     return None if number is None or not math.isfinite(number) else number
 
