@@ -85,6 +85,26 @@ def of_shards(command: Parser) -> None:
     add("--folder", metavar="DIR", help="for the made-up data, which is removed; default: /tmp")
 
 
+def of_lines(command: Parser) -> None:
+    add = command.add_argument
+    add(
+        "--folder",
+        metavar="DIR",
+        help="CSV files of labelled lines; default: ingredient_lines below RODE_DATA",
+    )
+    add(
+        "--part",
+        choices=("tune", "check", "all"),
+        default="all",
+        help="check: the tenth kept apart; default all",
+    )
+    add(
+        "--readers", nargs="+", choices=("simple", "whole"), default=("simple", "whole"), help="default: both"
+    )
+    add("--unlabelled", action="store_true", help="also count what is lost of lines without a label")
+    add("--errors", metavar="FILE", help="write the lines that the last reader gets wrong, tab-separated")
+
+
 class Benchmark(NamedTuple):
     """The meaning of a name.
 
@@ -151,6 +171,12 @@ BENCHMARKS = {
         "training samples a second out of shards, against loose files",
         "shards",
         (of_shards, rounds(7), to_json),
+        lambda m, o: m.main(o),
+    ),
+    "lines": Benchmark(
+        "ingredient lines: lost, amounts and names right, names with junk, by source",
+        "lines",
+        (of_lines, to_json),
         lambda m, o: m.main(o),
     ),
     "traffic": Benchmark(

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lines_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ingredient lines that tests read are kept beside them, for their child processes too, and not in the user's cache."""
+    os.environ["RODE_LINES_CACHE"] = str(tmp_path_factory.mktemp("lines") / "lines.sqlite")
+
+
 @pytest.fixture(scope="session")
 def rode_data() -> Path:
     """The folder of real photographs and nutrient tables; without it the test is skipped."""

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rode_food.images import ImageError, decode_picture, wrong_suffix
+from rode_food.lines.apply import slash_notes
+from rode_food.plausible import doubts
 from rode_food.readers import READERS, guess_kind, read_source
 from rode_food.readers.file_kind import file_kind
 from rode_food.readers.log import Problem, ReadLog
@@ -178,6 +180,11 @@ def inspect(
         def read() -> Iterator[FoodRecord]:
             for record in read_source(kind, source, log, pictures=embedded, **options):
                 _count(found, record)
+                for reason, told in doubts(record):
+                    log.note(reason, detail=f"record {record.id!r}: {told}")
+                for ingredient in record.ingredients:
+                    for note in slash_notes(ingredient.text or ""):
+                        log.note(note.partition(":")[0], detail=f"record {record.id!r}: {ingredient.text}")
                 _draw(chosen, record, samples, found.records, draws[0])
                 yield record
 

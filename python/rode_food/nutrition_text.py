@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rode_food.nutrition_json import find_pairs
 from rode_food.records import NUTRITION_FIELDS
 
 _WRITTEN = {
@@ -22,7 +23,7 @@ _GRAMS = {"mg": 0.001, "g": 1.0, "kg": 1000.0, "oz": 28.349523125, "lb": 453.592
 _KILOCALORIES = {"kcal": 1.0, "cal": 1.0, "kj": 1 / 4.184}
 _UNIT_WORDS = (
     (r"kcals?|kilo-?calories?|kilocals?", "kcal"),
-    (r"calories|calorie|cals?", "cal"),
+    (r"calories(?!\s+from)|calorie|cals?", "cal"),
     (r"kj|kilo-?joules?", "kj"),
     (r"mg|milligrams?", "mg"),
     (r"kg|kilograms?|kilos?", "kg"),
@@ -30,21 +31,54 @@ _UNIT_WORDS = (
     (r"oz|ounces?", "oz"),
     (r"lbs?|pounds?", "lb"),
 )
+_ANY_UNIT = "|".join(words for words, _ in _UNIT_WORDS)
+_OTHER = "other"
 _LABELS = (
-    ("carb", r"carbohydrates?|carbs?"),
+    # parts of the five and what else a label lists: they take their number with them
+    (
+        _OTHER,
+        r"calories\s+from\s+fat|(?:saturated|trans|unsaturated|poly-?unsaturated|mono-?unsaturated|sat\.?)\s+fats?|"
+        r"fat\s+calories|saturates|sugars?|(?:dietary\s+)?fib(?:er|re)|starch|sodium|salt|cholesterol|potassium|calcium|iron|"
+        r"vitamin\s+\w+|alcohol",
+    ),
+    # "low-fat yogurt" and "high-protein bar" are names of food
+    (
+        "",
+        r"(?:low|full|reduced|non|half|high|zero|no|less|lower|extra)[-\s]+(?:fat|carb|carbohydrate|protein|calorie|energy)s?(?=[-\s]+[a-z])|"
+        r"(?:fat|carb|calorie|sugar)[-\s]free|(?:protein|energy)\s+(?:bars?|shakes?|powders?|drinks?)|"
+        r"(?:low|full|reduced|non|half|zero|no|high)-(?:fat|carb|protein|calorie)s?",
+    ),
+    ("carb", r"carbohydrates?|carbs?|cho"),
     ("protein", r"proteins?"),
-    # "saturated fat" is a part of the fat, and "fat-free" is none of it
-    ("fat", r"(?<!saturated )(?<!trans )fats?(?!-free)"),
-    ("energy", r"energy|kilo-?calories?|kcals?|calories?|calorific value"),
-    ("mass", r"mass|weighs?|weight|weighing"),
+    ("fat", r"fats?"),
+    ("energy", r"energy|kilo-?calories?|kcals?|calories?|calorific value|energetic value|kj|kilo-?joules?"),
+    ("mass", r"mass|weighs?|weight|weighing|serving size|portion size"),
 )
 _UNIT = "|".join(f"(?P<u{i}>{words})" for i, (words, _) in enumerate(_UNIT_WORDS))
-_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+,\d{1,2}(?!\d)|\d+(?:\.\d+)?|\.\d+"
-_QUANTITY = (
-    rf"(?<![\w.,])(?P<low>{_NUMBER})(?:\s*(?:-|–|to)\s*(?P<high>{_NUMBER}))?(?!\d|\s*%)\s*(?:(?:{_UNIT})\b)?"
+_AFTER = rf"(?=\s*(?:(?:{_ANY_UNIT})\b|[,;.)|\n-]|$))"
+_THOUSANDS = (
+    rf"[1-9]\d{{0,2}}(?:[ '\u2019]\d{{3}})+(?:[.,]\d+)?(?!\d){_AFTER}"  # "1 200 g"; not "250 200 g fat"
 )
-_LABEL = "|".join(rf"(?P<{name}>\b(?:{words})\b)" for name, words in _LABELS)
-_TOKEN = re.compile(f"(?:{_QUANTITY})|(?:{_LABEL})", re.IGNORECASE)
+_NUMBER = (
+    rf"{_THOUSANDS}|[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|[1-9]\d{{0,2}}(?:\.\d{{3}})+,\d+|"
+    r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+,\d+(?!,?\d)|\d+(?:\.\d+)?|\.\d+"
+)
+_QUANTITY = (
+    rf"(?<![\w.,])(?P<low>{_NUMBER})(?:\s*(?:{_ANY_UNIT})?\s*(?:-|–|—|~|\bto\b|\band\b(?=\s*\d))\s*(?P<high>{_NUMBER}))?"
+    rf"(?!\d|\s*%|e\d)(?:\s*(?:±|\+/-)\s*[\d.,]+)?[^\S\n]*(?:(?:{_UNIT})\b)?"
+)
+_LABEL = "|".join(rf"(?P<l{i}>\b(?:{words})\b)" for i, (_, words) in enumerate(_LABELS))
+# "fat (g): 12" and "fat g: 12" have the unit at the label
+_TOKEN = re.compile(
+    rf"(?:{_QUANTITY})|(?:{_LABEL})(?:\s*[(\[]\s*(?:in\s+)?(?P<bracket>{_ANY_UNIT})\s*[)\]]|\s+(?:in\s+)?(?P<bare>{_ANY_UNIT})(?=\s*[:=|]))?",
+    re.IGNORECASE,
+)
+# numbers of other things: cups, servings
+_COUNTED = re.compile(
+    r"\s*(?:cups?|tbsp|tsp|tablespoons?|teaspoons?|servings?|slices?|pieces?|bowls?|plates?|portions?|eggs?)\b",
+    re.I,
+)
+_THINKING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.I | re.S)
 
 
 def format_nutrition(values: Mapping[str, float]) -> str:
@@ -66,49 +100,100 @@ class _Token:
     end: int
     field: str | None  # a label's field, None for a quantity
     value: float = 0.0
-    unit: str | None = None
+    unit: str | None = None  # of a label: that of the number beside it
 
 
 def parse_nutrition(text: str) -> dict[str, float | None] | None:
-    """Finds the five numbers in free text, whatever their order and units.
+    """Finds the five numbers in free text or JSON, whatever their order, units and number format.
 
-    Each label ("fat", "carbs", "weighs", ...) is joined with the quantity right before or after it, with no
-    comma between; the leftmost join wins, so that "fat 12 g" and "12 g of fat" both work. kJ, mg, kg, oz and
-    lb are converted, a range counts as its middle, a percentage as nothing, and a quantity in kcal or kJ
-    needs no label.
+    JSON counts first. In text each label ("fat", "carbs", "weighs", ...) is joined with the quantity right before or after
+    it, with no comma between; the leftmost join wins, so that "fat 12 g" and "12 g of fat" both work. kJ, mg, kg, oz and lb
+    are converted, a range counts as its middle, a percentage as nothing. A quantity in kcal or kJ needs no label, and the
+    first weight that belongs to nothing else is the mass. "low-fat" is no label, and "saturated fat" and "calories from fat"
+    are none of the five. What a model thinks aloud (`<think>...</think>`) is not read.
 
     Returns:
         All of `NUTRITION_FIELDS` in g and kcal, None where one was not found; None if none was.
     """
-    tokens = [token for match in _TOKEN.finditer(text) if (token := _token(match)) is not None]
+    text = _answer_of(text)
+    found = _from_json(text) or _from_text(text)
+    return {name: found.get(name) for name in NUTRITION_FIELDS} if found else None
+
+
+def _answer_of(text: str) -> str:
+    rest = _THINKING.sub(" ", re.sub(r"[\u00a0\u202f\u2009]", " ", text))
+    closed = re.split(r"</(?:think|thinking|reasoning)>", rest, flags=re.I)[
+        -1
+    ]  # the opening mark is often in the prompt
+    return re.split(r"<(?:think|thinking|reasoning)>", closed, flags=re.I)[0]
+
+
+def _from_json(text: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in find_pairs(text):
+        label = _tokens(f"{key}: x")
+        numbers = [token for token in _tokens(value) if token.field is None]
+        if not numbers or not label or not label[0].field or label[0].field == _OTHER:
+            continue
+        number = _in_unit_of(label[0].field, numbers[0], label[0].unit)
+        if number is not None:
+            found.setdefault(label[0].field, number)
+    return found
+
+
+def _from_text(text: str) -> dict[str, float]:
+    # signs of tables, emphasis and broken JSON say nothing
+    text = re.sub(r"[_*\"`{}|\u201c\u201d]", " ", text)
+    tokens = _tokens(text)
     found: dict[str, float] = {}
     used: set[int] = set()
     pairs = []
+    misfits: set[int] = set()  # "energy 12 g" is neither
     for i, (left, right) in enumerate(itertools.pairwise(tokens)):
         label, quantity = (left, right) if left.field is not None else (right, left)
         between = text[left.end : right.start]
         if label.field is None or quantity.field is not None or re.search(r"[,;]|\.\s", between):
             continue
-        value = _in_unit_of(label.field, quantity)
+        value = quantity.value if label.field == _OTHER else _in_unit_of(label.field, quantity, label.unit)
         if value is not None:
             pairs.append(("\n" in between, i, label.field, value))
+        elif label is left:
+            misfits.add(i + 1)
     for _, i, name, value in sorted(pairs):
         if i in used or i + 1 in used or name in found:
             continue
         used |= {i, i + 1}
-        found[name] = value
+        if name != _OTHER:
+            found[name] = value
+    free = [token for i, token in enumerate(tokens) if token.field is None and i not in used]
     if "energy" not in found:
-        for token in tokens:
-            if token.field is None and token.unit in _KILOCALORIES:
-                found["energy"] = token.value * _KILOCALORIES[token.unit]
+        named = next((token for token in free if token.unit in _KILOCALORIES), None)
+        if named is not None and named.unit is not None:
+            found["energy"] = named.value * _KILOCALORIES[named.unit]
+    if found and "mass" not in found:
+        for token in (t for i, t in enumerate(tokens) if t in free and i not in misfits):
+            if token.unit in _GRAMS and not re.search(r"(?:\bper|/)\s*$", text[: token.start], re.I):
+                found["mass"] = token.value * _GRAMS[token.unit]
                 break
-    return {name: found.get(name) for name in NUTRITION_FIELDS} if found else None
+    return found
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens = []
+    for match in _TOKEN.finditer(text):
+        token = _token(match)
+        if token is not None and not (
+            token.field is None and token.unit is None and _COUNTED.match(text, token.end)
+        ):
+            tokens.append(token)
+    return tokens
 
 
 def _token(match: re.Match[str]) -> _Token | None:
-    for name, _ in _LABELS:
-        if match[name]:
-            return _Token(match.start(), match.end(), name)
+    for i, (name, _) in enumerate(_LABELS):
+        if match[f"l{i}"]:
+            unit = match["bracket"] or match["bare"] or (match[0] if name == "energy" else None)
+            return _Token(match.start(), match.end(), name, unit=_unit(unit)) if name else None
     numbers = [_float(match[key]) for key in ("low", "high") if match[key]]
     value = sum(numbers) / len(numbers)
     if not math.isfinite(value):
@@ -117,15 +202,25 @@ def _token(match: re.Match[str]) -> _Token | None:
     return _Token(match.start(), match.end(), None, value, unit)
 
 
+def _unit(word: str | None) -> str | None:
+    if word is None:
+        return None
+    return next((unit for words, unit in _UNIT_WORDS if re.fullmatch(words, word, re.I)), None)
+
+
 def _float(text: str) -> float:
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
+    text = re.sub(r"[ '\u2019]", "", text)
+    if re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", text):
         return float(text.replace(",", ""))
+    if re.fullmatch(r"[1-9]\d{0,2}(?:\.\d{3})+,\d+|[1-9]\d{0,2}(?:\.\d{3}){2,}", text):
+        return float(text.replace(".", "").replace(",", "."))
     return float(text.replace(",", "."))
 
 
-def _in_unit_of(name: str, quantity: _Token) -> float | None:
+def _in_unit_of(name: str, quantity: _Token, label_unit: str | None = None) -> float | None:
     """The quantity in the field's unit; None if its unit cannot be one of that field."""
     units = _KILOCALORIES if name == "energy" else _GRAMS
-    if quantity.unit is None:
+    unit = quantity.unit or label_unit
+    if unit is None:
         return quantity.value
-    return quantity.value * units[quantity.unit] if quantity.unit in units else None
+    return quantity.value * units[unit] if unit in units else None

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from rode.cli import main
 from rode_food.convert import convert
 from rode_food.images import ImageError, check_image
+from rode_food.lines import apply, library
 from rode_food.records import FoodRecord, Ingredient, Nutrition, RecordError, read_records
 from rode_food.tasks import make_examples, parse_answer
+from tagger import need_tagger
 
 
 def picture(path: Path, size: int = 64) -> Path:
@@ -51,12 +55,14 @@ def test_food_photos(tmp_path: Path) -> None:
     source = photos(tmp_path / "in", recipe("leek"), listed)
     done = convert("food-photos", source, tmp_path / "out.jsonl", fractions={"train": 1.0})
     assert (done.written, done.left_out) == ({"train": 2}, {})
-    assert str(done) == "wrote 2 records (2 train)"
+    assert str(done) == (
+        "wrote 2 records (2 train); noted 1 x a line that names no ingredient, 1 x a tool among the ingredients"
+    )
     leek, shrimp = read_records(tmp_path / "out.jsonl")
     assert leek == FoodRecord(
         id="pdr_leek",
         image=str(tmp_path / "in" / "images" / "leek.jpg"),
-        source="pdr",
+        source="in",
         title="Leek",
         category="soup",
         ingredients=(
@@ -68,7 +74,7 @@ def test_food_photos(tmp_path: Path) -> None:
         nutrition=None,  # the estimate's basis is unknown
         split="train",
     )
-    assert shrimp.source == "htc"
+    assert shrimp.source == "in"
     assert shrimp.ingredients == (
         Ingredient("shrimp", 250.0, "g", 250.0, text="Shrimp 250g"),  # the line that says more
         Ingredient("scallion", text="Scallion"),
@@ -77,6 +83,85 @@ def test_food_photos(tmp_path: Path) -> None:
     )
     # pictures below the file's folder are named relative to it
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["image"] == "in/images/leek.jpg"
+
+
+def test_food_photos_sources_repeats_and_edible_papers(tmp_path: Path) -> None:
+    lines = ["100 g sugar", "12 rice papers", "50 g sugar", "Baking paper", "1 cup milk", "1/4 kg sugar"]
+    lines += ["2 tbsp milk", "salt", "1 tsp salt"]
+    source = photos(tmp_path / "in", recipe("a", ingredients=lines, source="mine"))
+    done = convert("food-photos", source, tmp_path / "out.jsonl")
+    assert done.noted == {"a tool among the ingredients": 1}
+    (record,) = read_records(tmp_path / "out.jsonl")
+    assert record.source == "mine"
+    assert [(i.name, i.amount, i.unit, i.mass) for i in record.ingredients] == [
+        ("sugar", 400.0, "g", 400.0),
+        ("rice papers", 12.0, None, None),
+        ("milk", 1.125, "cup", None),
+        ("salt", 1.0, "tsp", None),
+    ]
+    (source / "photos.json").write_text(json.dumps([recipe("a", source=3)]))
+    with pytest.raises(RecordError, match="source that is no text: 3"):
+        convert("food-photos", source, tmp_path / "out.jsonl", strict=True)
+
+
+def test_lines_are_read_by_the_library_or_by_the_simple_parser(tmp_path: Path, monkeypatch) -> None:
+    need_tagger()
+    source = photos(
+        tmp_path / "in", recipe("a", ingredients=["1 x 400g tin tomatoes", "14 cup water", "For the sauce:"])
+    )
+    out = tmp_path / "out.jsonl"
+    expected = {"a lost slash": 1, "a line that names no ingredient": 1}
+    assert convert("food-photos", source, out).noted == expected
+    (record,) = read_records(out)
+    assert [(i.name, i.amount, i.mass) for i in record.ingredients] == [
+        ("tomatoes", 1, 400),
+        ("water", 0.25, None),
+    ]
+    assert convert("food-photos", source, tmp_path / "two.jsonl", workers=2).noted == expected
+    assert (tmp_path / "two.jsonl").read_bytes() == out.read_bytes()
+    convert("food-photos", source, out, lines="simple")
+    (record,) = read_records(out)
+    assert [i.name for i in record.ingredients] == ["x 400g tin tomatoes", "water"]
+    with pytest.raises(ValueError, match="lines: expected one of library, simple, got 'x'"):
+        convert("food-photos", source, out, lines="x")
+    monkeypatch.setitem(sys.modules, "ingredient_parser", None)
+    library.parser.cache_clear()
+    apply.why_simple.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"read by a simple parser, worse: .* pip install 'rode\[data\]'"
+        ):
+            done = convert("food-photos", source, out)
+        assert "noted 1 x the library of ingredient lines is missing: a simple parser read them" in str(done)
+    finally:
+        library.parser.cache_clear()
+        apply.why_simple.cache_clear()
+
+
+def test_names_and_amounts_that_a_source_states_itself_are_kept(tmp_path: Path) -> None:
+    need_tagger()
+    kept = [
+        {"name": "wheat", "amount": 3, "unit": "cup", "mass": 7.5, "text": "1 1/2 cups (180 g) plain flour"},
+        {"name": "plain flour", "text": "1 1/2 cups plain flour"},
+    ]
+    picture(tmp_path / "a.jpg")
+    row = {
+        "id": "a",
+        "image": "a.jpg",
+        "source": "s",
+        "ingredients": kept,
+        "instructions": ["Mix."],
+        "split": "train",
+    }
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    convert("records", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["ingredients"] == kept
+
+
+def test_a_conversion_that_wrote_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = photos(tmp_path / "in", recipe("a", ingredients=[], instructions=[]))
+    assert main(["data", "convert", "food-photos", str(source), str(tmp_path / "o.jsonl")]) == 1
+    assert "wrote 0 records (none); left out 1 with neither" in capsys.readouterr().out
 
 
 def test_nutrition5k(tmp_path: Path) -> None:

@@ -63,12 +63,42 @@ def test_counts_samples_and_problems(recipes: Path) -> None:
     assert found.wrong_suffix_list == [f"image {pictures[2]} is no JPEG"]
     assert found.broken == {"invalid JSON": 1}
     assert not found.left_out
-    assert found.notes == {}
+    assert found.notes == {"a line that names no ingredient": 4}
     assert not found.sound
     text = str(found)
     assert f"{recipes}: recipe1m, 4 records" in text
     assert f"    {recipes}/layer1.json:5: invalid JSON: Expecting property name" in text
     assert "ingredients of a record: 2 to 2, median 2" in text
+
+
+def test_implausible_numbers_and_lost_slashes_are_noted(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": str(i),
+            "image": None,
+            "source": "s",
+            "ingredients": [
+                {
+                    "name": "flour",
+                    "mass": 1600 if i else 200,
+                    "text": "14 cup flour" if i else "1/4 cup flour",
+                }
+            ],
+            "nutrition": {"mass": 3000 if i else 300, "energy": 500},
+        }
+        for i in range(3)
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = inspect(tmp_path / "r.jsonl", "records", samples=0)
+    assert found.notes == {
+        "a dish of more than 2,500 g": 2,
+        "more than 1,500 g of one ingredient": 2,
+        "a lost slash": 2,
+    }
+    assert (
+        "  2 x more than 1,500 g of one ingredient\n    more than 1,500 g of one ingredient: record '1': 1,600 g of flour"
+        in str(found)
+    )
 
 
 def test_a_sample_of_pictures(recipes: Path) -> None:
@@ -103,7 +133,16 @@ def test_the_command(recipes: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             "file": f"{recipes}/layer1.json",
             "line": 5,
             "detail": "Expecting property name enclosed in double quotes",
-        }
+        },
+        *(
+            {
+                "reason": "a line that names no ingredient",
+                "file": f"{recipes}/layer1.json",
+                "line": line,
+                "detail": "For the top:",
+            }
+            for line in (1, 2, 3, 4)
+        ),
     ]
     assert main([*arguments, "--strict"]) == 1
     write_array(recipes / "layer1.json", [layer1("00")])

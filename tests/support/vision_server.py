@@ -20,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.lines.simple import parse_ingredient_line
 from vision_answers import FAULTS, Nutrition, error_object, foods_of, plain_food, spoil
 
 PROMPT_TOKENS, ANSWER_TOKENS = 1000, 100

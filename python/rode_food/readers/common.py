@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.lines.simple import parse_ingredient_line
 from rode_food.readers.json_array import Entry
 from rode_food.readers.log import ReadLog
 from rode_food.records import Ingredient, RecordError
@@ -72,6 +72,9 @@ def line_to_ingredient(line: str) -> Ingredient | None:
     if found is None:
         return None
     return dataclasses.replace(found, text=line, amount=_finite(found.amount), mass=_finite(found.mass))
+
+
+NO_INGREDIENT = "a line that names no ingredient"
 
 
 def _finite(number: float | None) -> float | None:

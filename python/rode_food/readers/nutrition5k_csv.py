@@ -135,13 +135,16 @@ def _rows(path: Path, log: ReadLog) -> Iterator[tuple[int, list[str]]]:
 
 def _dish(row: list[str], names: dict[str, str]) -> FoodRecord:
     """The dish of a row, whatever it is worth; its image is empty and nameless ingredients have the name ""."""
+    row = list(row)
+    while row and not row[-1].strip():  # rows of a table that was saved as a rectangle
+        row.pop()
     rest = row[1 + len(_ORDER) :]
     count = None
     if len(rest) % _COLUMNS == 1:
         count, rest = rest[0], rest[1:]
     if len(row) <= len(_ORDER) or len(rest) % _COLUMNS:
         raise Broken("a row of the wrong length", f"{len(row)} columns")
-    if count is not None and count.strip() != str(len(rest) // _COLUMNS):
+    if count is not None and number_of(count, "num_ingrs") != len(rest) // _COLUMNS:
         raise Broken(
             "a wrong number of ingredients", f"{shown(count)}, but there are {len(rest) // _COLUMNS}"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rode_food.readers.common import (
+    NO_INGREDIENT,
     Broken,
     first_existing,
     line_to_ingredient,
@@ -60,13 +61,16 @@ def read(source: Path, log: ReadLog, *, images_per_recipe: int = 1) -> Iterator[
             log.note("no det_ingrs.json: names come from the lines", file=names_file)
         for entry in unique(read_json_array(layer1, log, keys=("id", "title", "ingredients")), layer1, log):
             try:
-                record = _record(entry.value, names)
+                lost: list[str] = []
+                record = _record(entry.value, names, lost)
                 if not record.ingredients and not record.instructions:
                     log.leave_out("neither ingredients nor instructions", file=layer1, line=entry.line)
                     continue
             except Broken as error:
                 log.leave_out_broken(error.reason, file=layer1, line=entry.line, detail=error.detail)
                 continue
+            for line in lost:
+                log.note(NO_INGREDIENT, file=layer1, line=entry.line, detail=line)
             yield from pictures.records(record, images_per_recipe, layer1, entry.line)
     finally:
         pictures.close()
@@ -74,7 +78,7 @@ def read(source: Path, log: ReadLog, *, images_per_recipe: int = 1) -> Iterator[
             names.close()
 
 
-def _record(entry: dict[str, Any], names: JsonIndex | None) -> FoodRecord:
+def _record(entry: dict[str, Any], names: JsonIndex | None, lost: list[str]) -> FoodRecord:
     lines = texts_of(entry.get("ingredients"), "ingredients")
     return FoodRecord(
         id=entry["id"],
@@ -82,17 +86,20 @@ def _record(entry: dict[str, Any], names: JsonIndex | None) -> FoodRecord:
         source="recipe1m",
         split=split_of(entry.get("partition"), _PARTITIONS),
         title=None if entry.get("title") is None else text_of(entry["title"], "a title"),
-        ingredients=tuple(_ingredients(lines, _valid_names(names, entry["id"], len(lines)))),
+        ingredients=tuple(_ingredients(lines, _valid_names(names, entry["id"], len(lines)), lost)),
         instructions=tuple(filter(None, texts_of(entry.get("instructions"), "instructions"))),
     )
 
 
-def _ingredients(lines: list[str | None], names: list[str | None]) -> Iterator[Ingredient]:
+def _ingredients(lines: list[str | None], names: list[str | None], lost: list[str]) -> Iterator[Ingredient]:
+    """`lost` is given the lines that name nothing."""
     for line, name in zip(lines, names, strict=True):
         found = None if line is None else line_to_ingredient(line)
         if name is None:
             if found is not None:
                 yield found
+            elif line is not None:
+                lost.append(line)
         elif found is not None:
             # ten million times: not replace()
             yield Ingredient(name, found.amount, found.unit, found.mass, text=line)

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode_food.ingredient_lines import normalise_unit, parse_amount
+from rode_food.lines.simple import normalise_unit, parse_amount
 from rode_food.readers.common import (
     Broken,
     first_existing,

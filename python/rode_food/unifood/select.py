@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from rode_food.atomic import replacing, write_json
 from rode_food.images import ImageError
+from rode_food.lines.apply import why_simple, with_readings
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
 from rode_food.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
@@ -87,9 +88,17 @@ def run(stage: Stage) -> dict[str, Any]:
     categories: Counter[str] = Counter()
     names = ["none", *Categories.load(stage.folder / "categories.json").names.values()]
 
+    bad_pictures = len(bad)
+    doubts: Counter[str] = Counter()
+
     def records() -> Iterator[FoodRecord]:
-        for number, line in zip(kept, candidates.lines(kept), strict=True):
-            record = record_from_json(json.loads(line))
+        # names and amounts matter from here on: the readers' first reading of each line gives way to the library's
+        lines = (line.decode().rstrip("\n") for line in candidates.lines(kept))
+        for number, row in zip(kept, stage.in_parts("lines", with_readings, lines), strict=True):
+            answer = json.loads(row)
+            record = record_from_json(answer["record"])
+            doubts.update(note.partition(":")[0] for note in answer["notes"])
+            bad.extend(f"record {record.id!r}: {note}" for note in answer["notes"][:1])
             splits[record.split or ""] += 1
             # a category of the source's own has no number below
             known = candidates.category[number] + 1
@@ -97,6 +106,7 @@ def run(stage: Stage) -> dict[str, Any]:
             yield record
 
     write_records(stage.output, records())
+    stage.drop_parts("lines")
     with replacing(stage.folder / "problems.txt") as out:
         out.writelines(f"{line}\n" for line in [*read["problems"], *bad])
     for done in range(turn):
@@ -106,9 +116,11 @@ def run(stage: Stage) -> dict[str, Any]:
         "left_out": read["left_out"],
         "candidates": len(order),
         "pictures_checked": taken,
-        "bad_pictures": len(bad),
+        "bad_pictures": bad_pictures,
         "near_duplicates": len(twins),
         "records": len(kept),
+        "noted": read.get("noted", {}) | dict(doubts),
+        **({} if why_simple() is None else {"lines": why_simple()}),
         "splits": {split: splits[split] for split in SPLITS},
         "categories": len(categories),
         "largest_categories": dict(categories.most_common(5)),
@@ -148,7 +160,11 @@ def _read(stage: Stage) -> tuple[_Candidates, dict[str, Any]]:
                 category=np.fromiter(_categories(data, categories), dtype=np.int32, count=len(splits)),
                 hash=np.array(hashes, dtype=np.uint64),
             )
-        report |= {"left_out": dict(log.counts), "problems": list(map(str, log.problems))}
+        report |= {
+            "left_out": dict(log.counts),
+            "noted": dict(log.notes),
+            "problems": list(map(str, log.problems)),
+        }
         write_json(done, report)  # last: from now on the rest is whole
     with np.load(arrays) as loaded:
         return _Candidates(data, **loaded), report

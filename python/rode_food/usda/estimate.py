@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rode_food.lines.reading import Line, line_of
 from rode_food.records import Ingredient
-from rode_food.usda.lines import Line, line_of
 from rode_food.usda.matching import Match, Matcher, State
 from rode_food.usda.measures import Grams, to_grams
 from rode_food.usda.names import CommonFood

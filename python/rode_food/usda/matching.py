@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from rode_food.usda.names import CommonFood, common_foods, normalise, simpler, singular
+from rode_food.lines.words import singular
+from rode_food.usda.names import CommonFood, common_foods, normalise, simpler
 from rode_food.usda.tables import Food, FoodTable, UsdaError
 
 State = Literal["recipe", "served"]

@@ -8,10 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rode_food.usda.lines import Amount, Line
-from rode_food.usda.names import singular
+from rode_food.lines.reading import Amount, Line
+from rode_food.lines.units import GRAMS, MILLILITRES
+from rode_food.lines.words import singular
 from rode_food.usda.tables import Food, Portion
-from rode_food.usda.units import GRAMS, MILLILITRES
 
 _VOLUME_WORDS = {"tablespoon": "tbsp", "teaspoon": "tsp", "liter": "l", "fluid ounce": "fl oz"}
 _VOLUME = re.compile(

@@ -10,24 +10,8 @@ import unicodedata
 from dataclasses import dataclass
 from importlib import resources
 
-_IRREGULAR = {
-    "leaves": "leaf",
-    "loaves": "loaf",
-    "halves": "half",
-    "cookies": "cookie",
-    "brownies": "brownie",
-    "smoothies": "smoothie",
-    "calories": "calorie",
-    "pies": "pie",
-    "cloves": "clove",
-    "olives": "olive",
-    "chives": "chive",
-    "endives": "endive",
-    "radishes": "radish",
-    "molasses": "molasses",
-    "swiss": "swiss",
-    "oz": "oz",
-}
+from rode_food.lines.words import singular
+
 # words that change neither what a food is nor what 100 g of it contain
 _NEUTRAL_WORDS = (
     "fresh freshly large medium big small ripe chopped diced sliced minced grated shredded crushed peeled "
@@ -42,19 +26,6 @@ _NEUTRAL_LAST_WORDS = (
 )
 _NEUTRAL = frozenset(_NEUTRAL_WORDS.split())
 _NEUTRAL_LAST = frozenset(_NEUTRAL_LAST_WORDS.split())
-
-
-def singular(word: str) -> str:
-    """A lower-case English noun in the singular, well enough that both sides of a comparison agree."""
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
-        return word
-    if word.endswith("ies"):
-        return word[:-3] + "y"
-    if word.endswith(("oes", "ches", "shes", "xes", "sses")):
-        return word[:-2]
-    return word[:-1]
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -16,8 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rode_food.lines.reading import read_line
 from rode_food.usda.estimate import Estimate, Estimator
-from rode_food.usda.lines import read_line
 
 _COLUMNS = ("file", "recipe", "field", "line", "sha256", "accepted", "grams_min", "grams_max")
 CLOSE = 0.2

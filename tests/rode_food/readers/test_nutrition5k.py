@@ -32,6 +32,23 @@ def read(folder: Path, **options: bool) -> tuple[list[FoodRecord], ReadLog]:
     return list(read_source("nutrition5k", folder, log, **options)), log
 
 
+@pytest.mark.parametrize("count", ["1.0", "1", " 1 "])
+@pytest.mark.parametrize("padding", [(), ("",) * 7, ("", " ") * 8])
+def test_rows_as_a_spreadsheet_saves_them(tmp_path: Path, count: str, padding: tuple[str, ...]) -> None:
+    beef = row("dish_1", BEEF, count=True)
+    write_nutrition5k(
+        tmp_path,
+        [(*beef[:6], count, *beef[7:], *padding), row("dish_2", BEEF, RICE)],
+        [(*row("dish_3", BEEF), *padding)],
+        train=["dish_1", "dish_2"],
+        test=["dish_3"],
+        pictures=["dish_1", "dish_2", "dish_3"],
+    )
+    records, log = read(tmp_path)
+    assert not log.counts
+    assert [len(record.ingredients) for record in records] == [1, 2, 1]
+
+
 def test_rows_with_and_without_a_number_of_ingredients(tmp_path: Path) -> None:
     write_nutrition5k(
         tmp_path,

@@ -122,7 +122,10 @@ def test_without_det_ingrs_it_goes_on_and_says_so_once(tmp_path: Path) -> None:
     recipe_picture(tmp_path, PICTURE)
     records, log = read(tmp_path)
     assert [[i.name for i in record.ingredients] for record in records] == [["flour", "salt"]] * 2
-    assert log.notes == {"no det_ingrs.json: names come from the lines": 1}
+    assert log.notes == {
+        "no det_ingrs.json: names come from the lines": 1,
+        "a line that names no ingredient": 2,
+    }
 
 
 def test_faults(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rode_food.records import FoodRecord, Ingredient, read_records, write_record
 from rode_food.unifood import select
 from rode_food.unifood.select import _Candidates, _order, hash_pictures
 from rode_food.unifood.stage import Stage
+from tagger import need_tagger
 
 from .conftest import small_settings
 
@@ -40,6 +41,32 @@ def test_a_small_source_is_taken_whole_in_its_order(tmp_path: Path, stage: MakeS
     assert sorted(path.name for path in one.folder.iterdir()) == [
         "candidates.json", "candidates.jsonl", "candidates.npz", "categories.json", "problems.txt", "records.jsonl",
     ]  # fmt: skip
+
+
+def test_lines_are_read_by_the_library_after_selection(tmp_path: Path, stage: MakeStage) -> None:
+    need_tagger()
+    source = dishes(tmp_path / "in", 4)
+    rows = (
+        [json.loads(line) for line in (source / "records.jsonl").read_text().splitlines()]
+        if source.is_dir()
+        else [json.loads(line) for line in source.read_text().splitlines()]
+    )
+    for row in rows:
+        row["ingredients"] = [
+            {"name": "x 400g tin tomatoes", "amount": 1, "text": "1 x 400g tin tomatoes"},
+            {"name": "water", "amount": 14, "unit": "cup", "text": "14 cup water"},
+        ]
+    path = source / "records.jsonl" if source.is_dir() else source
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = stage("select", small_settings(source, size=100))
+    report = select.run(one)
+    assert report["noted"] == {"a lost slash": 4}
+    assert "lines" not in report
+    for record in read_records(one.output):
+        assert [(i.name, i.amount, i.unit, i.mass) for i in record.ingredients] == [
+            ("tomatoes", 1, "tin", 400),
+            ("water", 0.25, "cup", None),
+        ]
 
 
 def test_the_same_picture_is_in_one_split_only(tmp_path: Path, stage: MakeStage) -> None:

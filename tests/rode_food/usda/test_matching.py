@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rode_food.lines.words import singular
 from rode_food.usda import Matcher, UsdaError, load_foods
-from rode_food.usda.names import CommonFood, common_foods, normalise, simpler, singular
+from rode_food.usda.names import CommonFood, common_foods, normalise, simpler
 from tiny_usda import tiny_common, tiny_table
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode_food.usda.lines import Amount, Line
+from rode_food.lines.reading import Amount, Line
+from rode_food.lines.units import CUP, MILLILITRES, unit_name
 from rode_food.usda.measures import to_grams
-from rode_food.usda.units import CUP, MILLILITRES, unit_name
 from tiny_usda import tiny_table
 
 TABLE = tiny_table()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rode_food.ingredient_lines import parse_ingredient_line
+from rode_food.lines.apply import read_ingredient
 from rode_food.records import Ingredient, Nutrition, Quantity
 from rode_food.unifood.label.prompt import NUMBERS, ingredient_line
 from rode_food.unifood.label.settings import LabelSettings
@@ -73,7 +73,7 @@ class _Bad(Exception):
 
 def stated_grams(ingredient: Ingredient) -> float | None:
     """Grams that the ingredient's line states ("150 g", "1 lb", "2 (6 oz) cans"); None for "1 cup"."""
-    parsed = parse_ingredient_line(ingredient_line(ingredient))
+    parsed = read_ingredient(ingredient_line(ingredient))
     return None if parsed is None else parsed.mass
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rode_food.ingredient_lines import normalise_unit, parse_amount, parse_ingredient_line
+from rode_food.lines.simple import normalise_unit, parse_amount, parse_ingredient_line
 
 LB, OZ = 453.59237, 28.349523125
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rode_food.usda.names import singular
+from rode_food.lines.words import singular
 
 GRAMS = {"mg": 0.001, "g": 1.0, "kg": 1000.0, "oz": 28.349523125, "lb": 453.59237}
 CUP = 236.5882365
