@@ -319,6 +319,7 @@ def _train(
         lengths=_lengths(items) if training.group_by_length else None,
         projector_only=experiment.stage == "projector",
         statistics=statistics,
+        resumed=start is not None,
         skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
     )
     try:
@@ -344,14 +345,14 @@ def _train(
     model.eval()
     history = trainer.state.log_history
     metrics = {
-        "train_loss": output.training_loss,
+        "train_loss": output.training_loss if (mean := trainer.mean_loss()) is None else mean,
         "train_runtime": output.metrics["train_runtime"],
         "steps": trainer.state.global_step,
         "examples": len(examples),
         "trainable_parameters": trained,
         "skipped_records": len(skipped),
         "truncated_answers": trainer.count_truncated(),
-        "nonfinite_steps": trainer.guard.skipped,
+        "nonfinite_steps": trainer.count_nonfinite(),
     }
     if trainer.is_world_process_zero():
         write_text(run_dir / "history.json", json.dumps(history, indent=1))

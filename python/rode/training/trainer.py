@@ -29,6 +29,7 @@ from rode.training.checkpoint_writer import WholeCheckpoints
 from rode.training.checkpoints import STATE
 from rode.training.closed import ClosedGates, ZeroGradients
 from rode.training.config import Experiment
+from rode.training.counts import RunCounts
 from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
 from rode.training.sharding import allow_fsdp_on_cpus
@@ -124,6 +125,7 @@ class AnswerTrainer(WholeCheckpoints):
         projector_only: checkpoints hold the projector instead of an adapter. (A MoE-LLaVA's hold its mixtures.)
         statistics: gates counted between two log lines and logged with them.
         skips: steps in a row that may be left out as they are not finite.
+        resumed: the run goes on from a checkpoint.
     """
 
     model: PreTrainedModel  # never None here; or a PeftModel, which passes on what it lacks
@@ -137,6 +139,7 @@ class AnswerTrainer(WholeCheckpoints):
         projector_only: bool = False,
         statistics: GateStatistics | None = None,
         skips: int = 0,
+        resumed: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -144,7 +147,7 @@ class AnswerTrainer(WholeCheckpoints):
         self.model_accepts_loss_kwargs = True
         self.plan, self.lengths = plan, lengths
         self.projector_rate, self.projector_only = projector_rate, projector_only
-        self.statistics = statistics
+        self.statistics, self.resumed = statistics, resumed
         self.closed_gates, self.zero_gradients = ClosedGates(), ZeroGradients()
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # one process alone cannot run it again
         self.guard = StepGuard(self.run_dir, skips, None if spread else self._explain)
@@ -153,6 +156,9 @@ class AnswerTrainer(WholeCheckpoints):
         self.head = self.model.get_output_embeddings()
         self.language_model = language_model(self.model)
         self.truncated_answers = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self.summed_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.counts = RunCounts()
+        self.add_callback(self.counts)
 
     def compute_loss(
         self,
@@ -182,6 +188,7 @@ class AnswerTrainer(WholeCheckpoints):
         self.guard.add(loss, ids, inputs)
         if self.guard.skips:  # a mean that is logged is over the steps that count
             loss = torch.where(loss.isfinite(), loss, 0.0)
+        self.summed_loss += loss.detach()
         return loss
 
     def _explain(self, inputs: dict[str, Any]) -> str | None:
@@ -204,14 +211,39 @@ class AnswerTrainer(WholeCheckpoints):
         return norm
 
     def count_truncated(self) -> int:
-        """Answers cut so far, on all devices."""
-        return int(self.accelerator.reduce(self.truncated_answers))
+        """Answers cut so far, on all devices, since the run began."""
+        return int(self.accelerator.reduce(self.truncated_answers)) + int(
+            self.counts.before.get("truncated", 0)
+        )
+
+    def count_nonfinite(self) -> int:
+        """Steps left out since the run began."""
+        return self.guard.skipped + int(self.counts.before.get("nonfinite", 0))
+
+    def mean_loss(self) -> float | None:
+        """The mean loss of the steps since the run began, on all devices; None after a checkpoint that does not hold the sum."""
+        if self.counts.before or not self.resumed:
+            return self._total_loss() / max(1, self.state.global_step)
+        return None
+
+    def _total_loss(self) -> float:
+        own = float(self.accelerator.reduce(self.summed_loss, reduction="mean"))
+        return own + self.counts.before.get("loss", 0.0)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.counts.before or not self.resumed:  # else the sums would lack their beginning
+            self.counts.total = {
+                "loss": self._total_loss(),
+                "truncated": self.count_truncated(),
+                "nonfinite": self.count_nonfinite(),
+            }
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if cut := self.count_truncated():
             logs["truncated_answers"] = cut
-        if self.guard.skipped:
-            logs["nonfinite_steps"] = self.guard.skipped
+        if left_out := self.count_nonfinite():
+            logs["nonfinite_steps"] = left_out
         if self.statistics is not None and "loss" in logs:
             report = self.statistics.report(all_processes=True)
             logs.update(report.scalars())
@@ -267,6 +299,7 @@ class AnswerTrainer(WholeCheckpoints):
         """Take weights and history from a checkpoint of the last step, in place of `train`, which would train one more."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        self.counts.restore(self.state)
         total, last = 0.0, 0.0
         for entry in self.state.log_history:
             if "loss" in entry:  # the mean since the entry before

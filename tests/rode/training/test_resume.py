@@ -144,3 +144,24 @@ def test_steps_of_several_processes():
         max_steps=-1, num_train_epochs=3, train_batch_size=4, world_size=4, gradient_accumulation_steps=2
     )
     assert total_steps(100, arguments) == 3 * 4  # 25 batches, 7 of them for each process
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_sums_are_of_the_whole_run(make_experiment, examples, tmp_path, stop):
+    """The mean loss and the answers that were cut, whatever was logged; stopped halfway, or at the last step."""
+    training = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "save_total_limit": 10,
+        "logging_steps": 3,
+        "on_nonfinite": "skip",
+        "max_length": 189 + 7,  # soup fits; apple pie and rice and beans do not
+    }
+    whole = train(make_experiment(training=training), examples=examples, progress=False)
+    assert whole.metrics["truncated_answers"] > 0
+    start = whole.output_dir / f"checkpoint-{stop}"
+    experiment = make_experiment(training=training, output_dir=str(tmp_path / "second"))
+    rest = train(experiment, examples=examples, resume=start, progress=False)
+    assert rest.metrics["truncated_answers"] == whole.metrics["truncated_answers"]
+    assert rest.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-6)
+    assert rest.metrics["steps"] == 4
