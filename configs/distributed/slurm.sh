@@ -18,5 +18,5 @@ srun --kill-on-bad-exit=1 torchrun \
   --nproc-per-node "$PROCESSES" \
   --rdzv-id "$SLURM_JOB_ID" \
   --rdzv-backend c10d \
-  --rdzv-endpoint "$HEAD:29500" \
+  --rdzv-endpoint "$HEAD:${PORT:-29500}" \
   -m rode train "$@"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,9 @@ def environment(tmp_path):
     for name, text in {"srun": 'shift\nexec "$@"', "scontrol": "echo localhost"}.items():
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
         (commands / name).chmod(0o755)
+    with socket.socket() as free:  # another run may hold the port that slurm.sh takes
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
     path = [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
     slurm = {"SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": str(os.getpid())}
     python = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -79,6 +83,7 @@ def environment(tmp_path):
         "PATH": os.pathsep.join(path),
         "PYTHONPATH": python,
         "PROCESSES": "2",
+        "PORT": port,
         "OMP_NUM_THREADS": "1",
     }
 
