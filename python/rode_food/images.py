@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -23,6 +24,25 @@ MAX_ASPECT = 200
 
 class ImageError(ValueError):
     """A picture that is missing or cannot be decoded. One line that names the file, and the record where there is one."""
+
+
+@functools.cache
+def _know_heic() -> None:
+    """Lets Pillow open HEIC where pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
+def _unknown(path: str | os.PathLike[str]) -> str:
+    """Why Pillow does not know a file."""
+    with open_picture(path) as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "is HEIC, which needs pillow-heif: pip install 'rode[heic]'"
+    return "is not a picture that Pillow knows"
 
 
 def check_pixels(image: PIL.Image.Image) -> None:
@@ -62,6 +82,8 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
     """
     from PIL import Image, UnidentifiedImageError  # slow to import, and only needed here
 
+    _know_heic()
+
     image: Image.Image  # Pillow does not say what `with` gives
     try:
         with open_picture(path) as file, Image.open(file) as image:
@@ -73,14 +95,33 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
     except FileNotFoundError:
         raise ImageError(f"image {path} is missing") from None
     except UnidentifiedImageError:
-        raise ImageError(f"image {path} is not a picture that Pillow knows") from None
-    # Pillow's decoders raise many types for damaged data
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"image {path} {_unknown(path)}") from None
+    # Pillow's decoders raise any type for damaged data, and NotImplementedError for what they do not do (DDS)
+    except Exception as error:
         raise ImageError(f"image {path} cannot be decoded: {error}") from None
 
 
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as a person sees it, in RGB: upright as its EXIF orientation says, what is transparent over white, 16-bit
+    grey scaled to 8 bits."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        # as stored: 65535 is white; Pillow's own conversion makes everything above 255 white
+        grey = image.convert("F")
+        _, most = grey.getextrema()
+        deep = isinstance(most, int | float) and most > 255
+        image = grey.point(lambda value: value / 257 + 0.0).convert("L") if deep else grey.convert("L")
+    if "A" in image.mode or image.mode == "PA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        over = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(over, image)
+    return image.convert("RGB")
+
+
 def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
-    """The picture in RGB, turned upright as its EXIF orientation says: a PIL image.
+    """The picture in RGB by `to_rgb`: a PIL image.
 
     Args:
         path: of a file, or the address of a part of a shard.
@@ -89,16 +130,19 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         FileNotFoundError: there is no such file.
         OSError: the file is no picture that Pillow knows, is cut short, or has more pixels than `MAX_PIXELS`.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
+    _know_heic()
     try:
         with open_picture(path) as file, Image.open(file) as image:
             check_pixels(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path}: no such picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken PNG as SyntaxError and a hopeless header as ValueError.
+    except UnidentifiedImageError:
+        raise OSError(f"{path}: not a readable picture (it {_unknown(path)})") from None
+    # Pillow reports a broken PNG as SyntaxError, a hopeless header as ValueError, an odd DDS as NotImplementedError
+    except Exception as error:
         raise OSError(f"{path}: not a readable picture ({error})") from error
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rode_food.readers import (
     food2k,
     food101,
+    food_dialogues,
     food_photos,
     llava_instruct,
     messages,
@@ -116,6 +117,19 @@ READERS = {
     ),
     "food-photos": Reader(
         food_photos.read, "photographs with a recipe each: photos.json beside images/", (("photos.json",),)
+    ),
+    "food-dialogues": Reader(
+        food_dialogues.read,
+        "FoodLMM's conversations: FoodDialogues, Recipe1M, VireoFood172 below one folder",
+        (
+            (
+                "Nutrition5k/FoodDialogues_train.json",
+                "FoodDialogues_train.json",
+                "Recipe1M/recipe1m_train_1488.json",
+                "recipe1m_train_1488.json",
+                "VireoFood172/foodlist.json",
+            ),
+        ),
     ),
     "llava-instruct": Reader(
         llava_instruct.read,

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rode_food.lines.add_up import added_up
-from rode_food.readers.common import NO_INGREDIENT, Broken, line_to_ingredient, safe_path, shown, unique
+from rode_food.readers.common import (
+    NO_INGREDIENT,
+    Broken,
+    line_to_ingredient,
+    look_up,
+    safe_path,
+    shown,
+    unique,
+)
 from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, Ingredient
@@ -67,7 +75,7 @@ def _record(source: Path, entry: dict[str, Any], odd: list[tuple[str, str]]) -> 
             raise Broken(f"{key} that are no text", shown(entry[key]))
     return FoodRecord(
         id=entry["id"],
-        image=str((source / safe_path(entry["image"])).resolve()),
+        image=str(look_up(source / safe_path(entry["image"])).resolve()),
         source=entry.get("source") or source.resolve().name,
         title=entry["title"].strip() or None,
         category=entry.get("category") or None,

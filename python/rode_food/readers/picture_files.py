@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from rode_food.atomic import replacing
-from rode_food.readers.common import Broken, shown
+from rode_food.readers.common import Broken, look_up, shown
 
 _KINDS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"))
 
@@ -70,7 +70,7 @@ class PictureFiles:
             raise Broken("a picture at a URL, which is not fetched", shown(text))
         if scheme == "file":
             text = unquote(urlparse(text).path)
-        return str(self.base / text)
+        return str(look_up(self.base / text))
 
     def _written(self, data: bytes) -> str:
         kinds = (kind for magic, kind in _KINDS if data.startswith(magic))

@@ -20,6 +20,8 @@ from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import Any, TypeVar
 
+from rode_food.lines.store import CACHE_VARIABLE
+
 ENGINES = ("local", "ray")
 Function = Callable[[list[str]], list[str]]
 Key = TypeVar("Key")
@@ -90,7 +92,7 @@ def _apply(function: Function, row: dict[str, Any]) -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     """Ray's workers have the environment in which Ray was started: give them what the work looks for in this one."""
-    here = {name: os.environ[name] for name in ("NLTK_DATA",) if name in os.environ}
+    here = {name: os.environ[name] for name in ("NLTK_DATA", CACHE_VARIABLE) if name in os.environ}
     return {"runtime_env": {"env_vars": here}} if here else {}
 
 

@@ -234,7 +234,7 @@ def hash_pictures(lines: list[str]) -> list[str]:
         raise ImportError(
             "near-duplicate pictures are found by ImageHash, which is not installed: pip install 'rode[data]'"
         ) from error
-    from rode_food.images import decode_picture
+    from rode_food.images import decode_picture, to_rgb
 
     rows = []
     for line in lines:
@@ -243,7 +243,7 @@ def hash_pictures(lines: list[str]) -> list[str]:
             if not path:
                 raise ImageError("no picture")
             # the hash looks at 32 x 32 pixels: a JPEG may decode at an eighth of its size, all of its data is read still
-            image = decode_picture(path, smallest_side=128)
+            image = to_rgb(decode_picture(path, smallest_side=128))
             rows.append({"hash": str(imagehash.phash(image))})
         except ImageError as error:
             rows.append({"error": f"record {record_id!r}: {error}"})

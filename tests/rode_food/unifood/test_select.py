@@ -46,18 +46,13 @@ def test_a_small_source_is_taken_whole_in_its_order(tmp_path: Path, stage: MakeS
 def test_lines_are_read_by_the_library_after_selection(tmp_path: Path, stage: MakeStage) -> None:
     need_tagger()
     source = dishes(tmp_path / "in", 4)
-    rows = (
-        [json.loads(line) for line in (source / "records.jsonl").read_text().splitlines()]
-        if source.is_dir()
-        else [json.loads(line) for line in source.read_text().splitlines()]
-    )
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
     for row in rows:
         row["ingredients"] = [
             {"name": "x 400g tin tomatoes", "amount": 1, "text": "1 x 400g tin tomatoes"},
             {"name": "water", "amount": 14, "unit": "cup", "text": "14 cup water"},
         ]
-    path = source / "records.jsonl" if source.is_dir() else source
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = stage("select", small_settings(source, size=100))
     report = select.run(one)
     assert report["noted"] == {"a lost slash": 4}

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rode_food.images import ImageError, decode_picture, open_image
+from rode_food.readers import read_source
+from rode_food.readers.common import Broken, safe_name
+from rode_food.readers.log import ReadLog
+from rode_food.unifood.select import hash_pictures
+
+
+def hashed(*paths: Path) -> list[str]:
+    return [
+        json.loads(row)["hash"] for row in hash_pictures([json.dumps(["r", str(path)]) for path in paths])
+    ]
+
+
+def scene(seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((256, 192), Image.Resampling.BICUBIC)
+
+
+def distance(a: str, b: str) -> int:
+    return (int(a, 16) ^ int(b, 16)).bit_count()
+
+
+def test_a_rotated_copy_is_the_same_picture(tmp_path: Path) -> None:
+    upright = scene(0)
+    upright.save(tmp_path / "a.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "b.jpg", exif=exif, quality=95)
+    assert distance(*hashed(tmp_path / "a.jpg", tmp_path / "b.jpg")) <= 4
+    assert open_image(tmp_path / "b.jpg").size == (256, 192)
+
+
+def test_cut_outs_lie_on_white(tmp_path: Path) -> None:
+    for number in (0, 1):
+        alpha = Image.new("L", (256, 192), 0)
+        alpha.paste(255, (20, 20, 120, 150) if number else (130, 60, 240, 180))
+        image = Image.new("RGB", (256, 192), "black")
+        image.putalpha(alpha)
+        image.save(tmp_path / f"{number}.png")
+    assert distance(*hashed(tmp_path / "0.png", tmp_path / "1.png")) > 4
+    opened = open_image(tmp_path / "0.png")
+    assert (opened.mode, opened.getpixel((0, 0)), opened.getpixel((150, 100))) == (
+        "RGB",
+        (255,) * 3,
+        (0,) * 3,
+    )
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    palette.save(tmp_path / "p.png", transparency=0)
+    assert open_image(tmp_path / "p.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    grey = np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "g.png")
+    assert np.asarray(open_image(tmp_path / "g.png"))[..., 0].tolist() == [[0, 100], [200, 255]]
+
+
+def test_whatever_pillow_raises_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "a.dds").write_bytes(b"DDS " + (124).to_bytes(4, "little") + bytes(range(120)) * 4)
+    with pytest.raises(ImageError, match=r"a\.dds"):
+        decode_picture(tmp_path / "a.dds")
+    with pytest.raises(OSError, match=r"a\.dds: not a readable picture"):
+        open_image(tmp_path / "a.dds")
+
+
+def test_heic_without_its_library_names_it(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    expected = r"needs pillow-heif: pip install 'rode\[heic\]'|cannot be decoded|not a readable"
+    with pytest.raises(ImageError, match=expected):
+        decode_picture(tmp_path / "a.heic")
+    with pytest.raises(OSError, match=expected):
+        open_image(tmp_path / "a.heic")
+
+
+NAMES = [
+    "IMG_2020~2.jpg",
+    "Mom’s pie.jpg",
+    "crème brûlée.jpg",
+    "dish–1.jpg",
+    "photo@2x.jpg",
+    "a#1.jpg",
+    "पनीर.jpg",
+    "ผัดไทย.jpg",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_any_script(name: str) -> None:
+    assert safe_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../a", "a/b", "a\\b", "C:a", ".hidden", "~root", "a.", "a ", "", " a", "a\0b", "a\nb", "..", 'a"b'],
+)
+def test_names_that_lead_elsewhere(name: str) -> None:
+    with pytest.raises(Broken):
+        safe_name(name)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_name_is_looked_up_in_either_form_and_kept_as_it_is_on_disk(tmp_path: Path, form: str) -> None:
+    other = "NFD" if form == "NFC" else "NFC"
+    on_disk = unicodedata.normalize(form, "crème.jpg")
+    (tmp_path / "images").mkdir()
+    scene(1).save(tmp_path / "images" / on_disk)
+    entry = {"id": "a", "title": "A", "image": "images/" + unicodedata.normalize(other, "crème.jpg")}
+    (tmp_path / "photos.json").write_text(
+        json.dumps([{**entry, "ingredients": ["salt"], "instructions": ["Mix."]}])
+    )
+    (record,) = read_source("food-photos", tmp_path, ReadLog())
+    assert record.image == str(tmp_path / "images" / on_disk)
