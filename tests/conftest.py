@@ -15,6 +15,14 @@ def lines_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["RODE_LINES_CACHE"] = str(tmp_path_factory.mktemp("lines") / "lines.sqlite")
 
 
+@pytest.fixture
+def tagger() -> None:
+    """The library of ingredient lines with its tagger, or a skip that says what is missing."""
+    from tagger import need_tagger
+
+    need_tagger()
+
+
 @pytest.fixture(scope="session")
 def rode_data() -> Path:
     """The folder of real photographs and nutrient tables; without it the test is skipped."""

@@ -45,6 +45,7 @@ def photos(folder: Path, *entries: dict) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("tagger")
 def test_food_photos(tmp_path: Path) -> None:
     listed = recipe(
         "shrimp",
@@ -85,6 +86,7 @@ def test_food_photos(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["image"] == "in/images/leek.jpg"
 
 
+@pytest.mark.usefixtures("tagger")
 def test_food_photos_sources_repeats_and_edible_papers(tmp_path: Path) -> None:
     lines = ["100 g sugar", "12 rice papers", "50 g sugar", "Baking paper", "1 cup milk", "1/4 kg sugar"]
     lines += ["2 tbsp milk", "salt", "1 tsp salt"]
@@ -164,6 +166,7 @@ def test_a_conversion_that_wrote_nothing_fails(tmp_path: Path, capsys: pytest.Ca
     assert "wrote 0 records (none); left out 1 with neither" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("tagger")
 def test_nutrition5k(tmp_path: Path) -> None:
     def dish(name: str, mass: float) -> dict:
         values = {"kcal": 122.5, "mass_g": mass, "fat_g": 7.5, "carb_g": 0.0, "protein_g": 12.5}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from rode.baselines.moe_llava import MoeConfig
-    from rode.training.config import Experiment
+    from rode.training.experiment import Experiment
 
 
 def adapter_config(experiment: Experiment) -> PeftConfig | MoeConfig:

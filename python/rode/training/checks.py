@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from rode.baselines.moe_llava import MoeConfig
-    from rode.training.config import Experiment
+    from rode.training.experiment import Experiment
 
 _POSITIVE = {
     "training": (

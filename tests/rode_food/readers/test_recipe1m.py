@@ -344,6 +344,7 @@ def test_derived_carbohydrate(tmp_path: Path) -> None:
     assert record.nutrition.carb == pytest.approx((500 - 9 * 20.5 - 4 * 13) / 4)
 
 
+@pytest.mark.usefixtures("tagger")
 def test_faults_of_recipes_with_nutrition(tmp_path: Path) -> None:
     part = with_nutrition(A)["nutr_per_ingredient"][0]
     lines = [

@@ -91,6 +91,7 @@ class Killer:
             marks.append(len(server.requests))
 
 
+@pytest.mark.usefixtures("tagger")
 def test_live(forks, tmp_path):
     folder = make_job(tmp_path, 10)
     end = undisturbed(folder)
@@ -121,6 +122,7 @@ def test_live(forks, tmp_path):
     ],
     ids=["making", "fetching"],
 )
+@pytest.mark.usefixtures("tagger")
 def test_batch(forks, tmp_path, points):
     folder = make_job(tmp_path, 8)
     end = undisturbed(folder, mode="batch")

@@ -1,0 +1,154 @@
+"""The values of a config: an experiment, its model, data, adapter, training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rode_food.settings import SettingsError
+
+TaskName = Literal["ingredients", "recipe", "nutrition", "category", "question"]
+ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
+
+
+ConfigError = SettingsError
+"""A config that cannot be used. One line: which key, what it got, what was wanted."""
+
+
+@dataclass
+class ModelConfig:
+    """The base model, and how it is held."""
+
+    path: str
+    """Checkpoint directory, or hub name "owner/name"."""
+    projector: str | None = None
+    """`projector.safetensors` of a stage-1 run, or its folder; replaces the checkpoint's projector."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What frozen weights are held in. Trained ones are float32."""
+    device: str = "auto"
+    attention: str | None = None
+    """transformers' attn_implementation; null for its own choice."""
+    prompt: Literal["vicuna", "chat_template", "auto"] = "auto"
+    vision_features: Literal["live", "memory", "disk"] = "live"
+    """"memory" and "disk" compute the frozen tower once for each picture; "live" at every step."""
+    picture_shape: Literal["processor", "pad"] = "processor"
+    """"pad" makes pictures square first, as LLaVA-1.5 does; "processor" leaves them to the model's own processor, and LLaVA's
+    then cuts off what is outside of the middle square."""
+    features_dir: str = "runs/features"
+    """Where "disk" keeps them."""
+    clusters: str | None = None
+    """File of `rode fit-clusters`, for an adapter whose router reads the cluster of a question."""
+
+
+@dataclass
+class SourceConfig:
+    """One file of records, or one folder of shards."""
+
+    path: str
+    name: str | None = None
+    """By which metrics are kept apart; null for what the records say."""
+    weight: float = 1.0
+    """Passes over this source per epoch: 0.5 half of it (the other half in the next epoch), 0 leaves it out."""
+    fraction: float = 1.0
+    """Share of its training records to use: 0.25 is a quarter of them, in every epoch the same, and part of 0.5's half."""
+    tasks: list[TaskName] = field(default_factory=lambda: list(ALL_TASKS))
+    split_fractions: dict[str, float] | None = None
+    """{train: 0.8, val: 0.1, test: 0.1} for records that state no split: a hash of the id decides."""
+    shuffle_shards: int = 16
+    """So many shards are shuffled together; a file of records is shuffled as a whole."""
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig]
+    wording: Literal["first", "all", "random"] = "random"
+    """Wordings of a question in training; evaluation always asks the first."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be used (a picture that cannot be read, an empty answer): stop, or leave it out and say so."""
+
+
+@dataclass
+class TrainingConfig:
+    """Reaches transformers' TrainingArguments through `rode.training.train.training_arguments`."""
+
+    learning_rate: float = 3e-4
+    projector_learning_rate: float | None = None
+    """Stage "adapter": train the projector too, at this rate. Null: it stays frozen."""
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient norm is not finite: stop before it changes a weight, or leave it out and say so."""
+    max_nonfinite: int = 10
+    """So many steps in a row may be left out; the next one stops the run."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up. "linear" is DeepSpeed's WarmupDecayLR."""
+    warmup_steps: int = 100
+    batch_size: int = 4
+    """Per device."""
+    gradient_accumulation: int = 10
+    devices: int = 1
+    """How many devices the numbers above are meant for; a run on another number says what the batch comes to."""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Optimizer steps; null for `epochs`."""
+    max_minutes: float | None = None
+    """Stop with a checkpoint, as Ctrl-C does, when a run has taken so long from its start; null for no limit."""
+    max_length: int | None = None
+    """Tokens of prompt, picture and answer together; null for no limit."""
+    on_long_answer: Literal["truncate", "error"] = "truncate"
+    questions_per_picture: int = 1
+    """More than 1: up to so many questions about one picture stand behind one prefix and share its tokens; batch_size
+    then counts such packs. The loss is the same, for less work."""
+    group_by_length: bool = False
+    """Batch examples of like length: less padding, a less random order."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    logging_steps: int = 10
+    gate_statistics: bool = True
+    """Log how far the gates open, by kind of token and by expert."""
+    save_steps: int = 500
+    save_total_limit: int = 2
+    workers: int = 0
+    """Data-loader processes per device."""
+    fsdp: dict[str, Any] | None = None
+    """Spread weights, gradients and optimizer over the processes by torch's FSDP2: transformers' `fsdp_config` ({} for its
+    defaults). Null: every process holds all."""
+    deepspeed: dict[str, Any] | None = None
+    """Spread them by DeepSpeed's ZeRO: DeepSpeed's own configuration, "auto" where `training` says it already."""
+
+
+@dataclass
+class EvaluationConfig:
+    split: Literal["train", "val", "test"] = "test"
+    batch_size: int = 8
+    max_new_tokens: int = 256
+    limit: int | None = None
+    """Examples of each source; null for all."""
+    vocabulary: str | None = None
+    """File of `rode data vocabulary`: names of ingredients are merged with it before answers and truths are compared."""
+
+
+@dataclass
+class Experiment:
+    """One experiment: the values of a config file."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    stage: Literal["adapter", "projector"] = "adapter"
+    """"projector" is LLaVA's stage 1: the projector alone. "adapter" trains what `adapter` says."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Fields of `rode.tuner.RodeConfig`; with `preset: NAME` those that differ from a preset's (`rode.tuner.presets`); with
+    `method: peft` and `peft_type: POLY` (LORA, XLORA, ...) the fields of PEFT's own configuration; with `method: moe-llava`
+    those of `rode.baselines.moe_llava.MoeConfig`."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str | None = None
+    """Null for runs/NAME."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir or Path("runs") / self.name)
