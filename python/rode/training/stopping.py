@@ -43,7 +43,9 @@ class StopOnInterrupt(TrainerCallback):
     def __enter__(self) -> StopOnInterrupt:
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
-            if number is None or signal.getsignal(number) is signal.SIG_IGN:  # nohup ignores SIGHUP
+            if number is None or (
+                name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+            ):  # by nohup
                 continue
             try:
                 self._before[number] = signal.signal(number, self._handle)

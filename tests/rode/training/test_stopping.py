@@ -21,6 +21,14 @@ def weights(directory):
     return load_file(directory / "adapter_model.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """The tests' own process may have been started so that it ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def signal_at(monkeypatch):
     """A function that lets the step with this number (from 1) get a signal."""
