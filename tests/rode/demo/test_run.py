@@ -129,6 +129,7 @@ def test_both_methods_get_the_same_training(tmp_path):
     assert (rode.model.attention, given.model.attention) == ("eager", None)  # eager only where rows are short
 
 
+@pytest.mark.slow
 def test_on_given_records_and_checkpoint(tiny, food, llava_dir, tmp_path, capsys):
     tables = []
     for name in ("a", "b"):

@@ -17,6 +17,17 @@ from rode.vlm import load_adapter, load_vlm
 from rode.vlm.load import projector_name
 from tiny_vlms import TINY_VLMS, save_tiny_vlm
 
+# A few at every change, the rest among the long tests
+QUICK = ("llava", "qwen2.5-vl", "gemma3")
+
+
+def some(quick, *others):
+    """Names of families: one at every change, the others among the long tests."""
+    return [quick, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY_VLMS]
+
 
 @pytest.fixture
 def experiment_of(make_experiment, tmp_path):
@@ -40,7 +51,7 @@ def experiment_of(make_experiment, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("name", TINY_VLMS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_from_a_config_to_an_answer(name, experiment_of, food, tmp_path, capsys):
     experiment = experiment_of(name, training={"projector_learning_rate": 1e-3, "group_by_length": True})
     result = train(experiment, progress=False)
@@ -77,7 +88,7 @@ def test_from_a_config_to_an_answer(name, experiment_of, food, tmp_path, capsys)
     assert [row["image"] for row in rows] == [str(food / "0.png"), str(food / "1.png")]
 
 
-@pytest.mark.parametrize("name", TINY_VLMS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_scores_and_analysis(name, experiment_of, food, tmp_path):
     """An adapter of one step is scored, and its router analysed."""
     experiment = experiment_of(name, training={"max_steps": 1}, evaluation={"max_new_tokens": 3})
@@ -105,7 +116,7 @@ def test_scores_and_analysis(name, experiment_of, food, tmp_path):
     assert main(["analyze", str(experiment.run_dir), "--limit", "4", "--out", str(out), "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("name", TINY_VLMS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_projector_alone(name, experiment_of):
     """Stage 1 trains and writes what lies between tower and language model, and nothing else."""
     experiment = experiment_of(name, stage="projector", training={"max_steps": 2})
@@ -140,7 +151,7 @@ def test_what_a_family_cannot_do_is_said_before_it_trains(experiment_of):
         )
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "qwen3-vl"])
+@pytest.mark.parametrize("name", some("qwen3-vl", "smolvlm"))
 def test_stored_features_train_as_pictures_do(name, experiment_of, tmp_path):
     runs = []
     for features in ("live", "memory"):
@@ -151,7 +162,14 @@ def test_stored_features_train_as_pictures_do(name, experiment_of, tmp_path):
 
 
 @pytest.mark.parametrize("router", ["task", "cluster"])
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "smolvlm", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        pytest.param("smolvlm", marks=pytest.mark.slow),
+        pytest.param("qwen2.5-vl", marks=pytest.mark.slow),
+    ],
+)
 def test_routers_that_read_the_task_or_the_cluster(name, router, experiment_of, tmp_path):
     experiment = experiment_of(name, training={"max_steps": 2}, evaluation={"max_new_tokens": 2})
     experiment.adapter = {"ranks": [2, 4], "router_input": router, "num_ids": 4 if router == "task" else 2}
@@ -197,7 +215,15 @@ def test_an_answer_does_not_depend_on_its_neighbours(name, food, tmp_path):
     assert together == alone
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3-vl", "idefics3", "internvl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3-vl",
+        pytest.param("llava", marks=pytest.mark.slow),
+        pytest.param("idefics3", marks=pytest.mark.slow),
+        pytest.param("internvl", marks=pytest.mark.slow),
+    ],
+)
 def test_records_with_several_pictures_or_none(name, experiment_of, food, tmp_path):
     rows = []
     for i in range(6):
