@@ -14,6 +14,16 @@ from rode_kernels.backends.cuda import emulated as cuda_emulated
 CONFORMING = ("reference", "cpu", "cuda-emulated", "triton")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter takes a second for what others take milliseconds for: a quarter of the sweep at every change, all of
+    it among the long tests."""
+    for item in items:
+        if item.name == "test_random_problems[triton]":
+            item.add_marker(pytest.mark.slow)
+        if item.name.startswith("test_values_and_gradients[triton") and zlib.crc32(item.name.encode()) % 4:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=CONFORMING)
 def backend(request, monkeypatch) -> str:
     status = backends()[request.param]
