@@ -83,13 +83,21 @@ def convert(
     pictures = beside.with_name(f"{beside.name.partition('.')[0]}_pictures")
     source_records = read_source(kind, source, log, pictures=pictures, **options)
 
+    def asked() -> Iterator[FoodRecord]:
+        """The source's records. The library, whose import takes seconds, is asked for at the first line, if there is any."""
+        asked_for = False
+        for record in source_records:
+            if not asked_for and any(ingredient.text for ingredient in record.ingredients):
+                asked_for = True
+                if why_simple() is not None:
+                    log.note("the library of ingredient lines is missing: a simple parser read them")
+            yield record
+
     def read() -> Iterator[FoodRecord]:
         if lines == "simple":
             yield from source_records
             return
-        if why_simple() is not None:
-            log.note("the library of ingredient lines is missing: a simple parser read them")
-        for record, doubts in read_again(source_records, make_engine("local", workers)):
+        for record, doubts in read_again(asked(), make_engine("local", workers)):
             for doubt in doubts:
                 log.note(doubt.partition(":")[0], detail=f"record {record.id!r}: {doubt}")
             yield record

@@ -134,7 +134,7 @@ def test_lines_are_read_by_the_library_or_by_the_simple_parser(tmp_path: Path, m
             UserWarning, match=r"read by a simple parser, worse: .* pip install 'rode\[data\]'"
         ):
             done = convert("food-photos", source, out)
-        assert "noted 1 x the library of ingredient lines is missing: a simple parser read them" in str(done)
+        assert "1 x the library of ingredient lines is missing: a simple parser read them" in str(done)
     finally:
         library.parser.cache_clear()
         apply.why_simple.cache_clear()
@@ -289,3 +289,15 @@ def test_real_weighed_plates(rode_data: Path, tmp_path: Path) -> None:
         (example,) = make_examples(record, ["nutrition"])
         parsed = parse_answer("nutrition", example.answer)
         assert parsed == pytest.approx(example.reference, rel=0.05, abs=0.05)
+
+
+def test_data_without_ingredient_lines_need_no_library(tmp_path, monkeypatch):
+    """Its import takes seconds, and it may ask the network for a tagger."""
+    asked = []
+    monkeypatch.setattr("rode_food.lines.apply.why_simple", lambda: asked.append(1))
+    monkeypatch.setattr("rode_food.convert.why_simple", lambda: asked.append(1))
+    said = [{"from": "human", "value": "What is salt?"}, {"from": "gpt", "value": "NaCl."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "a", "conversations": said}]))
+    done = convert("llava-instruct", tmp_path / "a.json", tmp_path / "records.jsonl", workers=1)
+    assert done.noted == {}
+    assert not asked

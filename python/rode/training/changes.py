@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rode.processes import is_main, of_all_processes
-from rode.training.config import ConfigError, Experiment, saved_config
-from rode_food.settings import read_mapping
+from rode.training.config import ConfigError, Experiment, saved_config, with_new_names
+from rode_food.settings import build, read_mapping
 
 logger = logging.getLogger(__name__)
 _MAY_CHANGE = re.compile(
@@ -33,6 +33,14 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(item, f"{key}.{name}" if key else str(name))
 
 
+def _written_out(values: dict[str, Any]) -> dict[str, Any]:
+    """A config as it would be written today: keys that came later at their defaults."""
+    try:
+        return asdict(build(Experiment, with_new_names(values, say=False)))
+    except ConfigError:  # keys that are no more
+        return values
+
+
 def check_changes(experiment: Experiment, checkpoint: Path) -> None:
     """Compare a config with the one that the run of a checkpoint left beside it, if it did.
 
@@ -42,7 +50,7 @@ def check_changes(experiment: Experiment, checkpoint: Path) -> None:
     file = saved_config(checkpoint.parent)
     if file is None:
         return
-    before, now = dict(_flat(read_mapping(file))), dict(_flat(asdict(experiment)))
+    before, now = dict(_flat(_written_out(read_mapping(file)))), dict(_flat(asdict(experiment)))
     changed = {
         key: (before.get(key), now.get(key))
         for key in {**before, **now}

@@ -57,7 +57,7 @@ def with_readings(rows: list[str]) -> list[str]:
     texts = [i["text"] for record in records for i in record.get("ingredients", ()) if i.get("text")]
     texts = list(dict.fromkeys(texts))
     lines: dict[str, Line] = {}
-    if why_simple() is None:
+    if texts and why_simple() is None:
         lines = dict(zip(texts, read_lines(texts), strict=True))
     results = []
     for record in records:

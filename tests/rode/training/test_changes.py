@@ -53,3 +53,11 @@ def test_a_config_of_an_older_version(begun, make_experiment, caplog):
     train(make_experiment(training={"max_steps": 2}), resume=True, progress=False)
     (begun.run_dir / "config.yaml").unlink()
     train(make_experiment(training={"max_steps": 3, "seed": 2}), resume=True, progress=False)
+
+
+def test_a_key_that_came_later_had_its_default(begun, make_experiment):
+    file = begun.run_dir / "config.yaml"
+    lines = file.read_text().replace("on_bad_record", "on_bad_image").splitlines()  # its former name
+    file.write_text("\n".join(line for line in lines if "picture_shape" not in line) + "\n")
+    with pytest.raises(ConfigError, match=r"^model.picture_shape: expected 'processor', .* got 'pad';"):
+        train(make_experiment(model={"picture_shape": "pad"}), resume=True, progress=False)
