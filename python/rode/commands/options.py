@@ -49,7 +49,7 @@ def saved_experiment(adapter: str | None) -> Experiment | None:
 
 
 class Loaded(NamedTuple):
-    """What the options and the config name: model, processor, prompt style, and where its pictures come from."""
+    """Model, processor, prompt style and source of pictures that the options and the config name."""
 
     model: Any
     processor: Any

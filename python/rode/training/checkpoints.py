@@ -149,7 +149,7 @@ def _optimizer_files(checkpoint: Path, processes: int) -> dict[Sharding, list[st
 
 
 def _lacks(checkpoint: Path, processes: int, sharding: Sharding) -> str | None:
-    """What a checkpoint lacks to go on to the bit, in words: Trainer goes on without, silently and with other results.
+    """Name the file that a checkpoint lacks to go on to the bit: Trainer goes on without, silently and with other results.
 
     Raises:
         ValueError: it is of another kind of run.

@@ -1,4 +1,4 @@
-"""What is counted over a whole run, across its resumes: kept with each checkpoint."""
+"""Counts over a whole run, across its resumes: kept with each checkpoint."""
 
 from __future__ import annotations
 

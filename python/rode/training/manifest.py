@@ -22,7 +22,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a folder that has a manifest, in words; None for a whole one.
+    """Say what is wrong with a folder that has a manifest; None for a whole one.
 
     Args:
         folder: of the checkpoint.

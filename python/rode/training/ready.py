@@ -1,4 +1,4 @@
-"""What a run needs, looked at before a record or a model is read: files, device, and a folder that can be written."""
+"""Checks of what a run needs, before a record or a model is read: files, device, and a folder that can be written."""
 
 from __future__ import annotations
 

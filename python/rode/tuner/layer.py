@@ -75,7 +75,7 @@ class RodeLayer(BaseTunerLayer):
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
-        """As PEFT finds them; the device of any parameter or buffer if the layer has no weight by a usual name (HQQ)."""
+        """Those that PEFT finds; the device of any parameter or buffer if the layer has no weight by a usual name (HQQ)."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if device is None:
             held = next(chain(base_layer.parameters(), base_layer.buffers()), None)

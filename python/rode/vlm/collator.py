@@ -51,7 +51,7 @@ def _merged(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _inputs(rows: Sequence[Encoded], side: str) -> dict[str, torch.Tensor]:
-    """What rows have beside their ids: inputs by token, and the pictures of all rows one behind the other."""
+    """Inputs that rows have beside their ids: those by token, and the pictures of all rows one behind the other."""
     inputs = {
         name: _pad_by_token([row.by_token[name] for row in rows], side)
         for name in dict.fromkeys(name for row in rows for name in row.by_token)

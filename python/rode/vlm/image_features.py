@@ -1,4 +1,6 @@
-"""What a frozen tower and projector make of a picture, stored once and used many times, in any model with `get_image_features`.
+"""Features that a frozen tower and projector make of a picture, stored once and used many times.
+
+They serve any model with `get_image_features`.
 
 The features go where the pixels went: `accept_image_features` makes `get_image_features` take them back, so that everything
 after it stays transformers' code. LLaVA's tower is stored before its projector instead, see `rode.vlm.features`.
@@ -29,6 +31,8 @@ _DIMENSIONS = 8  # of stored features: no processor's pixels have as many
 class _TakesImageFeatures(torch.nn.Module):
     """Mixed into a model's class: `pixel_values` of eight dimensions are what `get_image_features` gave before."""
 
+    _takes: frozenset[str]
+    """Names of what the method under this one takes."""
     _stored: _Kind
 
     def get_image_features(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,8 +49,12 @@ class _TakesImageFeatures(torch.nn.Module):
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a model's `get_image_features` gives: the class, whether a list of tensors, of how many dimensions, how many further
-    layers' features there are (Qwen3-VL's), and whether those are lists."""
+    """The kind of thing that a model's `get_image_features` gives.
+
+    Attributes:
+        output: its class. listed: a tensor for each picture, in a list. dimensions: of the tensor, or of those joined.
+        deep: how many further layers' features there are (Qwen3-VL's). deep_listed: whether those are lists.
+    """
 
     output: type[Any]
     listed: bool
@@ -60,7 +68,9 @@ def accept_image_features(model: Model) -> None:
     inner = base_model(model).model
     if not isinstance(inner, _TakesImageFeatures):
         cls = type(inner)
-        inner.__class__ = type(cls.__name__, (_TakesImageFeatures, cls), {"__module__": cls.__module__})
+        takes = frozenset(inspect.signature(cls.get_image_features).parameters)
+        values = {"__module__": cls.__module__, "_takes": takes}
+        inner.__class__ = type(cls.__name__, (_TakesImageFeatures, cls), values)
 
 
 class ImageFeatureSource(FeatureStore):
@@ -120,11 +130,10 @@ class ImageFeatureSource(FeatureStore):
     def _features(self, picture: Image.Image) -> torch.Tensor:
         inner = self.base.model
         made = self.encoder.encode_prompt("?", [picture]).vision
-        taken = inspect.signature(type(inner).__mro__[2].get_image_features).parameters  # type: ignore[attr-defined]
         training = inner.training
         inner.eval()  # a frozen tower drops nothing
         out = inner.get_image_features(
-            **{name: value.to(self.base.device) for name, value in made.items() if name in taken},
+            **{name: value.to(self.base.device) for name, value in made.items() if name in inner._takes},
             return_dict=True,
         )
         inner.train(training)

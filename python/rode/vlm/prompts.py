@@ -361,7 +361,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _control_texts(processor: ProcessorMixin) -> tuple[str, ...]:
-    """What the tokenizer or the processor would take for a control token in a text."""
+    """Texts that the tokenizer or the processor would take for control tokens."""
     tokenizer: Any = processor.tokenizer
     texts = {str(token) for token in tokenizer.all_special_tokens}
     texts |= {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
