@@ -14,13 +14,18 @@ from rode_kernels.backends.cuda import emulated as cuda_emulated
 CONFORMING = ("reference", "cpu", "cuda-emulated", "triton")
 
 
+_LONG_IN_TRITON = ("test_random_problems[triton", "test_bits_do_not_depend_on_threads_or_run[triton")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes a second for what others take milliseconds for: a quarter of the sweep at every change, all of
-    it among the long tests."""
+    """Triton's interpreter takes a second for what others take milliseconds for: a quarter of the sweep at every change, the rest
+    among the long tests."""
     for item in items:
-        if item.name == "test_random_problems[triton]":
-            item.add_marker(pytest.mark.slow)
-        if item.name.startswith("test_values_and_gradients[triton") and zlib.crc32(item.name.encode()) % 4:
+        long = item.name.startswith(_LONG_IN_TRITON)
+        swept = (
+            item.name.startswith("test_values_and_gradients[triton") and zlib.crc32(item.name.encode()) % 4
+        )
+        if long or swept:
             item.add_marker(pytest.mark.slow)
 
 

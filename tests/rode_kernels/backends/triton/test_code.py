@@ -71,17 +71,12 @@ def check_code(kind: str, targets: tuple[str, ...]) -> None:
 
 
 @needs_cuobjdump
-def test_code_for_an_nvidia_gpu():
-    check_code("bf16", ("sm_90",))
-
-
-@needs_cuobjdump
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets"),
-    [("bf16", ("gfx942",)), ("float", ("sm_89",))],
+    [("bf16", ("sm_90", "gfx942")), ("float", ("sm_89",))],
 )
-def test_code_for_other_gpus(kind, targets):
+def test_code_for_gpus(kind, targets):
     """float16's code differs from bfloat16's only in the type of a product; CONTRIBUTING.md has the command for it."""
     check_code(kind, targets)
 
