@@ -15,6 +15,7 @@ from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 
 _HEAD = 1 << 16
+_JSON_SPACE = " \t\r\n"  # RFC 8259, section 2: other white space is none in JSON
 _WHOLE = 1 << 26  # a JSON object over several lines is looked for in files up to this size
 
 _MAGIC = (
@@ -130,7 +131,7 @@ def _convert(kind: str, path: Path) -> str:
 
 def _of_text(path: Path, head: bytes) -> FileKind:
     text = head.decode("utf-8-sig", "replace")
-    start = text.lstrip()[:1]
+    start = text.lstrip(_JSON_SPACE)[:1]
     if start == "[":
         return _of_array(path)
     if start == "{":

@@ -35,7 +35,7 @@ def read_json_lines(path: Path, log: ReadLog) -> Iterator[tuple[int, Any]]:
 def read_json_rows(path: Path, log: ReadLog, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of an array or of lines; what is no object is broken. `key` is one that every object has."""
     with open_data(path) as file:
-        start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")[:1]
     if start == b"[":
         for entry in read_json_array(path, log, keys=(key,)):
             yield entry.line, entry.value

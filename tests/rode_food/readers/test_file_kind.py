@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from odd_dishes import picture
@@ -163,7 +163,11 @@ def test_records_are_read_packed_and_marked(tmp_path: Path, pack, mark: bytes) -
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=300))
+@example(b"\x0b[")
+@given(
+    st.binary(max_size=300)
+    | st.text('[]{}",:a0 \t\r\n\x0b\x0c\x85\xa0\u2028\ufeff', max_size=20).map(str.encode)  # nearly JSON
+)
 def test_any_bytes_have_a_kind(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any"
     path.write_bytes(data)
