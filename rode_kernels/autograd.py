@@ -64,25 +64,43 @@ class MixtureFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if dy is None and dgates is None:
             return (None,) * (TENSORS + 1)
-        *saved, router_bias, gates = ctx.saved_tensors
-        operands = BackwardOperands._make((dy, dgates, *saved))
         call, bias_dtype, gates_like = ctx.others
         needs = ctx.needs_input_grad[:6]
-        if has_tangents(*operands):
-            say_once("forward-mode differentiation of a gradient")
-            grads = formula.gradients(operands, router_bias, gates, settings_of(call.static), needs)
-        elif torch.is_grad_enabled():  # create_graph=True
-            grads = Gradients._make(_BackwardFunction.apply(*operands, router_bias, gates, call, needs))  # type: ignore[no-untyped-call]
-        else:
-            grads = _gradients(call, operands, needs)
+        grads = differentiate(call, dy, dgates, ctx.saved_tensors, bias_dtype, needs)
         dx, dA, dB, drouter_weight, drouter_bias, dg = grads
-        if drouter_bias is not None:
-            drouter_bias = drouter_bias.to(bias_dtype)
         if dg is not None:
             shape, dtype = gates_like
             dg = dg.to(dtype).view(shape)
         dbase = dy if ctx.needs_input_grad[6] else None
         return dx, dA, dB, drouter_weight, drouter_bias, dg, dbase, None, None
+
+
+def differentiate(
+    call: Call,
+    dy: Tensor | None,
+    dgates: Tensor | None,
+    saved: tuple[Any, ...],
+    bias_dtype: torch.dtype | None,
+    needs: Needs,
+) -> Gradients:
+    """A recorded call's gradients: differentiable again where autograd records its backward pass.
+
+    Args:
+        saved: x, u, g, A, B, router_weight, seed, router_bias, gates, as they were saved.
+        bias_dtype: of the router's bias, which its gradient is returned in.
+    """
+    *others, router_bias, gates = saved
+    operands = BackwardOperands._make((dy, dgates, *others))
+    if has_tangents(*operands):
+        say_once("forward-mode differentiation of a gradient")
+        grads = formula.gradients(operands, router_bias, gates, settings_of(call.static), needs)
+    elif torch.is_grad_enabled():  # create_graph=True
+        grads = Gradients._make(_BackwardFunction.apply(*operands, router_bias, gates, call, needs))  # type: ignore[no-untyped-call]
+    else:
+        grads = _gradients(call, operands, needs)
+    if grads.router_bias is not None and grads.router_bias.dtype != bias_dtype:
+        grads = grads._replace(router_bias=grads.router_bias.to(bias_dtype))
+    return grads
 
 
 def _gradients(call: Call, operands: BackwardOperands, needs: Needs) -> Gradients:

@@ -75,6 +75,19 @@ def check_inputs(operands: ForwardOperands, settings: Settings) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
+def check_linear(weight: Tensor, bias: Tensor | None, x: Tensor, out_features: int) -> None:
+    """Refuses a weight and bias of a linear layer that do not fit x and B, after `check_inputs`."""
+    shape = out_features, x.shape[-1]
+    _check_shape("weight", weight, shape, "(B's out_features, x's in_features)")
+    if bias is not None:
+        _check_shape("bias", bias, shape[:1], "(out_features,)")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected dtype {x.dtype} (as x), got {t.dtype}")
+        if t is not None:
+            _check_device(name, t, x)
+
+
 def check_x(x: Tensor) -> None:
     """The first check: the others take x's dtype and shape as the measure."""
     check_tensor("x", x)

@@ -21,7 +21,7 @@ from rode_kernels.backends import cpu
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.reference import accumulation_dtype
 from rode_kernels.backends.registry import backend_of_environment
-from rode_kernels.checks import check_inplace, check_inputs, check_x, normalize_seed
+from rode_kernels.checks import check_inplace, check_inputs, check_linear, check_x, normalize_seed
 from rode_kernels.mixture import Mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, MaybeTensor, Settings
 from rode_kernels.passes import BackwardPass, Call, ForwardPass, Needs, PlainOperands, StaticArguments
@@ -34,6 +34,7 @@ try:  # none of it is public: where a torch lacks any, calls take the long way
         _dispatch_keys,
         _dispatch_tls_local_exclude_set,
         _dispatch_tls_local_include_set,
+        _len_torch_dispatch_stack,
         _len_torch_function_stack,
     )
     from torch._C._autograd import _profiler_enabled
@@ -141,6 +142,49 @@ def call(
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 
+def call_linear(
+    function: type[torch.autograd.Function],
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    operands: PlainOperands,
+    mixture: Mixture,
+    dropout_p: float,
+    return_gates: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The result of `rectified_linear`, or None where the call has to take the long way.
+
+    Args:
+        function: records a call: takes weight, bias, the operands but gates and base, and a `Call`.
+        product: the linear layer's, of x, weight and bias.
+        operands: as `call` takes them, with None for base.
+    """
+    linear = (weight,) if bias is None else (weight, bias)
+    if any(type(t) not in _TYPES for t in linear):
+        return None
+    prepared = find(operands, mixture, dropout_p, True, backend, linear)
+    if prepared is None:
+        return None
+    x, A, B, router_weight, router_bias, _, _, _ = operands
+    seed = normalize_seed(None, dropout_p, x) if dropout_p else None
+    y: Tensor
+    if prepared.needs_grad and torch.is_grad_enabled():
+        apply: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # as in `call`
+        given = (weight, bias, x, A, B, router_weight, router_bias, seed)
+        if not return_gates:
+            y = apply(*given, prepared.y_alone)
+            return y
+        y, _, g = apply(*given, prepared.with_gates)
+    else:
+        with (
+            torch.no_grad()
+        ):  # a product that autograd records, because weight requires gradients, cannot be written to
+            base = product(x, weight, bias)
+        y, _, g = prepared.run((x, A, B, router_weight, router_bias, None, base, seed))
+    return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
+
+
 def backward(
     prepared: _Backward | None, operands: BackwardOperands, static: StaticArguments, needs: Needs
 ) -> Gradients | None:
@@ -155,9 +199,18 @@ def backward(
 
 
 def find(
-    operands: PlainOperands, mixture: Mixture, dropout_p: float, inplace: bool, backend: str | None
+    operands: PlainOperands,
+    mixture: Mixture,
+    dropout_p: float,
+    inplace: bool,
+    backend: str | None,
+    linear: tuple[Tensor, ...] = (),
 ) -> _Prepared | None:
-    """The prepared call for one like this, prepared now where there is none yet; None where it must take the long way."""
+    """The prepared call for one like this, prepared now where there is none yet; None where it must take the long way.
+
+    Args:
+        linear: weight, and bias where there is one, of the layer that will make base.
+    """
     x, A, B, router_weight, router_bias, _, base, _ = operands
     if (
         not _GUARDED
@@ -167,7 +220,9 @@ def find(
         or type(x) not in _TYPES
         or type(B) not in _TYPES
         or not (backend is None or type(backend) is str)
-        or _len_torch_function_stack()  # modes of this kind and profilers set no dispatch key
+        # modes of functions and profilers set no dispatch key, and Dynamo's guards look past selective checkpointing's
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
         or _profiler_enabled()
     ):
         return None
@@ -176,14 +231,25 @@ def find(
         tensors += (router_bias,)
     if base is not None:
         tensors += (base,)
+    tensors += linear
     name = backend or backend_of_environment()
-    key = (name, id(mixture), x.shape, B.shape, router_bias is None, base is None, not inplace, dropout_p)
+    key = (
+        name,
+        id(mixture),
+        x.shape,
+        B.shape,
+        router_bias is None,
+        base is None,
+        not inplace,
+        dropout_p,
+        len(linear),
+    )
     same_shapes = _known.get(key, ())
     for prepared in same_shapes:
         if prepared.guard(*tensors):
             cast = prepared.autocast
             return prepared if not cast or torch.get_autocast_dtype(cast) == x.dtype else None
-    found = _prepare(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, name)
+    found = _prepare(ForwardOperands(*operands), Settings(mixture, dropout_p, False), inplace, name, linear)
     if found is not None:  # the oldest makes room, of shapes and of a shape's layouts
         if key not in _known and len(_known) >= _KEYS:
             _known.pop(next(iter(_known)), None)
@@ -193,14 +259,16 @@ def find(
     return found
 
 
-def _prepare(operands: ForwardOperands, settings: Settings, inplace: bool, name: str) -> _Prepared | None:
+def _prepare(
+    operands: ForwardOperands, settings: Settings, inplace: bool, name: str, linear: tuple[Tensor, ...]
+) -> _Prepared | None:
     """Checks and prepares a shape. `check_inplace` checks each time what depends on where memory lies."""
     x, A, B, router_weight, router_bias, _, base, _ = operands
     device, mixture = x.device.type, settings.mixture
     native = _BACKENDS.get(device)
     if native is None or name not in ("", device) or not native.status()[0]:
         return None
-    tensors = [t for t in operands if t is not None]
+    tensors = [t for t in (*operands, *linear) if t is not None]
     if router_weight is None or any(type(t) not in _TYPES for t in tensors):
         return None
     dtype = autocast_dtype(device)
@@ -213,6 +281,11 @@ def _prepare(operands: ForwardOperands, settings: Settings, inplace: bool, name:
     acc_dtype = accumulation_dtype(x.dtype)
     if any(t.dtype not in (x.dtype, acc_dtype) for t in (A, B, router_weight)):
         return None
+    if linear:
+        if any(t.dtype != x.dtype for t in linear):
+            return None
+        base = x.new_empty(*x.shape[:-1], B.shape[0])  # like the product
+        operands = operands._replace(base=base)
     if (base is None and inplace) or (base is not None and base.dtype != x.dtype):
         return None
     needs_grad = any(t.requires_grad for t in tensors)
@@ -222,6 +295,8 @@ def _prepare(operands: ForwardOperands, settings: Settings, inplace: bool, name:
         return None
     check_x(x)
     check_inputs(operands, settings)
+    if linear:
+        check_linear(linear[0], linear[1] if len(linear) > 1 else None, x, B.shape[0])
     try:
         rows = operands._replace(x=_rows(x), base=_rows(base))
     except RuntimeError:  # strides that do not flatten
@@ -252,6 +327,7 @@ def _unwatched(tensors: Sequence[Tensor | None]) -> bool:
     return (
         all(type(t) in _TYPES for t in there)
         and not _len_torch_function_stack()
+        and not _len_torch_dispatch_stack()
         and not _profiler_enabled()
         and _plain(_keys_of(there), there[0].device.type)
     )
@@ -261,7 +337,9 @@ def _repeats_backward(prepared: _Backward, operands: BackwardOperands) -> bool:
     """Whether `prepared.run` serves these. Saved tensors need not come back as they were: hooks may have moved
     them away, and back into other strides."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
-    if dy is None or torch.is_grad_enabled() or _len_torch_function_stack() or _profiler_enabled():
+    if dy is None or torch.is_grad_enabled():
+        return False
+    if _len_torch_function_stack() or _len_torch_dispatch_stack() or _profiler_enabled():
         return False
     there = [t for t in operands if t is not None]
     which = (dgates is None, seed is None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from rode_kernels import gated_mixture, rectified_mixture
+from rode_kernels import gated_mixture, rectified_linear, rectified_mixture
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Of x, and of the parameters; None for the same.
@@ -38,10 +38,12 @@ class Problem:
     dropout_p: float = 0.0
     dropout_seed: int | None = None
     gate_grad: str = "open"
+    weight: Tensor | None = None  # (O, K), of the linear layer whose output is base
+    bias: Tensor | None = None  # (O,)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        names = ("x", "A", "B", "router_weight", "router_bias", "gates", "base")
+        names = ("x", "A", "B", "router_weight", "router_bias", "gates", "base", "weight", "bias")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
@@ -66,9 +68,11 @@ def random_problem(
     open_share=0.5,
     seed=0,
     dgates=True,
+    linear=False,
     **rest,
 ) -> Problem:
-    """A random problem; `open_share` of (token, expert) pairs is open (through the router's bias, or as given gates)."""
+    """A random problem, with `linear` one of `rectified_linear`; `open_share` of (token, expert) pairs is open (through the
+    router's bias, or as given gates)."""
     generator = torch.Generator().manual_seed(seed)
     N, R = len(ranks), sum(ranks)
     parameter_dtype = parameter_dtype or dtype
@@ -82,7 +86,7 @@ def random_problem(
         B=normal(O, R, dtype=parameter_dtype),
         ranks=tuple(ranks),
         scaling=tuple(16.0 / r for r in ranks),
-        base=normal(*tokens, O) if base else None,
+        base=normal(*tokens, O) if base and not linear else None,
         dy=normal(*tokens, O),
         **rest,
     )
@@ -100,6 +104,8 @@ def random_problem(
     else:
         closed = torch.rand(*tokens, N, generator=generator) >= open_share
         problem.gates = normal(*tokens, N).masked_fill(closed, 0.0)
+    if linear:
+        problem.weight, problem.bias = normal(O, K, std=K**-0.5), normal(O) if bias else None
     return problem
 
 
@@ -114,7 +120,9 @@ def formula(p: Problem, t: dict[str, Tensor], gates: Tensor | None) -> tuple[Ten
     else:
         g = t["gates"]
     dropped = x if p.keep is None else torch.where(p.keep, x / (1.0 - p.dropout_p), torch.zeros_like(x))
-    y = t.get("base")
+    y = x @ t["weight"].t() if "weight" in t else t.get("base")
+    if "bias" in t:
+        y = y + t["bias"]
     start = 0
     for i, (rank, scaling) in enumerate(zip(p.ranks, p.scaling, strict=True)):
         A, B = t["A"][start : start + rank], t["B"][:, start : start + rank]
@@ -184,7 +192,11 @@ def operation(
         "seed": p.dropout_seed,
         "backend": backend,
     }
-    if p.gates is None:
+    if p.weight is not None:
+        del common["base"], common["inplace"]
+        names = ("x", "weight", "bias", "A", "B", "router_weight", "router_bias")
+        y, g = rectified_linear(*(leaves.get(name) for name in names), return_gates=True, **common)
+    elif p.gates is None:
         y, g = rectified_mixture(
             *(leaves["x"], leaves["A"], leaves["B"], leaves["router_weight"], leaves.get("router_bias")),
             return_gates=True,

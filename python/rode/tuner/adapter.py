@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rode.tuner.config import RodeConfig
 from rode.tuner.gating import Gated, LayerInfo
+from rode.tuner.ownership import has_hooks
 from rode.tuner.recorder import GateRecorder
 from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
-from rode.tuner.variants import Options, mixed_factors, operand, pick_variant
+from rode.tuner.variants import Options, RectifiedRouter, mixed_factors, operand, pick_variant
 
 
 class Adapter(Gated, nn.Module):
@@ -107,30 +108,43 @@ class Adapter(Gated, nn.Module):
             self.norm_weight.fill_(1)
             self.norm_bias.zero_()
 
-    def forward(self, x: Tensor, base: Tensor, owned: bool = False) -> Tensor:
-        """base + mixture of x, in base's dtype.
+    def forward(
+        self, x: Tensor, base: Tensor | None, owned: bool = False, linear: nn.Linear | None = None
+    ) -> Tensor:
+        """The frozen layer's output + mixture of x, in that output's dtype.
 
         Args:
             x: the layer's input (..., in_features). base: the frozen layer's output (..., out_features).
             owned: nobody else holds `base`: it may be overwritten.
+            linear: the frozen layer, where its output is still to be made (see `makes_product`); base is None then.
         """
         inputs = _autocast(x)
-        same = base.dtype == inputs.dtype
-        options: Options = {
-            "ranks": self.ranks,
-            "scaling": self.scaling,
-            "dropout_p": self.config.dropout if self.training else 0.0,
-            "base": base if same else None,
-            "inplace": same and owned,
-        }
+        dropout_p = self.config.dropout if self.training else 0.0
         A, B = operand(self.packed_A(), inputs), operand(self.B, inputs)
-        y, gates = self.variant.add(self, x, inputs, A, B, options)
+        same = base is None or base.dtype == inputs.dtype
+        if base is None:
+            assert linear is not None, "one of the two is given"
+            assert isinstance(self.variant, RectifiedRouter), "see makes_product"
+            y, gates = self.variant.add_to_product(self, x, inputs, A, B, dropout_p, linear)
+        else:
+            options: Options = {
+                "ranks": self.ranks,
+                "scaling": self.scaling,
+                "dropout_p": dropout_p,
+                "base": base if same else None,
+                "inplace": same and owned,
+            }
+            y, gates = self.variant.add(self, x, inputs, A, B, options)
         if self.config.needs_forward_hooks:
             passes = self.info.context.passes
             passes.note(y, passes.current())
         if gates is not None and self.info.gate_recorder is not None:
             self._tell(self.info.gate_recorder, gates)
-        return y if same else base + y.to(base.dtype)
+        return y if same or base is None else base + y.to(base.dtype)
+
+    def makes_product(self) -> bool:
+        """Whether `forward` can make the frozen layer's output itself, and nobody else is told of its calls."""
+        return isinstance(self.variant, RectifiedRouter) and not has_hooks(self)
 
     def _tell(self, recorder: GateRecorder, gates: Tensor) -> None:
         if self.info.block_pass is None or self.info.block_pass.slot == 0:

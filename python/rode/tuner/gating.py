@@ -50,6 +50,7 @@ class Gated:
 
     name: str
     ranks: tuple[int, ...]
+    scaling: tuple[float, ...]
     config: RodeConfig
     shares_gates: bool  # whether another layer of the block computes them
     router_weight: nn.Parameter | None
@@ -92,6 +93,10 @@ class Gated:
         """Whether anybody reads what `keep` keeps."""
         config = self.config
         return config.aux_loss != "none" or config.router_per == "block"
+
+    def reads_gates(self) -> bool:
+        """Whether anybody reads the gates of a call."""
+        return self.info.gate_recorder is not None or self.keeps_gates()
 
     def keep(self, routed: Routed, gates: Tensor, x: Tensor) -> None:
         """Keeps gates for the auxiliary loss, and for the block's other layers."""

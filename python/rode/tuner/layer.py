@@ -17,7 +17,7 @@ from rode.tuner.adapter import Adapter
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import ForwardContext
 from rode.tuner.gating import LayerInfo
-from rode.tuner.ownership import has_hooks, may_write_into
+from rode.tuner.ownership import has_hooks, is_plain, may_write_into
 from rode.tuner.quantized import is_number_format, quantized_in_place, why_not_mergeable
 
 
@@ -148,6 +148,15 @@ class RodeLayer(BaseTunerLayer):
             after.bias = before.bias
 
 
+def _is_one_product(adapter: nn.Module, base_layer: nn.Module, x: Tensor) -> bool:
+    """Whether the adapter can make the frozen layer's output itself, as the layer would."""
+    # a wrapped adapter, or one that is sharded by itself, is of another class
+    if type(adapter) is not Adapter or not adapter.makes_product() or not is_plain(base_layer):
+        return False
+    weight = cast(Tensor, base_layer._parameters["weight"])
+    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+
+
 class Linear(nn.Module, RodeLayer):
     """A linear layer, quantised or not, that adds the active adapters' mixtures to its output."""
 
@@ -175,23 +184,27 @@ class Linear(nn.Module, RodeLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in_features) to (..., out_features) in the base layer's output dtype."""
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
+        # Dictionaries: to go through properties and `nn.Module.__getattr__` takes as long as the work on one token.
+        modules = self._modules
+        base_layer = cast(nn.Module, modules["base_layer"])
+        adapters = cast(nn.ModuleDict, modules["rode_adapters"])._modules
+        off = self._disable_adapters or self.merged_adapters
+        active = [] if off else [adapters[name] for name in self.active_adapters if name in adapters]
         block = self.info.block_pass
-        result = (
-            self.base_layer(x, *args, **kwargs)
-            if block is None
-            else block.base(self.info.module_name, self.base_layer, x, args, kwargs)
-        )
-        if self.disable_adapters or self.merged:
-            return result
-        if self.quantization_backend is not None:
+        if active and not args and not kwargs and block is None and _is_one_product(active[0], base_layer, x):
+            result = active[0](x, None, linear=base_layer)
+            del active[0]
+        elif block is None:
+            result = base_layer(x, *args, **kwargs)
+        else:
+            result = block.base(self.info.module_name, base_layer, x, args, kwargs)
+        if active and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self.active_adapters:
-            if name in self.rode_adapters:
-                adapter = self.rode_adapters[name]
-                owned = block is None and may_write_into(result, self.base_layer) and not has_hooks(adapter)
-                result = adapter(x, result, owned)
+        for adapter in active:
+            owned = block is None and may_write_into(result, base_layer) and not has_hooks(adapter)
+            result = adapter(x, result, owned)
         return result
 
     @torch.no_grad()

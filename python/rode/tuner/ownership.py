@@ -1,4 +1,4 @@
-"""Whether the tuner may write into the base layer's output: only where nobody else can hold that tensor."""
+"""Whether the base layer's output is the tuner's own, to make and to write into: only where nobody else can hold that tensor."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _WEIGHTS = (Tensor, nn.Parameter)
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody else is told of this module's calls: hooks on it, or accelerate's `_hf_hook`."""
-    return hasattr(module, "_hf_hook") or any(getattr(module, hooks) for hooks in _HOOKS)
+    return "_hf_hook" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
 
 
-def may_write_into(result: Tensor, base: nn.Module) -> bool:
-    """Whether `result`, which `base` has just returned, belongs to its caller alone.
+def is_plain(base: nn.Module) -> bool:
+    """Whether calling `base` here and now is one product of PyTorch's that nobody else is told of, so that its caller may make the
+    product itself, and owns it.
 
     A plain `nn.Linear` makes a new tensor at each call and keeps none. Another class may return a cached one, and so may a
-    `forward` patched on the instance. Forward hooks (the module's, global ones, accelerate's `_hf_hook`) may keep what they saw.
-    Dispatch and function modes may keep what was computed under them: selective activation checkpointing keeps the outputs of
-    chosen products for its recomputation.
+    `forward` patched on the instance. Forward hooks (the module's, global ones, accelerate's `_hf_hook`, which offloading uses) may
+    keep what they saw, or bring the weight. Dispatch and function modes may keep what was computed under them: selective activation
+    checkpointing keeps the outputs of chosen products for its recomputation.
     """
     if type(base) is not nn.Linear or "forward" in base.__dict__:
         return False
@@ -32,14 +33,17 @@ def may_write_into(result: Tensor, base: nn.Module) -> bool:
         return False
     if nn.Linear.forward is not _LINEAR_FORWARD or nn.functional.linear is not _LINEAR_FUNCTION:
         return False
-    if type(base.weight) not in _WEIGHTS or type(result) is not Tensor:
-        return False  # a tensor subclass (quantised, sharded) decides by itself what it returns
+    if type(base._parameters.get("weight")) not in _WEIGHTS:
+        return False  # a tensor subclass (quantised, sharded) decides by itself what it returns; flat parameters come and go
     if torch.compiler.is_compiling():
         return False  # compiled code is functional anyway
     # A transform of torch.func may hold a result that is shared by all samples; a tangent may lie on either tensor alone.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return False
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+def may_write_into(result: Tensor, base: nn.Module) -> bool:
+    """Whether `result`, which `base` has just returned, belongs to its caller alone."""
     # With a bias and three dimensions F.linear returns a view, which autograd lets no function with several outputs write to.
-    return not result._is_view()
+    return is_plain(base) and type(result) is Tensor and not result._is_view()

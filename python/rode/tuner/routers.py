@@ -92,15 +92,20 @@ class Routed(NamedTuple):
     Attributes:
         gates: (..., N), exact zeros where closed.
         logits: (..., N) that they came from.
-        open: (..., N) bool, which experts were chosen.
+        chosen: (..., N) bool, which experts were chosen; None where it is those with a gate above 0.
         shares: (..., N), what load balancing averages: the softmax over experts, less the threshold where there is one; None for
             gates without a softmax.
     """
 
     gates: Tensor
     logits: Tensor
-    open: Tensor
+    chosen: Tensor | None = None
     shares: Tensor | None = None
+
+    @property
+    def open(self) -> Tensor:
+        """(..., N) bool, which experts were chosen."""
+        return self.gates > 0 if self.chosen is None else self.chosen
 
 
 def top_experts(logits: Tensor, k: int) -> Tensor:
@@ -206,14 +211,14 @@ def compute_gates(
         return threshold_gates(logits, threshold, config)
     if gate == "softmax":
         gates = (logits / config.temperature).softmax(-1)
-        return Routed(gates, logits, gates > 0, gates)
+        return Routed(gates, logits, None, gates)
     if gate == "relu":
         gates = logits.relu()
     elif gate == "sigmoid":
         gates = sigmoid_gates(logits, config)
     else:
         gates = gumbel_sigmoid_gates(logits, config, training)
-    return Routed(gates, logits, gates > 0)
+    return Routed(gates, logits)
 
 
 def with_universal(gates: Tensor) -> Tensor:

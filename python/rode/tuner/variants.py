@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rode.tuner.routers import Routed
-from rode_kernels import gated_mixture, rectified_mixture
+from rode_kernels import gated_mixture, rectified_linear, rectified_mixture
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
@@ -40,7 +40,8 @@ class Variant(Protocol):
             options: see `Options`.
 
         Returns:
-            y (..., out_features), and the gates (..., N) that `GateStatistics` counts; None for an adapter without a router.
+            y (..., out_features), and the gates (..., N) that `GateStatistics` counts; None for an adapter without a router, and
+            where a rectified router's are read by nobody.
         """
 
 
@@ -59,12 +60,44 @@ class RectifiedRouter:
     def add(
         self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
+        router, bias = self._router(adapter, inputs)
+        result = rectified_mixture(inputs, A, B, router, bias, return_gates=adapter.reads_gates(), **options)
+        return self._kept(adapter, result, x)
+
+    def add_to_product(
+        self,
+        adapter: Gated,
+        x: Tensor,
+        inputs: Tensor,
+        A: Tensor,
+        B: Tensor,
+        dropout_p: float,
+        linear: nn.Linear,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The frozen layer's product and the mixture in one; arguments and results are otherwise those of `add`."""
+        router, bias = self._router(adapter, inputs)
+        result = rectified_linear(
+            *(inputs, linear.weight, linear.bias, A, B, router, bias),
+            ranks=adapter.ranks,
+            scaling=adapter.scaling,
+            dropout_p=dropout_p,
+            return_gates=adapter.reads_gates(),
+        )
+        return self._kept(adapter, result, x)
+
+    def _router(self, adapter: Gated, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         assert adapter.router_weight is not None, "this variant is picked where there is one"
         bias = None if adapter.router_bias is None else operand(adapter.router_bias, inputs)
-        router = operand(adapter.router_weight, inputs)
-        y, gates = rectified_mixture(inputs, A, B, router, bias, return_gates=True, **options)
+        return operand(adapter.router_weight, inputs), bias
+
+    def _kept(
+        self, adapter: Gated, result: Tensor | tuple[Tensor, Tensor], x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(result, Tensor):
+            return result, None
+        y, gates = result
         if adapter.keeps_gates():
-            adapter.keep(Routed(gates, gates, gates > 0), gates, x)
+            adapter.keep(Routed(gates, gates), gates, x)
         return y, gates
 
 

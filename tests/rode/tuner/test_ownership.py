@@ -204,3 +204,24 @@ def test_a_plain_linear_layers_output_is_written_in_place(mlp):
     base = model.base_model.model.lin0.base_layer
     result = base(torch.randn(7, 12, dtype=torch.float64))
     assert ownership.may_write_into(result, base)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 4, 12)], ids=["2d", "3d"])
+def test_product_and_mixture_of_a_plain_layer_are_one_node(mlp, shape):
+    """Also where the layer has a bias and x three dimensions, where `F.linear` returns a view."""
+    model = adapted(mlp, "rode")
+    layer, x = model.base_model.model.lin0, torch.randn(shape, dtype=torch.float64)
+    want = gradients(
+        layer, x, lambda x: nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+    )
+    assert type(layer(x).grad_fn).__name__ == "LinearMixtureFunctionBackward"
+    layer.rode_adapters["default"].B.data.zero_()
+    got = gradients(layer, x, layer)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1], want[1])
+
+
+def test_the_dtype_of_the_base_layer_decides_as_it_does_without_adapters(mlp):
+    model = adapted(mlp, "rode")
+    with pytest.raises(RuntimeError, match="dtype"):  # F.linear's own error
+        model.base_model.model.lin0(torch.randn(7, 12))
