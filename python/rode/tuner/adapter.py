@@ -12,8 +12,9 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.gating import Gated, LayerInfo
 from rode.tuner.ownership import has_hooks
 from rode.tuner.recorder import GateRecorder
+from rode.tuner.rounding import RoundedParameters
 from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
-from rode.tuner.variants import Options, RectifiedRouter, mixed_factors, operand, pick_variant
+from rode.tuner.variants import Options, RectifiedRouter, mixed_factors, pick_variant
 
 
 class Adapter(Gated, nn.Module):
@@ -82,6 +83,7 @@ class Adapter(Gated, nn.Module):
         self.threshold_bias = parameter(1, wanted=threshold)
         self.norm_weight, self.norm_bias = parameter(total, wanted=norm), parameter(total, wanted=norm)
         self.variant = pick_variant(config, experts, router)
+        self.rounded: RoundedParameters | None = None
         self.reset_parameters()
 
     @property
@@ -120,7 +122,9 @@ class Adapter(Gated, nn.Module):
         """
         inputs = _autocast(x)
         dropout_p = self.config.dropout if self.training else 0.0
-        A, B = operand(self.packed_A(), inputs), operand(self.B, inputs)
+        A, B = self.operand("A", inputs), self.operand("B", inputs)
+        if self.config.shared_A:
+            A = A.repeat(len(self.ranks), 1)
         same = base is None or base.dtype == inputs.dtype
         if base is None:
             assert linear is not None, "one of the two is given"
@@ -143,8 +147,12 @@ class Adapter(Gated, nn.Module):
         return y if same or base is None else base + y.to(base.dtype)
 
     def makes_product(self) -> bool:
-        """Whether `forward` can make the frozen layer's output itself, and nobody else is told of its calls."""
-        return isinstance(self.variant, RectifiedRouter) and not has_hooks(self)
+        """Whether `forward` can make the frozen layer's output itself, and may be called past `__call__`: nobody is told of it."""
+        return (
+            isinstance(self.variant, RectifiedRouter)
+            and self._compiled_call_impl is None
+            and not has_hooks(self)
+        )
 
     def _tell(self, recorder: GateRecorder, gates: Tensor) -> None:
         if self.info.block_pass is None or self.info.block_pass.slot == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from rode.tuner.aux_losses import check_ids
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.context import ForwardContext
 from rode.tuner.recorder import GateRecorder
+from rode.tuner.rounding import RoundedParameters, operand
 from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
 
 if TYPE_CHECKING:
@@ -62,6 +63,22 @@ class Gated:
     norm_bias: nn.Parameter | None
     info: LayerInfo
     training: bool  # the module's that this is part of
+    rounded: RoundedParameters | None  # while the model generates
+    _parameters: dict[str, nn.Parameter | None]
+
+    def held(self, name: str) -> Any:
+        """The parameter of this name, or None, without `nn.Module.__getattr__`, which takes ten times as long. FSDP's flat ones are
+        plain attributes."""
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        """The parameter of this name as the operation takes it beside x; while the model generates, rounded once for all tokens."""
+        parameter: Tensor = self.held(name)
+        if parameter.dtype == x.dtype:
+            return parameter
+        if self.rounded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return operand(parameter, x)
+        return self.rounded.of(name, parameter, x)
 
     def gates(self, x: Tensor) -> Tensor:
         """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""

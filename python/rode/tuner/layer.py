@@ -194,7 +194,7 @@ class Linear(nn.Module, RodeLayer):
         active = [] if off else [adapters[name] for name in self.active_adapters if name in adapters]
         block = self.info.block_pass
         if active and not args and not kwargs and block is None and _is_one_product(active[0], base_layer, x):
-            result = active[0](x, None, linear=base_layer)
+            result = active[0].forward(x, None, linear=base_layer)
             del active[0]
         elif block is None:
             result = base_layer(x, *args, **kwargs)

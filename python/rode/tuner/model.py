@@ -32,6 +32,7 @@ from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
+from rode.tuner.rounding import rounded_parameters
 from rode.tuner.targets import (
     DEFAULT_NAMES,
     default_targets,
@@ -247,10 +248,8 @@ class RodeModel(BaseTuner):
     def generate(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
         """Generates as the model does; takes `rode_task_ids` and `rode_cluster_ids` (batch,) beside it."""
         layers = [m for m in self.model.modules() if isinstance(m, RodeLayer) and not m.disable_adapters]
-        active = [
-            m.adapter(name).config for m in layers for name in m.active_adapters if name in m.rode_adapters
-        ]
-        if any(config.gate == "expert-choice" for config in active):
+        active = [m.adapter(name) for m in layers for name in m.active_adapters if name in m.rode_adapters]
+        if any(adapter.config.gate == "expert-choice" for adapter in active):
             raise ValueError(
                 "gate='expert-choice': experts choose among all tokens of a sequence, those to come included, so it cannot "
                 "generate; it is a control for training and scoring"
@@ -270,7 +269,7 @@ class RodeModel(BaseTuner):
         elif prompt is not None:
             self._context.generating = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         try:
-            with given_inputs(self._context, inputs):
+            with given_inputs(self._context, inputs), rounded_parameters(active):
                 return self.model.generate(*args, **kwargs)
         finally:
             self._context.generating = None

@@ -9,13 +9,17 @@ from torch.nn.modules import module as torch_module
 
 # The functions that a plain linear layer runs. A library that replaces either may keep or cache the result.
 _LINEAR_FORWARD, _LINEAR_FUNCTION = nn.Linear.forward, nn.functional.linear
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTS = (Tensor, nn.Parameter)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody else is told of this module's calls: hooks on it, or accelerate's `_hf_hook`."""
-    return "_hf_hook" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS)
+    held = module.__dict__
+    return (
+        "_hf_hook" in held
+        or bool(held["_forward_hooks"] or held["_forward_pre_hooks"])
+        or bool(held["_backward_hooks"] or held["_backward_pre_hooks"])
+    )
 
 
 def is_plain(base: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rode.tuner.rounding import operand
 from rode.tuner.routers import Routed
 from rode_kernels import gated_mixture, rectified_linear, rectified_mixture
 
@@ -86,9 +87,8 @@ class RectifiedRouter:
         return self._kept(adapter, result, x)
 
     def _router(self, adapter: Gated, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        assert adapter.router_weight is not None, "this variant is picked where there is one"
-        bias = None if adapter.router_bias is None else operand(adapter.router_bias, inputs)
-        return operand(adapter.router_weight, inputs), bias
+        bias = adapter.held("router_bias")
+        return adapter.operand("router_weight", inputs), None if bias is None else operand(bias, inputs)
 
     def _kept(
         self, adapter: Gated, result: Tensor | tuple[Tensor, Tensor], x: Tensor
@@ -158,13 +158,6 @@ def pick_variant(config: RodeConfig, experts: int, own_router: bool) -> Variant:
     if config.gate == "relu" and config.router_input == "token" and own_router:
         return RectifiedRouter()
     return GivenGates()
-
-
-def operand(p: Tensor, x: Tensor) -> Tensor:
-    """p in a dtype that the operation takes beside x: x's own, or float32 with 16-bit x."""
-    if p.dtype == x.dtype or (p.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)):
-        return p
-    return p.to(x.dtype)
 
 
 def mixed_factors(A: Tensor, B: Tensor, gates: Tensor, rank: int) -> tuple[Tensor, Tensor]:
