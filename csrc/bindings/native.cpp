@@ -1,4 +1,5 @@
 // Bindings of the CPU core, which takes pointers and sizes. The callers in rode_kernels have checked every argument.
+#include <array>
 #include <tuple>
 #include <vector>
 
@@ -33,6 +34,29 @@ rode::Problem called(rode::Problem p, uintptr_t seed, int threads) {
   return p;
 }
 
+// Several passes that read the same x, run together: the prepared ones, what each call would be given but for the number of threads,
+// that number. `fields`: those of a call, in its order.
+template <class Arrays, class... Owner, class... Type>
+void define_siblings(py::module_& m, const char* name, void (*run)(const rode::Problem*, const Arrays*, int64_t), Type Owner::*... fields) {
+  using Called = std::array<uintptr_t, sizeof...(fields) + 1>;
+  m.def(
+      name,
+      [run, fields...](const std::vector<const rode::Prepared<Arrays>*>& passes, const std::vector<Called>& calls, int threads) {
+        std::vector<rode::Problem> problems;
+        std::vector<Arrays> arrays;
+        for (size_t j = 0; j < passes.size(); ++j) {
+          Arrays a{passes[j]->layout};
+          size_t i = 0;
+          (rode::set(a.*fields, calls.at(j)[i++]), ...);
+          if constexpr (requires { a.dx; }) a.dx.row = passes[j]->problem.in_features, a.dx.column = 1;
+          arrays.push_back(a);
+          problems.push_back(called(passes[j]->problem, calls[j][i], threads));
+        }
+        run(problems.data(), arrays.data(), static_cast<int64_t>(passes.size()));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 // Addresses among the keywords are ignored.
 void define_forward(py::module_& m) {
   using F = rode::ForwardArrays;
@@ -45,6 +69,8 @@ void define_forward(py::module_& m) {
   };
   rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::x, &F::base, &F::y, &F::A, &F::B, &F::router_weight,
                                        &F::router_bias, &F::u, &F::g);
+  define_siblings(m, "forward_siblings", rode::forward_siblings, &F::x, &F::base, &F::y, &F::A, &F::B, &F::router_weight,
+                  &F::router_bias, &F::u, &F::g);
 }
 
 // dx is contiguous; a gradient that nobody asks for has no address.
@@ -60,6 +86,8 @@ void define_backward(py::module_& m) {
   };
   rode::define_call<F, uintptr_t, int>(c, "__call__", run, &F::dy, &F::x, &F::dx, &F::dgates, &F::u, &F::g, &F::A, &F::B,
                                        &F::router_weight, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter_weight, &F::dbias);
+  define_siblings(m, "backward_siblings", rode::backward_siblings, &F::dy, &F::x, &F::dx, &F::dgates, &F::u, &F::g, &F::A, &F::B,
+                  &F::router_weight, &F::v, &F::du, &F::dh, &F::dA, &F::dB, &F::drouter_weight, &F::dbias);
 }
 
 }  // namespace

@@ -1,200 +1,13 @@
-// The backward pass. Compiled once per instruction set; RODE_ISA names the namespace.
+// The backward pass, of one mixture and of several that read the same x. Compiled once per instruction set; RODE_ISA names the
+// namespace.
 //
-// First over tokens, a group of them at a time: t = dy B (grad_output_pass), then v, du and dh (gate_backward), then
-// dx = drop'(du A) + dh Wr (grad_input_pass). Then over columns of the weight gradients.
-#include "expand.h"
+// First over tokens, a group of them at a time (token_gradients.h). Then over columns of the weight gradients
+// (weight_gradients.h).
+#include "siblings.h"
+#include "token_gradients.h"
 #include "weight_gradients.h"
 
 namespace {
-
-template <class T>
-struct BackwardWeights {
-  using C = typename AccumulationOf<T>::type;
-  RowsOf<typename Path<T>::Row> B;    // B^T, (R, O); no data: the thread that needs it lays it out
-  const typename Path<T>::Column* A;  // in chunks; null: the same
-  const C* router_weight;             // in chunks of the same width; with A
-  Chunks chunks;
-  int64_t terms;
-};
-
-// dx = drop'(sums) + dh Wr.
-template <class T>
-struct IntoInputGradient {
-  using C = typename AccumulationOf<T>::type;
-  const rode::Problem& p;
-  const rode::BackwardArrays& a;
-  const BackwardWeights<T>& w;
-  int64_t m0, first;  // of the chunk
-  const C* router_chunk;
-
-  void prefetch(int64_t i, int64_t c, RowPrefetcher& prefetcher) const {
-    prefetcher.add(static_cast<T*>(a.dx.data) + (m0 + i) * a.dx.row + c);
-  }
-
-  template <int TM, int V>
-  RODE_INLINE void add(const int64_t* tokens, int64_t c, int64_t n, Vector<C> (&sums)[TM][V]) const {
-    constexpr int64_t lanes = kLanes<C>;
-    const C* g = static_cast<const C*>(a.g) + (m0 + tokens[0]) * p.experts;  // open experts are the same for all of them
-    if (p.dropout.on && any_open(g, p.experts)) RODE_UNROLL for (int m = 0; m < TM; ++m) {
-        C kept[V * lanes];  // sums themselves stay in registers
-        RODE_UNROLL for (int i = 0; i < V; ++i) store(kept + i * lanes, sums[m][i]);
-        drop(p.dropout, static_cast<uint64_t>(m0 + tokens[m]) * p.in_features + c, n, kept, kept);
-        RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
-      }
-    if (a.router_weight) {
-      const C* router = router_chunk + (c - first);
-      for (int64_t e = 0; e < p.experts; ++e) {
-        if (g[e] == 0) continue;
-        Vector<C> of_row[V];
-        RODE_UNROLL for (int i = 0; i < V; ++i) of_row[i] = load(router + e * w.chunks.width + i * lanes);
-        RODE_UNROLL for (int m = 0; m < TM; ++m) {
-          const C dh = static_cast<const C*>(a.dh)[(m0 + tokens[m]) * p.experts + e];
-          RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] += dh * of_row[i];
-        }
-      }
-    }
-    RODE_UNROLL for (int m = 0; m < TM; ++m) {
-      T* dx = static_cast<T*>(a.dx.data) + (m0 + tokens[m]) * a.dx.row + c;
-      RODE_UNROLL for (int i = 0; i < V; ++i) if ((i + 1) * lanes <= n) { store_narrow<T>(dx + i * lanes, sums[m][i]); }
-      else {
-        T last[lanes];
-        store_narrow<T>(last, sums[m][i]);
-        for (int64_t l = 0; i * lanes + l < n; ++l) dx[i * lanes + l] = last[l];
-      }
-    }
-  }
-};
-
-template <class T>
-class TokenGradients {
-  using C = typename AccumulationOf<T>::type;
-  using Row = typename Path<T>::Row;
-
- public:
-  TokenGradients(const rode::Problem& problem, const rode::BackwardArrays& arrays, const BackwardWeights<T>& weights, int64_t block)
-      : p(problem),
-        a(arrays),
-        w(weights),
-        block_(block),
-        dy_(a.dy && !is_direct<T, Row>(a.dy) ? block_ * p.out_features : 0),
-        B_(a.dy && w.B.data == nullptr ? w.B.width * p.total_rank : 0),
-        ranges_(p.experts),
-        A_(a.dx && w.A == nullptr ? w.chunks.width * w.terms : 0),
-        router_(a.dx && a.router_weight && w.A == nullptr ? w.chunks.width * p.experts : 0),
-        t_(block_ * p.total_rank),
-        dots_(p, block_),
-        up_(p, w.terms, w.chunks.width) {}
-
-  // t, then v, du and dh of tokens [m0, m0 + tokens).
-  void grad_output_pass(int64_t m0, int64_t tokens) {
-    for (int64_t i = 0; i < tokens; i += block_) grad_output_block(m0 + i, tokens - i < block_ ? tokens - i : block_);
-  }
-
-  // t (M, R) of all tokens, for the team member's share of ranks.
-  void grad_output_pass(Team team, C* t) {
-    const C* g = static_cast<const C*>(a.g);
-    const Range mine = ranks_of_thread(p, g, p.tokens, team);
-    for (int64_t i = 0; i < p.tokens; ++i)
-      for (int64_t r = mine.begin; r < mine.end; ++r) t[i * p.total_rank + r] = 0;
-    for (int64_t m0 = 0; a.dy && m0 < p.tokens; m0 += block_) {
-      const int64_t tokens = p.tokens - m0 < block_ ? p.tokens - m0 : block_;
-      const C* of_block = g + m0 * p.experts;
-      const Row* rows[kGroupTokens];
-      gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
-      const Ranges wanted =
-          wanted_ranges(p, of_block, tokens, p.dense, [&](int64_t e) { return within(p, e, mine); }, ranges_.get());
-      const auto make = [&](int64_t i, Row* out) {
-        pack_transposed<T>(a.B, i, {w.B.width, 0}, wanted, p.total_rank, p.out_features, out);
-      };
-      const RowsMade<Row, decltype(make)> B{make, B_.get(), p.total_rank, p.out_features, w.B.width};
-      dots_.where_open(of_block, rows, tokens, B, mine, t + m0 * p.total_rank, {});
-    }
-  }
-
-  // v, du and dh of token m from its t.
-  void gate_backward(int64_t m, const C* t) const {
-    gate_backward(m, static_cast<const C*>(a.g) + m * p.experts, t + m * p.total_rank);
-  }
-
-  // Takes du of these tokens, for `grad_input_pass`.
-  void take(int64_t m0, int64_t tokens) {
-    m0_ = m0;
-    const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
-    const C* du = static_cast<const C*>(a.du) + m0 * p.total_rank;
-    for (int64_t i = 0; i < tokens; ++i) up_.token(i, g + i * p.experts, du + i * p.total_rank);
-    up_.group(tokens, g, false);
-    if (w.A == nullptr) wanted_ = up_.open_terms(tokens, g);
-  }
-
-  // Chunk i of dx.
-  void grad_input_pass(int64_t i) {
-    const int64_t first = i * w.chunks.width;
-    const typename Path<T>::Column* A = w.A == nullptr ? A_.get() : w.A + first * w.terms;
-    const C* router = w.A == nullptr ? router_.get() : a.router_weight ? w.router_weight + first * p.experts : nullptr;
-    if (w.A == nullptr) {
-      const Range experts{0, p.experts};
-      pack_rows_as_columns<T>(p, a.A, i, w.chunks, wanted_, A_.get());
-      if (a.router_weight) pack_rows<T>(a.router_weight, i, w.chunks, {&experts, 1}, p.in_features, router_.get());
-    }
-    IntoInputGradient<T> output{p, a, w, m0_, first, router};
-    up_.chunk(A, w.chunks.width, first, w.chunks.columns(i, p.in_features), output);
-  }
-
- private:
-  void grad_output_block(int64_t m0, int64_t tokens) {
-    const C* g = static_cast<const C*>(a.g) + m0 * p.experts;
-    C* t = t_.get();
-    for (int64_t i = 0; i < tokens * p.total_rank; ++i) t[i] = 0;
-    if (a.dy) {
-      const Row *rows[kBlockTokens], *next[kBlockTokens];
-      gather_rows<T>(a.dy, m0, tokens, 0, p.out_features, dy_.get(), rows);
-      const int64_t left = p.tokens - m0 - tokens, of_next = left < block_ ? left : block_;
-      const bool direct = is_direct<T, Row>(a.dy);
-      if (direct) gather_rows<T>(a.dy, m0 + tokens, of_next, 0, p.out_features, dy_.get(), next);
-      dots_.where_open(g, rows, tokens, w.B, {0, p.total_rank}, t, {next, direct ? of_next : 0});
-    }
-    for (int64_t i = 0; i < tokens; ++i) gate_backward(m0 + i, g + i * p.experts, t + i * p.total_rank);
-  }
-
-  void gate_backward(int64_t m, const C* g, const C* t) const {
-    const C* u = static_cast<const C*>(a.u) + m * p.total_rank;
-    C* du = static_cast<C*>(a.du) + m * p.total_rank;
-    C* v = a.v == nullptr ? nullptr : static_cast<C*>(a.v) + m * p.total_rank;
-    for (int64_t e = 0; e < p.experts; ++e) {
-      const int64_t begin = p.offsets[e], width = p.offsets[e + 1] - begin;
-      const C scaling = static_cast<C>(p.scaling[e]);
-      const bool open = g[e] != 0;
-      C dg = 0;
-      for (int64_t j = begin; (open || p.dense) && j < begin + width; ++j) dg += t[j] * u[j];
-      if (open) {
-        scale_rounded<T, C>(scaling * g[e], t + begin, width, du + begin);
-        if (v != nullptr) scale_rounded<T, C>(scaling * g[e], u + begin, width, v + begin);
-      } else {  // never 0 * infinity
-        for (int64_t j = begin; j < begin + width; ++j) du[j] = C(0);
-        for (int64_t j = begin; v != nullptr && j < begin + width; ++j) v[j] = C(0);
-      }
-      dg *= scaling;
-      if (a.router_weight) {
-        if (a.dgates != nullptr) dg += static_cast<const C*>(a.dgates)[m * p.experts + e];
-        if (!open) dg = 0;
-      }
-      static_cast<C*>(a.dh)[m * p.experts + e] = dg;
-    }
-  }
-
-  const rode::Problem& p;
-  const rode::BackwardArrays& a;
-  const BackwardWeights<T>& w;
-  const int64_t block_;
-  int64_t m0_ = 0;
-  Ranges wanted_{};
-  Scratch<Row> dy_, B_;
-  Scratch<Range> ranges_;
-  Scratch<typename Path<T>::Column> A_;
-  Scratch<C> router_, t_;
-  Dots<Row> dots_;
-  Expansion<T> up_;
-};
 
 template <class C>
 void bias_gradient(const rode::Problem& p, const rode::BackwardArrays& a) {
@@ -302,12 +115,137 @@ void backward(const rode::Problem& p, const rode::BackwardArrays& a) {
   if (a.dbias != nullptr) bias_gradient<C>(p, a);
 }
 
+// The weights of one of several mixtures, as many tokens read them. `of_dx`: chunks of dx, the same for all of them.
+template <class T>
+struct BackwardLayout {
+  using C = typename AccumulationOf<T>::type;
+
+  BackwardLayout(const rode::Problem& problem, const rode::BackwardArrays& arrays, const Chunks& of_dx)
+      : p(problem),
+        a(arrays),
+        terms(terms_of<T>(p)),
+        of_B(row_chunks<typename Path<T>::Row>(p.out_features)),
+        chunks(of_dx),
+        B(a.dy ? of_B.count * of_B.width * p.total_rank : 0),
+        A(a.dx ? chunks.count * chunks.width * terms : 0),
+        router(a.dx && a.router_weight ? chunks.count * chunks.width * p.experts : 0) {}
+
+  void fill(Team team) const {
+    const Range all_ranks{0, p.total_rank}, all_terms{0, terms}, experts{0, p.experts};
+    team.each(a.dy ? of_B.count : 0, [&](int64_t i) {
+      pack_transposed<T>(a.B, i, of_B, {&all_ranks, 1}, p.total_rank, p.out_features, B.get() + i * of_B.width * p.total_rank);
+    });
+    team.each(a.dx ? chunks.count : 0, [&](int64_t i) {
+      pack_rows_as_columns<T>(p, a.A, i, chunks, {&all_terms, 1}, A.get() + i * chunks.width * terms);
+      if (a.router_weight)
+        pack_rows<T>(a.router_weight, i, chunks, {&experts, 1}, p.in_features, router.get() + i * chunks.width * p.experts);
+    });
+  }
+
+  BackwardWeights<T> weights() const {
+    return {{B.get(), p.total_rank, p.out_features, of_B.width}, A.get(), router.get(), chunks, terms};
+  }
+
+  const rode::Problem& p;
+  const rode::BackwardArrays& a;
+  const int64_t terms;
+  const Chunks of_B, chunks;
+  Scratch<typename Path<T>::Row> B;
+  Scratch<typename Path<T>::Column> A;
+  Scratch<C> router;
+};
+
+// A unit of tokens goes through dy of one mixture after the other, then through dx, chunk by chunk, each of which all of them add
+// to before it is written. Weight gradients: all of them take a block of x before the next one comes.
+template <class T>
+void backward_siblings(const rode::Problem* p, const rode::BackwardArrays* a, int64_t count) {
+  using C = typename AccumulationOf<T>::type;
+  const int64_t tokens = p->tokens, unit = unit_of_all(p, count), units = (tokens + unit - 1) / unit;
+  const auto reads_x = [&](int64_t j) { return a[j].dA != nullptr || a[j].drouter_weight != nullptr; };
+  const auto out_columns = [&](int64_t j) { return a[j].dB != nullptr && a[j].dy ? p[j].out_features : 0; };
+  int64_t most_terms = 0, in_columns = 0, parts = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    most_terms = terms_of<T>(p[j]) > most_terms ? terms_of<T>(p[j]) : most_terms;
+    if (reads_x(j)) in_columns = p->in_features;
+    parts += parts_of(out_columns(j));
+    if (a[j].dB != nullptr && !a[j].dy)
+      std::memset(a[j].dB, 0, p[j].total_rank * p[j].out_features * (a[j].B.in_acc_dtype ? sizeof(C) : sizeof(T)));
+  }
+  parts += parts_of(in_columns);
+  const int threads = thread_count(*p, units > parts ? units : parts);
+  const Chunks chunks = column_chunks<T>(p->in_features, most_terms);
+  const int64_t of_dx = a->dx ? chunks.count : 0;
+  const bool own = own_weights<T>(p, count);
+  Each<OpenTokens<T>> open;
+  for (int64_t j = 0; j < count; ++j) open.add(p[j], a[j].dA != nullptr, out_columns(j) > 0);
+  Each<BackwardLayout<T>> shared;
+  for (int64_t j = 0; j < count && !own; ++j) shared.add(p[j], a[j], chunks);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const Team team = Team::current();
+    {
+      Each<BackwardLayout<T>> mine;
+      for (int64_t j = 0; j < count && own; ++j) mine.add(p[j], a[j], chunks);
+      const Each<BackwardLayout<T>>& layouts = own ? mine : shared;
+      std::vector<BackwardWeights<T>> weights;
+      for (int64_t j = 0; j < count; ++j) {
+        layouts[j].fill(own ? Team{0, 1} : team);
+        weights.push_back(layouts[j].weights());
+      }
+      if (!own) {
+#pragma omp barrier
+      }
+      Each<TokenGradients<T>> passes;
+      for (int64_t j = 0; j < count; ++j) passes.add(p[j], a[j], weights[j], block_tokens(p[j]));
+      Scratch<C> chunk(of_dx > 0 ? kGroupTokens * chunks.width : 0);
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < units; ++b) {
+        const int64_t m0 = b * unit, some = tokens - m0 < unit ? tokens - m0 : unit;
+        for (int64_t j = 0; j < count; ++j) {
+          passes[j].grad_output_pass(m0, some);
+          if (of_dx > 0) passes[j].take(m0, some);
+        }
+        for (int64_t i = 0; i < of_dx; ++i)
+          for (int64_t j = 0; j < count; ++j) passes[j].grad_input_pass(i, {chunk.get(), j == 0, j + 1 == count});
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const bool with_x = a[j].dA != nullptr, with_dy = out_columns(j) > 0, with_dh = a[j].drouter_weight != nullptr;
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < (with_x || with_dy || with_dh ? open[j].blocks() : 0); ++b)
+        open[j].collect(b, static_cast<const C*>(a[j].g), with_x ? static_cast<const C*>(a[j].du) : nullptr,
+                        with_dy ? static_cast<const C*>(a[j].v) : nullptr, with_dh ? static_cast<const C*>(a[j].dh) : nullptr);
+    }
+    Each<WeightGradients<T>> passes;
+    for (int64_t j = 0; j < count; ++j) passes.add(p[j], a[j], open[j]);
+    const int64_t begin = first_column(in_columns, team.thread, team.threads, true),
+                  end = first_column(in_columns, team.thread + 1, team.threads, true);
+    for (int64_t c = begin; c < end; c += kColumns) {
+      const int64_t n = end - c < kColumns ? end - c : kColumns;
+      for (int64_t j = 0; j < count; ++j) passes[j].start();
+      for (int64_t block = 0; block < open[0].blocks(); ++block)
+        for (int64_t j = 0; j < count; ++j)
+          if (reads_x(j)) passes[j].add_input(block, c, n, end);
+      for (int64_t j = 0; j < count; ++j) passes[j].finish_input(c, n);
+    }
+    for (int64_t j = 0; j < count; ++j)
+      passes[j].output_columns(first_column(out_columns(j), team.thread, team.threads, false),
+                               first_column(out_columns(j), team.thread + 1, team.threads, false));
+  }
+  for (int64_t j = 0; j < count; ++j)
+    if (a[j].dbias != nullptr) bias_gradient<C>(p[j], a[j]);
+}
+
 }  // namespace
 
 namespace rode::RODE_ISA {
 
 void backward(const Problem& p, const BackwardArrays& a) {
   with_type(p.dtype, [&](auto of) { ::backward<decltype(of)>(p, a); });
+}
+
+void backward_siblings(const Problem* p, const BackwardArrays* a, int64_t count) {
+  with_type(p->dtype, [&](auto of) { ::backward_siblings<decltype(of)>(p, a, count); });
 }
 
 }  // namespace rode::RODE_ISA

@@ -16,6 +16,8 @@ namespace rode {
   void forward(const Problem&, const ForwardArrays&);              \
   void backward(const Problem&, const BackwardArrays&);            \
   void keep_mask(const Dropout&, uint64_t, int64_t, float*); \
+  void forward_siblings(const Problem*, const ForwardArrays*, int64_t);   \
+  void backward_siblings(const Problem*, const BackwardArrays*, int64_t); \
   }
 RODE_FOR_EACH_ISA(RODE_DECLARE)
 
@@ -26,6 +28,8 @@ struct Isa {
   bool (*supported)();
   void (*forward)(const Problem&, const ForwardArrays&);
   void (*backward)(const Problem&, const BackwardArrays&);
+  void (*forward_siblings)(const Problem*, const ForwardArrays*, int64_t);
+  void (*backward_siblings)(const Problem*, const BackwardArrays*, int64_t);
   void (*keep_mask)(const Dropout&, uint64_t, int64_t, float*);
 };
 
@@ -42,7 +46,8 @@ bool has_avx2() {
 #endif
 bool has_generic() { return true; }
 
-#define RODE_ROW(NAME) {#NAME, has_##NAME, NAME::forward, NAME::backward, NAME::keep_mask},
+#define RODE_ROW(NAME) \
+  {#NAME, has_##NAME, NAME::forward, NAME::backward, NAME::forward_siblings, NAME::backward_siblings, NAME::keep_mask},
 const Isa kIsas[] = {RODE_FOR_EACH_ISA(RODE_ROW)};  // best first
 const Isa* chosen = nullptr;
 
@@ -79,6 +84,8 @@ bool has_openmp() {
 
 void forward(const Problem& p, const ForwardArrays& a) { current().forward(p, a); }
 void backward(const Problem& p, const BackwardArrays& a) { current().backward(p, a); }
+void forward_siblings(const Problem* p, const ForwardArrays* a, int64_t count) { current().forward_siblings(p, a, count); }
+void backward_siblings(const Problem* p, const BackwardArrays* a, int64_t count) { current().backward_siblings(p, a, count); }
 void keep_mask(const Dropout& d, uint64_t first, int64_t n, float* out) { current().keep_mask(d, first, n, out); }
 
 }  // namespace rode

@@ -15,6 +15,10 @@ bool has_openmp();
 
 void forward(const Problem& problem, const ForwardArrays& arrays);
 void backward(const Problem& problem, const BackwardArrays& arrays);
+// `count` mixtures that read the same x, in arrays that lie in a row. They have the same dtype, tokens, in_features and threads;
+// dropout's seeds may differ. All of them have the same dx, which gets the sum, or none has one.
+void forward_siblings(const Problem* problems, const ForwardArrays* arrays, int64_t count);
+void backward_siblings(const Problem* problems, const BackwardArrays* arrays, int64_t count);
 // 1 where dropout keeps element first + i of x, else 0.
 void keep_mask(const Dropout& dropout, uint64_t first, int64_t n, float* out);
 

@@ -31,7 +31,42 @@ class WeightGradients {
 
   // Columns [begin, end) of dA and of the router's gradient, from the same rows of x.
   void input_columns(int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c += kColumns) input_columns(c, end - c < kColumns ? end - c : kColumns, end);
+    for (int64_t c = begin; c < end; c += kColumns) {
+      const int64_t n = end - c < kColumns ? end - c : kColumns;
+      start();
+      for (int64_t block = 0; block < open_.blocks(); ++block) add_input(block, c, n, end);
+      finish_input(c, n);
+    }
+  }
+
+  // The same in pieces, columns [c, c + n) of [.., end): several mixtures take a block of x in turn.
+  void start() {
+    for (int64_t i = 0; i < (p.total_rank + p.experts) * kColumns; ++i) sums_.get()[i] = C(0);
+  }
+  void add_input(int64_t block, int64_t c, int64_t n, int64_t end) {
+    C* const of_A = sums_.get();
+    C* const of_router = of_A + p.total_rank * kColumns;
+    const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
+    const Row* rows[kSumTokens];
+    take_rows(a.x, block, m0, tokens, c, n, rows);
+    MatrixPrefetcher prefetcher = after(a.x, m0 + tokens, c, n, end);
+    if (a.drouter_weight != nullptr) router_columns(block, m0, tokens, n, rows, of_router, prefetcher);
+    if (a.dA == nullptr) return;
+    if (p.dropout.on)
+      for (int64_t i = 0; i < tokens; ++i) {
+        if (!any_open(static_cast<const C*>(a.g) + (m0 + i) * p.experts, p.experts)) continue;
+        Row* out = dropped_.get() + i * kColumns;
+        drop(p.dropout, static_cast<uint64_t>(m0 + i) * p.in_features + c, n, rows[i], out);
+        rows[i] = out;
+      }
+    for (int64_t e = 0; e < p.experts; ++e)
+      expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, prefetcher);
+  }
+  void finish_input(int64_t c, int64_t n) const {
+    const C* const of_A = sums_.get();
+    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.in_acc_dtype, a.dA, c, n);
+    if (a.drouter_weight != nullptr)
+      write_rows(of_A + p.total_rank * kColumns, p.experts, a.router_weight.in_acc_dtype, a.drouter_weight, c, n);
   }
 
   // Rows [begin, end) of dB.
@@ -40,33 +75,8 @@ class WeightGradients {
   }
 
  private:
-  void input_columns(int64_t c, int64_t n, int64_t end) {
-    C* const of_A = sums_.get();
-    C* const of_router = of_A + p.total_rank * kColumns;
-    clear();
-    for (int64_t block = 0; block < open_.blocks(); ++block) {
-      const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
-      const Row* rows[kSumTokens];
-      take_rows(a.x, block, m0, tokens, c, n, rows);
-      MatrixPrefetcher prefetcher = after(a.x, m0 + tokens, c, n, end);
-      if (a.drouter_weight != nullptr) router_columns(block, m0, tokens, n, rows, of_router, prefetcher);
-      if (a.dA == nullptr) continue;
-      if (p.dropout.on)
-        for (int64_t i = 0; i < tokens; ++i) {
-          if (!any_open(static_cast<const C*>(a.g) + (m0 + i) * p.experts, p.experts)) continue;
-          Row* out = dropped_.get() + i * kColumns;
-          drop(p.dropout, static_cast<uint64_t>(m0 + i) * p.in_features + c, n, rows[i], out);
-          rows[i] = out;
-        }
-      for (int64_t e = 0; e < p.experts; ++e)
-        expert(block, e, open_.of_x(block, e), rows, n, of_A + p.offsets[e] * kColumns, prefetcher);
-    }
-    if (a.dA != nullptr) write_rows(of_A, p.total_rank, a.A.in_acc_dtype, a.dA, c, n);
-    if (a.drouter_weight != nullptr) write_rows(of_router, p.experts, a.router_weight.in_acc_dtype, a.drouter_weight, c, n);
-  }
-
   void output_columns(int64_t c, int64_t n, int64_t end) {
-    clear();
+    start();
     for (int64_t block = 0; block < open_.blocks(); ++block) {
       const int64_t m0 = block * kSumTokens, tokens = p.tokens - m0 < kSumTokens ? p.tokens - m0 : kSumTokens;
       const Row* rows[kSumTokens];
@@ -147,10 +157,6 @@ class WeightGradients {
       for (int64_t i = 0; i < count; ++i) chosen[i] = rows[open_.tokens(block, e)[i]];
       outer(open_.of_router(block, e), 1, chosen, count, n, out + e * kColumns, kColumns, prefetcher);
     }
-  }
-
-  void clear() {
-    for (int64_t i = 0; i < (p.total_rank + p.experts) * kColumns; ++i) sums_.get()[i] = C(0);
   }
 
   // Columns [c, c + n) of a gradient's rows.

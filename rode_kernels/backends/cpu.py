@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -95,6 +96,7 @@ def _problem(key: _Key) -> dict[str, object]:
     return {**problem, "A": A, "B": B, "router_weight": router_weight}
 
 
+@lru_cache(maxsize=4096)
 def _native_forward(key: _Key, x: _Strides, base: _Strides | None, y: _Strides) -> Any:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
     return _native.ForwardArrays(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
@@ -173,15 +175,25 @@ def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple
 
 def _run_backward(run: Any, shape: tuple[int, ...], operands: BackwardOperands, needs: Needs) -> Gradients:
     """Gradients by a native backward pass; dx in `shape`, each gradient in its parameter's dtype."""
+    dx = operands.x.new_empty(shape) if needs[0] else None
+    addresses, grads, _kept = backward_call(operands, needs, dx)
+    run(*addresses, torch.get_num_threads())
+    return grads
+
+
+def backward_call(
+    operands: BackwardOperands, needs: Needs, dx: Tensor | None
+) -> tuple[list[int], Gradients, Sequence[Tensor | None]]:
+    """The addresses that a native backward pass takes, the gradients that it will have written, in each parameter's dtype, and
+    what must live until then."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
-    need_x, need_A, need_B, need_router, need_bias, need_gates = needs
+    _, need_A, need_B, need_router, need_bias, need_gates = needs
     M, R = u.shape
     empty = u.new_empty  # in the accumulation dtype, as u is
     if dgates is not None:
         dgates = dgates.to(u.dtype).contiguous()
     factors = empty(2 if need_B else 1, M, R)  # du, and v where dB is a sum of its rows
     dh = empty(g.shape)  # gradient of the router's logits, or of the gates where no router is
-    dx = x.new_empty(shape) if need_x else None
     dA = A.new_empty(A.shape) if need_A else None
     dB = B.new_empty(B.shape) if need_B else None
     drouter_weight = None
@@ -189,7 +201,7 @@ def _run_backward(run: Any, shape: tuple[int, ...], operands: BackwardOperands, 
         drouter_weight = router_weight.new_empty(router_weight.shape)
     drouter_bias = empty(g.shape[1]) if need_bias else None
     du = factors.data_ptr()
-    run(
+    addresses = [
         0 if dy is None else dy.data_ptr(),
         x.data_ptr(),
         0 if dx is None else dx.data_ptr(),
@@ -207,9 +219,9 @@ def _run_backward(run: Any, shape: tuple[int, ...], operands: BackwardOperands, 
         0 if drouter_weight is None else drouter_weight.data_ptr(),
         0 if drouter_bias is None else drouter_bias.data_ptr(),
         0 if seed is None else seed.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return Gradients._make((dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None))
+    ]
+    grads = Gradients._make((dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None))
+    return addresses, grads, (dgates, factors, dh)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
@@ -217,3 +229,45 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
     dy, x = operands.dy, operands.x
     run = _native_backward(_key(operands, settings), None if dy is None else dy.stride(), x.stride())
     return _run_backward(run, x.shape, operands, needs)
+
+
+# As `kGroupTokens` in csrc/cpu/expand.h: so few tokens share the weights among threads, and their x stays in cache anyway.
+_FEW_TOKENS = 128
+
+
+def forward_siblings(
+    operands: Sequence[ForwardOperands], settings: Sequence[Settings]
+) -> list[Outputs] | None:
+    """The forward passes of mixtures that read the same x, in place where there is a base; None where one by one is as good."""
+    x = operands[0].x
+    if x.shape[0] <= _FEW_TOKENS:
+        return None
+    passes, calls, outputs = [], [], []
+    empty, acc_dtype = x.new_empty, accumulation_dtype(x.dtype)
+    for o, s in zip(operands, settings, strict=True):
+        y = empty(x.shape[0], o.B.shape[0]) if o.base is None else o.base
+        u = empty(x.shape[0], s.mixture.total_rank, dtype=acc_dtype)
+        g = empty(x.shape[0], s.mixture.num_experts, dtype=acc_dtype)
+        base_stride = None if o.base is None else o.base.stride()
+        passes.append(_native_forward(_key(o, s), x.stride(), base_stride, y.stride()))
+        tensors = (x, o.base, y, o.A, o.B, o.router_weight, o.router_bias, u, g, o.seed)
+        calls.append([0 if t is None else t.data_ptr() for t in tensors])
+        outputs.append((y, u, g))
+    _native.forward_siblings(passes, calls, torch.get_num_threads())
+    return outputs
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients] | None:
+    """The backward passes of mixtures that read the same x: the first one has the sum of the gradients of x. None as above."""
+    x = operands[0].x
+    if x.shape[0] <= _FEW_TOKENS:
+        return None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0][0] else None
+    passes, calls = [], []
+    for o, s, n in zip(operands, settings, needs, strict=True):
+        passes.append(_native_backward(_key(o, s), None if o.dy is None else o.dy.stride(), x.stride()))
+        calls.append(backward_call(o, n, dx))
+    _native.backward_siblings(passes, [addresses for addresses, _, _ in calls], torch.get_num_threads())
+    return [grads._replace(x=None if j else dx) for j, (_, grads, _) in enumerate(calls)]

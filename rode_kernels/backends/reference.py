@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -122,6 +124,12 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
 
 def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The gradients that `needs` asks for. With `dense`, gates get scaling_i <t_i, u_i> where they are closed too."""
+    grads = _backward(operands, settings, needs)
+    return grads if grads.x is None else grads._replace(x=grads.x.to(operands.x.dtype))
+
+
+def _backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
+    """`backward`, with dx in the accumulation dtype."""
     dy, dgates, x, u, g, A, B, router_weight, seed = operands
     mixture, dropout_p, dense = settings
     need_x, need_A, need_B, need_router, need_bias, need_gates = needs
@@ -156,10 +164,25 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
         drouter_weight = (dh.t() @ x_acc).to(router_weight.dtype)
         drouter_bias = dh.sum(0)
     return Gradients(
-        dx.to(x.dtype) if need_x else None,
+        dx if need_x else None,
         dA.to(A.dtype) if need_A else None,
         dB.to(B.dtype) if need_B else None,
         drouter_weight if need_router else None,
         drouter_bias if need_bias else None,
         dg if need_gates else None,
     )
+
+
+def forward_siblings(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -> list[Outputs]:
+    """`forward` of every mixture; all of them have the same x."""
+    return [forward(o, s, False) for o, s in zip(operands, settings, strict=True)]
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients]:
+    """`backward` of every mixture. The first one's gradient of x is the sum over all of them, the others have none."""
+    grads = [_backward(o, s, n) for o, s, n in zip(operands, settings, needs, strict=True)]
+    of_x = [g.x for g in grads if g.x is not None]
+    total = torch.stack(of_x).sum(0).to(operands[0].x.dtype) if of_x else None
+    return [g._replace(x=None if i else total) for i, g in enumerate(grads)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -37,6 +38,17 @@ class Backend(Protocol):
 
     def backward(self, operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
         """The backward pass, see `reference.backward`."""
+
+    def forward_siblings(
+        self, operands: Sequence[ForwardOperands], settings: Sequence[Settings]
+    ) -> list[Outputs] | None:
+        """The forward passes of mixtures that read the same x, in place where there is a base; None where it has no joint pass
+        for them, or one that is no better than one call after the other."""
+
+    def backward_siblings(
+        self, operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+    ) -> list[Gradients] | None:
+        """The backward passes, see `reference.backward_siblings`; None as above."""
 
 
 # and the devices they serve; none named means any

@@ -237,3 +237,17 @@ def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple
         return _on_stream(run, device, operands)
 
     return prepared
+
+
+def forward_siblings(
+    operands: Sequence[ForwardOperands], settings: Sequence[Settings]
+) -> list[Outputs] | None:
+    """None: there is no joint pass."""
+    return None
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients] | None:
+    """None: there is no joint pass."""
+    return None

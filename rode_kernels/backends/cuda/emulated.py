@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,3 +91,17 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
 
 
 refuses = beyond_kernels
+
+
+def forward_siblings(
+    operands: Sequence[ForwardOperands], settings: Sequence[Settings]
+) -> list[Outputs] | None:
+    """None: there is no joint pass."""
+    return None
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients] | None:
+    """None: there is no joint pass."""
+    return None

@@ -6,6 +6,7 @@ Triton is imported at the first call that wants it: it is large, and not a depen
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -85,3 +86,17 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
     with torch.cuda.device_of(operands.x):
         run = launch_gates.backward if by_gemm else launch_backward.backward
         return run(operands, settings, needs)
+
+
+def forward_siblings(
+    operands: Sequence[ForwardOperands], settings: Sequence[Settings]
+) -> list[Outputs] | None:
+    """None: there is no joint pass."""
+    return None
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients] | None:
+    """None: there is no joint pass."""
+    return None

@@ -207,6 +207,7 @@ def test_other_instruction_sets(isa):
         f"{shared}::test_parameter_dtypes",
         f"{shared}::test_random_problems",
         f"{shared}::test_strides",
+        f"{TESTS / 'rode_kernels' / 'test_siblings.py'}::test_values_and_gradients",
         f"{__file__}::test_cpu_threads_share_the_weights_of_few_tokens",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own_where_experts_are_many",

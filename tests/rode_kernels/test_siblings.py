@@ -1,0 +1,155 @@
+"""Mixtures that read the same x, together, on every backend that is available here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixture_oracle import MIXED, threads
+from rode_kernels import backends
+from rode_kernels.backends.registry import select_backend
+from rode_kernels.mixture import make_mixture
+from rode_kernels.siblings import SiblingNeeds, mixtures_forward
+from sibling_problems import PARAMETERS, check, random_siblings, run, siblings_of, with_dropout
+
+ONE_PASS = ("reference", "cpu")  # backends that take siblings together
+SHAPES = {
+    "few tokens": dict(tokens=(5,), K=24),
+    "q and v": dict(tokens=(2, 83), K=136, widths=(72, 40)),
+    "q, k, v": dict(tokens=(130,), K=200, widths=(72, 24, 24), ranks=((2, 4, 8, 16), (8,), (1, 1, 30))),
+    "odd": dict(tokens=(141,), K=33, widths=(19, 130), ranks=((3,), (5, 7, 9))),
+}
+
+
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(backend, shape, dtype, parameter_dtype):
+    check(random_siblings(**SHAPES[shape], dtype=dtype, parameter_dtype=parameter_dtype), backend)
+
+
+@pytest.mark.parametrize("seeds", [[7, 7], [7, 8]], ids=["one mask", "own masks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout(backend, dtype, seeds):
+    problems = random_siblings((133,), K=72, dtype=dtype)
+    check(with_dropout(problems, 0.3, seeds), backend)
+
+
+def test_closed_and_open_experts_side_by_side(backend):
+    """Nothing is open for the first, everything for the second."""
+    problems = random_siblings((140,), K=64)
+    problems[0].router_bias.fill_(-1e9)
+    problems[1].router_bias.fill_(10.0)
+    found = check(problems, backend)
+    assert torch.equal(found.ys[0], problems[0].base)
+    assert (found.grads[0]["A"] == 0).all()
+
+
+def test_a_closed_experts_values_reach_nothing(backend):
+    """Not even if they are not finite, in u that is saved, and in dx."""
+    problems = random_siblings((140,), K=64, dgates=False)
+    problems[0].router_bias[0] = -1e9
+    found = run(problems, backend)
+    assert (found.us[0][:, :2] == 0).all()
+    assert all(t.isfinite().all() for t in (*found.ys, found.dx))
+
+
+def test_without_a_base_or_a_bias(backend):
+    check(random_siblings((130,), K=40, base=False, bias=False), backend)
+
+
+@pytest.mark.parametrize("without", [(0,), (1,), (0, 1)], ids=str)
+def test_no_gradient_reaches_some(backend, without):
+    """dy of some is None; their gates still have a gradient, or nothing has."""
+    problems = random_siblings((130,), K=40)
+    check(problems, backend, without_dy=without)
+    no_gates = [replace(p, dgates=None) for p in problems]
+    found = check(no_gates, backend, without_dy=without)
+    assert all((found.grads[j]["B"] == 0).all() for j in without)
+
+
+def test_only_what_is_asked_for(backend):
+    problems = random_siblings((130,), K=40, widths=(24, 32), ranks=((4, 8), (3, 9)))
+    everything = run(problems, backend)
+    for j, name in enumerate(PARAMETERS):
+        needs = [SiblingNeeds(*(n == name for n in PARAMETERS)), SiblingNeeds(*[False] * 4)]
+        found = run(problems, backend, need_x=False, needs=needs)
+        assert found.dx is None
+        assert all(g is None for g in found.grads[1].values())
+        for n, grad in found.grads[0].items():
+            assert (grad is None) == (n != name)
+        torch.testing.assert_close(found.grads[0][name], everything.grads[0][name], rtol=1e-4, atol=1e-4)
+        alone = run(problems, backend, needs=[needs[1], needs[j % 2]])
+        torch.testing.assert_close(alone.dx, everything.dx, rtol=1e-4, atol=1e-4)
+
+
+def test_strides(backend):
+    """x, base and dy are parts of something larger, or dy the gradient of a sum."""
+    problems = random_siblings((130,), K=40, widths=(24, 32), ranks=((4, 8), (3, 9)))
+    plain = run(problems, backend)
+    wide = torch.cat([problems[0].x, problems[0].x], 1)[:, :40]
+    for p in problems:
+        p.x = wide
+        p.dy = torch.cat([p.dy, p.dy], 1)[:, : p.dy.shape[1]]
+    strided = run(problems, backend)
+    for a, b in zip((*plain.ys, plain.dx), (*strided.ys, strided.dx), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    ones = [torch.ones(()).expand(p.dy.shape) for p in problems]
+    summed = run([replace(p, dy=one) for p, one in zip(problems, ones, strict=True)], backend)
+    full = run([replace(p, dy=one.contiguous()) for p, one in zip(problems, ones, strict=True)], backend)
+    torch.testing.assert_close(summed.dx, full.dx, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_whose_rows_do_not_flatten_is_written():
+    problems = random_siblings((2, 70), K=40)
+    whole = [torch.zeros(2, 90, p.base.shape[-1]) for p in problems]
+    bases = [w[:, :70].copy_(p.base) for w, p in zip(whole, problems, strict=True)]
+    outputs = mixtures_forward(problems[0].x, siblings_of(problems), bases)
+    for (y, _, _), base, other in zip(outputs, bases, run(problems, "cpu").ys, strict=True):
+        assert y is base
+        torch.testing.assert_close(base, other)
+
+
+def test_no_tokens(backend):
+    found = run(random_siblings((0,), K=40), backend)
+    assert found.dx.shape == (0, 40)
+    assert all((g == 0).all() for grads in found.grads for g in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_for_every_number_of_threads(dtype):
+    problems = random_siblings(
+        (700,), K=328, widths=(200, 96, 40), ranks=((2, 4, 8, 16), (8,), (30,)), dtype=dtype
+    )
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(run(problems, "cpu"))
+    for other in results[1:]:
+        assert torch.equal(results[0].dx, other.dx)
+        for name in ("ys", "us", "gs"):
+            assert all(map(torch.equal, getattr(results[0], name), getattr(other, name)))
+        for a, b in zip(results[0].grads, other.grads, strict=True):
+            assert all(torch.equal(a[n], b[n]) for n in PARAMETERS)
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_one_pass_runs_where_a_backend_has_it(name, monkeypatch):
+    """And gives what single calls give, which do not run."""
+    status = backends()[name]
+    if not status.available:
+        pytest.skip(f"backend {name}: {status.reason}")
+    module = select_backend(name, torch.zeros(1, 1), 1, make_mixture((1,), (1.0,)))
+    problems = random_siblings((150,), K=72, dtype=torch.bfloat16)
+    with monkeypatch.context() as alone:
+        alone.setattr(module, "forward_siblings", lambda *_: None)
+        alone.setattr(module, "backward_siblings", lambda *_: None)
+        singly = run(problems, name)
+    if name != "reference":
+        monkeypatch.setattr(module, "forward", None)
+        monkeypatch.setattr(module, "backward", None)
+    together = run(problems, name)
+    pairs = zip((*singly.ys, *singly.gs, singly.dx), (*together.ys, *together.gs, together.dx), strict=True)
+    for a, b in pairs:
+        assert (a.double() - b.double()).norm() <= 2**-7 * b.double().norm()
