@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 PAPER = (2, 4, 8, 16)
+DROPOUT = 0.05
+"""The default of the tuner, in training."""
 RUN = 256
 PASSES = ("forward", "in place", "backward", "both", "both in place")
 """What is timed: y in a new tensor, y added into base, all gradients alone, a forward pass and all gradients, and that with y added
@@ -17,6 +19,7 @@ class Shape(NamedTuple):
     Attributes:
         open: shares of (token, expert) pairs whose gate is not 0, a row for each.
         run: so many tokens in a row open the same experts, as the tokens of one task do; 1 where each token's are drawn for itself.
+        dropout: probability. params_fp32: parameters are float32 beside x in 16 bits.
     """
 
     tokens: int
@@ -25,6 +28,13 @@ class Shape(NamedTuple):
     ranks: tuple[int, ...] = PAPER
     open: tuple[float, ...] = (0.5,)
     run: int = 1
+    dropout: float = 0.0
+    params_fp32: bool = False
+
+
+def as_configs_run(tokens: int, width: int) -> Shape:
+    """A layer in training by a config: dropout, and parameters in float32."""
+    return Shape(tokens, width, width, dropout=DROPOUT, params_fp32=True)
 
 
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -36,6 +46,8 @@ ON_CPU = {
     "runs": Shape(1024, 4096, 4096, run=RUN),
     "experts-16": Shape(1024, 4096, 4096, (16,) * 16, SHARES),
     "experts-16-runs": Shape(1024, 4096, 4096, (16,) * 16, (0.1,), RUN),
+    "config-4096": as_configs_run(1024, 4096),
+    "config-576": as_configs_run(1024, 576),
 }
 ON_GPU = {f"tokens-{M}": Shape(M, 4096, 4096) for M in (1, 16, 64, 512, 2048, 8192, 65536)} | {
     "width-11008": Shape(8192, 4096, 11008),
@@ -43,4 +55,5 @@ ON_GPU = {f"tokens-{M}": Shape(M, 4096, 4096) for M in (1, 16, 64, 512, 2048, 81
     "experts-8": Shape(8192, 4096, 4096, (8,) * 8),
     "experts-16": Shape(8192, 4096, 4096, (16,) * 16, SHARES),
     "experts-16-runs": Shape(8192, 4096, 4096, (16,) * 16, (0.1,), RUN),
+    "config-4096": as_configs_run(8192, 4096),
 }
