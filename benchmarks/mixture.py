@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import write_json
-from benchmarks.cases import ON_CPU, ON_GPU, Shape
+from benchmarks.cases import ON_CPU, ON_GPU, chosen
 from benchmarks.peak import Peak, compiler, measure
 from benchmarks.problem import (
     Form,
@@ -199,13 +199,6 @@ def line(row: dict[str, Any]) -> str:
         f"{row['case']:16} {row['dtype']:9} {row['open_share']:6.1%} {row['pass']:13} {row['backend']:8} {milliseconds:>28} "
         f"{ratio('packed'):>22} {ratio('loop'):>22} {compiled:>41} {row['of_frozen']['median']:10.1%} {share:>14}{host}"
     )
-
-
-def chosen(all_shapes: dict[str, Shape], names: list[str] | None) -> dict[str, Shape]:
-    unknown = [name for name in names or () if name not in all_shapes]
-    if unknown:
-        raise SystemExit(f"--cases: expected some of {', '.join(all_shapes)}; got {', '.join(unknown)}")
-    return {name: shape for name, shape in all_shapes.items() if not names or name in names}
 
 
 def main(options: Namespace) -> None:
