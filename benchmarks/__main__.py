@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.cases import ON_CPU, ON_GPU, PASSES
+from benchmarks.cases import ON_BLOCK, ON_CPU, ON_GPU, PASSES
 
 GPU_TOO = ("cpu", "cuda", "triton")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,6 +56,14 @@ def of_mixture(command: Parser) -> None:
     add(
         "--no-compile", action="store_false", dest="compile", help="leave torch.compile out, which takes long"
     )
+
+
+def of_block(command: Parser) -> None:
+    add = command.add_argument
+    add("--cases", nargs="+", metavar="CASE", help=f"of {', '.join(ON_BLOCK)}; default: all")
+    add("--width", nargs="+", metavar="N", help="576, 4096 or both; default: both")
+    add("--tokens", type=count, metavar="N", help="default 1024, on a GPU 8192")
+    add("--dtype", nargs="+", choices=DTYPES[:2], help="of the block; default: both, on a GPU bfloat16")
 
 
 def of_plot(command: Parser) -> None:
@@ -146,14 +154,14 @@ BENCHMARKS = {
     "block": Benchmark(
         "time of a training step of a Llama block, against the frozen block, PEFT's LoRA and X-LoRA",
         "block",
-        (rounds(10), to_json),
-        lambda m, o: m.main("block", o.json, o.rounds),
+        (of_block, rounds(10), to_json),
+        lambda m, o: m.main(o),
     ),
     "memory": Benchmark(
         "bytes that the same step keeps for backward, and its peak; counted",
         "block",
         (to_json,),
-        lambda m, o: m.main("memory", o.json),
+        lambda m, o: m.main_memory(o),
     ),
     "presets": Benchmark(
         "parameters, memory and step time of every published system",

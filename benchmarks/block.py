@@ -1,122 +1,81 @@
-"""A whole Llama block with adapters on q and v: what a training step costs beside the frozen block, in time and in memory.
+"""A whole Llama block with adapters: what a training step costs beside the frozen block, in time and in memory.
 
-The step is forward and backward with a gradient for the block's input, float32; where there is a GPU, its time there, in bfloat16.
-Beside RoDE stand the same formula as a loop over
-LoRA layers and packed into two products, plain PyTorch both, PEFT's LoRA of ranks 8 and 30, and PEFT's X-LoRA. The first three
-have the same weights, and their outputs and input gradients are checked against the loop in float64 before anything is measured.
+The step is forward and backward with a gradient for the block's input, as a config trains: dropout 0.05, adapters in float32 on a
+block in float32 or bfloat16. Adapters are on q and v, or on all seven linear layers; the block is run as it is, or under activation
+checkpointing. Where there is a GPU, the time there.
+
+Beside RoDE stand the same formula packed into three products and as a loop over LoRA layers, plain PyTorch both, PEFT's LoRA of
+ranks 8 and 30, and PEFT's X-LoRA. The first three have the same weights; their outputs and all their gradients are checked against
+the loop in float64, under the same dropout, before anything is measured.
 """
 
 from __future__ import annotations
 
 import copy
-import tempfile
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks import write_json
-from benchmarks.eager import packed, peft_loop
-from benchmarks.timing import dtype_name, headline, interleaved, machine, ratios
-from rode.tuner import RodeConfig, RodeLayer
+from benchmarks import adapted, write_json
+from benchmarks.cases import DROPOUT, ON_BLOCK, BlockCase, chosen
+from benchmarks.timing import dtype_name, headline, interleaved, machine, ratios, spread
 from rode_kernels.backends import cpu
 
-RANKS = (2, 4, 8, 16)
-QV = ["q_proj", "v_proj"]
 SHAPES = {
     576: {"intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     4096: {"intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
 }
 """SmolLM2-135M's and Llama-7B's."""
+MAIN = ON_BLOCK["qv"]
+SEED = 0
+"""Of torch's generator before each step that is checked."""
 
 
-def block(hidden: int) -> LlamaForCausalLM:
-    """One block; its vocabulary is small, so that the head weighs little."""
+def block(hidden: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """One block, frozen; its vocabulary is small, so that the head weighs little."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden, num_hidden_layers=1, vocab_size=32, use_cache=False, **SHAPES[hidden]
     )
-    return LlamaForCausalLM(config).requires_grad_(False).train()
+    return LlamaForCausalLM(config).requires_grad_(False).to(dtype)
 
 
-class Plain(nn.Module):
-    """A frozen linear layer with the mixture of a `RodeLayer`, in plain PyTorch."""
-
-    def __init__(self, layer: RodeLayer, how: str) -> None:
-        super().__init__()
-        self.base, self.how = layer.base_layer, how
-        adapter = layer.adapter("default")
-        tensors = (adapter.A, adapter.B, adapter.router_weight)
-        self.A, self.B, self.W = (nn.Parameter(t.detach().clone()) for t in tensors)
-        self.scaling = adapter.scaling
-        expert = torch.arange(len(RANKS)).repeat_interleave(torch.tensor(RANKS))
-        self.register_buffer("expert", expert)
-        self.register_buffer("factors", torch.tensor(self.scaling)[expert])
-
-    def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
-        rows, into = x.flatten(0, -2), base.flatten(0, -2)
-        if self.how == "loop":
-            return peft_loop(rows, self.A, self.B, self.W, into, RANKS, self.scaling).view_as(base)
-        down = torch.cat([self.A, self.W])
-        return packed(rows, down, self.B, self.factors.to(x.dtype), self.expert, into).view_as(base)
-
-
-def rode(hidden: int) -> nn.Module:
-    config = RodeConfig(
-        ranks=RANKS, dropout=0.0, target_modules=QV, init_weights=False, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(block(hidden), config).train()
-
-
-def plain(hidden: int, how: str) -> nn.Module:
-    """The weights of `rode(hidden)` in plain PyTorch."""
-    model = rode(hidden).get_base_model()
-    attention = model.model.layers[0].self_attn
-    for name in QV:
-        setattr(attention, name, Plain(getattr(attention, name), how))
-    return model
-
-
-def lora(hidden: int, rank: int) -> nn.Module:
-    config = LoraConfig(
-        r=rank, lora_alpha=16, target_modules=QV, init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(block(hidden), config).train()
-
-
-def x_lora(hidden: int) -> nn.Module:
-    """X-LoRA over two of PEFT's LoRA adapters of rank 8."""
-    with tempfile.TemporaryDirectory() as folder:
-        adapters = {str(i): f"{folder}/{i}" for i in range(2)}
-        for path in adapters.values():
-            lora(hidden, 8).save_pretrained(path)
-        config = XLoraConfig(hidden_size=hidden, adapters=adapters, task_type="CAUSAL_LM")
-        return get_peft_model(block(hidden), config).train()
-
-
-def systems(hidden: int) -> dict[str, nn.Module]:
-    return {
-        "frozen": block(hidden),
-        "rode": rode(hidden),
-        "packed": plain(hidden, "packed"),
-        "loop": plain(hidden, "loop"),
-        "LoRA r=8 (PEFT)": lora(hidden, 8),
-        "LoRA r=30 (PEFT)": lora(hidden, 30),
-        "X-LoRA (PEFT)": x_lora(hidden),
+def systems(base: nn.Module, case: BlockCase) -> dict[str, nn.Module]:
+    """All with the weights of `base`, in one place in memory."""
+    targets, share = case.targets, adapted.share
+    rode = adapted.rode(share(base), targets)
+    found = {
+        "frozen": share(base),
+        "rode": rode,
+        "packed": adapted.plain(share(base), rode, "packed"),
+        "LoRA r=8 (PEFT)": adapted.lora(share(base), targets, 8),
+        "LoRA r=30 (PEFT)": adapted.lora(share(base), targets, 30),
     }
+    if case.others:
+        found["loop"] = adapted.plain(share(base), rode, "loop")
+        if base.dtype == torch.float32:  # it multiplies in float32 what is in bfloat16
+            found["X-LoRA (PEFT)"] = adapted.x_lora(share(base), targets)
+    return found
 
 
 class Step:
     """Forward and backward of one system on one input (1, M, hidden); parameters' gradients are made anew each time."""
 
-    def __init__(self, model: nn.Module, x: Tensor, dy: Tensor) -> None:
-        self.model, self.x, self.dy = model, x.clone().requires_grad_(True), dy
+    def __init__(self, model: nn.Module, x: Tensor, dy: Tensor, checkpointing: bool = False) -> None:
+        self.model, self.x, self.dy = model.train(), x.clone().requires_grad_(True), dy
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        if checkpointing:
+            for layer in model.modules():
+                if isinstance(layer, LlamaDecoderLayer):
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def forward(self) -> Tensor:
         # the head is a stand-in for what follows: its logits take the gradient
@@ -125,56 +84,90 @@ class Step:
     def __call__(self) -> list[Tensor | None]:
         return torch.autograd.grad(self.forward(), [self.x, *self.trained], self.dy, allow_unused=True)
 
+    def results(self) -> dict[str, Tensor]:
+        """Logits and all gradients of `adapted.rode` or `adapted.plain`, under known dropout."""
+        torch.manual_seed(SEED)
+        y = self.forward().detach()
+        torch.manual_seed(SEED)
+        dx, *others = self()
+        weights = adapted.gradients(self.model, dict(zip(self.trained, others, strict=True)))
+        return {"y": y, "dx": dx, **{f"weight gradient {i}": grad for i, grad in enumerate(weights)}}
 
-def check(steps: dict[str, Step]) -> None:
-    """Logits and the input's gradient of the three that have one set of weights, against the loop in float64.
+
+BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 2e-1)}
+"""Roundings of a whole block, as the norm of the difference over the norm of the truth: of y and dx, and of gradients of weights.
+In bfloat16 some gates open that are closed in float64, and a few tokens decide some gradients of weights."""
+
+
+def make_truth(base: nn.Module, rode: nn.Module) -> nn.Module:
+    """The loop in float64, with the adapters rounded to the dtype of `base`, as every system rounds them."""
+    truth = copy.deepcopy(adapted.plain(adapted.share(base), rode, "loop"))
+    return truth.to(base.dtype).double()
+
+
+def check(steps: dict[str, Step], truth: nn.Module) -> None:
+    """Logits and gradients of the systems that have one set of weights, against `truth`.
 
     Raises:
         RuntimeError: one is off by more than rounding explains.
     """
-    double = copy.deepcopy(steps["loop"].model).double()
-    truth = Step(double, steps["loop"].x.detach().double(), steps["loop"].dy.double())
-    bound = 1e-4 if steps["loop"].x.dtype == torch.float32 else 5e-2  # of a whole block's roundings
-    y, dx = truth.forward().detach(), truth()[0]
+    x, dy = steps["rode"].x.detach(), steps["rode"].dy
+    of_activations, of_weights = BOUNDS[x.dtype]
+    adapted.as_operation(truth, True)
+    right = Step(truth, x.double(), dy.double()).results()
     for name in ("rode", "packed", "loop"):
-        for what, got, want in (("y", steps[name].forward().detach(), y), ("dx", steps[name]()[0], dx)):
-            error = ((got.double() - want).abs().max() / want.abs().max()).item()
+        if name not in steps:
+            continue
+        adapted.as_operation(steps[name].model, True)
+        for what, got in steps[name].results().items():
+            bound = of_activations if what in ("y", "dx") else of_weights
+            error = ((got.double() - right[what]).norm() / right[what].norm()).item()
             if not error < bound:
                 raise RuntimeError(
                     f"{name} is wrong ({what}, relative error {error:.2e}): nothing is measured"
                 )
+        adapted.as_operation(steps[name].model, False)
 
 
 def make_steps(
-    hidden: int, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    hidden: int,
+    tokens: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    case: BlockCase = MAIN,
 ) -> dict[str, Step]:
+    """A checked step of each system."""
     generator, like = torch.Generator().manual_seed(1), dict(device=device, dtype=dtype)
     x = torch.randn(1, tokens, hidden, generator=generator).to(**like)
     dy = torch.randn(1, tokens, 32, generator=generator).to(**like)
-    steps = {
-        name: Step(model.to(**like), x, dy)
-        for name, model in systems(hidden).items()
-        if not (name.startswith("X-LoRA") and dtype != torch.float32)  # it multiplies in float32
-    }
-    check(steps)
+    base = block(hidden, dtype).to(device)
+    models = systems(base, case)
+    steps = {name: Step(model, x, dy, case.checkpointing) for name, model in models.items()}
+    check(steps, make_truth(base, models["rode"]))
     return steps
 
 
 def run(
-    hidden: int, tokens: int, rounds: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    hidden: int,
+    tokens: int,
+    rounds: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    name: str = "qv",
 ) -> list[dict[str, Any]]:
     """A row for each system: seconds, and the ratio to the frozen block."""
-    steps = make_steps(hidden, tokens, device, dtype)
-    times = interleaved(dict(steps), rounds, device, warm_up=1, host={})
+    case = ON_BLOCK[name]
+    steps = make_steps(hidden, tokens, device, dtype, case)
+    times = interleaved(dict(steps), rounds, device, warm_up=1, flush=True, host={})
     rows = []
-    for name in steps:
-        ratio = ratios(times, name, "frozen")
-        seconds = sorted(times[name])[len(times[name]) // 2]
-        rows.append(
-            {"hidden": hidden, "tokens": tokens, "system": name, "seconds": seconds, "ratio": ratio._asdict()}
-        )
+    for system in steps:
+        ratio, seconds = ratios(times, system, "frozen"), spread(times[system])
+        row = {"hidden": hidden, "tokens": tokens, "dtype": dtype_name(dtype), "case": name}
+        row |= {"checkpointing": case.checkpointing, "dropout": DROPOUT, "system": system}
+        rows.append(row | {"seconds": seconds._asdict(), "ratio": ratio._asdict()})
         print(
-            f"  hidden {hidden:5} {name:18} {1000 * seconds:9.1f} ms  {ratio} times the frozen block",
+            f"  hidden {hidden:5} {row['dtype']:9} {name:16} {system:18} {1000 * seconds.median:9.1f} ms  "
+            f"{ratio.text(3)} times the frozen block",
             flush=True,
         )
     return rows
@@ -235,17 +228,32 @@ def memory(hidden: int, tokens: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main(what: str, json_file: str | None, rounds: int = 10, tokens: int = 1024) -> None:
-    """`what` is "block" (time) or "memory"."""
-    on_gpu = what == "block" and torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    tokens = 8 * tokens if on_gpu else tokens
-    about = {**machine(device), "dtype": dtype_name(dtype)}
-    print(f"{headline(about)}; one block, {tokens} tokens, {about['dtype']}, adapters on q and v")
-    if on_gpu:
-        print("X-LoRA (PEFT): left out, for it multiplies in float32 what is in bfloat16 here")
-    rows = []
-    for hidden in SHAPES:
-        rows += memory(hidden, tokens) if what == "memory" else run(hidden, tokens, rounds, device, dtype)
-    if json_file:
-        write_json(json_file, {"benchmark": what, **about, "rows": rows})
+def main_memory(options: Namespace, tokens: int = 1024) -> None:
+    """`options` as `python -m benchmarks memory` has them."""
+    about = machine()
+    print(f"{headline(about)}; one block, {tokens} tokens, float32, adapters on q and v, dropout {DROPOUT}")
+    rows = [row for hidden in SHAPES for row in memory(hidden, tokens)]
+    if options.json:
+        write_json(options.json, {"benchmark": "memory", **about, "dtype": "float32", "rows": rows})
+
+
+def main(options: Namespace) -> None:
+    """`options` as `python -m benchmarks block` has them."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    cases = chosen(ON_BLOCK, options.cases)
+    widths = chosen({str(hidden): hidden for hidden in SHAPES}, options.width, "--width")
+    dtypes = [
+        getattr(torch, name)
+        for name in options.dtype or (["bfloat16"] if on_gpu else ["float32", "bfloat16"])
+    ]
+    tokens = options.tokens or (8192 if on_gpu else 1024)
+    about = {"benchmark": "block", **machine(device), "rounds": options.rounds}
+    print(f"{headline(about)}; one block, {tokens} tokens, dropout {DROPOUT}, adapters in float32")
+    rows: list[dict[str, Any]] = []
+    for name in cases:
+        for dtype in dtypes:
+            for hidden in widths.values():
+                rows += run(hidden, tokens, options.rounds, device, dtype, name)
+                if options.json:  # what was measured stays if a later case fails
+                    write_json(options.json, {**about, "rows": rows})

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import write_json
-from benchmarks.cases import ON_CPU, ON_GPU, Shape
+from benchmarks.cases import ON_CPU, ON_GPU, chosen
 from benchmarks.peak import Peak, compiler, measure
 from benchmarks.problem import (
     Form,
@@ -139,7 +139,8 @@ def run_case(
     check(p, all_forms, train)
     own, (beside, beside_in_place) = {n: all_forms[n] for n in names}, frozen(p)
     copies, device = p.copies(), p.x.device.type
-    needed = work(p.is_open, p.ranks, p.x.shape[1], p.base.shape[1], p.x.element_size())
+    sizes = p.x.element_size(), p.A.element_size()
+    needed = work(p.is_open, p.ranks, p.x.shape[1], p.base.shape[1], *sizes)
     for what in passes:
         host: dict[str, float] = {}
         times = timed(what, all_forms, copies, rounds, host)
@@ -200,13 +201,6 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def chosen(all_shapes: dict[str, Shape], names: list[str] | None) -> dict[str, Shape]:
-    unknown = [name for name in names or () if name not in all_shapes]
-    if unknown:
-        raise SystemExit(f"--cases: expected some of {', '.join(all_shapes)}; got {', '.join(unknown)}")
-    return {name: shape for name, shape in all_shapes.items() if not names or name in names}
-
-
 def main(options: Namespace) -> None:
     """`options` as `python -m benchmarks mixture` has them."""
     names = options.backend or [best_backend()]
@@ -223,7 +217,8 @@ def main(options: Namespace) -> None:
         for case, s in shapes.items():
             print(
                 f"  {case}: M = {s.tokens}, K = {s.in_features}, O = {s.out_features}, ranks {s.ranks}, runs of {s.run}, "
-                f"open {', '.join(f'{share:.0%}' for share in s.open)}"
+                f"open {', '.join(f'{share:.0%}' for share in s.open)}, dropout {s.dropout}, parameters in "
+                f"{'float32' if s.params_fp32 else 'the dtype of x'}"
             )
         print(f"in {', '.join(options.dtype)}: {', '.join(options.passes)}; results checked first")
         return
@@ -248,7 +243,7 @@ def main(options: Namespace) -> None:
     for case, s in shapes.items():
         for dtype in (getattr(torch, name) for name in options.dtype):
             for share in options.open or s.open:
-                p = Problem.random(*s[:3], dtype, device, s.ranks, share, s.run)
+                p = Problem.random(*s[:3], dtype, device, s.ranks, share, s.run, s.dropout, s.params_fp32)
                 known = {"case": case, **s._asdict(), "dtype": dtype_name(dtype)}
                 known |= {"open": share, "open_share": p.open_share}
                 for row in run_case(p, names, options.passes, options.rounds, compile_too, peak):

@@ -72,7 +72,7 @@ def most(rows: Sequence[Row], same: Sequence[str], by: str) -> list[Row]:
     """The group of rows that agree in `same` with most values of `by`; empty where no group has two."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[json.dumps([row[name] for name in same])].append(row)
+        groups[json.dumps([row.get(name) for name in same])].append(row)
     best = max(groups.values(), key=lambda group: len({row[by] for row in group}))
     return best if len({row[by] for row in best}) > 1 else []
 
@@ -159,7 +159,8 @@ def draw(found: dict[str, Any]) -> dict[str, Figure]:
     """The pictures that a file has the points for, by name."""
     rows = found["rows"]
     about = f"{found['machine']}, {found['threads']} threads, torch {found['torch']}, {found['date']}"
-    fixed = ["in_features", "out_features", "ranks", "run"]
+    # older files lack the last two
+    fixed = ["in_features", "out_features", "ranks", "run", "dropout", "params_fp32"]
     by_share = most(rows, [*fixed, "tokens"], "open")
     by_tokens = most(rows, [*fixed, "open"], "tokens")
     figures = {}

@@ -12,9 +12,13 @@ from benchmarks.cases import PAPER
 from benchmarks.eager import packed, peft_loop
 from benchmarks.timing import cache_bytes
 from rode_kernels import backends, rectified_mixture
+from rode_kernels.backends.reference import dropout_keep
+from rode_kernels.checks import normalize_seed
 
 MARGIN = 0.1
 """No logit is nearer to 0, so that no form's rounding decides whether a gate is open."""
+SEED = 0
+"""Of torch's generator before each call that is checked, so that the operation's dropout is known."""
 
 
 def draw_open(tokens: int, experts: int, fraction: float, run: int, generator: torch.Generator) -> Tensor:
@@ -27,7 +31,7 @@ def draw_open(tokens: int, experts: int, fraction: float, run: int, generator: t
 
 @dataclass
 class Problem:
-    """Tensors of one case on one device; all parameters have x's dtype."""
+    """Tensors of one case on one device; parameters have x's dtype or are float32."""
 
     x: Tensor  # (M, K)
     A: Tensor  # (R, K)
@@ -36,6 +40,7 @@ class Problem:
     base: Tensor  # (M, O)
     dy: Tensor  # (M, O)
     ranks: tuple[int, ...]
+    dropout: float = 0.0
 
     @classmethod
     def random(
@@ -48,6 +53,8 @@ class Problem:
         ranks: tuple[int, ...] = PAPER,
         open: float = 0.5,
         run: int = 1,
+        dropout: float = 0.0,
+        params_fp32: bool = False,
     ) -> Problem:
         """Normal values. x gets what it needs along the router's rows for its gates to be open, or closed, as drawn: every form has
         to compute the router to know it."""
@@ -57,19 +64,21 @@ class Problem:
         def normal(*shape: int, std: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device) * std
 
-        x, router = normal(M, K), normal(N, K, std=K**-0.5).to(dtype)
+        of_parameters = torch.float32 if params_fp32 else dtype
+        x, router = normal(M, K), normal(N, K, std=K**-0.5).to(of_parameters)
         is_open = draw_open(M, N, open, run, torch.Generator().manual_seed(0)).to(device)
         logits = (normal(M, N).abs() + MARGIN) * torch.where(is_open, 1.0, -1.0)
-        rows = router.float()
+        rows = router.to(dtype).float()
         missing = torch.linalg.solve(rows @ rows.t(), (logits - x @ rows.t()).t())  # (N, M)
         p = cls(
             (x + missing.t() @ rows).to(dtype),
-            normal(R, K, std=K**-0.5).to(dtype),
-            normal(O, R).to(dtype),
+            normal(R, K, std=K**-0.5).to(of_parameters),
+            normal(O, R).to(of_parameters),
             router,
             normal(M, O).to(dtype),
             normal(M, O).to(dtype),
             ranks,
+            dropout,
         )
         if not torch.equal(p.is_open, is_open):
             raise ValueError(f"in_features: {K} is too few to open the gates of {N} experts as asked")
@@ -82,11 +91,25 @@ class Problem:
     @property
     def is_open(self) -> Tensor:
         """(M, N) bool, from what the tensors hold after rounding."""
-        return torch.cat([part.float() @ self.router.float().t() > 0 for part in self.x.split(4096)])
+        router = self.router.to(self.x.dtype).float()
+        return torch.cat([part.float() @ router.t() > 0 for part in self.x.split(4096)])
 
     @property
     def open_share(self) -> float:
         return self.is_open.double().mean().item()
+
+    def keep(self, chunk: int = 4096) -> Tensor | None:
+        """(M, K) bool, the elements of x that dropout leaves to the operation after `torch.manual_seed(SEED)`; None without
+        dropout."""
+        if not self.dropout:
+            return None
+        torch.manual_seed(SEED)
+        seed = normalize_seed(None, self.dropout, self.x)
+        M, K = self.x.shape
+        parts = [
+            dropout_keep(seed, self.dropout, min(chunk, M - first), K, first) for first in range(0, M, chunk)
+        ]
+        return torch.cat(parts)
 
     def clone(self) -> Problem:
         tensors = {name: t.clone() for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -110,7 +133,8 @@ class Form:
 
     Attributes:
         leaves: the tensors that it takes from a problem, x first and base last, made before anything is timed.
-        run: y from them. run_in_place: y added into base, where this form can.
+        run: y from them. run_in_place: y added into base, where this form can. With dropout both take a keyword `keep`, the mask,
+            instead of drawing one; the operation, which has a generator of its own, ignores it.
         unpack: gradients of its leaves as those of (x, A, B, router).
     """
 
@@ -133,7 +157,7 @@ class Form:
 
 def forms(p: Problem, names: Iterable[str]) -> dict[str, Form]:
     """The operation on each of the named backends, "packed" and "loop" (benchmarks/eager.py)."""
-    ranks, scaling, device = p.ranks, p.scaling, p.x.device
+    ranks, scaling, dropout, device = p.ranks, p.scaling, p.dropout, p.x.device
     R = sum(ranks)
     expert = torch.arange(len(ranks), device=device).repeat_interleave(torch.tensor(ranks, device=device))
     factors = torch.tensor(scaling, dtype=p.x.dtype, device=device)[expert]
@@ -145,31 +169,49 @@ def forms(p: Problem, names: Iterable[str]) -> dict[str, Form]:
         return [q.x, torch.cat([q.A, q.router]), q.B, q.base]
 
     def on(backend: str, inplace: bool) -> Callable[..., Tensor]:
-        options = dict(ranks=ranks, scaling=scaling, inplace=inplace, backend=backend)
-        return lambda x, A, B, W, base: rectified_mixture(x, A, B, W, base=base, **options)
+        options = dict(ranks=ranks, scaling=scaling, dropout_p=dropout, inplace=inplace, backend=backend)
+        return lambda x, A, B, W, base, keep=None: rectified_mixture(x, A, B, W, base=base, **options)
+
+    def side(inplace: bool) -> Callable[..., Tensor]:
+        return lambda x, down, B, base, keep=None: packed(
+            x, down, B, factors, expert, base, inplace, dropout, keep
+        )
 
     found = {name: Form(separate, on(name, False), on(name, True)) for name in names}
     found["packed"] = Form(
         side_by_side,
-        lambda x, down, B, base: packed(x, down, B, factors, expert, base),
-        lambda x, down, B, base: packed(x, down, B, factors, expert, base, inplace=True),
+        side(inplace=False),
+        side(inplace=True),
         lambda gradients: [gradients[0], gradients[1][:R], gradients[2], gradients[1][R:]],
     )
-    found["loop"] = Form(separate, lambda x, A, B, W, base: peft_loop(x, A, B, W, base, ranks, scaling))
+    found["loop"] = Form(
+        separate,
+        lambda x, A, B, W, base, keep=None: peft_loop(x, A, B, W, base, ranks, scaling, dropout, keep),
+    )
     return found
 
 
-def gradients(p: Problem, form: Form) -> tuple[Tensor, list[Tensor]]:
+def call(run: Callable[..., Tensor], leaves: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+    """y, with a known mask where one is given: the operation draws the same one from torch's generator."""
+    if keep is None:
+        return run(*leaves)
+    torch.manual_seed(SEED)
+    return run(*leaves, keep=keep)
+
+
+def gradients(p: Problem, form: Form, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """y and the gradients of x, A, B and the router's weights."""
     leaves = trained(form.leaves(p))
-    y = form.run(*leaves)
+    y = call(form.run, leaves, keep)
     return y.detach(), form.unpack(list(torch.autograd.grad(y, leaves, p.dy)))
 
 
-def gradients_in_place(form: Form, leaves: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+def gradients_in_place(
+    form: Form, leaves: Sequence[Tensor], dy: Tensor, keep: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of all leaves but base: y is added into it, and it stands for a frozen layer's output."""
     *leaves, base = leaves
-    return torch.autograd.grad(form.run_in_place(*leaves, base.detach()), leaves, dy)
+    return torch.autograd.grad(call(form.run_in_place, (*leaves, base.detach()), keep), leaves, dy)
 
 
 def trained(leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -177,24 +219,26 @@ def trained(leaves: Sequence[Tensor]) -> list[Tensor]:
     return [t.detach().requires_grad_() for t in leaves]
 
 
-def results(p: Problem, form: Form, train: bool) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+def results(
+    p: Problem, form: Form, train: bool, keep: Tensor | None = None
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """y in every way that this form is called, and the gradients of x, A, B and the router's weights where `train`, in every way
-    too."""
+    too. `keep`: the mask, where there is dropout."""
     grads: dict[str, list[Tensor]] = {}
     with torch.no_grad():
-        ys = {"y": form.run(*form.leaves(p))}
+        ys = {"y": call(form.run, form.leaves(p), keep)}
         if form.run_in_place is not None:
             *leaves, base = form.leaves(p)
             target = base.clone()
-            form.run_in_place(*leaves, target)
+            call(form.run_in_place, (*leaves, target), keep)
             ys["y in place"] = target
     if train:
-        ys["y with gradients"], found = gradients(p, form)
+        ys["y with gradients"], found = gradients(p, form, keep)
         ways = [found]
         if form.run_in_place is not None:
             *leaves, base = form.leaves(p)
             leaves = [*trained(leaves), base.clone()]
-            ways.append(form.unpack(list(gradients_in_place(form, leaves, p.dy))))
+            ways.append(form.unpack(list(gradients_in_place(form, leaves, p.dy, keep))))
         grads = dict(zip(("x", "A", "B", "the router"), map(list, zip(*ways, strict=True)), strict=True))
     return ys, grads
 
@@ -206,7 +250,8 @@ def check(p: Problem, all_forms: dict[str, Form], train: bool = True, chunk: int
         RuntimeError: where one differs by more than rounding in this dtype explains, or is not finite.
     """
     bound = (16 if p.x.element_size() == 2 else 64) * torch.finfo(p.x.dtype).eps
-    found = {name: results(p, form, train) for name, form in all_forms.items()}
+    keep = p.keep(chunk)
+    found = {name: results(p, form, train, keep) for name, form in all_forms.items()}
 
     def compare(name: str, what: str, got: Tensor, truth: Tensor) -> None:
         error = ((got.double() - truth).abs().max() / truth.abs().max()).item()
@@ -215,14 +260,16 @@ def check(p: Problem, all_forms: dict[str, Form], train: bool = True, chunk: int
 
     oracle = Form(
         lambda q: [q.x, q.A, q.B, q.router, q.base],
-        lambda *leaves: peft_loop(*leaves, p.ranks, p.scaling),
+        lambda *leaves, keep=None: peft_loop(*leaves, p.ranks, p.scaling, p.dropout, keep),
     )
-    weights = {name: getattr(p, name).double() for name in ("A", "B", "router")}
+    weights = {name: getattr(p, name).to(p.x.dtype).double() for name in ("A", "B", "router")}
     sums: dict[str, Tensor] = {}
     for first in range(0, p.x.shape[0], chunk):
         rows = slice(first, first + chunk)
         part = {name: getattr(p, name)[rows].double() for name in ("x", "base", "dy")}
-        truth, true_grads = results(replace(p, **part, **weights), oracle, train)
+        truth, true_grads = results(
+            replace(p, **part, **weights), oracle, train, None if keep is None else keep[rows]
+        )
         for name, (ys, grads) in found.items():
             for what, y in ys.items():
                 compare(name, what, y[rows], truth["y"])

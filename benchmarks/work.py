@@ -25,7 +25,12 @@ class Work:
 
 
 def work(
-    is_open: Tensor, ranks: Sequence[int], in_features: int, out_features: int, element_size: int
+    is_open: Tensor,
+    ranks: Sequence[int],
+    in_features: int,
+    out_features: int,
+    element_size: int,
+    parameter_size: int | None = None,
 ) -> dict[str, Work]:
     """The work of each pass, whoever runs it.
 
@@ -34,9 +39,11 @@ def work(
     every gradient; u and g, which backward reads, in float32.
 
     Args:
-        is_open: (M, N) bool, the gates that are not 0. element_size: bytes of x's type, which the parameters have too.
+        is_open: (M, N) bool, the gates that are not 0. element_size: bytes of x's type.
+        parameter_size: bytes of the parameters' type; None if it is x's.
     """
     (M, N), K, O, e = is_open.shape, in_features, out_features, element_size
+    of_parameter = parameter_size or e
     rank = torch.tensor(ranks, device=is_open.device)
     pairs = int(is_open.sum())
     open_ranks = int((is_open * rank).sum())  # over all tokens
@@ -44,12 +51,13 @@ def work(
     used, R = int(rank[is_open.any(0)].sum()), int(rank.sum())
     call = ProblemShape(M, K, O, used, N, e)
     saved = 4 * M * (R + N)  # u and g
-    forward = Work(2.0 * M * N * K + 2.0 * open_ranks * (K + O), fewest(call) + saved)
-    gradients = e * ((R + N) * K + O * R)
+    more = (of_parameter - e) * ((used + N) * K + O * used)  # `fewest` takes weights for as small as x
+    forward = Work(2.0 * M * N * K + 2.0 * open_ranks * (K + O), fewest(call) + more + saved)
+    gradients = of_parameter * ((R + N) * K + O * R)
     unread = e * idle * (K + O)
     backward = Work(
         4.0 * open_ranks * (K + O) + 4.0 * pairs * K,  # twice each product; the router's for open gates
-        fewest(call, backward=True) + saved + gradients - unread,
+        fewest(call, backward=True) + more + saved + gradients - unread,
     )
     in_place = Work(forward.operations, forward.bytes - 2 * e * idle * O)
     return dict(

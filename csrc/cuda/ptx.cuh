@@ -82,7 +82,8 @@ RODE_DEVICE moved<V, T> load(gmem<T> from) {
   return *from.template at<const R>();
 }
 // Zero unless `when`. The load itself has the predicate: the compiler turns an if into a branch, and then loads wait for one
-// another. Kernels read nothing that they have written, so its order among stores does not matter.
+// another. Volatile and with a clobber: otherwise the compiler takes a load out of a loop, past the barriers behind which other
+// threads write there. It costs no instruction.
 template <class V = void, class T>
 RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
   using R = moved<V, T>;
@@ -92,21 +93,29 @@ RODE_DEVICE moved<V, T> load(gmem<T> from, bool when) {
   R value{};
   if constexpr (sizeof(R) == 2) {
     unsigned short w;
-    asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1];}" : "=&h"(w) : "l"(address), "r"(p));
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1];}"
+                 : "=&h"(w)
+                 : "l"(address), "r"(p)
+                 : "memory");
     memcpy(&value, &w, sizeof(R));
   } else {
     unsigned w[sizeof(R) / 4];
     if constexpr (sizeof(R) == 4) {
-      asm("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1];}" : "=&r"(w[0]) : "l"(address), "r"(p));
+      asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1];}"
+                   : "=&r"(w[0])
+                   : "l"(address), "r"(p)
+                   : "memory");
     } else if constexpr (sizeof(R) == 8) {
-      asm("{.reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
-          : "=&r"(w[0]), "=&r"(w[1])
-          : "l"(address), "r"(p));
+      asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
+                   : "=&r"(w[0]), "=&r"(w[1])
+                   : "l"(address), "r"(p)
+                   : "memory");
     } else {
-      asm("{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
-          "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
-          : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
-          : "l"(address), "r"(p));
+      asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+                   "@p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+                   : "=&r"(w[0]), "=&r"(w[1]), "=&r"(w[2]), "=&r"(w[3])
+                   : "l"(address), "r"(p)
+                   : "memory");
     }
     memcpy(&value, w, sizeof(R));
   }

@@ -232,6 +232,7 @@ RODE_DEVICE FragmentA<T> fragment_a(const uint32_t (&bits)[4], bool fast) {
 }
 
 // c += a b for b of 8 columns. In float32 three tf32 products give all but the product of both low parts, 2^-22 of the exact one.
+// That one would make the error larger: tensor cores truncate once for every product (docs/cuda.md).
 template <class T>
 RODE_DEVICE void multiply(float (&c)[4], const FragmentA<T>& a, uint32_t b0, uint32_t b1, bool fast) {
   if constexpr (!is_fp32<T>) {

@@ -24,7 +24,10 @@ def test_decoding(monkeypatch, tmp_path):
     found = json.loads(file.read_text())
     assert found["benchmark"] == "decode"
     assert found["threads"] == torch.get_num_threads()
-    assert len(found["rows"]) == 2 * 2 * 2  # dtypes, tokens, without and with a graph
+    assert len(found["rows"]) == 3 * 2 * 3  # dtypes, tokens; without and with a graph, with dropout
+    kinds = {(row["dtype"], row["parameters"]) for row in found["rows"]}
+    assert kinds == {("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")}
+    assert [row["dropout"] for row in found["rows"] if row["graph"]] == [0, 0.05] * 6
     for row in found["rows"]:
         assert set(row["ratio"]) == {"packed", "loop"}
         assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]

@@ -21,7 +21,11 @@ needs_cpu = pytest.mark.skipif(not backends()["cpu"].available, reason="no nativ
 
 @pytest.fixture
 def tiny(monkeypatch):
-    shapes = {"a": Shape(3, 16, 24, (2, 5)), "b": Shape(4, 16, 24, (2, 5), (0.25, 1.0), run=2)}
+    shapes = {
+        "a": Shape(3, 16, 24, (2, 5)),
+        "b": Shape(4, 16, 24, (2, 5), (0.25, 1.0), run=2),
+        "c": Shape(4, 16, 24, (2, 5), dropout=0.3, params_fp32=True),
+    }
     monkeypatch.setattr(mixture, "ON_CPU", shapes)
     monkeypatch.setattr(mixture, "measure", lambda device: PEAK)
     for module in ("problem", "timing"):
@@ -49,9 +53,14 @@ def test_rows_and_what_is_written(tiny, tmp_path, capsys):
     assert found["peak"] == PEAK.json()
     assert found["backends"] == {"cpu": backends()["cpu"].reason}
     rows = found["rows"]
-    assert len(rows) == 2 * 3 * 5  # dtypes, cases with their shares, passes
+    assert len(rows) == 2 * 4 * 5  # dtypes, cases with their shares, passes
     asked = {(row["case"], row["open"], row["open_share"]) for row in rows}
-    assert asked == {("a", 0.5, 0.5), ("b", 0.25, 0.25), ("b", 1.0, 1.0)}
+    assert asked == {("a", 0.5, 0.5), ("b", 0.25, 0.25), ("b", 1.0, 1.0), ("c", 0.5, 0.5)}
+    assert {(row["case"], row["dropout"], row["params_fp32"]) for row in rows} == {
+        ("a", 0, False),
+        ("b", 0, False),
+        ("c", 0.3, True),
+    }
     for row in rows:
         plain = {"packed"} if row["pass"] in mixture.IN_PLACE else {"packed", "loop"}
         assert set(row["seconds"]) == plain | {"cpu"}
@@ -62,7 +71,7 @@ def test_rows_and_what_is_written(tiny, tmp_path, capsys):
         assert roofline["share"] == roofline["seconds"] / row["seconds"]["cpu"]["median"]
     said = capsys.readouterr().out
     assert str(PEAK) in said
-    assert len([line for line in said.splitlines() if line.startswith(("a ", "b "))]) == len(rows)
+    assert len([line for line in said.splitlines() if line.startswith(("a ", "b ", "c "))]) == len(rows)
 
 
 @needs_cpu
@@ -90,7 +99,7 @@ def test_one_row_can_be_asked_for(tiny, monkeypatch, tmp_path, capsys):
 
 
 def test_unknown_cases_are_named(tiny):
-    with pytest.raises(SystemExit, match="--cases: expected some of a, b; got nonsense"):
+    with pytest.raises(SystemExit, match="--cases: expected some of a, b, c; got nonsense"):
         main(["mixture", "--backend", "cpu", "--cases", "a", "nonsense"])
     with pytest.raises(SystemExit, match="one run is on one device"):
         main(["mixture", "--backend", "cpu", "cuda"])
@@ -148,9 +157,10 @@ def test_the_frozen_layer_is_a_linear_layer_with_other_weights_each_time(monkeyp
 
 @pytest.mark.slow
 @needs_cpu
-def test_compiled_forms_are_timed_and_the_faster_counts(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("case", ["a", "c"])
+def test_compiled_forms_are_timed_and_the_faster_counts(case, tiny, tmp_path, capsys):
     file = tmp_path / "times.json"
-    options = ["--cases", "a", "--dtype", "float32", "--pass", "forward", "--rounds", "3"]
+    options = ["--cases", case, "--dtype", "float32", "--pass", "forward", "--rounds", "3"]
     main(["mixture", "--backend", "cpu", *options, "--json", str(file)])
     (row,) = json.loads(file.read_text())["rows"]
     both = {name: row["seconds"][f"compiled {name}"]["median"] for name in ("packed", "loop")}

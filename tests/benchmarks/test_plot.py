@@ -61,6 +61,17 @@ def test_values_that_are_drawn():
     assert [[1, 8], [40.0, 40.0]] in lines("overhead", 1)  # packed
 
 
+def test_rows_with_dropout_are_not_mixed_with_others():
+    pytest.importorskip("matplotlib")
+    dropped = [{**row, "dropout": 0.05, "params_fp32": True} for row in ALL["rows"] if row["tokens"] == 8]
+    seconds = {"cpu": {"median": 9.0, "low": 9.0, "high": 9.0}}
+    both = {**ALL, "rows": ALL["rows"] + [{**row, "seconds": seconds} for row in dropped]}
+    (axes, _), (other, _) = (plot.draw(found)["tokens"].axes for found in (ALL, both))
+    assert [list(line.get_ydata()) for line in other.get_lines()] == [
+        list(line.get_ydata()) for line in axes.get_lines()
+    ]
+
+
 def test_files_are_written(file, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file.write_text(json.dumps(ALL))

@@ -14,8 +14,8 @@ from rode_kernels import backends
 BACKEND = "cpu" if backends()["cpu"].available else "reference"
 
 
-def small(dtype=torch.float32, tokens=70, open=0.5, run=1) -> Problem:
-    return Problem.random(tokens, 32, 24, dtype, "cpu", (2, 5), open, run)
+def small(dtype=torch.float32, tokens=70, open=0.5, run=1, **options) -> Problem:
+    return Problem.random(tokens, 32, 24, dtype, "cpu", (2, 5), open, run, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -72,6 +72,31 @@ def test_every_form_is_right_for_all_tokens(dtype):
     found = forms(p, [BACKEND])
     assert list(found) == [BACKEND, "packed", "loop"]
     check(p, found, chunk=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_is_right_under_dropout_with_float32_parameters(dtype):
+    p = small(dtype, dropout=0.3, params_fp32=True)
+    assert {t.dtype for t in (p.A, p.B, p.router)} == {torch.float32}
+    assert {t.dtype for t in (p.x, p.base, p.dy)} == {dtype}
+    assert p.open_share == 0.5
+    keep = p.keep(chunk=32)
+    assert torch.equal(keep, p.keep())
+    assert 0.6 < keep.double().mean() < 0.8
+    found = forms(p, [BACKEND])
+    check(p, found, chunk=32)
+    with pytest.raises(RuntimeError, match=r"loop is wrong \(y, .*nothing is timed"):
+        check(
+            replace(p, dropout=0.0),
+            {"loop": replace(found["loop"], run=lambda *leaves: found["loop"].run(*leaves))},
+        )
+
+
+def test_dropout_is_drawn_anew_where_nothing_is_checked():
+    p = small(dropout=0.5)
+    for name, form in forms(p, [BACKEND]).items():
+        first, second = (form.run(*form.leaves(p)) for _ in range(2))
+        assert not torch.equal(first, second), name
 
 
 @pytest.mark.slow

@@ -30,6 +30,15 @@ def test_by_hand():
     )
 
 
+def test_parameters_may_be_larger_than_x():
+    """They and their gradients are float32 beside x in two bytes."""
+    same, larger = (work(OPEN, (2, 5), 10, 7, 2, size) for size in (2, 4))
+    weights = 7 * 10 + 2 * 10 + 7 * 7
+    assert larger["forward"] == same["forward"] + Work(0, 2 * weights)
+    assert larger["backward"] == same["backward"] + Work(0, 2 * 2 * weights)
+    assert work(OPEN, (2, 5), 10, 7, 2) == same
+
+
 def test_weights_of_an_expert_that_nobody_opens_are_not_read():
     """One token, of which expert 1 alone is open; its gradients are zeros for the other, and written."""
     K, O, e = 10, 7, 4

@@ -55,6 +55,9 @@ PYBIND11_MODULE(_emulator_trial, m) {
   m.def("exchanges", [](uintptr_t in, uintptr_t out) {
     launch({"exchanges", {}, 64}, exchanges, at<const uint32_t>(in, 64), at<uint32_t>(out, 192));
   });
+  m.def("other_warp_rounds", [](uintptr_t cells, int n, int rounds) {
+    launch({"other_warp_rounds", {}, 64}, other_warp_rounds, at<uint32_t>(cells, n), n, rounds);
+  });
   m.def(
       "scripted",
       [](uintptr_t script, int steps, unsigned blocks, uintptr_t cells, unsigned shared_bytes) {

@@ -192,6 +192,21 @@ exchanges(gmem<const uint32_t> in, gmem<uint32_t> out) {
   store(out + (2 * n + i), uint32_t{sync_threads_or(mine == 7)});
 }
 
+// One block of 64: each thread adds up what the thread of the other warp has written, round after round, behind barriers. The
+// address does not change, the value does.
+RODE_KERNEL(64, 1)
+other_warp_rounds(gmem<uint32_t> cells, int n, int rounds) {
+  const int i = thread_index(), other = i ^ 32;
+  uint32_t sum = 0;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    sum += load(cells + other, other < n);
+    sync_threads();
+    store(cells + i, sum, i < n);
+    sync_threads();
+  }
+}
+
 // Follows a script of steps {what, block, thread, cell}: who touches which cell of shared or global memory between which
 // synchronisations. Whether that is a race does not depend on the order in which the threads happen to run.
 enum Step : int { read_shared, write_shared, read_global, write_global, synchronise_warps, synchronise_block, copy, wait };

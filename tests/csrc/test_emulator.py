@@ -113,6 +113,19 @@ def test_every_mistake_is_tried():
     assert set(emulator.BUGS) == {"none", "dropped_swizzle", *CAUGHT}
 
 
+def test_warps_see_what_the_other_one_wrote_before_the_barrier():
+    want = torch.arange(64, dtype=torch.int32)
+    cells, total, other = want.clone(), torch.zeros_like(want), torch.arange(64) ^ 32
+    for _ in range(3):
+        total = total + want[other]
+        want = total.clone()
+    for seed in SEEDS:
+        have = cells.clone()
+        emulator.reset(seed)
+        emulator.other_warp_rounds(have.data_ptr(), 64, 3)
+        assert torch.equal(have, want)
+
+
 READ, WRITE, SHARED, GLOBAL, SYNC_WARP, SYNC_BLOCK, COPY, WAIT = 0, 1, 0, 2, 4, 5, 6, 7
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sass import cuobjdump, disassembly
+
 ROOT = Path(__file__).parent.parent.parent
 HEADER = ROOT / "csrc/cuda/ptx.cuh"
 NVCC = shutil.which("nvcc")
@@ -25,8 +27,33 @@ def test_nvcc_compiles_every_primitive_without_warning_or_spill(arch, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     report = run.stdout + run.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) == 16
+    assert len(spills) == 17
     assert set(spills) == {("0", "0", "0")}
+
+
+@pytest.mark.skipif(NVCC is None or cuobjdump() is None, reason="needs nvcc and cuobjdump")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_predicated_load_stays_behind_the_barrier_of_its_round(arch, tmp_path):
+    """Its address does not change: without volatile and a clobber nvcc 13.0 loads once, before the loop."""
+    cubin = tmp_path / "kernels.cubin"
+    command = [NVCC, "-std=c++20", f"-arch=sm_{arch}", "-cubin", "-o", str(cubin), "tests/csrc/kernels.cu"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    code = disassembly(cubin).split("other_warp_rounds")[1].split("Function :")[0]
+    lines = re.findall(r"/\*([0-9a-f]{4})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", code)
+    places = {name: [int(at, 16) for at, of, _ in lines if of.startswith(name)] for name in ("LDG", "BAR")}
+    back = [
+        (int(to, 16), int(at, 16))
+        for at, name, rest in lines
+        if name == "BRA"
+        for to in [rest.split("0x")[1]]
+    ]
+    loops = [
+        (first, last)
+        for first, last in back
+        if first < last and any(first <= at < last for at in places["BAR"])
+    ]
+    assert len(places["LDG"]) == len(loops) == 1
+    assert loops[0][0] <= places["LDG"][0] < min(places["BAR"])
 
 
 # Anything else that reaches memory or other threads would escape the emulator's eyes.

@@ -7,9 +7,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from captured import as_cuda_graph, check_replays
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
 from rode_kernels import autograd, backends, fast_path, functional, rectified_mixture
 from rode_kernels.backends.cuda import backend as cuda
+from rode_kernels.backends.gpu.planner import prefer_gemm
+from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.reference import dropout_keep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -119,6 +122,21 @@ def test_a_captured_call_replays(backend, tokens, inplace):
         x.copy_(p.x * factor)
         graph.replay()
         assert torch.equal(y, run(p, p.x * factor, backend=backend))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("ranks", [(2, 4, 8, 16), (16,) * 8], ids=str)
+def test_both_passes_captured_together_replay(backend, ranks, dtype, dropout_p, inplace):
+    """The kernels, and the gemm path for the wide mixture: in a graph PyTorch's products may add up in another order."""
+    tokens, K, O = 300, 256, 256
+    p = on_device(random_problem((tokens,), K=K, O=O, ranks=ranks, dtype=dtype, dropout_p=dropout_p))
+    shape = ProblemShape(tokens, K, O, sum(ranks), len(ranks), dtype.itemsize, dropout=dropout_p > 0.0)
+    by_gemm = any(prefer_gemm(shape, back, triton=backend == "triton") for back in (False, True))
+    if not dropout_p:
+        assert by_gemm == (len(ranks) == 8)
+    check_replays(p, as_cuda_graph, backend=backend, inplace=inplace, same_bits=not by_gemm)
 
 
 def test_the_current_stream_is_used(backend):

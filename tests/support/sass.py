@@ -92,14 +92,18 @@ def compile_kernels(source: str, kind: str, arch: int, folder: Path) -> tuple[st
     return report, kernels
 
 
-def _read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
+def disassembly(cubin: Path) -> str:
+    """The machine code of a cubin's kernels, as cuobjdump prints it."""
     tool = cuobjdump()
+    assert tool is not None
     path = {"PATH": f"{Path(tool).parent}:/usr/bin:/bin"}  # it calls nvdisasm, which stands beside it
-    sass = subprocess.run(
-        [tool, "-sass", str(cubin)], env=path, check=True, capture_output=True, text=True
-    ).stdout
+    run = subprocess.run([tool, "-sass", str(cubin)], env=path, check=True, capture_output=True, text=True)
+    return run.stdout
+
+
+def _read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
     current = None
-    for line in sass.splitlines():
+    for line in disassembly(cubin).splitlines():
         if function := re.search(r"Function : (\S+)", line):
             current = kernels[_short(function.group(1))].instructions
         elif (
