@@ -80,19 +80,24 @@ class LinearMixtureFunction(torch.autograd.Function):
             grads = differentiate(call, dy, dgates, tuple(saved), bias_dtype, needs)
             dx, dA, dB, drouter_weight, drouter_bias, _ = grads
         if dy is not None:
-            device = x.device.type
-            if autocast_dtype(device) is None:
-                dx, dweight, dbias = _differentiate_product(dx, dy, x, weight, need_weight, need_bias)
-            else:  # around a backward pass it would round what the forward pass had in float32
-                with torch.autocast(device, enabled=False):
-                    dx, dweight, dbias = _differentiate_product(dx, dy, x, weight, need_weight, need_bias)
+            dx, dweight, dbias = add_product_gradients(dx, dy, x, weight, need_weight, need_bias)
         return dweight, dbias, dx, dA, dB, drouter_weight, drouter_bias, None, None
 
 
-def _differentiate_product(
+def add_product_gradients(
     dx: Tensor | None, dy: Tensor, x: Tensor, weight: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, with the product's accumulated into the mixture's, of the weight and of the bias."""
+    """The gradient of x, which the product's is accumulated into, of the weight and of the bias.
+
+    Args:
+        dx: the mixture's, which the caller owns; None where x needs no gradient.
+    """
+    device = x.device.type
+    if (
+        autocast_dtype(device) is not None
+    ):  # around a backward pass it would round what the forward pass had in float32
+        with torch.autocast(device, enabled=False):
+            return add_product_gradients(dx, dy, x, weight, need_weight, need_bias)
     flat_dy = _flat(dy)
     if dx is not None and (torch.is_grad_enabled() or has_tangents(dx, dy, weight)):
         dx = dx + dy @ weight
@@ -157,12 +162,12 @@ def rectified_linear(
     check_tensor("router_weight", router_weight)
     check_x(x)
     given = cast_operands(ForwardOperands(*operands), False)
-    weight, bias = _cast_linear(weight, bias, given.x)
+    weight, bias = cast_linear(weight, bias, given.x)
     settings = Settings(mixture, dropout_p, False)
     check_inputs(given, settings)
     check_linear(weight, bias, given.x, B.shape[0])
     tensors = [t for t in (*given, weight, bias) if t is not None]
-    if _watched(tensors):
+    if watched(tensors):
         assert given.router_weight is not None, "checked"
         return rectified_mixture(
             given.x,
@@ -192,7 +197,7 @@ def rectified_linear(
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y
 
 
-def _cast_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def cast_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """weight and bias as autocast has them beside x."""
     dtype = autocast_dtype(x.device.type)
     if dtype is None or x.dtype == torch.float64 or not isinstance(weight, Tensor):
@@ -200,7 +205,7 @@ def _cast_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> tuple[Tensor
     return weight.to(dtype), bias.to(dtype) if isinstance(bias, Tensor) else bias
 
 
-def _watched(tensors: Sequence[Tensor]) -> bool:
+def watched(tensors: Sequence[Tensor]) -> bool:
     """Whether anybody may hold the product, or has to see it and the mixture as two operations."""
     return (
         torch.compiler.is_compiling()
