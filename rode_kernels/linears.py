@@ -56,18 +56,17 @@ class _Settings(NamedTuple):
 
 
 class SiblingsFunction(torch.autograd.Function):
-    """Takes x, the seed, settings and the tensors of each layer in a row; gives every y, then every g."""
+    """Takes x, settings, a seed for each layer, and the tensors of each layer in a row; gives every y, then every g."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, seed: Tensor | None, settings: _Settings, *flat: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        layers = _by_layer(flat)
-        siblings = _siblings(layers, settings, seed)
+    def forward(ctx: Any, x: Tensor, settings: _Settings, *given: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(settings.mixtures)
+        layers = _by_layer(given[count:])
+        siblings = _siblings(layers, settings, given[:count])
         bases = [product(x, weight, bias) for weight, bias, *_ in layers]
         outputs = mixtures_forward(x, siblings, bases, dropout_p=settings.dropout_p, backend=settings.backend)
         us, gs = [u for _, u, _ in outputs], [g for _, _, g in outputs]
-        ctx.save_for_backward(x, seed, *us, *gs, *flat)
+        ctx.save_for_backward(x, *us, *gs, *given)
         ctx.set_materialize_grads(False)
         ctx.settings = settings
         return *(y for y, _, _ in outputs), *gs
@@ -75,20 +74,21 @@ class SiblingsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         count, settings = len(ctx.settings.mixtures), ctx.settings
-        x, seed, *rest = ctx.saved_tensors
-        us, gs, layers = rest[:count], rest[count : 2 * count], _by_layer(rest[2 * count :])
-        need_x, _, _, *flat_needs = ctx.needs_input_grad
+        x, *rest = ctx.saved_tensors
+        us, gs, seeds = (rest[count * i : count * (i + 1)] for i in range(3))
+        layers = _by_layer(rest[3 * count :])
+        need_x, flat_needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + count :]
         needs = [flat_needs[_TENSORS * j : _TENSORS * (j + 1)] for j in range(count)]
         dys, dgates = grads[:count], grads[count:]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         saved = [(x, u, g, *layer) for u, g, layer in zip(us, gs, layers, strict=True)]
         if torch.is_grad_enabled() or has_tangents(x, *grads, *rest):
-            dx, found = _one_by_one(settings, seed, saved, dys, dgates, need_x, needs)
+            dx, found = _one_by_one(settings, seeds, saved, dys, dgates, need_x, needs)
         else:
             dx, found = mixtures_backward(
                 x,
-                _siblings(layers, settings, seed),
+                _siblings(layers, settings, seeds),
                 list(zip(us, gs, strict=True)),
                 dys,
                 dgates=dgates,
@@ -98,7 +98,10 @@ class SiblingsFunction(torch.autograd.Function):
                 backend=settings.backend,
             )
         results: list[Tensor | None] = []
-        for dy, layer, need, of_one in zip(dys, layers, needs, found, strict=True):
+        for dy, dgate, layer, need, of_one in zip(dys, dgates, layers, needs, found, strict=True):
+            if dy is None and dgate is None:  # as of a layer that was not called
+                results += [None] * _TENSORS
+                continue
             dweight = dbias = None
             if dy is not None:
                 dx, dweight, dbias = add_product_gradients(dx, dy, x, layer[0], need[0], need[1])
@@ -106,23 +109,25 @@ class SiblingsFunction(torch.autograd.Function):
             if drouter_bias is not None and router_bias is not None:
                 drouter_bias = drouter_bias.to(router_bias.dtype)
             results += [dweight, dbias, of_one.A, of_one.B, of_one.router_weight, drouter_bias]
-        return dx, None, None, *results
+        return dx, None, *(None,) * count, *results
 
 
 def _by_layer(flat: Sequence[Any]) -> list[_Tensors]:
     return [tuple(flat[i : i + _TENSORS]) for i in range(0, len(flat), _TENSORS)]
 
 
-def _siblings(layers: Sequence[_Tensors], settings: _Settings, seed: Tensor | None) -> list[Sibling]:
+def _siblings(
+    layers: Sequence[_Tensors], settings: _Settings, seeds: Sequence[Tensor | None]
+) -> list[Sibling]:
     return [
-        Sibling(A, B, router_weight, router_bias, mixture, seed)
-        for (_, _, A, B, router_weight, router_bias), mixture in zip(layers, settings.mixtures, strict=True)
+        Sibling(*layer[2:], mixture, seed)
+        for layer, mixture, seed in zip(layers, settings.mixtures, seeds, strict=True)
     ]
 
 
 def _one_by_one(
     settings: _Settings,
-    seed: Tensor | None,
+    seeds: Sequence[Tensor | None],
     saved: Sequence[tuple[Any, ...]],
     dys: Sequence[Tensor | None],
     dgates: Sequence[Tensor | None],
@@ -138,7 +143,7 @@ def _one_by_one(
             continue
         mixture = settings.mixtures[j]
         static = (mixture.ranks, mixture.scaling, settings.dropout_p, False, settings.backend)
-        operands = (x, u, g, A, B, router_weight, seed, router_bias, None)
+        operands = (x, u, g, A, B, router_weight, seeds[j], router_bias, None)
         dtype = None if router_bias is None else router_bias.dtype
         grads = differentiate(_not_run(static), dys[j], dgates[j], operands, dtype, wanted)
         if grads.x is not None:
@@ -173,7 +178,8 @@ def rectified_linears(
     Args:
         x: (..., in_features). linears: one or more layers, see `AdaptedLinear`.
         dropout_p: probability with which elements of the experts' input are dropped.
-        seed: as in `rectified_mixture`; one for all layers, which drop the same elements of x. None draws one.
+        seed: as in `rectified_mixture`. One that is given is for all layers, which then drop the same elements of x; None draws one
+            for each layer, in their order.
         return_gates: also return the gates.
         backend: a name from `backends()`. Where a backend has no kernels for several mixtures at once, they run one by one.
 
@@ -199,7 +205,11 @@ def rectified_linears(
             raise type(error)(f"linears[{j}]: {error}") from None
         layers.append(layer)
         mixtures.append(mixture)
-    used_seed = normalize_seed(seed, dropout_p, x)
+    seeds: list[Tensor | None]
+    if seed is None:
+        seeds = [normalize_seed(None, dropout_p, x) for _ in layers]
+    else:
+        seeds = [normalize_seed(seed, dropout_p, x)] * len(layers)
     if x.is_meta or watched([x, *(t for layer in layers for t in layer if t is not None)]):
         results = [
             rectified_mixture(
@@ -209,16 +219,16 @@ def rectified_linears(
                 scaling=mixture.scaling,
                 base=torch.nn.functional.linear(x, layer[0], layer[1]),
                 dropout_p=dropout_p,
-                seed=used_seed,
+                seed=own_seed,
                 return_gates=True,
                 backend=backend,
             )
-            for layer, mixture in zip(layers, mixtures, strict=True)
+            for layer, mixture, own_seed in zip(layers, mixtures, seeds, strict=True)
         ]
         return results if return_gates else [y for y, _ in results]  # type: ignore[return-value]  # with gates: pairs
     settings = _Settings(tuple(mixtures), float(dropout_p), backend or "")
     flat = [t for layer in layers for t in layer]
-    outputs = SiblingsFunction.apply(x, used_seed, settings, *flat)  # type: ignore[no-untyped-call]
+    outputs = SiblingsFunction.apply(x, settings, *seeds, *flat)  # type: ignore[no-untyped-call]
     ys, gs = outputs[: len(layers)], outputs[len(layers) :]
     if not return_gates:
         return list(ys)

@@ -32,6 +32,7 @@ from rode.training.config import Experiment
 from rode.training.counts import RunCounts
 from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
+from rode.training.groups import LearnedGroups
 from rode.training.sharding import allow_fsdp_on_cpus
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
@@ -159,6 +160,7 @@ class AnswerTrainer(WholeCheckpoints):
         self.summed_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
         self.counts = RunCounts()
         self.add_callback(self.counts)
+        self.add_callback(LearnedGroups(self.model))
 
     def compute_loss(
         self,

@@ -125,26 +125,49 @@ class Adapter(Gated, nn.Module):
         A, B = self.operand("A", inputs), self.operand("B", inputs)
         if self.config.shared_A:
             A = A.repeat(len(self.ranks), 1)
-        same = base is None or base.dtype == inputs.dtype
         if base is None:
             assert linear is not None, "one of the two is given"
             assert isinstance(self.variant, RectifiedRouter), "see makes_product"
-            y, gates = self.variant.add_to_product(self, x, inputs, A, B, dropout_p, linear)
-        else:
-            options: Options = {
-                "ranks": self.ranks,
-                "scaling": self.scaling,
-                "dropout_p": dropout_p,
-                "base": base if same else None,
-                "inplace": same and owned,
-            }
-            y, gates = self.variant.add(self, x, inputs, A, B, options)
+            return self._finish(*self.variant.add_to_product(self, x, inputs, A, B, dropout_p, linear))
+        same = base.dtype == inputs.dtype
+        options: Options = {
+            "ranks": self.ranks,
+            "scaling": self.scaling,
+            "dropout_p": dropout_p,
+            "base": base if same else None,
+            "inplace": same and owned,
+        }
+        y = self._finish(*self.variant.add(self, x, inputs, A, B, options))
+        return y if same else base + y.to(base.dtype)
+
+    def _finish(self, y: Tensor, gates: Tensor | None) -> Tensor:
+        """Tells of a mixture, and of gates that somebody reads."""
         if self.config.needs_forward_hooks:
             passes = self.info.context.passes
             passes.note(y, passes.current())
         if gates is not None and self.info.gate_recorder is not None:
             self._tell(self.info.gate_recorder, gates)
-        return y if same or base is None else base + y.to(base.dtype)
+        return y
+
+    def product_operands(
+        self, x: Tensor
+    ) -> tuple[Tensor, float, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The layer's input as the operation takes it, dropout's probability, and A, B, the router's weight and bias.
+
+        Only where `makes_product` is true.
+        """
+        inputs = _autocast(x)
+        assert isinstance(self.variant, RectifiedRouter), "see makes_product"
+        A = self.operand("A", inputs)
+        if self.config.shared_A:
+            A = A.repeat(len(self.ranks), 1)
+        operands = A, self.operand("B", inputs), *self.variant.router(self, inputs)
+        return inputs, self.config.dropout if self.training else 0.0, operands
+
+    def finish_product(self, result: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        """The layer's output, of y, or y and gates, that were computed outside with `product_operands`."""
+        assert isinstance(self.variant, RectifiedRouter), "see makes_product"
+        return self._finish(*self.variant.kept(self, result, x))
 
     def makes_product(self) -> bool:
         """Whether `forward` can make the frozen layer's output itself, and may be called past `__call__`: nobody is told of it."""

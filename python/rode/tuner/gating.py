@@ -17,6 +17,7 @@ from rode.tuner.routers import Routed, compute_gates, router_logits, with_univer
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
+    from rode.tuner.siblings import Siblings
 
 
 @dataclass
@@ -30,6 +31,7 @@ class LayerInfo:
         context: the state of the model's forward pass.
         block_pass: set where whole blocks are experts.
         gate_recorder: set while GateStatistics are attached.
+        siblings: the adapted layers of `block`, where it has several.
     """
 
     module_name: str = ""
@@ -39,6 +41,7 @@ class LayerInfo:
     context: ForwardContext = field(default_factory=ForwardContext)
     block_pass: BlockPass | None = None
     gate_recorder: GateRecorder | None = None
+    siblings: Siblings | None = None
 
     @property
     def other_tokens(self) -> bool:

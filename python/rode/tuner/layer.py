@@ -193,10 +193,17 @@ class Linear(nn.Module, RodeLayer):
         off = self._disable_adapters or self.merged_adapters
         active = [] if off else [adapters[name] for name in self.active_adapters if name in adapters]
         block = self.info.block_pass
+        siblings = self.info.siblings
         if active and not args and not kwargs and block is None and _is_one_product(active[0], base_layer, x):
-            result = active[0].forward(x, None, linear=base_layer)
-            del active[0]
+            first = cast(Adapter, active.pop(0))
+            result = None if siblings is None or active else siblings.run(self, first, x)
+            if result is None:
+                result = first.forward(x, None, linear=cast(nn.Linear, base_layer))
+                if siblings is not None:
+                    siblings.ran_apart(self, result)
         elif block is None:
+            if active and siblings is not None and not torch.compiler.is_compiling():
+                siblings.left(self)
             result = base_layer(x, *args, **kwargs)
         else:
             result = block.base(self.info.module_name, base_layer, x, args, kwargs)
@@ -206,6 +213,20 @@ class Linear(nn.Module, RodeLayer):
             owned = block is None and may_write_into(result, base_layer) and not has_hooks(adapter)
             result = adapter(x, result, owned)
         return result
+
+    def only_adapter(self, x: Tensor) -> Adapter | None:
+        """The adapter that makes the layer's whole output of x; None where another is active too, or something stands between."""
+        if (
+            self._disable_adapters
+            or self.merged_adapters
+            or self.info.block_pass is not None
+            or has_hooks(self)
+        ):
+            return None
+        active = [name for name in self.active_adapters if name in self.rode_adapters]
+        if len(active) != 1 or not _is_one_product(self.rode_adapters[active[0]], self.base_layer, x):
+            return None
+        return self.adapter(active[0])
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -33,6 +33,7 @@ from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.rounding import rounded_parameters
+from rode.tuner.siblings import note_siblings
 from rode.tuner.targets import (
     DEFAULT_NAMES,
     default_targets,
@@ -199,6 +200,7 @@ class RodeModel(BaseTuner):
         layer.info.in_tower = under(current_key, self._roots) is not None
         layer.info.of_cross_attention = reads_other_tokens(current_key)
         layer.info.context = self._context
+        note_siblings([m for m in (*siblings, layer) if isinstance(m, Linear)])
         if config.expert_per == "block" and config.needs_router(len(ranks)):
             self._run_block_by_expert(layer, siblings, parent)
 

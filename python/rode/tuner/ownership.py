@@ -39,7 +39,7 @@ def is_plain(base: nn.Module) -> bool:
         return False
     if type(base._parameters.get("weight")) not in _WEIGHTS:
         return False  # a tensor subclass (quantised, sharded) decides by itself what it returns; flat parameters come and go
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False  # compiled code is functional anyway
     # A transform of torch.func may hold a result that is shared by all samples; a tangent may lie on either tensor alone.
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:

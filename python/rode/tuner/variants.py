@@ -61,9 +61,9 @@ class RectifiedRouter:
     def add(
         self, adapter: Gated, x: Tensor, inputs: Tensor, A: Tensor, B: Tensor, options: Options
     ) -> tuple[Tensor, Tensor | None]:
-        router, bias = self._router(adapter, inputs)
+        router, bias = self.router(adapter, inputs)
         result = rectified_mixture(inputs, A, B, router, bias, return_gates=adapter.reads_gates(), **options)
-        return self._kept(adapter, result, x)
+        return self.kept(adapter, result, x)
 
     def add_to_product(
         self,
@@ -76,7 +76,7 @@ class RectifiedRouter:
         linear: nn.Linear,
     ) -> tuple[Tensor, Tensor | None]:
         """The frozen layer's product and the mixture in one; arguments and results are otherwise those of `add`."""
-        router, bias = self._router(adapter, inputs)
+        router, bias = self.router(adapter, inputs)
         result = rectified_linear(
             *(inputs, linear.weight, linear.bias, A, B, router, bias),
             ranks=adapter.ranks,
@@ -84,15 +84,17 @@ class RectifiedRouter:
             dropout_p=dropout_p,
             return_gates=adapter.reads_gates(),
         )
-        return self._kept(adapter, result, x)
+        return self.kept(adapter, result, x)
 
-    def _router(self, adapter: Gated, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def router(self, adapter: Gated, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The router's weight and bias as the operation takes them."""
         bias = adapter.held("router_bias")
         return adapter.operand("router_weight", inputs), None if bias is None else operand(bias, inputs)
 
-    def _kept(
+    def kept(
         self, adapter: Gated, result: Tensor | tuple[Tensor, Tensor], x: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        """y and gates of an operation's result; gates are kept for whoever reads them later."""
         if isinstance(result, Tensor):
             return result, None
         y, gates = result
