@@ -81,17 +81,19 @@ class Step:
         # the head is a stand-in for what follows: its logits take the gradient
         return self.model(inputs_embeds=self.x).logits
 
+    def backward(self, y: Tensor) -> list[Tensor | None]:
+        return torch.autograd.grad(y, [self.x, *self.trained], self.dy, allow_unused=True)
+
     def __call__(self) -> list[Tensor | None]:
-        return torch.autograd.grad(self.forward(), [self.x, *self.trained], self.dy, allow_unused=True)
+        return self.backward(self.forward())
 
     def results(self) -> dict[str, Tensor]:
         """Logits and all gradients of `adapted.rode` or `adapted.plain`, under known dropout."""
         torch.manual_seed(SEED)
-        y = self.forward().detach()
-        torch.manual_seed(SEED)
-        dx, *others = self()
+        y = self.forward()
+        dx, *others = self.backward(y)
         weights = adapted.gradients(self.model, dict(zip(self.trained, others, strict=True)))
-        return {"y": y, "dx": dx, **{f"weight gradient {i}": grad for i, grad in enumerate(weights)}}
+        return {"y": y.detach(), "dx": dx, **{f"weight gradient {i}": grad for i, grad in enumerate(weights)}}
 
 
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 2e-1)}
