@@ -66,6 +66,13 @@ def of_block(command: Parser) -> None:
     add("--dtype", nargs="+", choices=DTYPES[:2], help="of the block; default: both, on a GPU bfloat16")
 
 
+def of_generate(command: Parser) -> None:
+    add = command.add_argument
+    add("--cases", nargs="+", metavar="CASE", help="demo, llama-4096 or both; default: both")
+    add("--tokens", type=count, default=64, metavar="N", help="new ones; default 64")
+    add("--dtype", nargs="+", choices=DTYPES[:2], default=DTYPES[:2], help="of the model; default: both")
+
+
 def of_plot(command: Parser) -> None:
     command.add_argument("results", metavar="RESULTS.json", help="what `mixture --json` wrote")
     command.add_argument("--out", default=".", metavar="FOLDER", help="for the SVG files; default: here")
@@ -143,6 +150,12 @@ BENCHMARKS = {
         "time on 1 to 8 tokens, without and with a graph",
         "decode",
         (one_backend, rounds(15), to_json),
+        lambda m, o: m.main(o),
+    ),
+    "generate": Benchmark(
+        "tokens a second of greedy decoding: the model alone, with PEFT's LoRA merged and beside it, with RoDE",
+        "generate",
+        (of_generate, rounds(10), to_json),
         lambda m, o: m.main(o),
     ),
     "overhead": Benchmark(

@@ -1,6 +1,6 @@
 """Models with adapters as configs train them: RoDE's tuner, the same formula in plain PyTorch, PEFT's LoRA and X-LoRA.
 
-The base is frozen, in float32 or bfloat16; adapters are in float32, with dropout in training mode. No autocast, as in `rode train`.
+The base is frozen, in float32 or bfloat16; adapters are in float32, with dropout in training mode.
 """
 
 from __future__ import annotations

@@ -67,10 +67,17 @@ def systems(base: nn.Module, case: BlockCase) -> dict[str, nn.Module]:
 
 
 class Step:
-    """Forward and backward of one system on one input (1, M, hidden); parameters' gradients are made anew each time."""
+    """Forward and backward of one system on one input (1, M, hidden); parameters' gradients are made anew each time.
 
-    def __init__(self, model: nn.Module, x: Tensor, dy: Tensor, checkpointing: bool = False) -> None:
+    Args:
+        checkpointing: of the block's activations. autocast: to x's dtype.
+    """
+
+    def __init__(
+        self, model: nn.Module, x: Tensor, dy: Tensor, checkpointing: bool = False, autocast: bool = False
+    ) -> None:
         self.model, self.x, self.dy = model.train(), x.clone().requires_grad_(True), dy
+        self.autocast = autocast
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if checkpointing:
             for layer in model.modules():
@@ -79,19 +86,22 @@ class Step:
 
     def forward(self) -> Tensor:
         # the head is a stand-in for what follows: its logits take the gradient
-        return self.model(inputs_embeds=self.x).logits
+        with torch.autocast(self.x.device.type, self.x.dtype, enabled=self.autocast):
+            return self.model(inputs_embeds=self.x).logits
+
+    def backward(self, y: Tensor) -> list[Tensor | None]:
+        return torch.autograd.grad(y, [self.x, *self.trained], self.dy, allow_unused=True)
 
     def __call__(self) -> list[Tensor | None]:
-        return torch.autograd.grad(self.forward(), [self.x, *self.trained], self.dy, allow_unused=True)
+        return self.backward(self.forward())
 
     def results(self) -> dict[str, Tensor]:
         """Logits and all gradients of `adapted.rode` or `adapted.plain`, under known dropout."""
         torch.manual_seed(SEED)
-        y = self.forward().detach()
-        torch.manual_seed(SEED)
-        dx, *others = self()
+        y = self.forward()
+        dx, *others = self.backward(y)
         weights = adapted.gradients(self.model, dict(zip(self.trained, others, strict=True)))
-        return {"y": y, "dx": dx, **{f"weight gradient {i}": grad for i, grad in enumerate(weights)}}
+        return {"y": y.detach(), "dx": dx, **{f"weight gradient {i}": grad for i, grad in enumerate(weights)}}
 
 
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (5e-2, 2e-1)}
@@ -142,7 +152,9 @@ def make_steps(
     dy = torch.randn(1, tokens, 32, generator=generator).to(**like)
     base = block(hidden, dtype).to(device)
     models = systems(base, case)
-    steps = {name: Step(model, x, dy, case.checkpointing) for name, model in models.items()}
+    # without autocast PEFT multiplies in float32, which takes longer; RoDE's tuner needs none
+    mixed = {name: name.startswith("LoRA") and dtype != torch.float32 for name in models}
+    steps = {name: Step(model, x, dy, case.checkpointing, mixed[name]) for name, model in models.items()}
     check(steps, make_truth(base, models["rode"]))
     return steps
 

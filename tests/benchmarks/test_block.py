@@ -127,3 +127,21 @@ def test_a_wrong_block_is_not_measured(monkeypatch, dtype, wrong):
     monkeypatch.setattr(adapted, "plain", spoilt)
     with pytest.raises(RuntimeError, match="packed is wrong"):
         block.make_steps(36, 16, dtype=dtype)
+
+
+def test_autocast_is_for_lora_beside_bfloat16(monkeypatch):
+    asked = []
+    autocast = torch.autocast
+
+    def noted(device, dtype, enabled):
+        asked.append(enabled)
+        return autocast(device, dtype, enabled=enabled)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        steps = block.make_steps(36, 16, dtype=dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "autocast", noted)
+            for name, step in steps.items():
+                asked.clear()
+                assert step.forward().dtype == dtype
+                assert asked[0] == (name in PEFT and dtype == torch.bfloat16), name
