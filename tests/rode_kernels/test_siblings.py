@@ -9,18 +9,25 @@ import torch
 
 from mixture_oracle import MIXED, threads
 from rode_kernels import backends
+from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.registry import select_backend
 from rode_kernels.mixture import make_mixture
 from rode_kernels.siblings import SiblingNeeds, mixtures_forward
 from sibling_problems import PARAMETERS, check, random_siblings, run, siblings_of, with_dropout
 
-ONE_PASS = ("reference", "cpu")  # backends that take siblings together
+ONE_PASS = ("reference", "cpu", "cuda-emulated")  # backends that take siblings together
 SHAPES = {
     "few tokens": dict(tokens=(5,), K=24),
     "q and v": dict(tokens=(2, 83), K=136, widths=(72, 40)),
     "q, k, v": dict(tokens=(130,), K=200, widths=(72, 24, 24), ranks=((2, 4, 8, 16), (8,), (1, 1, 30))),
     "odd": dict(tokens=(141,), K=33, widths=(19, 130), ranks=((3,), (5, 7, 9))),
 }
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch) -> None:
+    """Together also where one by one is faster."""
+    monkeypatch.setattr(cuda_emulated.machine, "together", True)
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
