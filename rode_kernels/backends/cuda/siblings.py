@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rode_kernels.backends.cuda.passes import Passes, row_distance, with_contiguous_parameters
-from rode_kernels.backends.cuda.prepared import Kernels, address
+from rode_kernels.backends.cuda.prepared import GateKernel, Kernels, address
+from rode_kernels.backends.gpu import gemm_siblings
 from rode_kernels.backends.gpu.gemm_path import product
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed, with_neighbouring_columns
 from rode_kernels.backends.gpu.plans import divide_up
@@ -304,31 +305,34 @@ class SiblingPasses:
 
     def _layouts(
         self, operands: Sequence[AnyOperands], settings: Sequence[Settings], backward: bool
-    ) -> tuple[Layout, ...] | None:
-        """The layout of each; None where they run one by one."""
+    ) -> tuple[tuple[Layout, ...], bool] | None:
+        """The layout of each, and whether they take the GEMM path, as one of them alone would; None where they run one by one."""
         if operands[0].x.shape[0] == 0:
             return None
         layouts = tuple(Layout.of(o, s) for o, s in zip(operands, settings, strict=True))
-        why = apart(operands, settings)
-        if not why and any(self.passes.prefer_gemm(layout, backward) for layout in layouts):
-            why = "siblings of which one alone takes the GEMM path"
+        by_gemm = any(self.passes.prefer_gemm(layout, backward) for layout in layouts)
+        why = apart(operands, settings, by_gemm)
         if why:
             say_one_by_one(why)
             return None
-        return layouts
+        return layouts, by_gemm
+
+    def _gate_kernels(self, layouts: tuple[Layout, ...], device: int) -> list[GateKernel]:
+        self.passes.limits(device)  # prepares it
+        return [self.passes.gate_kernel(self.passes.kernels, layout, device) for layout in layouts]
 
     def forward(
         self, operands: Sequence[ForwardOperands], settings: Sequence[Settings], device: int, stream: int
     ) -> list[Outputs] | None:
         """The forward passes, in place where there is a base; None where calls one by one are better or the only way."""
-        layouts = self._layouts(operands, settings, False)
-        if layouts is None:
+        found = self._layouts(operands, settings, False)
+        if found is None:
             return None
+        layouts, by_gemm = found
         columns = Columns.of([s.mixture for s in settings], 8)
-        plans = self.passes.plan_siblings_forward(layouts, columns, device)
-        if plans is None:
+        plans = None if by_gemm else self.passes.plan_siblings_forward(layouts, columns, device)
+        if plans is None and not by_gemm:
             return None
-        by_product = columns.total > _COLUMNS_OF_SHRINK and self.passes.may_multiply(layouts[0])
         x = with_neighbouring_columns(operands[0].x)
         ready, ys = [], []
         for o in operands:
@@ -336,6 +340,9 @@ class SiblingPasses:
             ready.append(o)
             y = o.base
             ys.append(self.passes.kernels.empty(x.shape[0], o.B.shape[0], like=x) if y is None else y)
+        if plans is None:
+            return gemm_siblings.forward(self._gate_kernels(layouts, device), layouts, ready, ys, stream)
+        by_product = columns.total > _COLUMNS_OF_SHRINK and self.passes.may_multiply(layouts[0])
         lds = tuple((row_distance(o.base), row_distance(y)) for o, y in zip(ready, ys, strict=True))
         kernels = self.passes.kernels
         run = self.forward_of(kernels, layouts, plans, by_product, device, row_distance(x), lds)
@@ -350,12 +357,13 @@ class SiblingPasses:
         stream: int,
     ) -> list[Gradients] | None:
         """The backward passes, the first one with the sum of the gradients of x; None as above."""
-        layouts = self._layouts(operands, settings, True)
-        if layouts is None:
+        found = self._layouts(operands, settings, True)
+        if found is None:
             return None
+        layouts, by_gemm = found
         columns = Columns.of([s.mixture for s in settings], 16)
-        plans = self.passes.plan_siblings_backward(layouts, columns, device)
-        if plans is None:
+        plans = None if by_gemm else self.passes.plan_siblings_backward(layouts, columns, device)
+        if plans is None and not by_gemm:
             return None
         joint = layouts[0]._replace(shape=columns.shape([layout.shape for layout in layouts]))
         by_products = self.passes.prefer_gemm(joint, True) and self.passes.may_multiply(joint)
@@ -366,6 +374,8 @@ class SiblingPasses:
             if dy is not None and dy.stride() == (0, 0):  # as in `Passes.backward`
                 dy = dy[:1].contiguous().expand(dy.shape)
             ready.append(with_contiguous_parameters(o)._replace(dy=dy, x=x))
+        if plans is None:
+            return gemm_siblings.backward(self._gate_kernels(layouts, device), layouts, ready, needs, stream)
         ld_dys = tuple(None if o.dy is None else (o.dy.stride(0), o.dy.stride(1)) for o in ready)
         kernels, wanted = self.passes.kernels, tuple(tuple(n) for n in needs)
         run = self.backward_of(kernels, layouts, plans, by_products, device, row_distance(x), ld_dys, wanted)

@@ -75,8 +75,8 @@ def say_one_by_one(why: str) -> None:
     )
 
 
-def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings]) -> str:
-    """Why siblings cannot run together; empty where they can."""
+def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings], by_gemm: bool) -> str:
+    """Why siblings cannot run together, by the kernels or on the GEMM path; empty where they can."""
     if any(s.dropout_p != settings[0].dropout_p for s in settings):
         return "siblings with different probabilities of dropout"
     if settings[0].dropout_p > 0 and any(o.seed is not operands[0].seed for o in operands):
@@ -84,7 +84,7 @@ def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings]) -> str:
     if any(s.dense for s in settings) or any(o.router_weight is None for o in operands):
         return "siblings without a router"
     columns = Columns.of([s.mixture for s in settings], 16)
-    if columns.total_rank > MAX_RANK or columns.total_experts > MAX_EXPERTS:
+    if not by_gemm and (columns.total_rank > MAX_RANK or columns.total_experts > MAX_EXPERTS):
         return (
             f"siblings with more than {MAX_RANK} columns or {MAX_EXPERTS} experts together "
             "(each mixture's in multiples of 16)"
