@@ -81,6 +81,9 @@ void define_forward(py::module_& m) {
   using Owner = rode::cuda::ForwardLaunch;
   rode::Class<rode::cuda::ForwardLayout> c(m, "ForwardLaunch", py::module_local());
   rode::define_init(c RODE_FORWARD_LAYOUT(RODE_KEYWORD) RODE_FORWARD_PLAN(RODE_KEYWORD));
+  rode::define_init(c RODE_FORWARD_LAYOUT(RODE_KEYWORD) RODE_FORWARD_PLAN(RODE_KEYWORD) RODE_FORWARD_SIBLING(RODE_KEYWORD));
+  rode::define_call<Owner>(c, "shrink", RODE_LAUNCH(shrink) RODE_FORWARD_CALL(RODE_MEMBER));
+  rode::define_call<Owner>(c, "expand", RODE_LAUNCH(expand) RODE_FORWARD_CALL(RODE_MEMBER));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(forward) RODE_FORWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::Plan>(m, "forward_shared_bytes" RODE_FORWARD_PLAN(RODE_KEYWORD));
 }
@@ -89,6 +92,10 @@ void define_backward(py::module_& m) {
   using Owner = rode::cuda::BackwardLaunch;
   rode::Class<rode::cuda::BackwardLayout> c(m, "BackwardLaunch", py::module_local());
   rode::define_init(c RODE_BACKWARD_LAYOUT(RODE_KEYWORD) RODE_BACKWARD_PLAN(RODE_KEYWORD));
+  rode::define_init(c RODE_BACKWARD_LAYOUT(RODE_KEYWORD) RODE_BACKWARD_PLAN(RODE_KEYWORD) RODE_BACKWARD_SIBLING(RODE_KEYWORD));
+  rode::define_call<Owner>(c, "grad_output", RODE_LAUNCH(grad_output) RODE_BACKWARD_CALL(RODE_MEMBER));
+  rode::define_call<Owner>(c, "grad_input", RODE_LAUNCH(grad_input) RODE_BACKWARD_CALL(RODE_MEMBER));
+  rode::define_call<Owner>(c, "reduce", RODE_LAUNCH(reduce) RODE_BACKWARD_CALL(RODE_MEMBER));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(backward) RODE_BACKWARD_CALL(RODE_MEMBER));
   define_shared_bytes<rode::cuda::BackwardPlan>(m, "backward_shared_bytes" RODE_BACKWARD_PLAN(RODE_KEYWORD));
 }
@@ -97,6 +104,7 @@ void define_pack(py::module_& m) {
   using Owner = rode::cuda::Pack;
   rode::Class<rode::cuda::PackLayout> c(m, "Pack", py::module_local());
   rode::define_init(c RODE_PACK_LAYOUT(RODE_KEYWORD));
+  rode::define_init(c RODE_PACK_LAYOUT(RODE_KEYWORD) RODE_PACK_SIBLING(RODE_KEYWORD));
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(pack_parameters) RODE_PACK_CALL(RODE_MEMBER));
 }
 

@@ -24,7 +24,12 @@ BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& pl
 BackwardParams<Type> parameters(const Problem& p, const BackwardLaunch& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
   BackwardParams<Type> k = sizes(p, a.router_weight != nullptr, a);
-  const int64_t groups = k.expert_groups + k.router_groups;
+  const int64_t groups = k.expert_groups + k.router_groups, rows = a.D_pitch ? a.D_pitch : 16 * groups;
+  k.D_pitch = static_cast<int>(rows);
+  k.D_first = static_cast<int>(a.D_first);
+  k.D_router = static_cast<int>(a.D_pitch ? a.D_router : 16 * k.expert_groups);
+  k.open_part = static_cast<int>(a.open_part);
+  k.open_parts = a.open_parts ? static_cast<int>(a.open_parts) : 1;
   const int64_t ranges_y = divide_up(M, a.tokens_per_split_y), ranges_x = divide_up(M, a.tokens_per_split_x);
   k.pitch = divide_up(K, 8) * 8;
   k.dy = array<Type>(a.dy, a.dy ? (M - 1) * a.ld_dy[0] + (O - 1) * a.ld_dy[1] + 1 : 0);
@@ -36,13 +41,13 @@ BackwardParams<Type> parameters(const Problem& p, const BackwardLaunch& a) {
   k.g = array<float>(a.g, M * N);
   k.dgates = array<float>(a.dgates, M * N);
   k.seed = array<int64_t>(a.seed, 1);
-  k.D = array<Type>(a.D, M * 16 * groups);
+  k.D = array<Type>(a.D, M * rows);
   k.dx = array<Type>(a.dx, M * K);
   k.dh = array<float>(a.dh, M * N);
-  k.open = array<uint32_t>(a.open, divide_up(M, 16));
+  k.open = array<uint32_t>(a.open, int64_t{k.open_parts} * divide_up(M, 16));
   k.t = array<float>(a.t, a.o_tiles * int64_t{divide_up(M, 16)} * k.expert_tiles * 128);
   k.dB_partial = array<float>(a.dB_partial, ranges_y * O * 8 * k.expert_tiles);
-  k.dA_partial = array<float>(a.dA_partial, ranges_x * 16 * groups * k.pitch);
+  k.dA_partial = array<float>(a.dA_partial, ranges_x * rows * k.pitch);
   k.dbias_partial = array<float>(a.dbias_partial, divide_up(M, 16) * N);
   k.ld_dy = a.ld_dy[0];
   k.dy_column = a.ld_dy[1];
@@ -97,17 +102,17 @@ bool aligned_x(const BackwardParams<Type>& k, const BackwardLaunch& a) {
 }
 
 template <bool kAligned, class Go>
-Status grad_output(const BackwardParams<Type>& k, Go go) {
+Status grad_output_launch(const BackwardParams<Type>& k, Go go) {
   return k.plan.many_columns ? launch_grad_output<8, kAligned>(k, go) : launch_grad_output<4, kAligned>(k, go);
 }
 template <bool kAligned, class Go>
-Status grad_input(const BackwardParams<Type>& k, Go go) {
+Status grad_input_launch(const BackwardParams<Type>& k, Go go) {
   return k.plan.groups == 3   ? launch_grad_input<3, false, kAligned>(k, go)
          : k.plan.groups == 5 ? launch_grad_input<5, false, kAligned>(k, go)
                             : launch_grad_input<4, true, kAligned>(k, go);
 }
 
-Status reduce(const BackwardParams<Type>& k, const BackwardLaunch& a) {
+Status reduce_launch(const BackwardParams<Type>& k, const BackwardLaunch& a) {
   ReduceParams<Type> s{};
   s.dB_partial = k.dB_partial;
   s.dA_partial = k.dA_partial;
@@ -128,28 +133,58 @@ Status reduce(const BackwardParams<Type>& k, const BackwardLaunch& a) {
   s.R = k.R;
   s.N = k.N;
   s.pitch_B = 8 * k.expert_tiles;
-  s.rows_A = 16 * (k.expert_groups + k.router_groups);
+  s.rows_A = k.D_pitch;
+  s.first_A = k.D_first;
   s.pitch_A = k.pitch;
-  s.first_router = 16 * k.expert_groups;
+  s.first_router = k.D_router;
   s.parts_bias = divide_up(k.M, 16);
   const int count = divide_up(s.size_B + s.size_A + s.size_router, 32) * 32 + 32 * s.size_bias;  // at most 2^27
   if (count == 0) return {};
   return Start{a.stream}("reduce_partials", grid(divide_up(count, kThreads)), kThreads, 0, reduce_partials<Type>, s);
 }
 
+Status launch_of_output(const BackwardParams<Type>& k, const BackwardLaunch& a) {
+  const Start start{a.stream};
+  Status status;
+  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output_launch<true>(k, start) : grad_output_launch<false>(k, start);
+  return status.error || !k.dh ? status : launch_gate_backward(k, start);
+}
+Status launch_of_input(const BackwardParams<Type>& k, const BackwardLaunch& a) {
+  const Start start{a.stream};
+  return aligned_x(k, a) ? grad_input_launch<true>(k, start) : grad_input_launch<false>(k, start);
+}
+
+// run(parameters, a) on a's device.
+template <class Run>
+Status on_device(const Problem& p, const BackwardLaunch& a, Run run) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  return run(parameters(p, a), a);
+}
+
 }  // namespace
 
 template <>
+Status grad_output<Type>(const Problem& p, const BackwardLaunch& a) {
+  return on_device(p, a, launch_of_output);
+}
+
+template <>
+Status grad_input<Type>(const Problem& p, const BackwardLaunch& a) {
+  return on_device(p, a, launch_of_input);
+}
+
+template <>
+Status reduce<Type>(const Problem& p, const BackwardLaunch& a) {
+  return on_device(p, a, reduce_launch);
+}
+
+template <>
 Status backward<Type>(const Problem& p, const BackwardLaunch& a) {
-  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
-  const BackwardParams<Type> k = parameters(p, a);
-  const Start start{a.stream};
-  Status status;
-  if (k.need_t || k.need_B) status = aligned_y(k) ? grad_output<true>(k, start) : grad_output<false>(k, start);
-  if (!status.error && k.dh) status = launch_gate_backward(k, start);
-  if (!status.error && (k.need_A || k.need_router || k.need_x))
-    status = aligned_x(k, a) ? grad_input<true>(k, start) : grad_input<false>(k, start);
-  return status.error ? status : reduce(k, a);
+  return on_device(p, a, [](const BackwardParams<Type>& k, const BackwardLaunch& a) {
+    Status status = launch_of_output(k, a);
+    if (!status.error && (k.need_A || k.need_router || k.need_x)) status = launch_of_input(k, a);
+    return status.error ? status : reduce_launch(k, a);
+  });
 }
 
 template <>
@@ -158,9 +193,9 @@ unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& p
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
-  grad_output<true>(k, ask);
+  grad_output_launch<true>(k, ask);
   launch_gate_backward(k, ask);
-  grad_input<true>(k, ask);
+  grad_input_launch<true>(k, ask);
   return most;
 }
 

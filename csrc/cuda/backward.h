@@ -27,8 +27,15 @@ struct BackwardPlan {
 // beside a 16-bit x.
 #define RODE_BACKWARD_LAYOUT(X) \
   X(int64_t, ld_x) X(Strides, ld_dy) X(int64_t, ld_A) X(int64_t, ld_B) X(ThreeFlags, params_fp32) X(int, device)
+// One of several mixtures that read the same x: D of all of them stands side by side, all experts' groups of 16 columns, then all
+// routers', and so do the rows of dA_partial. Zeros: it is alone.
+//   D_pitch, D_first, D_router  columns of a row of D, the first one of this mixture's experts, and of its router
+//   open_part, open_parts       which part of `open` it writes; parts, any of which may say that tokens are open
+#define RODE_BACKWARD_SIBLING(X) \
+  X(int64_t, D_pitch) X(int64_t, D_first) X(int64_t, D_router) X(int64_t, open_part) X(int64_t, open_parts)
 struct BackwardLayout : BackwardPlan {
   RODE_BACKWARD_LAYOUT(RODE_DECLARE)
+  RODE_BACKWARD_SIBLING(RODE_DECLARE)
 };
 
 // Null where absent or not asked for; the outputs are contiguous.
@@ -40,7 +47,7 @@ struct BackwardLayout : BackwardPlan {
 //   dB                   (O, R)
 //   dbias, dh            (N), (M, N): of the logits, or of given gates
 //   D                    (M, 16 groups): du and dh in x's type
-//   open                 (M / 16), with dh
+//   open                 (open_parts, M / 16), with dh
 //   t, dB_partial, dA_partial, dbias_partial: sums over parts, as in `BackwardParams`
 #define RODE_BACKWARD_CALL(X)                                                                                               \
   X(const void*, dy) X(const void*, x) X(const void*, A) X(const void*, router_weight) X(const void*, B) X(const float*, u) \
@@ -54,6 +61,14 @@ struct BackwardLaunch : BackwardLayout {
 
 template <class T>
 Status backward(const Problem& p, const BackwardLaunch& a);
+// The launches apart, for mixtures that read the same x: grad_output_pass and gate_backward of one mixture; grad_input_pass of all of
+// them, as one; reduce_partials of one. Of gradients that a launch does not write it only asks whether they are wanted.
+template <class T>
+Status grad_output(const Problem& p, const BackwardLaunch& a);
+template <class T>
+Status grad_input(const Problem& p, const BackwardLaunch& a);
+template <class T>
+Status reduce(const Problem& p, const BackwardLaunch& a);
 // Like the forward pass's, where every gradient is asked for.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan);

@@ -37,7 +37,7 @@ struct BackwardParams {
   gmem<const int64_t> seed;
   gmem<T> D, dx;                    // (M, 16 groups), (M, K)
   gmem<float> dh;                   // (M, N): of the logits, or of given gates
-  gmem<uint32_t> open;              // (M / 16): whether any gate of these tokens is
+  gmem<uint32_t> open;              // (open_parts, M / 16): whether any gate of these tokens is
   gmem<float> t;                    // (o_tiles, M / 16, expert_tiles, 32 lanes, 4): parts over tiles of O, as fragments have them
   gmem<float> dB_partial, dA_partial,
       dbias_partial;                // (ranges of y, O, 8 expert_tiles), (ranges of x, 16 groups, pitch), (M / 16, N)
@@ -48,6 +48,7 @@ struct BackwardParams {
   int expert_tiles;                  // of 8 columns
   int expert_groups, router_groups;  // of 16 columns
   int chunks;                        // of groups that a block has
+  int D_pitch, D_first, D_router, open_part, open_parts;  // see `BackwardLayout`
   cuda::BackwardPlan plan;
   int copy_dy, copy_x;
   bool routed, dropout, drop_all, dense, fast;

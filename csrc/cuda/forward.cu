@@ -32,7 +32,10 @@ ForwardParams<Type> parameters(const Problem& p, const ForwardLaunch& a) {
   k.y = array<Type>(a.y, (M - 1) * a.ld_y + O);
   k.u = array<float>(a.u, M * R);
   k.g = array<float>(a.g, M * N);
-  k.partial = array<float>(a.partial, a.splits * M * 8 * column_tiles(p, routed));
+  k.columns = static_cast<int>(a.columns ? a.columns : 8 * column_tiles(p, routed));
+  k.first_column = static_cast<int>(a.first_column);
+  k.router_gap = static_cast<int>(a.router_gap);
+  k.partial = array<float>(a.partial, a.splits * M * k.columns);
   k.seed = array<int64_t>(a.seed, 1);
   k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
@@ -50,9 +53,10 @@ ForwardParams<Type> parameters(const Problem& p, const ForwardLaunch& a) {
 }
 
 // Whether whole rows move 16 bytes at once, B's at least 4: then kernels run that know no other way.
-bool aligned(const ForwardLaunch& a, const ForwardParams<Type>& k) {
-  return k.K % kChunkValues<Type> == 0 && k.O % kChunkValues<Type> == 0 && k.copy_x == 16 && k.copy_weights == 16 && k.copy_B >= 4 &&
-         copy_width<Type>(a.y, a.ld_y) == 16 && (!a.base || copy_width<Type>(a.base, a.ld_base) == 16);
+bool aligned_x(const ForwardParams<Type>& k) { return k.K % kChunkValues<Type> == 0 && k.copy_x == 16 && k.copy_weights == 16; }
+bool aligned_y(const ForwardLaunch& a, const ForwardParams<Type>& k) {
+  return k.O % kChunkValues<Type> == 0 && k.copy_B >= 4 && copy_width<Type>(a.y, a.ld_y) == 16 &&
+         (!a.base || copy_width<Type>(a.base, a.ld_base) == 16);
 }
 
 template <bool kAligned, int kExpertTiles, int kRouterTiles, class Go>
@@ -81,12 +85,15 @@ Status expanded(const ForwardParams<Type>& k, Go go) {
 }
 
 template <bool kAligned, class Go>
-Status in_two_launches(const ForwardParams<Type>& k, const Plan& plan, Go go) {
+Status first_launch(const ForwardParams<Type>& k, const Plan& plan, Go go) {
   const int tiles = k.expert_tiles + k.router_tiles;
-  Status status = plan.rows == 16 && tiles <= 5 ? shrunk<kAligned, 16, 5>(k, go)
-                  : tiles <= 5                  ? shrunk<kAligned, 64, 5>(k, go)
-                                                : shrunk<kAligned, 64, 16>(k, go);
-  if (status.error) return status;
+  return plan.rows == 16 && tiles <= 5 ? shrunk<kAligned, 16, 5>(k, go)
+         : tiles <= 5                  ? shrunk<kAligned, 64, 5>(k, go)
+                                       : shrunk<kAligned, 64, 16>(k, go);
+}
+
+template <bool kAligned, class Go>
+Status second_launch(const ForwardParams<Type>& k, const Plan& plan, Go go) {
   if (plan.rows == 16) return expanded<kAligned, 16, Passes::kOne>(k, go);
   if (8 * k.expert_tiles <= kDepth<Type>) return expanded<kAligned, 64, Passes::kOne>(k, go);
   return plan.keep_v ? expanded<kAligned, 64, Passes::kKept>(k, go) : expanded<kAligned, 64, Passes::kAgain>(k, go);
@@ -94,7 +101,10 @@ Status in_two_launches(const ForwardParams<Type>& k, const Plan& plan, Go go) {
 
 template <bool kAligned, class Go>
 Status run(const ForwardParams<Type>& k, const Plan& plan, Go go) {
-  if (!plan.fused) return in_two_launches<kAligned>(k, plan, go);
+  if (!plan.fused) {
+    const Status status = first_launch<kAligned>(k, plan, go);
+    return status.error ? status : second_launch<kAligned>(k, plan, go);
+  }
   const bool small = k.R <= 32 && (!k.routed || k.N <= 8);
   return small ? fused<kAligned, 4, 1>(k, go) : fused<kAligned, 8, 2>(k, go);
 }
@@ -105,7 +115,21 @@ template <>
 Status forward<Type>(const Problem& p, const ForwardLaunch& a) {
   if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
   const ForwardParams<Type> k = parameters(p, a);
-  return aligned(a, k) ? run<true>(k, a, Start{a.stream}) : run<false>(k, a, Start{a.stream});
+  return aligned_x(k) && aligned_y(a, k) ? run<true>(k, a, Start{a.stream}) : run<false>(k, a, Start{a.stream});
+}
+
+template <>
+Status shrink<Type>(const Problem& p, const ForwardLaunch& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  const ForwardParams<Type> k = parameters(p, a);
+  return aligned_x(k) ? first_launch<true>(k, a, Start{a.stream}) : first_launch<false>(k, a, Start{a.stream});
+}
+
+template <>
+Status expand<Type>(const Problem& p, const ForwardLaunch& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  const ForwardParams<Type> k = parameters(p, a);
+  return aligned_y(a, k) ? second_launch<true>(k, a, Start{a.stream}) : second_launch<false>(k, a, Start{a.stream});
 }
 
 template <>

@@ -117,9 +117,10 @@ forward_shrink(ForwardParams<T> p) {
 template <class T>
 RODE_DEVICE void add_splits(const ForwardParams<T>& p, int tile, int m0, int first, int by, float (&c)[4]) {
   constexpr int kBatch = 8;
-  const int columns = 8 * (p.expert_tiles + p.router_tiles), m = m0 + fragment_row(0);
+  const int columns = p.columns, m = m0 + fragment_row(0);
+  const int column = p.first_column + 8 * (tile < p.expert_tiles ? tile : tile + p.router_gap) + fragment_column<T>(0);
   const int64_t split_size = static_cast<int64_t>(p.M) * columns;
-  gmem<const float> from = p.partial + (first * split_size + static_cast<int64_t>(m) * columns + 8 * tile + fragment_column<T>(0));
+  gmem<const float> from = p.partial + (first * split_size + static_cast<int64_t>(m) * columns + column);
   for (int i = 0; i < 4; ++i) c[i] = 0.0f;
 #pragma unroll 1
   for (int split = first; split < p.splits; split += by * kBatch) {

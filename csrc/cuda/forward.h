@@ -23,8 +23,15 @@ struct Plan {
 // Elements from row to row, and the device. A and the router share a row length; a longer row of B goes on with zeros.
 #define RODE_FORWARD_LAYOUT(X) \
   X(int64_t, ld_x) X(int64_t, ld_base) X(int64_t, ld_y) X(int64_t, ld_A) X(int64_t, ld_B) X(int, device)
+// One of several mixtures that read the same x: the sums of all of them stand side by side in `partial`, all experts' columns, then
+// all routers'. Zeros: it is alone.
+//   columns       of a row of `partial`
+//   first_column  of this mixture's experts
+//   router_gap    tiles of 8 columns between its experts' last one and its router's first one
+#define RODE_FORWARD_SIBLING(X) X(int64_t, columns) X(int64_t, first_column) X(int64_t, router_gap)
 struct ForwardLayout : Plan {
   RODE_FORWARD_LAYOUT(RODE_DECLARE)
+  RODE_FORWARD_SIBLING(RODE_DECLARE)
 };
 
 // Null where absent. Parameters are in x's dtype, and columns are 1 apart.
@@ -55,6 +62,12 @@ inline int64_t column_tiles(const Problem& p, bool routed) { return (p.total_ran
 // p.dropout.seed is ignored: the kernels read `seed`. T is gpu::bf16, gpu::f16 or float.
 template <class T>
 Status forward(const Problem& p, const ForwardLaunch& a);
+// The two launches apart, for mixtures that read the same x. shrink: of all of them, as one mixture, from x, A, router_weight and
+// partial. expand: of one, from what else there is and partial; of router_weight it only asks whether there is one.
+template <class T>
+Status shrink(const Problem& p, const ForwardLaunch& a);
+template <class T>
+Status expand(const Problem& p, const ForwardLaunch& a);
 // The most bytes of shared memory that a launch of this plan asks for. Only p's sizes and whether there is dropout matter.
 template <class T>
 unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan);

@@ -13,7 +13,7 @@ template <class T>
 RODE_KERNEL(kThreads, 4)
 gate_backward(BackwardParams<T> p) {
   const int lane = lane_index(), warp = warp_index(), tile16 = static_cast<int>(block_index().x), m0 = tile16 * 16;
-  const int all = (p.M + 15) / 16, rows = p.M - m0 < 16 ? p.M - m0 : 16, pitch = 16 * (p.expert_groups + p.router_groups);
+  const int all = (p.M + 15) / 16, rows = p.M - m0 < 16 ? p.M - m0 : 16, pitch = p.D_pitch;
   const smem<float> gates = shared_array<float>(0, 16 * p.N);
   const auto of_warp = [&](int w) { return shared_array<float>((1 + w) * 16 * p.N * 4, 16 * p.N); };
   const smem<float> dg = of_warp(warp);
@@ -25,7 +25,7 @@ gate_backward(BackwardParams<T> p) {
   }
   for (int i = lane; i < 16 * p.N; i += 32) store(dg + i, 0.0f);
   const bool some_open = sync_threads_or(some);
-  store(p.open + tile16, static_cast<uint32_t>(some_open), thread_index() == 0);
+  store(p.open + (p.open_part * all + tile16), static_cast<uint32_t>(some_open), thread_index() == 0);
   for (int tile = warp; tile < 2 * p.expert_groups; tile += kWarps) {
     float gate[4], factor[4], t[4] = {}, product[4];
     int expert[4];
@@ -77,7 +77,7 @@ gate_backward(BackwardParams<T> p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         du[i] = gate[2 * half + i] != 0.0f ? factor[2 * half + i] * gate[2 * half + i] * t[2 * half + i] : 0.0f;
-      store(p.D + (offset(m0 + row, pitch) + 8 * tile + sum_column(0)), vec<T, 2>{{from_float<T>(du[0]), from_float<T>(du[1])}},
+      store(p.D + (offset(m0 + row, pitch) + p.D_first + 8 * tile + sum_column(0)), vec<T, 2>{{from_float<T>(du[0]), from_float<T>(du[1])}},
             row < rows);
     }
   }
@@ -94,7 +94,7 @@ gate_backward(BackwardParams<T> p) {
     if (p.routed) value = load(gates + (row * p.N + n), inside) != 0.0f ? value : 0.0f;
     store(p.dh + at, value, inside);
     store(of_warp(0) + (row * p.N + n), value, inside);
-    if (p.routed) store(p.D + (offset(m0 + row, pitch) + 16 * p.expert_groups + n), from_float<T>(value));
+    if (p.routed) store(p.D + (offset(m0 + row, pitch) + p.D_router + n), from_float<T>(value));
   }
   if (!p.dbias_partial) return;
   sync_threads();

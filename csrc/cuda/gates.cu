@@ -30,7 +30,10 @@ Status pack_parameters<Type>(const Problem& p, const Pack& a) {
   k.A = parameter<Type>(a.A, fp32_A, R * K);
   k.router_weight = parameter<Type>(a.router_weight, fp32_router, N * K);
   k.B = parameter<Type>(a.B, fp32_B, O * R);
-  k.W = array<Type>(a.to_W, a.rows * a.pitch_K);
+  k.W = array<Type>(a.to_W, (a.all_rows ? a.all_rows : a.rows) * a.pitch_K);
+  k.rows_A = static_cast<int>(a.all_rows ? a.rows_A : R);
+  k.first_row = static_cast<int>(a.first_row);
+  k.first_router = static_cast<int>(a.all_rows ? a.first_router : R);
   k.to_B = array<Type>(a.to_B, O * a.pitch_R);
   k.K = static_cast<int>(K);
   k.R = static_cast<int>(R);

@@ -21,6 +21,7 @@ struct PackParams {
   Parameter<const T, const float> A, router_weight, B;
   gmem<T> W, to_B;  // (rows, pitch_K), (O, pitch_R); rows 0: not asked for, and so O
   int K, R, N, O, rows, pitch_K, pitch_R;
+  int rows_A, first_row, first_router;  // see `PackLayout`
 };
 
 // A thread writes 16 bytes.
@@ -36,16 +37,18 @@ pack_parameters(PackParams<T> p) {
   if (of_B) piece -= of_W;
   const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
   const int row = static_cast<int>(piece / (pitch / kEach)), column = static_cast<int>(piece % (pitch / kEach)) * kEach;
-  const bool of_router = !of_B && row >= p.R, exists = of_B || row < p.R + p.N;
+  const bool of_router = !of_B && row >= p.rows_A;
+  const int from_row = of_router ? row - p.rows_A : row, to_row = of_B ? row : from_row + (of_router ? p.first_router : p.first_row);
+  const bool exists = of_B || from_row < (of_router ? p.N : p.R);
   const auto from = of_B ? p.B : of_router ? p.router_weight : p.A;
   vec<T, kEach> out;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const int64_t at = offset(of_router ? row - p.R : row, columns) + column + i;
+    const int64_t at = offset(from_row, columns) + column + i;
     const bool inside = exists && column + i < columns;
     out.v[i] = from.fp32 ? from_float<T>(load(from.fp32 + at, inside)) : load(from.narrow + at, inside);
   }
-  store((of_B ? p.to_B : p.W) + (offset(row, pitch) + column), out);
+  store((of_B ? p.to_B : p.W) + (offset(to_row, pitch) + column), out);
 }
 
 constexpr int kGateTokens = 8;  // tokens of a block

@@ -12,8 +12,14 @@ namespace rode::cuda {
 // multiples of 8 elements. params_fp32: whether A, router_weight and B are float32 beside a 16-bit x.
 #define RODE_PACK_LAYOUT(X) \
   X(ThreeFlags, params_fp32) X(int64_t, rows) X(int64_t, pitch_K) X(int64_t, pitch_R) X(int, device)
+// One of several mixtures that share W. Zeros: it is alone.
+//   rows_A                A and zeros, before the router's rows
+//   first_row, first_router  where these rows and the router's begin in W
+//   all_rows              of W; `rows` are this mixture's
+#define RODE_PACK_SIBLING(X) X(int64_t, rows_A) X(int64_t, first_row) X(int64_t, first_router) X(int64_t, all_rows)
 struct PackLayout {
   RODE_PACK_LAYOUT(RODE_DECLARE)
+  RODE_PACK_SIBLING(RODE_DECLARE)
 };
 // A, router_weight, B: (R, K), (N, K), (O, R). to_W and to_B: null where not asked for.
 #define RODE_PACK_CALL(X) \

@@ -100,7 +100,8 @@ grad_input_pass(BackwardParams<T> p) {
 #pragma unroll
     for (int i = 0; i < Shape::kTokens / 16; ++i) {
       const int tile16 = first / 16 + tile * (Shape::kTokens / 16) + i;
-      open |= load(p.open + tile16, 16 * tile16 < p.M);
+      for (int part = 0; part < p.open_parts; ++part)
+        open |= load(p.open + (part * ((p.M + 15) / 16) + tile16), 16 * tile16 < p.M);
     }
     store(flags + tile, static_cast<uint16_t>(open));
   }
@@ -328,7 +329,7 @@ struct ReduceParams {
   gmem<float> dbias;
   int size_B, size_A, size_router, size_bias;  // 0: not asked for
   int parts_bias;                              // of 16 tokens
-  int ranges_y, ranges_x, K, O, R, N, pitch_B, rows_A, pitch_A, first_router;
+  int ranges_y, ranges_x, K, O, R, N, pitch_B, rows_A, pitch_A, first_A, first_router;
 };
 
 template <class T>
@@ -357,7 +358,7 @@ reduce_partials(ReduceParams<T> p) {
   if (i < p.size_A + p.size_router) {
     const bool router = i >= p.size_A;
     if (router) i -= p.size_A;
-    const int row = i / p.K + (router ? p.first_router : 0), column = i % p.K;
+    const int row = i / p.K + (router ? p.first_router : p.first_A), column = i % p.K;
     const float value = sum(p.dA_partial, offset(row, p.pitch_A) + column, range_size, p.ranges_x);
     return router ? put(p.drouter_weight, value) : put(p.dA, value);
   }

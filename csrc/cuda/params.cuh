@@ -27,6 +27,7 @@ struct ForwardParams {
   int M, K, O, R, N;
   int expert_tiles, router_tiles;                         // columns in tiles of 8
   int splits;                                             // of K
+  int columns, first_column, router_gap;                  // of partial, see `ForwardLayout`
   int out_tiles;                                          // of y that a block of forward_expand goes through
   int copy_x, copy_weights, copy_B;                       // bytes that rows can be copied by: 16, 4 or one value
   bool routed, dropout, drop_all, dense, in_place, fast;  // fast: tf32 products for float32

@@ -23,9 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         long = item.name.startswith(_LONG_IN_TRITON)
         swept = (
-            item.name.startswith("test_values_and_gradients[triton") and zlib.crc32(item.name.encode()) % 4
+            item.name.startswith("test_values_and_gradients[triton")
+            and "small" not in item.name
+            and zlib.crc32(item.name.encode()) % 4
         )
-        if long or swept:
+        siblings = "[triton" in item.name and "test_siblings.py" in item.nodeid and "small" not in item.name
+        if long or swept or siblings:
             item.add_marker(pytest.mark.slow)
 
 

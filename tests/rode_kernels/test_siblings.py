@@ -9,18 +9,27 @@ import torch
 
 from mixture_oracle import MIXED, threads
 from rode_kernels import backends
+from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.registry import select_backend
+from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
 from rode_kernels.siblings import SiblingNeeds, mixtures_forward
 from sibling_problems import PARAMETERS, check, random_siblings, run, siblings_of, with_dropout
 
-ONE_PASS = ("reference", "cpu")  # backends that take siblings together
+ONE_PASS = ("reference", "cpu", "cuda-emulated", "triton")  # backends that take siblings together
 SHAPES = {
     "few tokens": dict(tokens=(5,), K=24),
+    "small": dict(tokens=(66,), K=24, widths=(20, 12), ranks=((2, 3), (5,))),
     "q and v": dict(tokens=(2, 83), K=136, widths=(72, 40)),
     "q, k, v": dict(tokens=(130,), K=200, widths=(72, 24, 24), ranks=((2, 4, 8, 16), (8,), (1, 1, 30))),
     "odd": dict(tokens=(141,), K=33, widths=(19, 130), ranks=((3,), (5, 7, 9))),
 }
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch) -> None:
+    """Together also where one by one is faster."""
+    monkeypatch.setattr(cuda_emulated.machine, "together", True)
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
@@ -153,3 +162,24 @@ def test_one_pass_runs_where_a_backend_has_it(name, monkeypatch):
     pairs = zip((*singly.ys, *singly.gs, singly.dx), (*together.ys, *together.gs, together.dx), strict=True)
     for a, b in pairs:
         assert (a.double() - b.double()).norm() <= 2**-7 * b.double().norm()
+
+
+@pytest.mark.parametrize("name", ["cuda-emulated", "triton"])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED[1:], ids=str)
+def test_products_by_pytorch(name, dtype, parameter_dtype, monkeypatch):
+    """The GEMM path of siblings, small and so not slow on Triton's interpreter."""
+    status = backends()[name]
+    if not status.available:
+        pytest.skip(f"backend {name}: {status.reason}")
+    monkeypatch.setattr(cuda_emulated.machine, "gemm_path", True)
+    monkeypatch.setattr(triton, "prefer_gemm_always", True)
+    problems = random_siblings(
+        (66,), K=24, widths=(20, 12), ranks=((2, 3), (5,)), dtype=dtype, parameter_dtype=parameter_dtype
+    )
+    check(problems, name)
+    problems[0].dy = problems[0].dy[:, :1].expand(problems[0].dy.shape)
+    check(problems, name, without_dy=(1,))
+    only_B = [SiblingNeeds(False, True, False, False)] * 2
+    found = run(problems, name, need_x=False, needs=only_B)
+    assert found.dx is None
+    assert found.grads[0]["A"] is None

@@ -1,9 +1,9 @@
 """Plants mistakes in the CUDA kernels, one at a time, and asks whether the tests on the emulator notice.
 
-`python tests/support/mutate.py backward|forward [--jobs N] [--only TEXT]`, with cmake, ninja and pybind11 at hand. Each wait,
-barrier and predicate (or, of several joined by &&, each of them) of the sources is dropped in turn; the module is built with that
-mistake for bfloat16, and if no quick test of that type notices, for float32. Prints what survives, and ends with an error if that
-is not in `HARMLESS`.
+`python tests/support/mutate.py backward|forward|siblings [--jobs N] [--only TEXT]`, with cmake, ninja and pybind11 at hand. Each
+wait, barrier and predicate (or, of several joined by &&, each of them) of the sources is dropped in turn; for siblings, what tells
+where one mixture's columns stand beside another's. The module is built with that mistake for bfloat16, and if no quick test of that
+type notices, for float32. Prints what survives, and ends with an error if that is not in `HARMLESS`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,36 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = {
     "backward": ("backward_params.cuh", "grad_output_pass.cuh", "gate_backward.cuh", "grad_input_pass.cuh"),
     "forward": ("shrink.cuh", "expand.cuh", "forward.cuh"),
+    "siblings": ("forward.cuh", "gate_backward.cuh", "grad_input_pass.cuh", "gates.cuh"),
 }
+# For siblings: code, and what stands there instead.
+PLACES = (
+    ("p.first_column + 8 * (tile", "8 * (tile"),
+    ("tile + p.router_gap", "tile"),
+    ("const int columns = p.columns,", "const int columns = 8 * (p.expert_tiles + p.router_tiles),"),
+    ("p.open_part * all + tile16", "tile16"),
+    ("pitch = p.D_pitch;", "pitch = 16 * (p.expert_groups + p.router_groups);"),
+    ("+ p.D_first + 8 * tile", "+ 8 * tile"),
+    ("+ p.D_router + n", "+ 16 * p.expert_groups + n"),
+    ("part < p.open_parts", "part < 1"),
+    ("router ? p.first_router : p.first_A", "router ? p.first_router : 0"),
+    ("router ? p.first_router : p.first_A", "router ? p.first_router - p.first_A : p.first_A"),
+    ("row >= p.rows_A;", "row >= p.R;"),
+    ("of_router ? p.first_router : p.first_row", "of_router ? p.first_router : 0"),
+    ("of_router ? p.first_router : p.first_row", "of_router ? p.first_row : p.first_row"),
+    ("from_row < (of_router ? p.N : p.R)", "true"),
+)
 TESTS = {
     "backward": ("tests/rode_kernels/backends/cuda/test_backward.py",),
     "forward": ("tests/rode_kernels/backends/cuda/test_forward.py",),
+    "siblings": ("tests/rode_kernels/backends/cuda/test_siblings.py",),
+}
+# The translation unit of csrc/emulator that has a source, where it is not the kernels' that are asked for.
+UNITS = {
+    "forward.cuh": "forward",
+    "gates.cuh": "gates",
+    "gate_backward.cuh": "backward",
+    "grad_input_pass.cuh": "backward",
 }
 TYPES = {"bf16": "bfloat16", "float": "float32"}
 # Mistakes that change nothing, (line of code, what is dropped) -> why.
@@ -74,6 +100,15 @@ def parts(source: str, start: int, end: int, separator: str) -> list[tuple[int, 
             found.append((first + len(text) - len(text.lstrip()), first + len(text.rstrip())))
             first = i + len(separator)
     return found
+
+
+def misplaced(file: str, source: str) -> Iterator[Mutation]:
+    """The mistakes of `PLACES`."""
+    for text, instead in PLACES:
+        if (at := source.find(text)) >= 0:
+            line = source.count("\n", 0, at)
+            wrong = source[:at] + instead + source[at + len(text) :]
+            yield Mutation(file, line + 1, source.splitlines()[line].strip(), text, wrong)
 
 
 def mutations(file: str, source: str) -> Iterator[Mutation]:
@@ -136,11 +171,12 @@ class Builder:
         self.build = build
         commands = json.loads((build / "compile_commands.json").read_text())
         self.compile = {
-            kind: next(
+            (unit, kind): next(
                 c
                 for c in commands
-                if c["file"].endswith(f"emulator/{which}.cpp") and f"rode_emulated_{kind}" in c["command"]
+                if c["file"].endswith(f"emulator/{unit}.cpp") and f"rode_emulated_{kind}" in c["command"]
             )
+            for unit in ("forward", "backward", "gates")
             for kind in TYPES
         }
         link = subprocess.run(
@@ -155,11 +191,12 @@ class Builder:
         folder = self.folder / f"{number}-{kind}"
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         (folder / "csrc/cuda" / mutation.file).write_text(mutation.source)
-        arguments = shlex.split(self.compile[kind]["command"])
+        unit = UNITS[mutation.file] if self.which == "siblings" else self.which
+        arguments = shlex.split(self.compile[unit, kind]["command"])
         object_ = arguments[arguments.index("-o") + 1]
         arguments[arguments.index("-o") + 1] = str(folder / "object.o")
-        arguments[arguments.index(self.compile[kind]["file"])] = str(
-            folder / f"csrc/emulator/{self.which}.cpp"
+        arguments[arguments.index(self.compile[unit, kind]["file"])] = str(
+            folder / f"csrc/emulator/{unit}.cpp"
         )
         run(*arguments, cwd=self.build)
         module = folder / "module.so"
@@ -214,10 +251,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="mutations whose description has this text")
     options = parser.parse_args()
+    find = misplaced if options.which == "siblings" else mutations
     all_ = [
         m
         for file in SOURCES[options.which]
-        for m in mutations(file, (ROOT / "csrc/cuda" / file).read_text())
+        for m in find(file, (ROOT / "csrc/cuda" / file).read_text())
         if options.only in str(m)
     ]
     with tempfile.TemporaryDirectory() as folder:

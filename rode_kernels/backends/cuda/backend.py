@@ -9,11 +9,11 @@ from typing import TypeVar, TypeVarTuple
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.cuda.prepared import GateKernel, Kernels
-from rode_kernels.backends.gpu import gemm_path
-from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, no_gradients, with_neighbouring_columns
-from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, prefer_gemm
-from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape, divide_up
+from rode_kernels.backends.cuda.passes import Backward, Passes, row_distance
+from rode_kernels.backends.cuda.prepared import Kernels
+from rode_kernels.backends.cuda.siblings import SiblingPasses
+from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, with_neighbouring_columns
+from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.backends.native import load
 from rode_kernels.mixture import Mixture
@@ -23,9 +23,6 @@ from rode_kernels.passes import BackwardPass, ForwardPass, Needs, Outputs, Plain
 _native, _why_not = load(
     "_cuda", "built without nvcc, or with RODE_CUDA=off; reinstall where nvcc is to get it"
 )
-
-_Forward = Callable[[ForwardOperands, Tensor, int], tuple[Tensor, Tensor]]  # of operands, y, stream: u and g
-_Backward = Callable[[BackwardOperands, int], Gradients]
 
 
 @lru_cache(maxsize=1)
@@ -84,86 +81,8 @@ def _prepare(device: int) -> tuple[int, SharedMemory]:
     return torch.cuda.get_device_properties(device).multi_processor_count, memory
 
 
-def _distance(t: Tensor | None) -> int:
-    """Elements from row to row of a matrix; of one row, which has none, as many as allow wide copies."""
-    if t is None:
-        return 0
-    return t.stride(0) if t.shape[0] > 1 else divide_up(t.shape[1], 8) * 8
-
-
-class Passes:
-    """Both passes of every layout on one kind of device: by the kernels or by the gemm path, made once."""
-
-    def __init__(self, kernels: Kernels):
-        self.kernels = kernels
-        self.gate_kernel = lru_cache(maxsize=4096)(GateKernel)
-
-    def plan_forward(self, of: ProblemShape, device: int) -> Plan:
-        return plan_forward(of, *_prepare(device))
-
-    def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
-        return plan_backward(of, *_prepare(device))
-
-    def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
-        return prefer_gemm(layout.shape, backward)
-
-    def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> _Forward:
-        """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
-        plan = self.plan_forward(layout.shape, device)  # prepares the device, too
-        if self.prefer_gemm(layout):
-            return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
-        return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
-
-    def backward_of(
-        self, layout: Layout, device: int, ld_x: int, ld_dy: tuple[int, int] | None, needs: Needs
-    ) -> _Backward:
-        """The kernels' backward pass, or that of the gemm path. ld_dy is None where there is no dy."""
-        plan = self.plan_backward(layout.shape, device)
-        # others it would copy
-        plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.shape.out_features)
-        if plain and self.prefer_gemm(layout, backward=True):
-            return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)
-        return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
-
-    def forward(
-        self, operands: ForwardOperands, settings: Settings, inplace: bool, device: int, stream: int
-    ) -> Outputs:
-        """The forward pass, see `reference.forward`."""
-        x, base = with_neighbouring_columns(operands.x), with_neighbouring_columns(operands.base)
-        operands = _with_contiguous_parameters(operands)._replace(x=x, base=base)
-        shape = x.shape[0], operands.B.shape[0]
-        y = base if inplace and base is not None else self.kernels.empty(*shape, like=x)
-        run = self.forward_of(Layout.of(operands, settings), device, *map(_distance, (x, base, y)))
-        return y, *run(operands, y, stream)
-
-    def backward(
-        self, operands: BackwardOperands, settings: Settings, needs: Needs, device: int, stream: int
-    ) -> Gradients:
-        """The backward pass, see `reference.backward`."""
-        dy, x = operands.dy, with_neighbouring_columns(operands.x)
-        if x.shape[0] == 0 or not any(needs):
-            return no_gradients(operands, needs)
-        if dy is not None and dy.stride() == (0, 0):  # of a sum: a row of it can be copied 16 bytes at a time
-            dy = dy[:1].contiguous().expand(dy.shape)
-        operands = _with_contiguous_parameters(operands)._replace(dy=dy, x=x)
-        ld_dy = None if dy is None else (dy.stride(0), dy.stride(1))
-        run = self.backward_of(Layout.of(operands, settings), device, _distance(x), ld_dy, needs)
-        return run(operands, stream)
-
-
-_Operands = TypeVar("_Operands", ForwardOperands, BackwardOperands)
-
-
-def _with_contiguous_parameters(operands: _Operands) -> _Operands:
-    W = operands.router_weight
-    return operands._replace(
-        A=operands.A.contiguous(),
-        B=operands.B.contiguous(),
-        router_weight=None if W is None else W.contiguous(),
-    )
-
-
-_passes = Passes(Kernels(_native))
+_passes = Passes(Kernels(_native), _prepare)
+_siblings = SiblingPasses(_passes)
 
 
 # Gives the address of the stream that current_stream() would make an object for. It is not public, but compiled graphs use it.
@@ -208,8 +127,8 @@ def prepare(
         return None
     device, layout = x.device.index, Layout.of(operands, settings)
     M, O = x.shape[0], B.shape[0]
-    ld_y = _distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
-    run = _passes.forward_of(layout, device, _distance(x), _distance(base), ld_y)
+    ld_y = row_distance(base) if inplace else O if M > 1 else divide_up(O, 8) * 8
+    run = _passes.forward_of(layout, device, row_distance(x), row_distance(base), ld_y)
 
     def prepared(plain: PlainOperands) -> Outputs:
         operands = ForwardOperands._make(plain)
@@ -223,8 +142,8 @@ def prepare(
 def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple[int, ...]) -> BackwardPass:
     """A prepared backward pass, see `cpu.prepare_backward`."""
     device, layout = operands.x.device.index, Layout.of(operands, settings)
-    ld_x, ld_dy = _distance(operands.x), (operands.B.shape[0], 1)
-    runs: dict[Needs, _Backward] = {}
+    ld_x, ld_dy = row_distance(operands.x), (operands.B.shape[0], 1)
+    runs: dict[Needs, Backward] = {}
 
     def prepared(operands: BackwardOperands, needs: Needs) -> Gradients:
         if not any(needs):
@@ -242,12 +161,14 @@ def prepare_backward(operands: ForwardOperands, settings: Settings, shape: tuple
 def forward_siblings(
     operands: Sequence[ForwardOperands], settings: Sequence[Settings]
 ) -> list[Outputs] | None:
-    """None: there is no joint pass."""
-    return None
+    """The forward passes of mixtures that read the same x, see `registry.Backend`."""
+    device = operands[0].x.device.index
+    return _on_stream(_siblings.forward, device, operands, settings, device)
 
 
 def backward_siblings(
     operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
 ) -> list[Gradients] | None:
-    """None: there is no joint pass."""
-    return None
+    """The backward passes of mixtures that read the same x, see `registry.Backend`."""
+    device = operands[0].x.device.index
+    return _on_stream(_siblings.backward, device, operands, settings, needs, device)

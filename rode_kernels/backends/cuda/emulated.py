@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.cuda.backend import Passes
+from rode_kernels.backends.cuda.passes import Passes
 from rode_kernels.backends.cuda.prepared import Kernels
+from rode_kernels.backends.cuda.siblings import SiblingPasses
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
-from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
 from rode_kernels.backends.gpu.plans import BackwardPlan, Plan, ProblemShape
 from rode_kernels.backends.gpu.shared_memory import SharedMemory
 from rode_kernels.backends.native import load
@@ -35,6 +35,7 @@ class Machine:
         architecture: compute capability, 80 for 8.0: how much shared memory a block may ask for. This one gives the least there is.
         multiprocessors: as few as let small problems fill the device.
         plan, backward_plan: force the kernels, instead of `plan_forward` and `plan_backward`.
+        together: mixtures that read the same x run together even where that is slower.
         gemm_path: whether products are PyTorch's; None: as on a device, but never where a plan is forced.
     """
 
@@ -44,6 +45,7 @@ class Machine:
     plan: Plan | None = None
     backward_plan: BackwardPlan | None = None
     gemm_path: bool | None = None
+    together: bool = False
 
     @property
     def memory(self) -> SharedMemory:
@@ -63,10 +65,10 @@ class _EmulatedKernels(Kernels):
 
 class _EmulatedPasses(Passes):
     def plan_forward(self, of: ProblemShape, device: int) -> Plan:
-        return machine.plan or plan_forward(of, machine.multiprocessors, machine.memory)
+        return machine.plan or super().plan_forward(of, device)
 
     def plan_backward(self, of: ProblemShape, device: int) -> BackwardPlan:
-        return machine.backward_plan or plan_backward(of, machine.multiprocessors, machine.memory)
+        return machine.backward_plan or super().plan_backward(of, device)
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
         if machine.gemm_path is not None:
@@ -74,8 +76,15 @@ class _EmulatedPasses(Passes):
         forced = machine.backward_plan if backward else machine.plan
         return forced is None and super().prefer_gemm(layout, backward)
 
+    def may_multiply(self, layout: Layout) -> bool:
+        return machine.gemm_path is not False and super().may_multiply(layout)
 
-_passes = _EmulatedPasses(_EmulatedKernels(native))
+    def always_together(self) -> bool:
+        return machine.together
+
+
+_passes = _EmulatedPasses(_EmulatedKernels(native), lambda device: (machine.multiprocessors, machine.memory))
+_siblings = SiblingPasses(_passes)
 
 
 def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Outputs:
@@ -96,12 +105,14 @@ refuses = beyond_kernels
 def forward_siblings(
     operands: Sequence[ForwardOperands], settings: Sequence[Settings]
 ) -> list[Outputs] | None:
-    """None: there is no joint pass."""
-    return None
+    """The forward passes of mixtures that read the same x, see `registry.Backend`. Counts begin anew."""
+    native.reset(machine.seed, machine.architecture)
+    return _siblings.forward(operands, settings, 0, 0)
 
 
 def backward_siblings(
     operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
 ) -> list[Gradients] | None:
-    """None: there is no joint pass."""
-    return None
+    """The backward passes of mixtures that read the same x, see `registry.Backend`. Counts begin anew."""
+    native.reset(machine.seed, machine.architecture)
+    return _siblings.backward(operands, settings, needs, 0, 0)

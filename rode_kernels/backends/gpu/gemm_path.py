@@ -27,7 +27,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.float(), b.float())  # for the emulator
 
 
-def _into(y: Tensor, base: Tensor | None, v: Tensor, B: Tensor) -> None:
+def add_product(y: Tensor, base: Tensor | None, v: Tensor, B: Tensor) -> None:
     """y = base + v B^T, rounded once; y may be base."""
     if not y.is_cuda and y.dtype != torch.float32:
         sums = product(v, B.t())
@@ -115,7 +115,7 @@ class GemmForward:
         sums = product(_rows(x), W.t())
         v = empty(M, self.pitch, like=x)
         self.gate_kernel.forward(GateTensors(sums, router_bias, gates, u, g, v), stream)
-        _into(_rows(y), _rows(base), v, B)
+        add_product(_rows(y), _rows(base), v, B)
         return u, g
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels
 from rode_kernels.backends.gpu.planner import prefer_gemm
+from rode_kernels.backends.gpu.siblings import apart, say_one_by_one
 from rode_kernels.backends.triton.device import devices, interpreted
 from rode_kernels.mixture import Mixture
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
@@ -88,15 +89,45 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
         return run(operands, settings, needs)
 
 
+FEW_TOKENS = 64  # so few wait for the host, which launches one by one as often, and packs no parameters
+
+
+def _way(operands: Sequence[AnyOperands], settings: Sequence[Settings], backward: bool) -> str:
+    """How mixtures that read the same x run: on the GEMM path, as one of them alone would, by the kernels, or one by one; says so
+    once where they cannot run together."""
+    if operands[0].x.shape[0] <= FEW_TOKENS:
+        return "one by one"
+    by_gemm = any(_prefer_gemm(o, s, backward) for o, s in zip(operands, settings, strict=True))
+    why = apart(operands, settings, by_gemm)
+    if why:
+        say_one_by_one(why)
+        return "one by one"
+    return "gemm" if by_gemm else "kernels"
+
+
 def forward_siblings(
     operands: Sequence[ForwardOperands], settings: Sequence[Settings]
 ) -> list[Outputs] | None:
-    """None: there is no joint pass."""
-    return None
+    """The forward passes of mixtures that read the same x, see `registry.Backend`."""
+    from rode_kernels.backends.triton import launch_gates, launch_siblings
+
+    way = _way(operands, settings, False)
+    if way == "one by one":
+        return None
+    with torch.cuda.device_of(operands[0].x):
+        run = launch_gates.forward_siblings if way == "gemm" else launch_siblings.forward
+        return run(operands, settings)
 
 
 def backward_siblings(
     operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
 ) -> list[Gradients] | None:
-    """None: there is no joint pass."""
-    return None
+    """The backward passes of mixtures that read the same x, see `registry.Backend`."""
+    from rode_kernels.backends.triton import launch_gates, launch_siblings
+
+    way = _way(operands, settings, True)
+    if way == "one by one":
+        return None
+    with torch.cuda.device_of(operands[0].x):
+        run = launch_gates.backward_siblings if way == "gemm" else launch_siblings.backward
+        return run(operands, settings, needs)

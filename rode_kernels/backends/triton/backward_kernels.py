@@ -125,11 +125,12 @@ def _dB_and_t(
 def gate_backward(
     t_partial, u, g, dgates, du, dh, dbias_partial, M, parts,
     OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr, HAS_DY: tl.constexpr,
-    HAS_DGATES: tl.constexpr, NEED_b: tl.constexpr, DENSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    HAS_DGATES: tl.constexpr, NEED_b: tl.constexpr, DENSE: tl.constexpr, LD_DU: tl.constexpr, LD_DH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tiles of tokens. du is (M, R) in x's dtype; dh (M, N) is the gradient of the logits or, without a router, of the
-    gates; dbias_partial (tiles, N) are its sums. Values of t that were never computed are not looked at."""
+    """Programs: tiles of tokens. du is (M, R) in x's dtype, in rows of LD_DU elements. dh (M, N), in rows of LD_DH, is the gradient
+    of the logits or, without a router, of the gates; dbias_partial (tiles, N) are its sums. Values of t that were never computed
+    are not looked at."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     dg = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -151,12 +152,12 @@ def gate_backward(
             for i in range(N):  # by selection: what is not finite in one expert stays there
                 of_expert = tl.sum(tl.where((expert == i)[None, :], p, 0.0), 1)
                 dg = tl.where((n == i)[None, :], dg + of_expert[:, None], dg)
-        store_tile(du, row, M, R, column, R, d)
+        store_tile(du, row, M, LD_DU, column, R, d)
     if ROUTED:
         if HAS_DGATES:
             dg += load_tile(dgates, row, M, N, n, N, 1)
         dg = tl.where(load_tile(g, row, M, N, n, N, 1) != 0.0, dg, 0.0)  # (BLOCK_M, BLOCK_N)
-    store_tile(dh, row, M, N, n, N, dg)
+    store_tile(dh, row, M, LD_DH, n, N, dg)
     if NEED_b:
         tl.store(
             dbias_partial + tl.program_id(0) * N + n,

@@ -123,12 +123,12 @@ def shrink(
 @triton.jit(do_not_specialize=_SIZES)
 def expand(
     partial, B, bias, g, base, y, u, M, O, parts, columns_per_split, ld_base, ld_y,
-    OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROUTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, INPLACE: tl.constexpr, DENSE: tl.constexpr,
+    OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, ROUTER: tl.constexpr,
+    ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BASE: tl.constexpr, INPLACE: tl.constexpr, DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the parts, then gates, u (by the programs of the first part of O), v and y. Programs: tiles of tokens, parts of O of
-    `columns_per_split` columns. v is made again for each tile of y if R > BLOCK_R."""
+    """Adds the parts, whose logits begin at column ROUTER, then makes gates, u (by the programs of the first part of O), v and y.
+    Programs: tiles of tokens, parts of O of `columns_per_split` columns. v is made again for each tile of y if R > BLOCK_R."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     writes = tl.program_id(1) == 0
     first = tl.program_id(1) * columns_per_split
@@ -137,14 +137,14 @@ def expand(
         if writes:
             for n0 in tl.static_range(0, N, 16):
                 n = n0 + tl.arange(0, 16)
-                h = _added(partial, row, n, n < N, M, parts, R, WIDTH)
+                h = _added(partial, row, n, n < N, M, parts, ROUTER, WIDTH)
                 if HAS_BIAS:
                     h += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
                 store_tile(g, row, M, N, n, N, tl.where(h <= 0.0, 0.0, h))
     if R <= BLOCK_R:
         column = tl.arange(0, BLOCK_R)
         v, any_open = _v(
-            partial, bias, g, u, row, column, M, parts, writes, OFFSETS, SCALING, N, R, WIDTH, ROUTED, HAS_BIAS, DENSE,
+            partial, bias, g, u, row, column, M, parts, writes, OFFSETS, SCALING, N, R, WIDTH, ROUTER, ROUTED, HAS_BIAS, DENSE,
             B.dtype.element_ty,
         )  # fmt: skip
         expand_tiles(
@@ -159,8 +159,8 @@ def expand(
             for c0 in range(0, R, BLOCK_R):
                 column = c0 + tl.arange(0, BLOCK_R)
                 v, is_open = _v(
-                    partial, bias, g, u, row, column, M, parts, writes and o0 == first, OFFSETS, SCALING, N, R, WIDTH, ROUTED,
-                    HAS_BIAS, DENSE, B.dtype.element_ty,
+                    partial, bias, g, u, row, column, M, parts, writes and o0 == first, OFFSETS, SCALING, N, R, WIDTH, ROUTER,
+                    ROUTED, HAS_BIAS, DENSE, B.dtype.element_ty,
                 )  # fmt: skip
                 if is_open > 0:
                     any_open = 1
@@ -188,13 +188,14 @@ def _added(partial, row, column, inside_column, M, parts, first, WIDTH: tl.const
 @triton.jit
 def _v(
     partial, bias, g, u, row, column, M, parts, writes, OFFSETS: tl.constexpr, SCALING: tl.constexpr, N: tl.constexpr,
-    R: tl.constexpr, WIDTH: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr, dtype: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, ROUTER: tl.constexpr, ROUTED: tl.constexpr, HAS_BIAS: tl.constexpr, DENSE: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """v in x's dtype of (BLOCK_M, BLOCK_R) columns, and 1 if a gate is open, else 0. Writes u if it is this program's to write."""
     expert, factor = experts_of(column, OFFSETS, SCALING, N)
     if ROUTED:
         # each column adds up its own expert's logit: what another program writes to g is not waited for
-        h = _added(partial, row, expert, column < R, M, parts, R, WIDTH)
+        h = _added(partial, row, expert, column < R, M, parts, ROUTER, WIDTH)
         if HAS_BIAS:
             h += tl.load(bias + expert)[None, :]
         gate = tl.where((row < M)[:, None] & (column < R)[None, :] & ~(h <= 0.0), h, 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rode_kernels.backends.gpu.layout import with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_forward
-from rode_kernels.backends.gpu.plans import ProblemShape, divide_up
+from rode_kernels.backends.gpu.plans import Plan, ProblemShape, divide_up
 from rode_kernels.backends.triton import device, forward_kernels, tune
 from rode_kernels.backends.triton.tiles import (
     blocks,
@@ -66,36 +66,89 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
             options = tune.of_forward(most, x.element_size(), size.r)
             tune.tuned("fused", constants, shape_class, options, fused, y, scratch=inplace)
         else:
-            parts, per_split = split_evenly(K, size.k, plan.splits)
-            width = R + (N if routed else 0)
-            partial = x.new_empty(parts, M, width, dtype=torch.float32)
-            A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if routed else 0
-            of_sums |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
-
-            def grid(sizes: dict[str, int]) -> tuple[int, ...]:
-                return A_blocks + W_blocks, divide_up(M, sizes["BLOCK_M"]), parts
-
-            arguments = (x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split)
-            parts_class = (*shape_class, parts)
-            options = tune.of_forward(most, x.element_size(), size.r, without="BLOCK_O")
-            tune.launch(forward_kernels, "shrink", grid, arguments, of_sums, parts_class, options, y)
-            # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
-            parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
-            held = columns_of_expand(R, x.element_size())
-            of_y |= dict(WIDTH=width, BLOCK_R=held)
-
-            def expand(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen: int) -> None:
-                splits, columns_per_split = split_evenly(O, BLOCK_O, parts_of_O)
-                source = to if inplace else base
-                ld_base = 0 if source is None else source.stride(0)
-                forward_kernels.expand[(divide_up(M, BLOCK_M), splits)](
-                    *(partial, B, router_bias, g, source, to, u, M, O, parts, columns_per_split),
-                    *(ld_base, to.stride(0)),
-                    **of_y,
-                    **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
-                    **chosen,
-                )
-
-            options = tune.of_forward(most, x.element_size(), held, divide_up(R, held))
-            tune.tuned("expand", of_y, parts_class, options, expand, y, scratch=inplace)
+            partial, parts = shrink(x, A, W, seed, settings, plan.splits, O)
+            sums = partial, partial.shape[2], R
+            ready = operands._replace(x=x, B=B, base=base)
+            expand(ready, settings, y, u, g, sums, parts, plan, inplace)
     return y, u, g
+
+
+def shrink(
+    x: Tensor,
+    A: Tensor,
+    W: Tensor | None,
+    seed: Tensor | None,
+    settings: Settings,
+    splits: int,
+    out_features: int,
+) -> tuple[Tensor, int]:
+    """The first of two launches: sums over parts of K (parts, M, columns), those of A, then those of W; and how many parts."""
+    mixture, dropout_p, _ = settings
+    (M, K), R, N = x.shape, mixture.total_rank, mixture.num_experts
+    most, size = triton.next_power_of_2(M), blocks(M, R, N, x.element_size())
+    threshold, drops = dropout(x, dropout_p)
+    parts, per_split = split_evenly(K, size.k, splits)
+    width = R + (N if W is not None else 0)
+    partial = x.new_empty(parts, M, width, dtype=torch.float32)
+    A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if W is not None else 0
+    constants = {**static(x, mixture), **drops}
+    constants |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
+
+    def grid(sizes: dict[str, int]) -> tuple[int, ...]:
+        return A_blocks + W_blocks, divide_up(M, sizes["BLOCK_M"]), parts
+
+    arguments = (x, A, A if W is None else W, partial, seed, threshold, M, K, x.stride(0), per_split)
+    shape_class = (x.dtype, K, out_features, most, parts)
+    options = tune.of_forward(most, x.element_size(), size.r, without="BLOCK_O")
+    tune.launch(forward_kernels, "shrink", grid, arguments, constants, shape_class, options, partial)
+    return partial, parts
+
+
+def expand(
+    operands: ForwardOperands,
+    settings: Settings,
+    y: Tensor,
+    u: Tensor,
+    g: Tensor,
+    sums: tuple[Tensor, int, int],
+    parts: int,
+    plan: Plan,
+    inplace: bool,
+) -> None:
+    """The second launch: writes y, u and, with a router, g.
+
+    Args:
+        operands: B and base as kernels take them. sums: those of `shrink`, from the experts' first column on, the columns of a row,
+            and where the router's begin.
+        plan: how many parts of O there are.
+    """
+    x, _, B, router_weight, router_bias, _, base, _ = operands
+    mixture, dropout_p, dense = settings
+    (M, K), O, R = x.shape, B.shape[0], mixture.total_rank
+    most = triton.next_power_of_2(M)
+    # as many parts of O as plan_forward has, whose tiles of y are 128 bytes wide
+    parts_of_O = 1 if plan.fused else divide_up(divide_up(O, 128 // x.element_size()), plan.out_tiles)
+    held = columns_of_expand(R, x.element_size())
+    partial, width, router = sums
+    constants = {
+        **static(x, mixture),
+        **columns(mixture, dropout_p),
+        **dict(ROUTED=router_weight is not None, HAS_BIAS=router_bias is not None, HAS_BASE=base is not None),
+        **dict(INPLACE=inplace, DENSE=dense, WIDTH=width, ROUTER=router, BLOCK_R=held),
+    }
+
+    def run(to: Tensor, BLOCK_M: int, BLOCK_O: int, **chosen: int) -> None:
+        splits, columns_per_split = split_evenly(O, BLOCK_O, parts_of_O)
+        source = to if inplace else base
+        ld_base = 0 if source is None else source.stride(0)
+        forward_kernels.expand[(divide_up(M, BLOCK_M), splits)](
+            *(partial, B, router_bias, g, source, to, u, M, O, parts, columns_per_split),
+            *(ld_base, to.stride(0)),
+            **constants,
+            **dict(BLOCK_M=BLOCK_M, BLOCK_O=BLOCK_O),
+            **chosen,
+        )
+
+    options = tune.of_forward(most, x.element_size(), held, divide_up(R, held))
+    parts_class = (x.dtype, K, O, most, parts)
+    tune.tuned("expand", constants, parts_class, options, run, y, scratch=inplace)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
-from rode_kernels.backends.gpu import gemm_path
+from rode_kernels.backends.gpu import gemm_path, gemm_siblings
 from rode_kernels.backends.gpu.gemm_path import GateGradients, GateTensors
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
@@ -76,3 +78,18 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
     """The backward pass, see `reference.backward`, without dropout."""
     layout = Layout.of(operands, settings)
     return gemm_path.GemmBackward(GateKernel(layout), layout, needs)(operands, 0)
+
+
+def forward_siblings(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -> list[Outputs]:
+    """The forward passes of mixtures that read the same x, in place where there is a base."""
+    layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
+    ys = [o.x.new_empty(o.x.shape[0], o.B.shape[0]) if o.base is None else o.base for o in operands]
+    return gemm_siblings.forward([GateKernel(layout) for layout in layouts], layouts, operands, ys, 0)
+
+
+def backward_siblings(
+    operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
+) -> list[Gradients]:
+    """The backward passes; the first one has the sum of the gradients of x."""
+    layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
+    return gemm_siblings.backward([GateKernel(layout) for layout in layouts], layouts, operands, needs, 0)
