@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+
+
+def test_an_installation_has_every_package():
+    """An editable one finds those that pyproject.toml leaves out, too."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        file.parent.relative_to(base)
+        for name, base in PACKAGES.items()
+        for file in (base / name).rglob("*.py")
+    }
+    assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders)
 
 
 def imports(file: Path) -> set[str]:
