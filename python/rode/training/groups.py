@@ -1,4 +1,4 @@
-"""What layers have learned of each other, across a run's resumes: kept with each checkpoint."""
+"""Groups of layers across a run's resumes: kept with each checkpoint."""
 
 from __future__ import annotations
 

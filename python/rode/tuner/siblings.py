@@ -240,8 +240,8 @@ def siblings_of(model: nn.Module) -> dict[str, Siblings]:
 
 
 def learned_groups(model: nn.Module) -> dict[str, list[str] | None]:
-    """What a model's layers have learned of each other: the layers of each module's group by name, in their order; None where
-    it has been dissolved. Modules that have learned nothing are left out."""
+    """The groups of a model's layers: for each module their names in the order of their calls, or None where its group has been
+    dissolved. Modules that have learned nothing are left out."""
     return {
         block: None if one.dissolved else [layer.info.module_name for layer in one.members]
         for block, one in siblings_of(model).items()
