@@ -172,10 +172,11 @@ def _backward(
     dx = found[0].x if found else None
     if need_x:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if dx is None else dx.view(x.shape)
-    grads = [_zeros(sibling, need) for sibling, need in zip(siblings, wanted, strict=True)]
-    for j, of_j in zip(reached, found, strict=True):
-        grads[j] = _like_parameters(of_j, siblings[j])
-    return dx, grads
+    by_sibling = dict(zip(reached, found, strict=True))
+    return dx, [
+        _like_parameters(by_sibling[j], sibling) if j in by_sibling else _zeros(sibling, need)
+        for j, (sibling, need) in enumerate(zip(siblings, wanted, strict=True))
+    ]
 
 
 def _one_by_one(

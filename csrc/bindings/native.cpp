@@ -34,10 +34,11 @@ rode::Problem called(rode::Problem p, uintptr_t seed, int threads) {
   return p;
 }
 
-// Several passes that read the same x, run together: the prepared ones, what each call would be given but for the number of threads,
-// that number. `fields`: those of a call, in its order.
+// Several passes that read the same x, run together. Arguments: the prepared passes, what a call of each would be given but for the
+// number of threads, and that number. `fields`: those of a call, in its order.
 template <class Arrays, class... Owner, class... Type>
-void define_siblings(py::module_& m, const char* name, void (*run)(const rode::Problem*, const Arrays*, int64_t), Type Owner::*... fields) {
+void define_siblings(py::module_& m, const char* name, void (*run)(const rode::Problem*, const Arrays*, int64_t),
+                     Type Owner::*... fields) {
   using Called = std::array<uintptr_t, sizeof...(fields) + 1>;
   m.def(
       name,

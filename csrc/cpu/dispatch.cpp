@@ -11,13 +11,13 @@
 
 namespace rode {
 
-#define RODE_DECLARE(NAME)                                   \
-  namespace NAME {                                           \
-  void forward(const Problem&, const ForwardArrays&);              \
-  void backward(const Problem&, const BackwardArrays&);            \
-  void keep_mask(const Dropout&, uint64_t, int64_t, float*); \
+#define RODE_DECLARE(NAME)                                                \
+  namespace NAME {                                                        \
+  void forward(const Problem&, const ForwardArrays&);                     \
+  void backward(const Problem&, const BackwardArrays&);                   \
   void forward_siblings(const Problem*, const ForwardArrays*, int64_t);   \
   void backward_siblings(const Problem*, const BackwardArrays*, int64_t); \
+  void keep_mask(const Dropout&, uint64_t, int64_t, float*);              \
   }
 RODE_FOR_EACH_ISA(RODE_DECLARE)
 

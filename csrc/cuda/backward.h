@@ -61,8 +61,8 @@ struct BackwardLaunch : BackwardLayout {
 
 template <class T>
 Status backward(const Problem& p, const BackwardLaunch& a);
-// The launches apart, for mixtures that read the same x: grad_output_pass and gate_backward of one mixture; grad_input_pass of all of
-// them, as one; reduce_partials of one. Of gradients that a launch does not write it only asks whether they are wanted.
+// The launches apart, for mixtures that read the same x: grad_output_pass and gate_backward of one mixture; grad_input_pass of all,
+// as one; reduce_partials of one. Of gradients that a launch does not write it only asks whether they are wanted.
 template <class T>
 Status grad_output(const Problem& p, const BackwardLaunch& a);
 template <class T>

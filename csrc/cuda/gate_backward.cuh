@@ -77,8 +77,8 @@ gate_backward(BackwardParams<T> p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         du[i] = gate[2 * half + i] != 0.0f ? factor[2 * half + i] * gate[2 * half + i] * t[2 * half + i] : 0.0f;
-      store(p.D + (offset(m0 + row, pitch) + p.D_first + 8 * tile + sum_column(0)), vec<T, 2>{{from_float<T>(du[0]), from_float<T>(du[1])}},
-            row < rows);
+      const int64_t at = offset(m0 + row, pitch) + p.D_first + 8 * tile + sum_column(0);
+      store(p.D + at, vec<T, 2>{{from_float<T>(du[0]), from_float<T>(du[1])}}, row < rows);
     }
   }
   sync_threads();

@@ -38,7 +38,8 @@ pack_parameters(PackParams<T> p) {
   const int columns = of_B ? p.R : p.K, pitch = of_B ? p.pitch_R : p.pitch_K;
   const int row = static_cast<int>(piece / (pitch / kEach)), column = static_cast<int>(piece % (pitch / kEach)) * kEach;
   const bool of_router = !of_B && row >= p.rows_A;
-  const int from_row = of_router ? row - p.rows_A : row, to_row = of_B ? row : from_row + (of_router ? p.first_router : p.first_row);
+  const int from_row = of_router ? row - p.rows_A : row;
+  const int to_row = of_B ? row : from_row + (of_router ? p.first_router : p.first_row);
   const bool exists = of_B || from_row < (of_router ? p.N : p.R);
   const auto from = of_B ? p.B : of_router ? p.router_weight : p.A;
   vec<T, kEach> out;

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+import sibling_problems
 from captured import as_cuda_graph, check_replays
 from mixture_oracle import Problem, check, operation, random_problem, with_dropout
 from rode_kernels import autograd, backends, fast_path, functional, rectified_mixture
@@ -64,6 +65,26 @@ def test_values(backend, dtype, shape, dropout):
         p = with_dropout(p, keep, 0.1, 5)
     check(p, backend=backend)
     check(p, backend=backend, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(tokens=(300,), K=1000, widths=(520, 128, 128), ranks=((2, 4, 8, 16),) * 3),
+        dict(tokens=(8192,), K=1024, widths=(768, 512), ranks=((2, 4, 8, 16), (8,))),
+        dict(tokens=(515,), K=2048, widths=(512, 256), ranks=((16,) * 16, (4,))),
+        dict(tokens=(4096,), K=2048, widths=(2048, 2048), ranks=((8,) * 8, (8,) * 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_siblings(backend, dtype, shape, dropout):
+    problems = sibling_problems.random_siblings(dtype=dtype, **shape)
+    if dropout:
+        problems = sibling_problems.with_dropout(problems, 0.1, [5] * len(problems))
+    x = problems[0].x.cuda()
+    sibling_problems.check([replace(on_device(p), x=x) for p in problems], backend)
 
 
 def test_many_given_gates_with_dropout_fit_the_shared_memory_of_the_device():

@@ -56,7 +56,9 @@ def with_dropout(problems: list[Problem], dropout_p: float, seeds: list[int]) ->
 
 
 def siblings_of(problems: list[Problem]) -> list[Sibling]:
-    seeds = {p.dropout_seed: torch.tensor([p.dropout_seed]) for p in problems if p.dropout_p > 0}
+    seeds = {
+        p.dropout_seed: torch.tensor([p.dropout_seed], device=p.x.device) for p in problems if p.dropout_p > 0
+    }
     return [
         Sibling(
             *(p.A, p.B, p.router_weight, p.router_bias),

@@ -79,7 +79,7 @@ def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings], by_gemm
     """Why siblings cannot run together, by the kernels or on the GEMM path; empty where they can."""
     if any(s.dropout_p != settings[0].dropout_p for s in settings):
         return "siblings with different probabilities of dropout"
-    if settings[0].dropout_p > 0 and any(o.seed is not operands[0].seed for o in operands):
+    if settings[0].dropout_p > 0 and len({o.seed.data_ptr() for o in operands if o.seed is not None}) > 1:
         return "siblings whose dropout has different seeds"
     if any(s.dense for s in settings) or any(o.router_weight is None for o in operands):
         return "siblings without a router"
