@@ -9,7 +9,7 @@ from typing import TypeVar, TypeVarTuple
 import torch
 from torch import Tensor
 
-from rode_kernels.backends.cuda.prepared import GateKernel, Kernels
+from rode_kernels.backends.cuda.prepared import DropKernel, GateKernel, Kernels
 from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.layout import Layout, beyond_kernels, no_gradients, with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, prefer_gemm
@@ -97,6 +97,7 @@ class Passes:
     def __init__(self, kernels: Kernels):
         self.kernels = kernels
         self.gate_kernel = lru_cache(maxsize=4096)(GateKernel)
+        self.drop_kernel = lru_cache(maxsize=4096)(DropKernel)
 
     def plan_forward(self, of: ProblemShape, device: int) -> Plan:
         return plan_forward(of, *_prepare(device))
@@ -107,11 +108,16 @@ class Passes:
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
         return prefer_gemm(layout.shape, backward)
 
+    def between_products(self, layout: Layout, device: int) -> tuple[GateKernel, DropKernel | None]:
+        """The kernels that the gemm path runs between its products."""
+        drop = self.drop_kernel(self.kernels, layout, device) if layout.shape.dropout else None
+        return self.gate_kernel(self.kernels, layout, device), drop
+
     def forward_of(self, layout: Layout, device: int, ld_x: int, ld_base: int, ld_y: int) -> _Forward:
         """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
         plan = self.plan_forward(layout.shape, device)  # prepares the device, too
         if self.prefer_gemm(layout):
-            return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
+            return gemm_path.GemmForward(*self.between_products(layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
 
     def backward_of(
@@ -122,7 +128,7 @@ class Passes:
         # others it would copy
         plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.shape.out_features)
         if plain and self.prefer_gemm(layout, backward=True):
-            return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)
+            return gemm_path.GemmBackward(*self.between_products(layout, device), layout, needs)
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(
