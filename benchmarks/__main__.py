@@ -158,6 +158,12 @@ BENCHMARKS = {
         (of_generate, rounds(10), to_json),
         lambda m, o: m.main(o),
     ),
+    "plans": Benchmark(
+        "time of every plan of the CUDA forward pass that the planner compares",
+        "plans",
+        (rounds(15), to_json),
+        lambda m, o: m.main(o),
+    ),
     "overhead": Benchmark(
         "time on one token outside the kernel, and where it goes",
         "overhead",

@@ -85,13 +85,14 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
     print(
         "Floors are what moving so many bytes takes at the device's full bandwidths: a prediction, not a measurement."
     )
+    measured = f"(measured on one H100{', without dropout' if shape.dropout else ''})"
     chosen, by_gemm = plan_forward(shape, device.multiprocessors, memory), prefer_gemm(shape)
     rows = [("cuda: matrix products by PyTorch", cost.gemm_path(shape), by_gemm)]
     for plan in variants_forward(shape, device.multiprocessors, memory):
         name = (
             "one launch"
             if plan.fused
-            else f"two launches, K in {plan.splits} parts, tiles of {plan.rows} tokens"
+            else f"two launches, K in {plan.splits} parts, {plan.rows} tokens by {128 * plan.out_tiles} B of y"
         )
         rows.append((f"cuda: {name}", cost.forward(shape, plan), plan == chosen and not by_gemm))
     rows += _triton(shape, ranks, device, backward=False)
@@ -99,7 +100,7 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
     tiles = -(-shape.tokens // chosen.rows)
     if by_gemm:
         print(
-            f"  {shape.total_rank} columns: matrix products dominate, and PyTorch multiplies faster (measured on one H100)."
+            f"  {shape.total_rank} columns: matrix products dominate, and PyTorch multiplies faster {measured}."
         )
     elif chosen.fused:
         print(f"  {tiles} tiles of 64 tokens are blocks enough: each reads x and base and writes y once.")
@@ -124,7 +125,7 @@ def explain(shape: ProblemShape, ranks: tuple[int, ...], device: cost.Device) ->
     _table("backward", rows, cost.fewest(shape, backward=True), device)
     if by_gemm:
         return print(
-            "  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster (measured on one H100)."
+            f"  With so many columns or float32 tokens matrix products dominate; PyTorch multiplies faster {measured}."
         )
     print(
         f"  {back.o_tiles} tiles of O: fewer mean fewer parts of t, more mean fewer partial dB; each has "

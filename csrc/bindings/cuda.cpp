@@ -108,6 +108,13 @@ void define_pack(py::module_& m) {
   rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(pack_parameters) RODE_PACK_CALL(RODE_MEMBER));
 }
 
+void define_drop(py::module_& m) {
+  using Owner = rode::cuda::Drop;
+  rode::Class<rode::cuda::DropLayout> c(m, "Drop", py::module_local());
+  rode::define_init(c RODE_DROP_LAYOUT(RODE_KEYWORD));
+  rode::define_call<Owner>(c, "__call__", RODE_LAUNCH(drop_rows) RODE_DROP_CALL(RODE_MEMBER));
+}
+
 void define_gates(py::module_& m) {
   rode::Class<rode::cuda::GatesLayout> c(m, "ApplyGates", py::module_local());
   {
@@ -133,6 +140,7 @@ PYBIND11_MODULE(RODE_MODULE, m) {
   define_forward(m);
   define_backward(m);
   define_pack(m);
+  define_drop(m);
   define_gates(m);
   m.def("load_kernels", [](int device) {
     load_kernels<float>(device);

@@ -86,10 +86,11 @@ void define_init(Class<Layout>& c, Field<Owner, Type>... fields) {
         arg("dropout_p"), arg("dense"), arg(fields.name)...);
 }
 
-// A call's argument for a field: an address, except for flags.
+// A call's argument for a field: an address or a count, except for flags.
 template <class Type>
 using Argument = std::conditional_t<std::is_same_v<Type, bool>, bool, uintptr_t>;
 inline void set(bool& flag, bool value) { flag = value; }
+inline void set(int64_t& count, uintptr_t value) { count = static_cast<int64_t>(value); }
 inline void set(Matrix& matrix, uintptr_t address) { matrix.data = reinterpret_cast<void*>(address); }
 template <class T>
 void set(T*& pointer, uintptr_t address) {

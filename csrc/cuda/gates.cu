@@ -78,9 +78,29 @@ Status apply_gates_backward<Type>(const Problem& p, const ApplyGatesBackward& a)
 }
 
 template <>
+Status drop_rows<Type>(const Problem& p, const Drop& a) {
+  if (const int error = enter_device(a.device)) return {error, "cudaSetDevice"};
+  const int64_t K = p.in_features;
+  DropParams<Type> k{};
+  k.from = array<Type>(a.from, extent(a.rows, a.ld_from, K));
+  k.to = array<Type>(a.to, a.rows * K);
+  k.seed = array<int64_t>(a.seed, 1);
+  k.first = static_cast<int>(a.first);
+  k.rows = static_cast<int>(a.rows);
+  k.K = static_cast<int>(K);
+  k.ld_from = static_cast<int>(a.ld_from);
+  k.threshold = static_cast<uint32_t>(p.dropout.threshold);
+  k.drop_all = p.dropout.threshold >> 32 != 0;
+  const bool aligned = K % kChunkValues<Type> == 0 && copy_width<Type>(a.from, a.ld_from) == 16 && copy_width<Type>(a.to, K) == 16;
+  const Dim blocks = grid(divide_up(a.rows * divide_up(K, kDropped), kThreads));
+  return Start{a.stream}("drop_rows", blocks, kThreads, 0, aligned ? gpu::drop_rows<Type, true> : gpu::drop_rows<Type, false>, k);
+}
+
+template <>
 Status load_gate_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     load("pack_parameters", gpu::pack_parameters<Type>);
+    load("drop_rows", gpu::drop_rows<Type, true>, gpu::drop_rows<Type, false>);
     load("apply_gates", gpu::apply_gates<Type>);
     load("apply_gates_backward", gpu::apply_gates_backward<Type>);
   });

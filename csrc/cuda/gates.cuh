@@ -5,14 +5,15 @@
 //   backward   t = dy B (PyTorch)             apply_gates_backward: v, D = [du dh], dh   dB = dy^T v, [dA; dWr] = D^T x,
 //                                                                                        dx = D [A; Wr] (PyTorch)
 //
-// Both only move what is M x R. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
+// Both only move what is M x R. drop_rows makes what dropout leaves of x, some rows at a time, or of a gradient. Blocks that a multiprocessor holds at once, at least, as in forward.cuh:
 //   pack_parameters: 8, 8
+//   drop_rows: 8, 8
 //   apply_gates: 8, 8
 //   apply_gates_backward: 4, 2
 #pragma once
 
+#include "dropout.cuh"
 #include "params.cuh"
-#include "tile.cuh"
 
 namespace rode::gpu {
 
@@ -50,6 +51,49 @@ pack_parameters(PackParams<T> p) {
     out.v[i] = from.fp32 ? from_float<T>(load(from.fp32 + at, inside)) : load(from.narrow + at, inside);
   }
   store((of_B ? p.to_B : p.W) + (offset(to_row, pitch) + column), out);
+}
+
+template <class T>
+struct DropParams {
+  gmem<const T> from;  // begins at row `first` of x
+  gmem<T> to;          // (rows, K)
+  gmem<const int64_t> seed;
+  uint32_t threshold;
+  int first, rows, K, ld_from;
+  bool drop_all;
+};
+
+constexpr int kDropped = 16;  // neighbouring columns that a thread decides about
+
+template <class T, bool kAligned>
+RODE_KERNEL(kThreads, 8)
+drop_rows(DropParams<T> p) {
+  const int per_row = (p.K + kDropped - 1) / kDropped;
+  const int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
+  if (piece >= static_cast<int64_t>(p.rows) * per_row) return;
+  const int row = static_cast<int>(piece / per_row), column = static_cast<int>(piece % per_row) * kDropped;
+  const uint64_t element = static_cast<uint64_t>(offset(p.first + row, p.K) + column), seed = static_cast<uint64_t>(load(p.seed));
+  const uint32_t bits = p.drop_all ? 0u : keep_bits<kDropped / 4, kAligned>(element, seed, p.threshold);
+  const gmem<const T> from = p.from + (offset(row, p.ld_from) + column);
+  const gmem<T> to = p.to + (offset(row, p.K) + column);
+  if constexpr (kAligned) {
+    constexpr int kEach = kChunkValues<T>;
+#pragma unroll
+    for (int i = 0; i < kDropped; i += kEach) {
+      const bool inside = column + i < p.K;
+      auto values = load<vec<T, kEach>>(from + i, inside);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+        if (!(bits >> (i + j) & 1)) values.v[j] = T{};
+      store(to + i, values, inside);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kDropped; ++i) {
+      const bool inside = column + i < p.K;
+      store(to + i, load(from + i, inside && (bits >> i & 1)), inside);
+    }
+  }
 }
 
 constexpr int kGateTokens = 8;  // tokens of a block

@@ -51,6 +51,18 @@ struct ApplyGates : GatesLayout {
 struct ApplyGatesBackward : GatesLayout {
   RODE_APPLY_GATES_BACKWARD_CALL(RODE_DECLARE)
 };
+
+// Dropout's work on rows `first`, first + 1, ... of x, or of a gradient of its shape: `to` gets `from`, with zeros for what is
+// dropped. Both begin at row `first`; `to` is contiguous and may be `from`.
+#define RODE_DROP_LAYOUT(X) X(int, device)
+struct DropLayout {
+  RODE_DROP_LAYOUT(RODE_DECLARE)
+};
+#define RODE_DROP_CALL(X) \
+  X(const void*, from) X(void*, to) X(const int64_t*, seed) X(int64_t, first) X(int64_t, rows) X(int64_t, ld_from) X(void*, stream)
+struct Drop : DropLayout {
+  RODE_DROP_CALL(RODE_DECLARE)
+};
 // clang-format on
 
 template <class T>
@@ -59,6 +71,8 @@ template <class T>
 Status apply_gates(const Problem& p, const ApplyGates& a);
 template <class T>
 Status apply_gates_backward(const Problem& p, const ApplyGatesBackward& a);
+template <class T>
+Status drop_rows(const Problem& p, const Drop& a);
 template <class T>
 Status load_gate_kernels(int device);
 

@@ -46,35 +46,6 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
   }
 }
 
-// Clears what was dropped, row by row of the mask: from right operands of x (rows run along the sum), and from sums that become dx.
-template <class T, int kCount>
-RODE_DEVICE void drop_b(uint32_t (&b)[kCount][2], smem<uint32_t> mask, int words, int row0, int column0) {
-  const int t = lane_index() % 4;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j)
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int column = column0 + 8 * j + lane_index() / 4;
-      const auto kept = [&](int row) { return load(mask + (row * words + column / 32)) >> (column % 32) & 1; };
-      if constexpr (is_fp32<T>) {
-        b[j][i] &= kept(row0 + t + 4 * i) ? ~0u : 0u;
-      } else {
-        const int row = row0 + 2 * t + 8 * i;
-        b[j][i] &= (kept(row) ? 0xffffu : 0u) | (kept(row + 1) ? 0xffff0000u : 0u);
-      }
-    }
-}
-template <int kTiles>
-RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint32_t> mask, int words, int row0, int column0) {
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = column0 + dx_column<kTiles>(j, sum_column(i));
-      if (!(load(mask + ((row0 + fragment_row(i)) * words + column / 32)) >> (column % 32) & 1)) c[j][i] = 0.0f;
-    }
-}
-
 // grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kManyColumns) dx has
 // blocks and ranges of its own, the first ones, for they have the most to do.
 template <class T, int kGroups, bool kManyColumns, bool kAligned>
@@ -111,7 +82,7 @@ grad_input_pass(BackwardParams<T> p) {
   };
   const auto D_tile = [&](int stage, int part) { return x_tile(stage, 2 + part); };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(Shape::masks(count) + tile % 2 * Shape::kMaskBytes, Shape::kMaskBytes / 4);
+    return shared_array<uint16_t>(Shape::masks(count) + tile % 2 * Shape::kMaskBytes, Shape::kMaskBytes / 2);
   };
   const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
@@ -142,17 +113,15 @@ grad_input_pass(BackwardParams<T> p) {
   };
   const auto mask = [&](int tile) {
     if (!p.dropout || tile >= count || load(flags + tile) == 0) return;
-    for (int i = thread_index(); i < Shape::kMaskBytes / 4; i += kThreads) {
-      const int64_t element =
-          static_cast<int64_t>(first + tile * Shape::kTokens + i / Shape::kMaskWords) * p.K + k0 + i % Shape::kMaskWords * 32;
-      store(mask_of(tile) + i, p.drop_all ? 0u : keep_bits(static_cast<uint64_t>(element), seed, p.threshold));
-    }
+    fill_mask<Shape::kTokens, Shape::kColumns, kThreads, kAligned>(mask_of(tile), first + tile * Shape::kTokens, k0, p.K, seed,
+                                                                   p.threshold, p.drop_all);
   };
   uint32_t weight[kManyColumns ? 1 : kGroups][kSteps][kTiles][2];
   // A lane's columns of dx are 16 bytes of each of the rows of [A; Wr] that an mma asks of it.
   constexpr int kEach = is_fp32<T> ? 2 : 4;
   using Raw = vec<uint32_t, 4>[kSteps][kEach];
-  const int lane_n = lane_index() / 4, lane_t = lane_index() % 4, lane_k = k0 + warp_k + dx_column<kTiles>(0, lane_n & ~1);
+  const int lane_n = lane_index() / 4, lane_t = lane_index() % 4, lane_k = k0 + warp_k + dx_column<kTiles>(0, lane_n & ~1),
+            lane_dx = warp_k + dx_column<kTiles>(0, sum_column(0));
   const auto fetch_weights = [&](Raw& raw, int group) {
     if constexpr (kAligned) {
 #pragma unroll
@@ -231,7 +200,7 @@ grad_input_pass(BackwardParams<T> p) {
   // tile.
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
-    if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+    if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
     accumulate<T>(c, [&](float (&part)[kTiles][4]) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -246,7 +215,7 @@ grad_input_pass(BackwardParams<T> p) {
     });
   };
   const auto epilogue = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
-    if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+    if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
     store_dx<T, kAligned, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
 

@@ -282,6 +282,19 @@ RODE_DEVICE uint32_t halves(uint32_t low, uint32_t high, bool upper) { return __
 RODE_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 RODE_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
+RODE_DEVICE uint32_t rotate_right(uint32_t x, int n) { return __funnelshift_r(x, x, static_cast<unsigned>(n)); }  // by n % 32
+// Bytes of two words, which `selector` names by hexadecimal digits: 0 to 3 of `low`, 4 to 7 of `high`; plus 8: eight times its top bit.
+RODE_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
+  return y;
+}
+// bits | bit where a >= b, in two instructions.
+RODE_DEVICE uint32_t set_if_at_least(uint32_t bits, uint32_t bit, uint32_t a, uint32_t b) {
+  asm("{.reg .pred p; setp.hs.u32 p, %1, %2; @p or.b32 %0, %0, %3;}" : "+r"(bits) : "r"(a), "r"(b), "r"(bit));
+  return bits;
+}
+
 // 32 by 32 to 64 bits in one instruction, which the compiler does not always see.
 RODE_DEVICE uint64_t wide_product(uint32_t a, uint32_t b) {
   uint64_t y;

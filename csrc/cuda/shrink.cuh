@@ -34,7 +34,7 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     return shared_array<T>(stage * Stages::kBytes + Stages::kTileBytes, 8 * kTiles * kDepth<T>);
   };
   const auto mask_of = [&](int tile) {
-    return shared_array<uint32_t>(mask_at + tile % 2 * kMaskBytes, kMaskBytes / 4);
+    return shared_array<uint16_t>(mask_at + tile % 2 * kMaskBytes, kMaskBytes / 2);
   };
   const auto x_row = [&](int row) { return Row<T>{p.x + offset(m0 + row, p.ld_x), m0 + row < p.M}; };
   const auto weight_at = [&](int row) { return weight_row(p, 8 * first_tile + row, 8 * p.expert_tiles); };
@@ -99,7 +99,8 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
   };
   const auto mask = [&](int tile) {
     if (p.dropout && tile < count)
-      fill_mask<kRows, T>(mask_of(tile), m0, (first + tile) * kDepth<T>, p.K, seed, p.threshold, p.drop_all);
+      fill_mask<kRows, kDepth<T>, kBlock<kRows>, kAligned>(mask_of(tile), m0, (first + tile) * kDepth<T>, p.K, seed, p.threshold,
+                                                           p.drop_all);
   };
 
   for (int tile = 0; tile < Stages::kCount - 1; ++tile) {

@@ -160,6 +160,17 @@ inline uint32_t no_hoist(uint32_t x) { return x; }
 inline uint32_t halves(uint32_t low, uint32_t high, bool upper) {
   return upper ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
 }
+inline uint32_t rotate_right(uint32_t x, int n) { return std::rotr(x, n); }
+inline uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> 4 * i & 15u, byte = static_cast<uint32_t>(bytes >> 8 * (digit & 7u)) & 0xffu;
+    y |= (digit < 8 ? byte : byte & 0x80u ? 0xffu : 0u) << 8 * i;
+  }
+  return y;
+}
+inline uint32_t set_if_at_least(uint32_t bits, uint32_t bit, uint32_t a, uint32_t b) { return a >= b ? bits | bit : bits; }
 inline float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 

@@ -22,7 +22,7 @@ void run_product(uintptr_t x, uintptr_t w, uintptr_t y, Shape p, int copy, Bug b
                       : copy == 4 ? product<T, 4>
                                   : product<T, 2>;
   const int64_t M = p.M, N = p.N, K = p.K;
-  launch({"product", grid, kThreads, kSharedBytes}, kernel, at<const T>(x, M * K), at<const T>(w, N * K), at<T>(y, M * N), p, bug);
+  launch({"product", grid, rode::trial::kThreads, kSharedBytes}, kernel, at<const T>(x, M * K), at<const T>(w, N * K), at<T>(y, M * N), p, bug);
 }
 
 template <class Kernel, class... A>
@@ -57,6 +57,11 @@ PYBIND11_MODULE(_emulator_trial, m) {
   });
   m.def("other_warp_rounds", [](uintptr_t cells, int n, int rounds) {
     launch({"other_warp_rounds", {}, 64}, other_warp_rounds, at<uint32_t>(cells, n), n, rounds);
+  });
+  m.def("kept", [](int count, bool whole, uintptr_t out, int64_t first, int64_t seed, uint32_t threshold) {
+    const auto run = [&](auto kernel) { one_warp(kernel, at<uint32_t>(out, 32), first, seed, threshold); };
+    if (count == 4) return whole ? run(kept<4, true>) : run(kept<4, false>);
+    return whole ? run(kept<1, true>) : run(kept<1, false>);
   });
   m.def(
       "scripted",

@@ -21,6 +21,8 @@ int launch_all(Shape p, gmem<const bf16> x, gmem<const bf16> w, gmem<bf16> y, gm
   error |= launch(warp, one_ldmatrix<4, true>, matrices, registers);
   error |= launch(warp, exchanges, gmem<const uint32_t>(), gmem<uint32_t>());
   error |= launch(warp, other_warp_rounds, gmem<uint32_t>(), 0, 0);
+  error |= launch(warp, kept<4, true>, gmem<uint32_t>(), 0, 0, 0u);
+  error |= launch(warp, kept<1, false>, gmem<uint32_t>(), 0, 0, 0u);
   error |= launch(warp, scripted, gmem<const int>(), 0, gmem<int>());
   error |= launch(warp, round_trip<bf16>, a, c, 1);
   error |= launch(warp, round_trip<f16>, a, c, 1);

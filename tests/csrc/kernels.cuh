@@ -1,7 +1,7 @@
 // Kernels that try the emulator: a product written as real kernels are, with mistakes to plant, and one for each fragment.
 #pragma once
 
-#include "../../csrc/cuda/ptx.cuh"
+#include "../../csrc/cuda/dropout.cuh"
 
 namespace rode::trial {
 
@@ -205,6 +205,14 @@ other_warp_rounds(gmem<uint32_t> cells, int n, int rounds) {
     store(cells + i, sum, i < n);
     sync_threads();
   }
+}
+
+// Dropout's bits of 32 pieces of 4 kCount elements each, from `first` on.
+template <int kCount, bool kWhole>
+RODE_KERNEL(32, 1)
+kept(gmem<uint32_t> out, int64_t first, int64_t seed, uint32_t threshold) {
+  const uint64_t from = static_cast<uint64_t>(first + 4 * kCount * lane_index());
+  store(out + lane_index(), keep_bits<kCount, kWhole>(from, static_cast<uint64_t>(seed), threshold));
 }
 
 // Follows a script of steps {what, block, thread, cell}: who touches which cell of shared or global memory between which

@@ -85,6 +85,9 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
         assert kind == "float" or kernel.count(r"LDSM\.16\.MT88") >= 2, f"{where}: transposed ldmatrix"
         assert kernel.count(r"LDGSTS.*\.128") >= 1, f"{where}: asynchronous copies of 16 bytes"
         if name.startswith("grad_input_pass") and name in claimed:
+            # of dropout's mask, four counters at a time with 19 wide products each: docs/cuda/dropout.md
+            masks = [sum(c.values()) for _, _, c in kernel.loops() if c["IMAD.WIDE.U32"] >= 4 * 19]
+            assert min(masks) <= 250, f"{where}: {min(masks)} instructions for the bits of 16 elements"
             assert kernel.count(r"STG.*\.128") >= 2, f"{where}: wide stores of dx"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rode_kernels.backends.cuda.emulated import machine, native
 from sass import LONG_CASES, NVCC, ROOT, SHARED_KIB, compile_kernels, cuobjdump
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-KERNELS = {"pack_parameters", "apply_gates", "apply_gates_backward"}
+KERNELS = {"pack_parameters", "drop_rows", "apply_gates", "apply_gates_backward"}
 
 
 def shared_bytes(kind: str) -> dict[str, int]:
@@ -25,10 +26,8 @@ def shared_bytes(kind: str) -> dict[str, int]:
     p, found = random_problem((5,), ranks=(16,) * 16, dtype=dtype), {}
     machine.gemm_path = True
     try:
-        for run in (
-            cuda_emulated_forward,
-            operation,
-        ):  # of both passes the emulator shows the last one's launches
+        # of both passes the emulator shows the last one's launches
+        for run in (cuda_emulated_forward, partial(cuda_emulated_forward, dropout_p=0.5, seed=1), operation):
             run(p, backend="cuda-emulated")
             found |= {launch["kernel"]: launch["shared_bytes"] for launch in native.launches()}
     finally:
@@ -37,8 +36,8 @@ def shared_bytes(kind: str) -> dict[str, int]:
     return found
 
 
-def cuda_emulated_forward(p, backend: str) -> None:
-    rectified_mixture(p.x, p.A, p.B, p.router_weight, ranks=p.ranks, scaling=p.scaling, backend=backend)
+def cuda_emulated_forward(p, **options) -> None:
+    rectified_mixture(p.x, p.A, p.B, p.router_weight, ranks=p.ranks, scaling=p.scaling, **options)
 
 
 def claims() -> dict[str, tuple[int, int]]:
@@ -51,7 +50,8 @@ def claims() -> dict[str, tuple[int, int]]:
 def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
     report, kernels = compile_kernels("gates.cu", kind, arch, folder)
     assert "warning" not in report
-    assert set(kernels) == set(claims()) == KERNELS
+    assert set(kernels) == KERNELS | {"drop_rows any"}
+    assert set(claims()) == KERNELS
     for name, kernel in kernels.items():
         where = f"{name} for {kind} on sm_{arch}"
         assert kernel.spills == 0, where

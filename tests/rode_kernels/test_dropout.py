@@ -53,6 +53,23 @@ def test_native_mask_follows_the_layout(first, seed, p):
         assert keep == float(word >= int(p * 2**32))
 
 
+@pytest.mark.parametrize("first", [0, 64, 3, 2**33 + 5, 2**34 - 12, 2**34 - 7, 2**35 + 4])
+@pytest.mark.parametrize("seed", [0, -1, 2**62 + 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_bits_of_the_cuda_kernels_follow_the_layout(first, seed, count):
+    """Counters pass 2^32 at element 2^34, also in the middle of what a thread makes."""
+    emulator = pytest.importorskip("rode_kernels._emulator_trial")
+    threshold, out = int(0.3 * 2**32), torch.empty(32, dtype=torch.int32)
+    emulator.reset(0)
+    emulator.kept(count, first % 4 == 0, out.data_ptr(), first, seed, threshold)
+    key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for piece, bits in enumerate(out.tolist()):
+        for i in range(4 * count):
+            e = first + piece * 4 * count + i
+            word = plain_philox([(e >> 2) & 0xFFFFFFFF, e >> 34, 0, 0], key)[e & 3]
+            assert bits >> i & 1 == (word >= threshold), (e, piece)
+
+
 def test_reference_mask_is_the_native_one():
     native = pytest.importorskip("rode_kernels._native")
     keep = dropout_keep(torch.tensor([11]), 0.3, 5, 37, first_row=3)

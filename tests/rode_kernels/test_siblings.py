@@ -45,6 +45,12 @@ def test_dropout(backend, dtype, seeds):
     check(with_dropout(problems, 0.3, seeds), backend)
 
 
+def test_dropout_of_wide_mixtures(backend):
+    """For which PyTorch's products serve single calls."""
+    problems = random_siblings((70,), K=40, widths=(24, 16), ranks=((30, 20), (40,)), dtype=torch.float32)
+    check(with_dropout(problems, 0.3, [7, 7]), backend)
+
+
 def test_closed_and_open_experts_side_by_side(backend):
     """Nothing is open for the first, everything for the second."""
     problems = random_siblings((140,), K=64)

@@ -1,4 +1,7 @@
-"""nvcc's code for the kernels, read from its report and from the machine code."""
+"""nvcc's code for the kernels, read from its report and from the machine code.
+
+`python tests/support/sass.py backward.cu bf16 80` prints the loops of every kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -45,6 +50,16 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     instructions: Counter = field(default_factory=Counter)
+    code: list[tuple[int, str, str]] = field(default_factory=list)  # address, instruction, operands
+
+    def loops(self) -> list[tuple[int, int, Counter]]:
+        """First and last address of every loop, and how often each instruction occurs in it, inner loops included."""
+        found = []
+        for last, name, operands in self.code:
+            if name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", operands)) and int(to[1], 16) < last:
+                first = int(to[1], 16)
+                found.append((first, last, Counter(n for at, n, _ in self.code if first <= at <= last)))
+        return sorted(found, key=lambda loop: loop[:2])
 
     def count(self, pattern: str) -> int:
         return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
@@ -103,10 +118,30 @@ def disassembly(cubin: Path) -> str:
 
 def _read_instructions(cubin: Path, kernels: dict[str, Kernel]) -> None:
     current = None
+    pattern = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*)")
     for line in disassembly(cubin).splitlines():
         if function := re.search(r"Function : (\S+)", line):
-            current = kernels[_short(function.group(1))].instructions
-        elif (
-            found := re.search(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", line)
-        ) and current is not None:
-            current[found.group(1)] += 1
+            current = kernels[_short(function.group(1))]
+        elif (found := pattern.search(line)) and current is not None:
+            current.instructions[found.group(2)] += 1
+            current.code.append((int(found.group(1), 16), found.group(2), found.group(3)))
+
+
+def main(source: str, kind: str, arch: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _, kernels = compile_kernels(source, kind, int(arch), Path(folder))
+    for name, kernel in sorted(kernels.items()):
+        print(
+            f"{name}: {kernel.registers} registers, {kernel.spills} bytes spilled, {kernel.count('(?!NOP)')} instructions"
+        )
+        for first, last, found in kernel.loops():
+            of = {
+                what: sum(n for i, n in found.items() if i.startswith(what))
+                for what in ("IMAD.WIDE", "HMMA", "LDS")
+            }
+            text = ", ".join(f"{n} {what}" for what, n in of.items())
+            print(f"  loop {first:x} to {last:x}: {sum(found.values())} instructions: {text}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

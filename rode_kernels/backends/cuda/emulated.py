@@ -72,7 +72,7 @@ class _EmulatedPasses(Passes):
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
         if machine.gemm_path is not None:
-            return machine.gemm_path and layout.settings.dropout_p == 0.0
+            return machine.gemm_path
         forced = machine.backward_plan if backward else machine.plan
         return forced is None and super().prefer_gemm(layout, backward)
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from rode_kernels.backends.cuda.prepared import GateKernel, Kernels
+from rode_kernels.backends.cuda.prepared import DropKernel, GateKernel, Kernels
 from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.layout import Layout, no_gradients, with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, prefer_gemm
@@ -45,6 +45,7 @@ class Passes:
     def __init__(self, kernels: Kernels, limits: Callable[[int], tuple[int, SharedMemory]]):
         self.kernels, self.limits = kernels, limits
         self.gate_kernel = lru_cache(maxsize=4096)(GateKernel)
+        self.drop_kernel = lru_cache(maxsize=4096)(DropKernel)
 
     def plan_forward(self, of: ProblemShape, device: int) -> Plan:
         return plan_forward(of, *self.limits(device))
@@ -54,6 +55,11 @@ class Passes:
 
     def prefer_gemm(self, layout: Layout, backward: bool = False) -> bool:
         return prefer_gemm(layout.shape, backward)
+
+    def between_products(self, layout: Layout, device: int) -> tuple[GateKernel, DropKernel | None]:
+        """The kernels that the gemm path runs between its products."""
+        drop = self.drop_kernel(self.kernels, layout, device) if layout.shape.dropout else None
+        return self.gate_kernel(self.kernels, layout, device), drop
 
     def may_multiply(self, layout: Layout) -> bool:
         """Whether PyTorch's product may stand in for a kernel that reads x: not with dropout, which would need a copy of it."""
@@ -87,7 +93,7 @@ class Passes:
         """The kernels' forward pass, or that of the gemm path, for a layout and these row strides."""
         plan = self.plan_forward(layout.shape, device)
         if self.prefer_gemm(layout):
-            return gemm_path.GemmForward(self.gate_kernel(self.kernels, layout, device), layout)
+            return gemm_path.GemmForward(*self.between_products(layout, device), layout)
         return self.kernels.forward(layout, plan, device, ld_x, ld_base, ld_y)
 
     def backward_of(
@@ -98,7 +104,7 @@ class Passes:
         # others it would copy
         plain = ld_dy is None or (ld_dy[1] == 1 and ld_dy[0] >= layout.shape.out_features)
         if plain and self.prefer_gemm(layout, backward=True):
-            return gemm_path.GemmBackward(self.gate_kernel(self.kernels, layout, device), layout, needs)
+            return gemm_path.GemmBackward(*self.between_products(layout, device), layout, needs)
         return self.kernels.backward(layout, plan, device, ld_x, ld_dy or (0, 0), needs)
 
     def forward(

@@ -279,6 +279,17 @@ class PreparedBackward:
         return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)
 
 
+class DropKernel:
+    """`rode_kernels.backends.gpu.gemm_path.DropKernel` by these kernels."""
+
+    def __init__(self, kernels: Kernels, layout: Layout, device: int):
+        self.run = kernels.native.Drop(**kernels.problem(layout), device=device)
+
+    def __call__(self, source: Tensor, to: Tensor, seed: Tensor, first: int, stream: int) -> None:
+        rows, ld_from = source.shape[0], source.stride(0)
+        self.run(source.data_ptr(), to.data_ptr(), seed.data_ptr(), first, rows, ld_from, stream)
+
+
 class GateKernel:
     """`rode_kernels.backends.gpu.gemm_path.GateKernel` by these kernels."""
 

@@ -229,7 +229,8 @@ def backward(c: ProblemShape, plan: BackwardPlan) -> Cost:
 def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
     """The cost of `rode_kernels.backends.gpu.gemm_path`.
 
-    Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too.
+    Its products are taken to read and write once, with blocks enough for any device. They multiply closed experts, too. With
+    dropout they read a copy of x; in the backward pass dropout also goes through dx, to which the router's part is then added.
     """
     M, K, O, R, e = c.tokens, c.in_features, c.out_features, c.total_rank, c.element_size
     columns, pitch = divide_up(R + c.routed_experts, 8) * 8, divide_up(R, 8) * 8
@@ -249,11 +250,13 @@ def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
 
     packed = [pack(pitch != R)] if c.routed or columns != R else []
     gate_blocks = divide_up(M, 8)
+    drop = [kernel(2 * M * K * e, divide_up(M * divide_up(K, 16), 128))] if c.dropout else []
     if not backward:
         sums, of_y = M * columns * 4, M * O * e * (1 + c.base)
         return Cost(
             (
                 *packed,
+                *drop,
                 product(M * K * e + weights + sums, columns, K),
                 kernel(sums + u + g + v, gate_blocks),
                 product(v + bytes_B + of_y, pitch, O),
@@ -266,8 +269,10 @@ def gemm_path(c: ProblemShape, backward: bool = False) -> Cost:
             product(dy + bytes_B + t, pitch, O),
             kernel(t + u + 2 * g + v + D, gate_blocks),
             product(dy + v + O * pitch * 4, pitch, O),
+            *drop,
             product(x + D + columns * K * 4, columns, K),
             product(D + weights + x, columns, K),
+            *([*drop, kernel(2 * x, 1 << 20)] if c.dropout else []),
         )
     )
 

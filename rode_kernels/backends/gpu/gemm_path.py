@@ -1,12 +1,14 @@
 """Passes with matrix products by PyTorch, for mixtures of many columns. One kernel runs between the products.
 
 The formulas are those of `rode_kernels.backends.reference`. Gates are selected and numbers rounded as in the kernels. Closed
-experts are multiplied with zeros instead of being skipped. `rode_kernels.backends.gpu.planner.prefer_gemm` decides which calls
-take this path.
+experts are multiplied with zeros instead of being skipped. With dropout the experts' products read a copy of x without what is
+dropped, a part of the tokens at a time, in memory of a fixed size. `rode_kernels.backends.gpu.planner.prefer_gemm` decides which
+calls take this path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +18,8 @@ from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, MaybeTensor
 from rode_kernels.passes import Needs
+
+SCRATCH_BYTES = 2**26  # of the copy that dropout takes, if a token has no more
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -96,23 +100,64 @@ class GateKernel(Protocol):
     def backward(self, tensors: GateGradients, stream: int) -> None: ...
 
 
-class GemmForward:
-    """The forward pass, called like `cuda.prepared.PreparedForward`."""
+class DropKernel(Protocol):
+    """Dropout on one backend, for one layout."""
 
-    def __init__(self, gate_kernel: GateKernel, layout: Layout):
+    def __call__(self, source: Tensor, to: Tensor, seed: Tensor, first: int, stream: int) -> None:
+        """Writes rows to `to`, zeros for what is dropped. The first one is row `first` of x; `to` may be `source`."""
+
+
+def tokens_of_a_part(x: Tensor) -> int:
+    """Rows of x that are copied at a time: as many as `SCRATCH_BYTES` hold, in whole tiles of 64 if there are so many."""
+    most = max(1, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+    return most // 64 * 64 or most
+
+
+class _Dropout:
+    """Copies of x without what is dropped, one part of the tokens after the other in the same memory."""
+
+    def __init__(self, kernel: DropKernel, gate_kernel: GateKernel):
+        self.kernel, self.gate_kernel = kernel, gate_kernel
+
+    def parts(self, x: Tensor, seed: Tensor, stream: int) -> Iterator[tuple[slice, Tensor]]:
+        (M, K), most = x.shape, tokens_of_a_part(x)
+        scratch = self.gate_kernel.empty(min(most, M), K, like=x)
+        for first in range(0, M, most):
+            tokens = slice(first, min(first + most, M))
+            copy = scratch[: tokens.stop - first]
+            self.kernel(x[tokens], copy, seed, first, stream)
+            yield tokens, copy
+
+
+class GemmForward:
+    """The forward pass, called like `cuda.prepared.PreparedForward`. drop_kernel is None without dropout."""
+
+    def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout):
         self.gate_kernel, self.shape = gate_kernel, layout.shape
-        _, self.pitch = widths(layout)
+        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
+        self.columns, self.pitch = widths(layout)
+
+    def _sums(self, x: Tensor, W: Tensor, seed: Tensor | None, stream: int) -> Tensor:
+        if self.dropout is None or seed is None:
+            return product(x, W.t())
+        R = self.shape.total_rank
+        sums = x.new_empty(x.shape[0], self.columns, dtype=torch.float32)
+        if self.columns > R:  # the router sees all of x
+            sums[:, R:] = product(x, W[R:].t())
+        for tokens, copy in self.dropout.parts(x, seed, stream):
+            sums[tokens, :R] = product(copy, W[:R].t())
+        return sums
 
     def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
         """Writes y; gives u and g."""
-        x, _, _, _, router_bias, gates, base, _ = operands
+        x, _, _, _, router_bias, gates, base, seed = operands
         M, empty, floats = self.shape.tokens, self.gate_kernel.empty, torch.float32
         u = empty(M, self.shape.total_rank, like=x, dtype=floats)
         g = empty(M, self.shape.experts, like=x, dtype=floats) if gates is None else gates
         if M == 0:
             return u, g
         W, B = self.gate_kernel.parameters(operands, stream)
-        sums = product(_rows(x), W.t())
+        sums = self._sums(_rows(x), W, seed, stream)
         v = empty(M, self.pitch, like=x)
         self.gate_kernel.forward(GateTensors(sums, router_bias, gates, u, g, v), stream)
         add_product(_rows(y), _rows(base), v, B)
@@ -122,13 +167,41 @@ class GemmForward:
 class GemmBackward:
     """The backward pass, called like `cuda.prepared.PreparedBackward`; the columns of dy are contiguous."""
 
-    def __init__(self, gate_kernel: GateKernel, layout: Layout, needs: Needs):
+    def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout, needs: Needs):
         self.gate_kernel, self.shape, self.needs = gate_kernel, layout.shape, needs
+        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
         self.columns, self.pitch = widths(layout)
+
+    def _weight_sums(self, x: Tensor, D: Tensor, seed: Tensor | None, stream: int) -> Tensor:
+        """The sums of dA and of the router's gradient, one above the other, those that are needed."""
+        _, need_A, _, need_router, *_ = self.needs
+        R, N = self.shape.total_rank, self.shape.experts
+        first, last = 0 if need_A else R, R + N if need_router else R
+        if self.dropout is None or seed is None or not need_A:
+            return product(D[:, first:last].t(), x)
+        sums = torch.zeros(last, x.shape[1], dtype=torch.float32, device=x.device)
+        for tokens, copy in self.dropout.parts(x, seed, stream):
+            sums[:R] += product(D[tokens, :R].t(), copy)
+        if need_router:
+            sums[R:] = product(D[:, R:last].t(), x)
+        return sums
+
+    def _input_gradient(self, D: Tensor, W: Tensor, x: Tensor, seed: Tensor | None, stream: int) -> Tensor:
+        def multiplied(D: Tensor, W: Tensor) -> Tensor:
+            return torch.mm(D, W) if x.is_cuda else product(D, W).to(x.dtype)
+
+        if self.dropout is None or seed is None:
+            return multiplied(D, W)
+        R = self.shape.total_rank
+        dx = multiplied(D[:, :R], W[:R])
+        self.dropout.kernel(dx, dx, seed, 0, stream)
+        if not self.shape.routed:
+            return dx
+        return dx.addmm_(D[:, R:], W[R:]) if x.is_cuda else dx.add_(product(D[:, R:], W[R:]))
 
     def __call__(self, operands: BackwardOperands, stream: int) -> Gradients:
         """The gradients, each in its parameter's dtype."""
-        dy, dgates, x, u, g, A, B, router_weight, _ = operands
+        dy, dgates, x, u, g, A, B, router_weight, seed = operands
         need_x, need_A, need_B, need_router, need_bias, need_gates = self.needs
         M, R, N = self.shape.tokens, self.shape.total_rank, self.shape.experts
         empty, dy = self.gate_kernel.empty, _rows(dy)
@@ -148,12 +221,11 @@ class GemmBackward:
         elif need_B:
             dB = torch.zeros_like(B)
         if D is not None and sums_x:
-            first, last = 0 if need_A else R, R + N if need_router else R
-            dW = product(D[:, first:last].t(), _rows(x))
+            dW = self._weight_sums(_rows(x), D, seed, stream)
             dA = dW[:R].to(A.dtype) if need_A else None
             if router_weight is not None and need_router:
-                drouter_weight = dW[R - first : R - first + N].to(router_weight.dtype)
+                drouter_weight = dW[-N:].to(router_weight.dtype)
         if D is not None and need_x:
-            dx = (torch.mm(D, W) if x.is_cuda else product(D, W).to(x.dtype)).view(x.shape)
+            dx = self._input_gradient(D, W, _rows(x), seed, stream).view(x.shape)
         drouter_bias = dh.sum(0) if need_bias else None
         return Gradients(dx, dA, dB, drouter_weight, drouter_bias, dh if need_gates else None)

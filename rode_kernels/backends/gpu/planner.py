@@ -106,14 +106,16 @@ def prefer_gemm(shape: ProblemShape, backward: bool = False, triton: bool = Fals
     Forward it is where a row of B has more than 128 bytes, so that v does not stay in registers. Then the matrix products take most
     of the time, not the memory traffic, and skipping closed experts does not make up for their rate. The same holds with many
     values to read: backward in float32 and above R = 32; with Triton's kernels also forward in float32, and backward always.
-    It never runs a few tokens, for which it needs more launches and launching takes longest, nor dropout, for which it would need
-    a copy of x. Measured on one H100: docs/cuda.md.
+    It never runs a few tokens, for which it needs more launches and launching takes longest. Measured on one H100: docs/cuda.md.
+    With dropout, which was not measured, the first rule alone counts, and only for CUDA: Triton has no kernel for the copy of x.
     """
-    if shape.tokens <= 64 or shape.dropout:
+    if shape.tokens <= 64 or (shape.dropout and triton):
         return False
     features, single = shape.tokens * (shape.in_features + shape.out_features), shape.element_size == 4
     if shape.total_rank * shape.element_size > ROW_BYTES:
         return True
+    if shape.dropout:
+        return False
     if not backward:
         return triton and single and features >= 2**22
     return features >= 2**23 and (single or shape.total_rank > 32 or (triton and features >= 2**25))

@@ -81,6 +81,8 @@ def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings], by_gemm
         return "siblings with different probabilities of dropout"
     if settings[0].dropout_p > 0 and len({o.seed.data_ptr() for o in operands if o.seed is not None}) > 1:
         return "siblings whose dropout has different seeds"
+    if by_gemm and settings[0].dropout_p > 0:
+        return "siblings of wide mixtures with dropout"  # gemm_siblings multiplies x itself
     if any(s.dense for s in settings) or any(o.router_weight is None for o in operands):
         return "siblings without a router"
     columns = Columns.of([s.mixture for s in settings], 16)

@@ -71,13 +71,13 @@ def forward(operands: ForwardOperands, settings: Settings, inplace: bool) -> Out
     """The forward pass, see `reference.forward`, without dropout; closed experts are multiplied with zeros."""
     layout, x, base = Layout.of(operands, settings), operands.x, operands.base
     y = base if inplace and base is not None else x.new_empty(x.shape[0], operands.B.shape[0])
-    return y, *gemm_path.GemmForward(GateKernel(layout), layout)(operands, y, 0)
+    return y, *gemm_path.GemmForward(GateKernel(layout), None, layout)(operands, y, 0)
 
 
 def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gradients:
     """The backward pass, see `reference.backward`, without dropout."""
     layout = Layout.of(operands, settings)
-    return gemm_path.GemmBackward(GateKernel(layout), layout, needs)(operands, 0)
+    return gemm_path.GemmBackward(GateKernel(layout), None, layout, needs)(operands, 0)
 
 
 def forward_siblings(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -> list[Outputs]:

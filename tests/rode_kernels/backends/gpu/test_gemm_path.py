@@ -11,14 +11,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem
+from mixture_oracle import ON_GPUS, Problem, check, operation, random_problem, with_dropout
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda import backend as cuda
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
-from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.cuda.prepared import DropKernel, Kernels
+from rode_kernels.backends.gpu import cost, gemm_path
+from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.planner import prefer_gemm
 from rode_kernels.backends.gpu.plans import ProblemShape
+from rode_kernels.backends.reference import dropout_keep
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
 from rode_kernels.operands import BackwardOperands, ForwardOperands, Gradients, Settings
@@ -35,7 +38,9 @@ NAMES = ["x", "A", "B", "router_weight", "router_bias"]
 @pytest.fixture(autouse=True)
 def forced() -> Iterator[None]:
     machine.gemm_path = triton.prefer_gemm_always = True
+    scratch, gemm_path.SCRATCH_BYTES = gemm_path.SCRATCH_BYTES, 1000  # several parts also in small problems
     yield
+    gemm_path.SCRATCH_BYTES = scratch
     machine.gemm_path, machine.seed, machine.multiprocessors = None, 0, 2
     triton.prefer_gemm_always = None
 
@@ -59,12 +64,15 @@ def backend(request) -> str:
     router=st.booleans(),
     bias=st.booleans(),
     inplace=st.booleans(),
+    dropout=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_values(backend, tokens, K, O, ranks, dtype, params_fp32, router, bias, inplace, seed):
+def test_values(backend, tokens, K, O, ranks, dtype, params_fp32, router, bias, inplace, dropout, seed):
     parameters = torch.float32 if params_fp32 else dtype
     rest = dict(parameter_dtype=parameters, router=router, bias=bias, seed=seed)
     p = random_problem(tokens, K=K, O=O, ranks=tuple(ranks), dtype=dtype, **rest)
+    if dropout:
+        p = with_dropout(p, dropout_keep(torch.tensor([seed]), 0.3, p.x.numel() // K, K), 0.3, seed)
     machine.seed = seed
     check(p, backend=backend, inplace=inplace)
 
@@ -164,10 +172,55 @@ def test_what_it_launches():
     assert kernels() == ["apply_gates_backward"]
 
 
-def test_dropout_and_strides_that_PyTorch_would_copy_go_by_the_kernels():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [40, 37])
+@pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+def test_what_dropout_leaves_of_a_part_is_what_the_reference_keeps(dtype, K, dropout_p):
+    p = random_problem((21,), K=K, dtype=dtype)
+    p.x[3] = float("inf")
+    settings, seed = Settings(make_mixture(p.ranks, p.scaling), dropout_p, False), torch.tensor([5])
+    layout = Layout.of(ForwardOperands(p.x, p.A, p.B, p.router_weight, None, None, None, seed), settings)
+    drop, to = DropKernel(Kernels(emulator), layout, 0), torch.empty(9, K, dtype=dtype)
+    wide = torch.cat([p.x, p.x], 1)[:, :K]  # rows that are not neighbours
+    want = torch.where(dropout_keep(seed, dropout_p, 21, K), p.x, torch.zeros((), dtype=dtype))
+    for source in (p.x, wide):
+        emulator.reset(1)
+        drop(source[7:16], to, seed, 7, 0)
+        assert torch.equal(to, want[7:16])
+    emulator.reset(2)
+    drop(p.x, p.x, seed, 0, 0)
+    assert torch.equal(p.x, want)
+
+
+def test_a_copy_for_dropout_has_a_fixed_size():
+    gemm_path.SCRATCH_BYTES = 2**26
+    for tokens, K, dtype in (
+        (8192, 4096, torch.bfloat16),
+        (2**20, 32768, torch.float32),
+        (65, 11008, torch.half),
+    ):
+        x = torch.empty(tokens, K, dtype=dtype, device="meta")
+        part = gemm_path.tokens_of_a_part(x)
+        assert 0 < part * K * dtype.itemsize <= 2**26
+        assert part % 64 == 0
+
+
+@pytest.mark.parametrize("wanted", [["x"], ["A"], ["router_weight"], ["B", "router_bias"]], ids="+".join)
+@pytest.mark.parametrize("router", [True, False], ids=["routed", "gated"])
+def test_gradients_with_dropout_that_are_asked_for_alone_are_the_same(wanted, router):
+    if not router:
+        p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20), router=False)
+        check(with_dropout(p, dropout_keep(torch.tensor([3]), 0.5, 20, 40), 0.5, 3), backend="cuda-emulated")
+        assert kernels()[-1] == "drop_rows"
+        return
+    p = random_problem((20,), K=40, O=48, ranks=(40, 20, 20))
+    everything, some = (gradients(p, of, dropout_p=0.5, seed=3) for of in (NAMES, wanted))
+    for n in wanted:
+        torch.testing.assert_close(some[n], everything[n], rtol=1e-5, atol=1e-5)
+
+
+def test_strides_that_PyTorch_would_copy_go_by_the_kernels():
     p = random_problem((20,), K=16, O=24, ranks=(40, 40))
-    gradients(p, dropout_p=0.5, seed=1)
-    assert "grad_output_pass" in kernels()
     for dy in (p.dy.t().contiguous().t(), p.dy[:1].expand(20, 24), p.dy[:, :1].expand(20, 24)):
         found = gradients(p, dy=dy)
         assert "grad_output_pass" in kernels()
@@ -220,6 +273,9 @@ def test_gates_that_may_reopen_get_their_gradient_where_they_are_closed(backend)
         (ProblemShape(512, 4096, 4096, 30, 4, 4), False, False),
         (ProblemShape(2048, 1024, 1024, 30, 4, 4), False, False),
         (ProblemShape(2048, 1024, 1024, 33, 4, 4), True, True),
+        (ProblemShape(65, 4096, 4096, 256, 16, dropout=True), True, True),
+        (ProblemShape(64, 4096, 4096, 256, 16, dropout=True), False, False),
+        (ProblemShape(8192, 4096, 4096, 64, 8, dropout=True), False, False),
     ],
 )
 def test_which_calls_take_the_gemm_path(call, forward, backward):
@@ -233,6 +289,7 @@ def test_which_calls_take_the_gemm_path(call, forward, backward):
         (ProblemShape(2048, 4096, 4096, 30, 4), False, False),
         (ProblemShape(2048, 4096, 4096, 33, 4), False, True),
         (ProblemShape(65, 64, 64, 65, 4), True, True),
+        (ProblemShape(65, 64, 64, 65, 4, dropout=True), False, False),
         (ProblemShape(512, 4096, 4096, 30, 4, 4), True, False),
         (ProblemShape(256, 4096, 4096, 30, 4, 4), False, False),
         (ProblemShape(1024, 4096, 4096, 30, 4, 4), True, True),
@@ -280,6 +337,8 @@ def test_the_choice_reaches_the_kernels():
     p = random_problem((65,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16)
     check(p, backend="cuda-emulated")
     assert "apply_gates_backward" in kernels()
+    gradients(p, dropout_p=0.5, seed=1)
+    assert "drop_rows" in kernels()
     check(random_problem((64,), K=16, O=24, ranks=(40, 40), dtype=torch.bfloat16), backend="cuda-emulated")
     assert "grad_output_pass" in kernels()
 

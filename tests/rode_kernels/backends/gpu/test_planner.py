@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rode_kernels.backends.gpu.planner import plan_backward, plan_forward
+from rode_kernels.backends.gpu import cost
+from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, variants_forward
 from rode_kernels.backends.gpu.plans import Plan, ProblemShape, can_fuse
 
 
@@ -48,6 +49,17 @@ def test_one_launch_where_tiles_fill_the_device(multiprocessors):
     assert plan_forward(llava(8192), multiprocessors).fused
     assert plan_forward(llava(65536), multiprocessors).fused
     assert not plan_forward(llava(1024), multiprocessors).fused
+
+
+def test_two_launches_are_offered_at_8192_tokens_but_not_taken_unmeasured():
+    """On an H100 or H200 Plan(False, 64, 2, 32) has the lowest floor of those with two launches; one launch stays the choice."""
+    call, other = llava(8192), Plan(fused=False, rows=64, splits=2, out_tiles=32)
+    device = cost.DEVICES["H200"]
+    plans = variants_forward(call, device.multiprocessors)
+    assert other in plans
+    floors = {plan: cost.forward(call, plan).floor(device) for plan in plans}
+    assert min((p for p in plans if not p.fused), key=lambda p: floors[p]) == other
+    assert plan_forward(call, device.multiprocessors).fused
 
 
 def test_few_tokens_share_k():
