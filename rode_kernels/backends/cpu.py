@@ -96,7 +96,6 @@ def _problem(key: _Key) -> dict[str, object]:
     return {**problem, "A": A, "B": B, "router_weight": router_weight}
 
 
-@lru_cache(maxsize=4096)
 def _native_forward(key: _Key, x: _Strides, base: _Strides | None, y: _Strides) -> Any:
     """The core's forward pass for one problem and one set of strides, to be called with addresses."""
     return _native.ForwardArrays(x=(0, *x), base=(0, *(base or (0, 0))), y=(0, *y), **_problem(key))
@@ -234,6 +233,8 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
 # As `kGroupTokens` in csrc/cpu/expand.h: so few tokens share the weights among threads, and their x stays in cache anyway.
 _FEW_TOKENS = 128
 
+_kept_forward = lru_cache(maxsize=4096)(_native_forward)
+
 
 def forward_siblings(
     operands: Sequence[ForwardOperands], settings: Sequence[Settings]
@@ -249,7 +250,7 @@ def forward_siblings(
         u = empty(x.shape[0], s.mixture.total_rank, dtype=acc_dtype)
         g = empty(x.shape[0], s.mixture.num_experts, dtype=acc_dtype)
         base_stride = None if o.base is None else o.base.stride()
-        passes.append(_native_forward(_key(o, s), x.stride(), base_stride, y.stride()))
+        passes.append(_kept_forward(_key(o, s), x.stride(), base_stride, y.stride()))
         tensors = (x, o.base, y, o.A, o.B, o.router_weight, o.router_bias, u, g, o.seed)
         calls.append([0 if t is None else t.data_ptr() for t in tensors])
         outputs.append((y, u, g))
