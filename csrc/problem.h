@@ -25,6 +25,9 @@ struct Dropout {
   bool on = false;
   uint64_t seed = 0;
   uint64_t threshold = 0;  // floor(p 2^32): up to 2^32, which no 32-bit word reaches
+  // Within the CPU's backward pass, which drops twice: a bit for each element of x, rows of `words`; null: not computed.
+  const uint64_t* kept = nullptr;
+  int64_t words = 0;
 };
 
 struct Problem {

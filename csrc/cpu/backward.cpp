@@ -29,11 +29,33 @@ inline int64_t first_column(int64_t columns, int64_t thread, int64_t threads, bo
   return at < columns ? at : columns;
 }
 
+// A problem whose dropout is computed once, bit by bit, for both halves of the pass: dA and dx.
+struct KnownDropout : rode::Problem {
+  KnownDropout(const rode::Problem& problem, const rode::BackwardArrays& a)
+      : rode::Problem(problem), bits_(dropout.on && a.dA != nullptr && a.dx ? tokens * kept_words_of(in_features) : 0) {
+    dropout.kept = bits_.get();
+    dropout.words = kept_words_of(in_features);
+  }
+
+  // By all threads of a region, which wait for each other.
+  template <class C>
+  void fill(const C* g) const {
+    if (dropout.kept == nullptr) return;
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < tokens; ++m)
+      if (any_open(g + m * experts, experts)) fill_kept(dropout, m, in_features, bits_.get() + m * dropout.words);
+  }
+
+ private:
+  Scratch<uint64_t> bits_;
+};
+
 template <class T>
-void backward(const rode::Problem& p, const rode::BackwardArrays& a) {
+void backward(const rode::Problem& problem, const rode::BackwardArrays& a) {
   using C = typename AccumulationOf<T>::type;
   using Row = typename Path<T>::Row;
   using Column = typename Path<T>::Column;
+  const KnownDropout p(problem, a);
   const bool in = a.dA != nullptr || a.drouter_weight != nullptr, out = a.dB != nullptr && a.dy;
   const int64_t in_columns = in ? p.in_features : 0, out_columns = out ? p.out_features : 0;
   if (a.dB != nullptr && !out) std::memset(a.dB, 0, p.total_rank * p.out_features * (a.B.in_acc_dtype ? sizeof(C) : sizeof(T)));
@@ -61,6 +83,7 @@ void backward(const rode::Problem& p, const rode::BackwardArrays& a) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Team team = Team::current(), layers = own ? Team{0, 1} : team;
+    p.fill(static_cast<const C*>(a.g));
     {
       Scratch<Row> own_B(own ? size_of_B : 0);
       Scratch<Column> own_A(own ? size_of_A : 0);
@@ -160,6 +183,8 @@ struct BackwardLayout {
 template <class T>
 void backward_siblings(const rode::Problem* p, const rode::BackwardArrays* a, int64_t count) {
   using C = typename AccumulationOf<T>::type;
+  Each<KnownDropout> known;
+  for (int64_t j = 0; j < count; ++j) known.add(p[j], a[j]);
   const int64_t tokens = p->tokens, unit = unit_of_all(p, count), units = (tokens + unit - 1) / unit;
   const auto reads_x = [&](int64_t j) { return a[j].dA != nullptr || a[j].drouter_weight != nullptr; };
   const auto out_columns = [&](int64_t j) { return a[j].dB != nullptr && a[j].dy ? p[j].out_features : 0; };
@@ -183,6 +208,7 @@ void backward_siblings(const rode::Problem* p, const rode::BackwardArrays* a, in
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const Team team = Team::current();
+    for (int64_t j = 0; j < count; ++j) known[j].fill(static_cast<const C*>(a[j].g));
     {
       Each<BackwardLayout<T>> mine;
       for (int64_t j = 0; j < count && own; ++j) mine.add(p[j], a[j], chunks);
@@ -196,7 +222,7 @@ void backward_siblings(const rode::Problem* p, const rode::BackwardArrays* a, in
 #pragma omp barrier
       }
       Each<TokenGradients<T>> passes;
-      for (int64_t j = 0; j < count; ++j) passes.add(p[j], a[j], weights[j], block_tokens(p[j]));
+      for (int64_t j = 0; j < count; ++j) passes.add(known[j], a[j], weights[j], block_tokens(p[j]));
       Scratch<C> chunk(of_dx > 0 ? kGroupTokens * chunks.width : 0);
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < units; ++b) {
@@ -217,7 +243,7 @@ void backward_siblings(const rode::Problem* p, const rode::BackwardArrays* a, in
                         with_dy ? static_cast<const C*>(a[j].v) : nullptr, with_dh ? static_cast<const C*>(a[j].dh) : nullptr);
     }
     Each<WeightGradients<T>> passes;
-    for (int64_t j = 0; j < count; ++j) passes.add(p[j], a[j], open[j]);
+    for (int64_t j = 0; j < count; ++j) passes.add(known[j], a[j], open[j]);
     const int64_t begin = first_column(in_columns, team.thread, team.threads, true),
                   end = first_column(in_columns, team.thread + 1, team.threads, true);
     for (int64_t c = begin; c < end; c += kColumns) {

@@ -47,7 +47,7 @@ struct IntoInputGradient {
     if (p.dropout.on && any_open(g, p.experts)) RODE_UNROLL for (int m = 0; m < TM; ++m) {
         C kept[V * lanes];  // sums themselves stay in registers
         RODE_UNROLL for (int i = 0; i < V; ++i) store(kept + i * lanes, sums[m][i]);
-        drop(p.dropout, static_cast<uint64_t>(m0 + tokens[m]) * p.in_features + c, n, kept, kept);
+        drop_columns(p.dropout, m0 + tokens[m], p.in_features, c, n, kept, kept);
         RODE_UNROLL for (int i = 0; i < V; ++i) sums[m][i] = load(kept + i * lanes);
       }
     if (a.router_weight) {

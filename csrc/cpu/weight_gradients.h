@@ -56,7 +56,7 @@ class WeightGradients {
       for (int64_t i = 0; i < tokens; ++i) {
         if (!any_open(static_cast<const C*>(a.g) + (m0 + i) * p.experts, p.experts)) continue;
         Row* out = dropped_.get() + i * kColumns;
-        drop(p.dropout, static_cast<uint64_t>(m0 + i) * p.in_features + c, n, rows[i], out);
+        drop_columns(p.dropout, m0 + i, p.in_features, c, n, rows[i], out);
         rows[i] = out;
       }
     for (int64_t e = 0; e < p.experts; ++e)

@@ -78,7 +78,7 @@ def test_reference_mask_is_the_native_one():
 
 @pytest.mark.parametrize("router", [True, False], ids=["rectified", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("K", [24, 101, 300])
+@pytest.mark.parametrize("K", [24, 64, 101, 191, 300])
 def test_values_and_gradients(backend, K, dtype, router):
     p = random_problem((35,), K=K, dtype=dtype, router=router)
     keep = dropout_keep(torch.tensor([77]), 0.25, 35, K)
