@@ -16,7 +16,7 @@ from benchmarks.problem import device_of
 from benchmarks.timing import headline, interleaved, machine, ratios, spread
 from rode_kernels import backends
 from rode_kernels.backends.cuda import backend as cuda
-from rode_kernels.backends.cuda.backend import Passes
+from rode_kernels.backends.cuda.passes import Passes
 from rode_kernels.backends.cuda.prepared import Kernels
 from rode_kernels.backends.gpu.layout import Layout
 from rode_kernels.backends.gpu.planner import plan_forward, variants_forward
@@ -32,7 +32,7 @@ class OnePlan(Passes):
     """Passes whose forward pass always runs by this plan."""
 
     def __init__(self, kernels: Kernels, plan: Plan):
-        super().__init__(kernels)
+        super().__init__(kernels, cuda._prepare)
         self.plan = plan
 
     def plan_forward(self, of: ProblemShape, device: int) -> Plan:
