@@ -198,6 +198,18 @@ def backward(
     return gradients(operands, static, needs) if _unwatched(operands) else None
 
 
+def nobody_watches() -> bool:
+    """Whether nothing would see operations that guards do not know of: compilation, forward mode, modes, a profiler."""
+    return (
+        _GUARDED
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and not _len_torch_function_stack()
+        and not _len_torch_dispatch_stack()
+        and not _profiler_enabled()
+    )
+
+
 def find(
     operands: PlainOperands,
     mixture: Mixture,

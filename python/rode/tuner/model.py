@@ -31,6 +31,7 @@ from rode.finite import refuse_not_finite
 from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
+from rode.tuner.decoding import decoding
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.rounding import rounded_parameters
 from rode.tuner.siblings import note_siblings
@@ -271,7 +272,8 @@ class RodeModel(BaseTuner):
         elif prompt is not None:
             self._context.generating = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
         try:
-            with given_inputs(self._context, inputs), rounded_parameters(active):
+            remembering = decoding(layer for layer in layers if isinstance(layer, Linear))
+            with given_inputs(self._context, inputs), rounded_parameters(active), remembering:
                 return self.model.generate(*args, **kwargs)
         finally:
             self._context.generating = None
