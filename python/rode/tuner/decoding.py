@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,8 @@ from rode_kernels.autograd import fast_path
 from rode_kernels.linear import product
 from rode_kernels.mixture import make_mixture
 
-if TYPE_CHECKING:
-    from rode.tuner.adapter import Adapter
-    from rode.tuner.layer import Linear
+Linear = Any  # `rode.tuner.layer.Linear` and `rode.tuner.adapter.Adapter`, which import this file
+Adapter = Any
 
 
 _MOST_TOKENS, _MOST_PLANS = 16, 8  # of a call that is remembered, and of a layer

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rode.tuner.ownership import has_hooks
 
-if TYPE_CHECKING:
-    from rode.tuner.adapter import Adapter
+Adapter = Any  # `rode.tuner.adapter.Adapter`, which imports this file
 
 
 def operand(p: Tensor, x: Tensor) -> Tensor:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rode_kernels import AdaptedLinear, rectified_linears
 
-if TYPE_CHECKING:
-    from rode.tuner.adapter import Adapter
-    from rode.tuner.layer import Linear
+Linear = Any  # `rode.tuner.layer.Linear` and `rode.tuner.adapter.Adapter`, which import this file
+Adapter = Any
 
 _FEWEST_TOKENS = 32
 """Below it a layer is faster by itself: the operation prepares calls of one layer (`rode_kernels.fast_path`), not of a group."""
@@ -80,6 +79,11 @@ class Siblings:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    @property
+    def learned(self) -> list[Any]:
+        """The group's layers, also of one that begins with its leader's next call."""
+        return list(self.members) if self.members or len(self._round) < 2 else list(self._round)
 
     def dissolve(self) -> None:
         """Ends the group, for good."""
@@ -171,7 +175,9 @@ class Siblings:
             inputs, dropout_p, operands = adapter.product_operands(x)
             base = member._modules["base_layer"]
             assert isinstance(base, nn.Linear), "checked by only_adapter"
-            linears.append(AdaptedLinear(base.weight, base.bias, *operands, adapter.ranks, adapter.scaling))
+            A, B, router_weight, router_bias = operands
+            parameters = A, B, router_weight, router_bias, adapter.ranks, adapter.scaling
+            linears.append(AdaptedLinear(base.weight, base.bias, *parameters))
             dropouts.add(dropout_p)
             reads = reads or adapter.reads_gates()
         if len(dropouts) > 1 or inputs is None:
@@ -180,7 +186,7 @@ class Siblings:
         if dropout_p and (not torch.is_grad_enabled() or x.device.type != "cpu"):
             return None  # the joint kernels of GPUs drop the same elements for all layers, single ones each their own
         results = rectified_linears(inputs, linears, dropout_p=dropout_p, return_gates=reads)
-        return list(zip(self.members, cast("list[Adapter]", adapters), results, strict=True))
+        return list(zip(self.members, adapters, results, strict=True))
 
 
 class _Token:
@@ -243,9 +249,9 @@ def learned_groups(model: nn.Module) -> dict[str, list[str] | None]:
     """The groups of a model's layers: for each module their names in the order of their calls, or None where its group has been
     dissolved. Modules that have learned nothing are left out."""
     return {
-        block: None if one.dissolved else [layer.info.module_name for layer in one.members]
+        block: None if one.dissolved else [layer.info.module_name for layer in one.learned]
         for block, one in siblings_of(model).items()
-        if one.dissolved or one.members
+        if one.dissolved or one.learned
     }
 
 

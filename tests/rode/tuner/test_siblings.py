@@ -372,11 +372,14 @@ def test_a_copy_learns_for_itself(how):
         assert_same(gradients(m), want)
 
 
-def test_restored_groups_begin_at_once_to_the_same_bits():
-    model, fresh = llama(), llama()
-    for _ in range(2):
-        want = gradients(model)
-    restore_groups(fresh, learned_groups(model))
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=str)
+def test_restored_groups_begin_at_once_to_the_same_bits(targets):
+    """Also those that were learned in a first pass and have not run yet."""
+    model, fresh = llama(target_modules=targets), llama(target_modules=targets)
+    gradients(model)
+    groups = learned_groups(model)
+    want = gradients(model)
+    restore_groups(fresh, groups)
     for a, b in zip(gradients(fresh), want, strict=True):
         assert torch.equal(a, b)
     restore_groups(fresh, {"model.layers.0.mlp": None, "nowhere": ["x"]})
