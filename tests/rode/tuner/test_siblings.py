@@ -382,8 +382,8 @@ def test_restored_groups_begin_at_once_to_the_same_bits(targets):
     restore_groups(fresh, groups)
     for a, b in zip(gradients(fresh), want, strict=True):
         assert torch.equal(a, b)
-    restore_groups(fresh, {"model.layers.0.mlp": None, "nowhere": ["x"]})
-    assert learned_groups(fresh)["model.layers.0.mlp"] is None
+    restore_groups(fresh, {"model.layers.0.self_attn": None, "nowhere": ["x"]})
+    assert learned_groups(fresh)["model.layers.0.self_attn"] is None
 
 
 @pytest.mark.parametrize(
