@@ -195,7 +195,9 @@ def test_cpu_bits_of_a_token_are_its_own_where_experts_are_many(dtype):
         assert (have.double() - want.double()).abs().max() <= 16 * torch.finfo(dtype).eps * scale
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "isa", ["avx2", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("generic", "avx512"))]
+)
 def test_other_instruction_sets(isa):
     """The same suite's core on the code paths that this processor would not pick."""
     env = dict(os.environ, RODE_CPU_ISA=isa, RODE_BACKEND="")
@@ -208,12 +210,15 @@ def test_other_instruction_sets(isa):
         f"{shared}::test_random_problems",
         f"{shared}::test_strides",
         f"{TESTS / 'rode_kernels' / 'test_siblings.py'}::test_values_and_gradients",
+        f"{TESTS / 'rode_kernels' / 'test_siblings.py'}::test_dropout",
+        f"{TESTS / 'rode_kernels' / 'test_dropout.py'}::test_values_and_gradients",
+        f"{TESTS / 'rode_kernels' / 'test_dropout.py'}::test_native_mask_follows_the_layout",
         f"{__file__}::test_cpu_threads_share_the_weights_of_few_tokens",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own",
         f"{__file__}::test_cpu_bits_of_a_token_are_its_own_where_experts_are_many",
     ]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-k", "cpu or native_mask", "-p", "no:cacheprovider", *tests],
         env=env,
         capture_output=True,
         text=True,

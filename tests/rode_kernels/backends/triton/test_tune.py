@@ -18,7 +18,7 @@ interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPR
 
 @interpreter
 @pytest.mark.usefixtures("sums_in_order")
-@pytest.mark.parametrize("tokens", [20, 150])
+@pytest.mark.parametrize("tokens", [20, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.half], ids=str)
 def test_configurations_change_no_bit(monkeypatch, tokens, dtype):
     p = random_problem((tokens,), K=200, O=150, dtype=dtype)
