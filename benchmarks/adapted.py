@@ -68,7 +68,7 @@ class Plain(nn.Module):
         return y.view_as(base)
 
     def gradients(self, of: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-        """Those of A, B and the router's weights."""
+        """The gradients of A, B and the router's weights."""
         if self.how == "loop":
             return [of[self.A], of[self.B], of[self.W]]
         R = sum(self.ranks)
@@ -76,7 +76,7 @@ class Plain(nn.Module):
 
 
 def gradients(model: nn.Module, of: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-    """Those of A, B and the router's weights of each adapted layer of `rode` or `plain`, in the order of layers."""
+    """The gradients of A, B and the router's weights of each adapted layer of `rode` or `plain`, in the order of layers."""
     found = []
     for module in model.modules():
         if isinstance(module, Plain):

@@ -36,7 +36,7 @@ SHAPES = {
 """SmolLM2-135M's and Llama-7B's."""
 MAIN = ON_BLOCK["qv"]
 SEED = 0
-"""Of torch's generator before each step that is checked."""
+"""The seed of torch's generator before each step that is checked."""
 
 
 def block(hidden: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -29,7 +29,7 @@ DTYPES = (
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
 )
-"""Of x and of the parameters. Configs train the last pair: a bfloat16 base with adapters in float32."""
+"""The dtypes of x and of the parameters. Configs train the last pair: a bfloat16 base with adapters in float32."""
 MODES = {"inference": (False, 0.0), "with graph": (True, 0.0), "dropout": (True, DROPOUT)}
 """Whether autograd records the call, and the probability of dropout."""
 CALLS = 100

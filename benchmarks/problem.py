@@ -18,7 +18,7 @@ from rode_kernels.checks import normalize_seed
 MARGIN = 0.1
 """No logit is nearer to 0, so that no form's rounding decides whether a gate is open."""
 SEED = 0
-"""Of torch's generator before each call that is checked, so that the operation's dropout is known."""
+"""The seed of torch's generator before each call that is checked, so that the operation's dropout is known."""
 
 
 def draw_open(tokens: int, experts: int, fraction: float, run: int, generator: torch.Generator) -> Tensor:

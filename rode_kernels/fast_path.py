@@ -177,9 +177,7 @@ def call_linear(
             return y
         y, _, g = apply(*given, prepared.with_gates)
     else:
-        with (
-            torch.no_grad()
-        ):  # a product that autograd records, because weight requires gradients, cannot be written to
+        with torch.no_grad():  # what autograd records, where weight requires gradients, cannot be written to
             base = product(x, weight, bias)
         y, _, g = prepared.run((x, A, B, router_weight, router_bias, None, base, seed))
     return (y, g.view(*y.shape[:-1], mixture.num_experts)) if return_gates else y

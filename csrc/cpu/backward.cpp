@@ -37,7 +37,7 @@ struct KnownDropout : rode::Problem {
     dropout.words = kept_words_of(in_features);
   }
 
-  // By all threads of a region, which wait for each other.
+  // Computes the bits; all threads of a region take part, and wait for each other.
   template <class C>
   void fill(const C* g) const {
     if (dropout.kept == nullptr) return;

@@ -19,6 +19,7 @@ class LearnedGroups(TrainerCallback, ExportableState):
     """
 
     def __init__(self, model: torch.nn.Module | None = None, groups: dict[str, Any] | None = None) -> None:
+        # transformers makes callbacks of what `state` gives as their arguments, `groups` too
         self.model = model
 
     def on_train_begin(

@@ -15,6 +15,7 @@ from rode.tuner.recorder import GateRecorder
 from rode.tuner.rounding import RoundedParameters
 from rode.tuner.routers import compute_gates, init_router_, init_table_, with_universal
 from rode.tuner.variants import Options, RectifiedRouter, mixed_factors, pick_variant
+from rode_kernels import rectified_linear
 
 
 class Adapter(Gated, nn.Module):
@@ -120,20 +121,24 @@ class Adapter(Gated, nn.Module):
             owned: nobody else holds `base`: it may be overwritten.
             linear: the frozen layer, where its output is still to be made (see `makes_product`); base is None then.
         """
-        inputs = _autocast(x)
-        dropout_p = self.config.dropout if self.training else 0.0
-        A, B = self.operand("A", inputs), self.operand("B", inputs)
-        if self.config.shared_A:
-            A = A.repeat(len(self.ranks), 1)
         if base is None:
             assert linear is not None, "one of the two is given"
-            assert isinstance(self.variant, RectifiedRouter), "see makes_product"
-            return self._finish(*self.variant.add_to_product(self, x, inputs, A, B, dropout_p, linear))
+            inputs, dropout_p, operands = self.product_operands(x)
+            result = rectified_linear(
+                *(inputs, linear.weight, linear.bias, *operands),
+                ranks=self.ranks,
+                scaling=self.scaling,
+                dropout_p=dropout_p,
+                return_gates=self.reads_gates(),
+            )
+            return self.finish_product(result, x)
+        inputs = _autocast(x)
+        A, B = self._packed(inputs)
         same = base.dtype == inputs.dtype
         options: Options = {
             "ranks": self.ranks,
             "scaling": self.scaling,
-            "dropout_p": dropout_p,
+            "dropout_p": self._dropout_p,
             "base": base if same else None,
             "inplace": same and owned,
         }
@@ -158,11 +163,17 @@ class Adapter(Gated, nn.Module):
         """
         inputs = _autocast(x)
         assert isinstance(self.variant, RectifiedRouter), "see makes_product"
+        operands = *self._packed(inputs), *self.variant.router(self, inputs)
+        return inputs, self._dropout_p, operands
+
+    def _packed(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """A (R, in_features), a shared one repeated for each expert, and B, as the operation takes them."""
         A = self.operand("A", inputs)
-        if self.config.shared_A:
-            A = A.repeat(len(self.ranks), 1)
-        operands = A, self.operand("B", inputs), *self.variant.router(self, inputs)
-        return inputs, self.config.dropout if self.training else 0.0, operands
+        return A.repeat(len(self.ranks), 1) if self.config.shared_A else A, self.operand("B", inputs)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.config.dropout if self.training else 0.0
 
     def finish_product(self, result: Tensor | tuple[Tensor, Tensor], x: Tensor) -> Tensor:
         """The layer's output, of y, or y and gates, that were computed outside with `product_operands`."""

@@ -79,9 +79,10 @@ class Gated:
         parameter: Tensor = self.held(name)
         if parameter.dtype == x.dtype:
             return parameter
-        if self.rounded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        rounded = self.rounded  # another thread's `generate` may end in between
+        if rounded is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return operand(parameter, x)
-        return self.rounded.of(name, parameter, x)
+        return rounded.of(name, parameter, x)
 
     def gates(self, x: Tensor) -> Tensor:
         """Gates (..., N) for x (..., in_features), leading dimensions broadcasting; another layer's where the block shares them."""

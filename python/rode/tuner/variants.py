@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rode.tuner.rounding import operand
 from rode.tuner.routers import Routed
-from rode_kernels import gated_mixture, rectified_linear, rectified_mixture
+from rode_kernels import gated_mixture, rectified_mixture
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
@@ -63,27 +63,6 @@ class RectifiedRouter:
     ) -> tuple[Tensor, Tensor | None]:
         router, bias = self.router(adapter, inputs)
         result = rectified_mixture(inputs, A, B, router, bias, return_gates=adapter.reads_gates(), **options)
-        return self.kept(adapter, result, x)
-
-    def add_to_product(
-        self,
-        adapter: Gated,
-        x: Tensor,
-        inputs: Tensor,
-        A: Tensor,
-        B: Tensor,
-        dropout_p: float,
-        linear: nn.Linear,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The frozen layer's product and the mixture in one; arguments and results are otherwise those of `add`."""
-        router, bias = self.router(adapter, inputs)
-        result = rectified_linear(
-            *(inputs, linear.weight, linear.bias, A, B, router, bias),
-            ranks=adapter.ranks,
-            scaling=adapter.scaling,
-            dropout_p=dropout_p,
-            return_gates=adapter.reads_gates(),
-        )
         return self.kept(adapter, result, x)
 
     def router(self, adapter: Gated, inputs: Tensor) -> tuple[Tensor, Tensor | None]:

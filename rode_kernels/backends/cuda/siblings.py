@@ -28,7 +28,7 @@ _COLUMNS_OF_SHRINK = 128  # what one reading of x gives; beyond that PyTorch's p
 
 
 class _Siblings:
-    """What both passes share: the problem of all mixtures as one, and parameters side by side in x's type.
+    """The part that both passes share: the problem of all mixtures as one, and parameters side by side in x's type.
 
     Args:
         multiple: at which a mixture's columns begin.

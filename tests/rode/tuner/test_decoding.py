@@ -7,14 +7,13 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from rode.tuner import GateStatistics, RodeConfig
+from rode.tuner import GateStatistics
 from rode.tuner.decoding import Decoding, decoding
 from rode_kernels import backends
+from tiny_llama import adapted_llama
 
 pytestmark = pytest.mark.skipif(not backends()["cpu"].available, reason="no native code")
 
@@ -23,24 +22,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_to
 
 
 def adapted(dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
-    options = {
-        "ranks": (1, 2, 4),
-        "init_weights": False,
-        "target_modules": ["q_proj", "v_proj", "down_proj"],
-        **options,
-    }
-    model = LlamaForCausalLM(config).to(dtype)
-    return get_peft_model(model, RodeConfig(task_type="CAUSAL_LM", **options)).eval()
+    return adapted_llama(dtype, ["q_proj", "v_proj", "down_proj"], **options).eval()
 
 
 def layers_of(model):
@@ -169,7 +151,7 @@ CHANGES = [
 def test_whatever_changes_in_between_counts(change):
     """As a logits processor may change it between two tokens."""
     model = adapted(dropout=0.4)
-    layer, x = layers_of(model)[0], torch.randn(1, 1, 32)
+    layer, x = layers_of(model)[0], torch.randn(1, 1, 24)
     with torch.no_grad(), decoding([layer]):
         before = layer(x)
         assert torch.equal(layer(x), before)
@@ -197,7 +179,7 @@ class Seeing(TorchDispatchMode):
 
 def test_modes_autocast_and_other_inputs_take_the_ordinary_way():
     model = adapted(dropout=0.0)
-    layer, x = layers_of(model)[0], torch.randn(1, 1, 32)
+    layer, x = layers_of(model)[0], torch.randn(1, 1, 24)
     with torch.no_grad(), decoding([layer]):
         before = layer(x)
         with Seeing() as mode:
@@ -206,7 +188,7 @@ def test_modes_autocast_and_other_inputs_take_the_ordinary_way():
         assert any("rode.mixture" in name for name in mode.seen)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-        assert layer(x.expand(2, 1, 32)).shape == (2, 1, 32)
+        assert layer(x.expand(2, 1, 24)).shape == (2, 1, 24)
         with pytest.raises(RuntimeError, match="dtype"):
             layer(x.double())
         with torch.inference_mode():
@@ -218,7 +200,7 @@ def test_a_copy_made_while_generating_has_none():
     model = adapted()
     layer = layers_of(model)[0]
     with torch.no_grad(), decoding([layer]):
-        layer(torch.randn(1, 1, 32))
+        layer(torch.randn(1, 1, 24))
         other, again = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for copied in (other, again):
         assert layers_of(copied)[0].decoding is None

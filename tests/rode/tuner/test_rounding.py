@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from rode.tuner import RodeConfig
 from rode.tuner.rounding import RoundedParameters, rounded_parameters
+from tiny_llama import adapted_llama
 
 IDS = torch.arange(10).view(2, 5)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -23,23 +22,7 @@ KINDS = {
 
 
 def adapted(**options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    options = {
-        "ranks": (1, 2, 4),
-        "init_weights": False,
-        "target_modules": ["q_proj", "v_proj", "down_proj"],
-        **options,
-    }
-    return get_peft_model(model, RodeConfig(task_type="CAUSAL_LM", **options)).eval()
+    return adapted_llama(torch.bfloat16, ["q_proj", "v_proj", "down_proj"], **options).eval()
 
 
 def adapters_of(model):
@@ -94,7 +77,7 @@ def test_each_parameter_is_rounded_once():
 @pytest.mark.parametrize("change", ["in place", "another tensor"])
 def test_a_parameter_that_changes_is_rounded_again(change):
     """As when another adapter is swapped in between two tokens."""
-    model, x = adapted(), torch.randn(1, 32, dtype=torch.bfloat16)
+    model, x = adapted(), torch.randn(1, 24, dtype=torch.bfloat16)
     layer = next(m for m in model.modules() if hasattr(m, "rode_adapters"))
     adapter = layer.adapter("default")
     with torch.no_grad(), rounded_parameters([adapter]):

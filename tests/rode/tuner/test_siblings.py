@@ -10,11 +10,11 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rode.tuner import GateStatistics, RodeConfig
 from rode.tuner import siblings as module
 from rode.tuner.siblings import learned_groups, restore_groups, siblings_of
+from tiny_llama import adapted_llama
 
 IDS = torch.arange(32).view(2, 16) * 7 % 61
 QKV, GATE_UP = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
@@ -26,18 +26,7 @@ def any_number_of_tokens(monkeypatch):
 
 
 def llama(dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    options = {"ranks": (1, 2, 4), "init_weights": False, "dropout": 0.0, **options}
-    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    model = get_peft_model(LlamaForCausalLM(config).to(dtype), RodeConfig(**options))
+    model = adapted_llama(dtype, **{"dropout": 0.0, **options})
     model.enable_input_require_grads()  # so that x of the first block needs its gradient, too
     return model.train()
 
