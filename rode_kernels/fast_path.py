@@ -48,7 +48,11 @@ else:
 
 _TYPES = (Tensor, Parameter)
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+WATCHERS: tuple[Callable[[], object], ...] = ()
+"""Functions whose result is 0 or false unless something sees operations that set no dispatch key, as function modes and profilers
+do; and Dynamo's guards look past selective checkpointing's modes."""
 if _GUARDED:
+    WATCHERS = (_len_torch_function_stack, _len_torch_dispatch_stack, _profiler_enabled)
     # For each device, which is the backend's name, too: autograd's dispatch key, and all keys of a call that comes to the kernels
     # with nothing in between.
     _AUTOGRAD = {d: _dispatch_key_parse(f"Autograd{d.upper()}") for d in ("cpu", "cuda")}
@@ -196,16 +200,22 @@ def backward(
     return gradients(operands, static, needs) if _unwatched(operands) else None
 
 
-def nobody_watches() -> bool:
-    """Whether nothing would see operations that guards do not know of: compilation, forward mode, modes, a profiler."""
-    return (
-        _GUARDED
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
-        and not _len_torch_function_stack()
-        and not _len_torch_dispatch_stack()
-        and not _profiler_enabled()
-    )
+def unchanged(
+    items: Sequence[tuple[dict[str, Any], str]],
+    attributes: Sequence[tuple[object, str]],
+    functions: Sequence[Callable[[], object]],
+) -> Callable[[], bool]:
+    """A function that says whether readings that led to a decision are as they are now.
+
+    A reading is the same if it is the same object (an integer: the same number) and, for a dictionary or a list, has as many
+    entries. One that raises an error, or an item that is not there, is a reading, too. Only where there is native code, that is,
+    where `find` has found something.
+
+    Args:
+        items: dictionaries with a key. attributes: objects with an attribute's name. functions: called without arguments.
+    """
+    check: Callable[[], bool] = cpu.native_code().Unchanged(items, attributes, functions)
+    return check
 
 
 def find(

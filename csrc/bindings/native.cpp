@@ -6,6 +6,7 @@
 #include "../cpu/dispatch.h"
 #include "../cpu/scratch.h"
 #include "prepared.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using Strided = std::tuple<uintptr_t, int64_t, int64_t>;  // address, row stride, column stride
@@ -97,6 +98,9 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native core of rode_kernels: takes addresses of memory that the caller owns.";
   define_forward(m);
   define_backward(m);
+  py::class_<rode::Unchanged>(m, "Unchanged", py::module_local())
+      .def(py::init<const rode::Unchanged::Items&, const rode::Unchanged::Attributes&, const rode::Unchanged::Functions&>())
+      .def("__call__", &rode::Unchanged::holds);
   m.def("keep_mask", [](int64_t seed, double p, uint64_t first, int64_t n) {
     std::vector<float> out(n);
     rode::keep_mask({true, static_cast<uint64_t>(seed), rode::dropout_threshold(p)}, first, n, out.data());

@@ -53,6 +53,11 @@ def status() -> tuple[bool, str]:
     return True, f"C++ with {_native.isa()} instructions, {threads}"
 
 
+def native_code() -> Any:
+    """The compiled module; None where this install has none."""
+    return _native
+
+
 def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
     return ""
 

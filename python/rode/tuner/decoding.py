@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from rode.tuner.ownership import has_hooks, is_plain
+from rode.tuner.ownership import Readings, hooks_read, plain_read
 from rode_kernels.autograd import fast_path
 from rode_kernels.linear import product
 from rode_kernels.mixture import make_mixture
@@ -23,6 +23,7 @@ Linear = Any  # `rode.tuner.layer.Linear` and `rode.tuner.adapter.Adapter`, whic
 Adapter = Any
 
 
+_HELD = ("A", "B", "router_weight", "router_bias")  # the parameters that operands are made of
 _MOST_TOKENS, _MOST_PLANS = 16, 8  # of a call that is remembered, and of a layer
 
 
@@ -30,20 +31,20 @@ class _Plan(NamedTuple):
     """A call that may be repeated.
 
     Attributes:
+        unchanged: whether the layer, its adapter and what would see operations are as they were.
         guard: of x and `tensors`: dtypes, devices, strides, and what would see operations.
         run: the mixture's forward pass.
         weight, bias: of the frozen layer.
         operands: the mixture's, without x and base.
-        held: the adapter's parameters that they were made of, by name, with their versions.
     """
 
+    unchanged: Callable[[], bool]
     guard: Callable[..., bool]
     run: Callable[..., tuple[Tensor, Tensor, Tensor]]
     weight: Tensor
     bias: Tensor | None
     operands: tuple[Tensor, Tensor, Tensor, Tensor | None]
     tensors: tuple[Tensor, ...]
-    held: tuple[tuple[str, Tensor | None, int], ...]
 
 
 class Decoding:
@@ -51,7 +52,6 @@ class Decoding:
 
     def __init__(self, layer: Linear, adapter: Adapter) -> None:
         self.layer, self.adapter = layer, adapter
-        self.active = layer._active_adapter
         self.plans: dict[torch.Size, _Plan] = {}
 
     def __deepcopy__(self, memo: Any) -> None:  # a copy of the model generates by itself
@@ -62,29 +62,14 @@ class Decoding:
 
     def run(self, x: Tensor) -> Tensor | None:
         """The layer's output, or None where the ordinary way has to be taken."""
+        if torch.compiler.is_compiling():
+            return None
         plan = self.plans.get(x.shape)
-        if plan is None or not self._is_as_it_was(plan) or not plan.guard(x, *plan.tensors):
+        if plan is None or not plan.unchanged() or not plan.guard(x, *plan.tensors):
             return None
         base = product(x, plan.weight, plan.bias)
         A, B, router_weight, router_bias = plan.operands
         return plan.run((x, A, B, router_weight, router_bias, None, base, None))[0]
-
-    def _is_as_it_was(self, plan: _Plan) -> bool:
-        layer, adapter = self.layer, self.adapter
-        if layer._disable_adapters or layer.merged_adapters or layer._active_adapter is not self.active:
-            return False
-        if adapter.training or adapter.reads_gates() or layer.info.block_pass is not None:
-            return False
-        base = cast(nn.Module, layer._modules["base_layer"])
-        parameters, frozen = adapter._parameters, base._parameters
-        if frozen.get("weight") is not plan.weight or frozen.get("bias") is not plan.bias:
-            return False
-        for name, held, version in plan.held:
-            if parameters.get(name) is not held or (held is not None and held._version != version):
-                return False
-        if torch.is_grad_enabled() or has_hooks(adapter) or not is_plain(base):
-            return False
-        return fast_path.nobody_watches()
 
     def learn(self, x: Tensor) -> None:
         """Prepares calls like this one, which has just taken the ordinary way, if they are eligible."""
@@ -103,19 +88,42 @@ class Decoding:
         known = fast_path.find(call, make_mixture(adapter.ranks, adapter.scaling), 0.0, True, None, linear)
         if known is None or known.autocast:
             return
-        names = ("A", "B", "router_weight", "router_bias")
-        held = [(name, adapter._parameters.get(name)) for name in names]
-        if any(t is not None and t.is_inference() for _, t in held):  # they have no version
+        held = [t for name in _HELD if (t := adapter._parameters.get(name)) is not None]
+        if any(t.is_inference() for t in held):  # they have no version
             return
         self.plans[x.shape] = _Plan(
+            fast_path.unchanged(*_read(layer, adapter, base)),
             known.guard,
             known.run,
             weight,
             bias,
             operands,
             (*(t for t in operands if t is not None), *linear),
-            tuple((name, t, 0 if t is None else t._version) for name, t in held),
         )
+
+
+def _read(layer: Linear, adapter: Adapter, base: nn.Linear) -> Readings:
+    """The places where `Decoding.learn` looks, which sees to it that nobody watches and nothing is in between."""
+    parameters, adapters = adapter._parameters, layer._modules["rode_adapters"]
+    plain = plain_read(base)
+    return Readings(
+        [
+            *((layer.__dict__, name) for name in ("_disable_adapters", "merged_adapters", "_active_adapter")),
+            *((layer._modules, name) for name in ("base_layer", "rode_adapters")),
+            (adapters._modules, adapter.name),
+            *((adapter.__dict__, name) for name in ("training", "_compiled_call_impl")),
+            *((vars(adapter.config), name) for name in ("aux_loss", "router_per")),  # see `reads_gates`
+            *((vars(layer.info), name) for name in ("block_pass", "gate_recorder")),
+            *((parameters, name) for name in _HELD),
+            *hooks_read(adapter),
+            *plain.items,
+        ],
+        [
+            *((parameters[name], "_version") for name in _HELD if parameters.get(name) is not None),
+            *plain.attributes,
+        ],
+        list(dict.fromkeys((torch.is_grad_enabled, *plain.functions, *fast_path.WATCHERS))),
+    )
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -45,6 +47,43 @@ def is_plain(base: nn.Module) -> bool:
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return False
     return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+class Readings(NamedTuple):
+    """The places where a decision was read, for `rode_kernels.unchanged`: items of dictionaries, attributes, functions."""
+
+    items: list[tuple[dict[str, Any], str]]
+    attributes: list[tuple[Any, str]]
+    functions: list[Any]
+
+
+def hooks_read(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """The places where `has_hooks` looks."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [(module.__dict__, name) for name in ("_hf_hook", *hooks)]
+
+
+def plain_read(base: nn.Module) -> Readings:
+    """The places where `is_plain` looks, `torch.compiler.is_compiling` excepted, which compilers answer while they trace."""
+    of_all = vars(torch_module)
+    return Readings(
+        [
+            (base.__dict__, "forward"),
+            *hooks_read(base),
+            *((of_all, name) for name in of_all if name.startswith("_global_") and "hook" in name),
+            (vars(nn.functional), "linear"),
+            (base._parameters, "weight"),
+            (base._parameters, "bias"),
+            (vars(forward_ad), "_current_level"),
+        ],
+        [(base, "__class__"), (nn.Linear, "forward")],
+        [
+            torch._C._get_tracing_state,
+            torch._C._functorch.maybe_current_level,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+        ],
+    )
 
 
 def may_write_into(result: Tensor, base: nn.Module) -> bool:

@@ -131,7 +131,25 @@ def statistics(model, layer):
     return GateStatistics(model).detach
 
 
+def another_adapter(model, layer):
+    """Under the same name."""
+    old = layer.rode_adapters["default"]
+    layer.rode_adapters["default"] = new = copy.deepcopy(old)
+    with torch.no_grad():
+        new.A.mul_(2)
+    return lambda: layer.rode_adapters.__setitem__("default", old)
+
+
+def auxiliary_loss(model, layer):
+    """The gates of each call are read from here on."""
+    config = layer.adapter("default").config
+    config.aux_loss = "l1"
+    return lambda: setattr(config, "aux_loss", "none")
+
+
 CHANGES = [
+    another_adapter,
+    auxiliary_loss,
     hook_on_the_base_layer,
     hook_on_the_adapter,
     global_hook,
