@@ -7,6 +7,8 @@ DATA ?=
 MODEL ?=
 # One architecture, for a fast build; its PTX serves newer ones. `pip install .` builds for all.
 ARCHS ?= 80
+# OpenMP's threads sleep while they wait for each other: spinning ones take the cores from other work (docs/cpu.md)
+export OMP_WAIT_POLICY ?= passive
 PYTEST = RODE_EMULATE=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest
 # Object files stay here: whatever is made, in whatever order, compiles what changed, once. One folder for each Python.
 RODE_BUILD_DIR ?= build/native-$(shell $(VENV)/bin/python -c "import sys; print(sys.implementation.cache_tag)")

@@ -48,7 +48,7 @@ def status() -> tuple[bool, str]:
         )
         threads = "one thread (built without OpenMP)"
     else:
-        _warn_of_two_openmp_runtimes()
+        warn_of_two_openmp_runtimes()
         threads = "OpenMP"
     return True, f"C++ with {_native.isa()} instructions, {threads}"
 
@@ -62,7 +62,8 @@ def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
     return ""
 
 
-def _warn_of_two_openmp_runtimes() -> None:
+def warn_of_two_openmp_runtimes() -> None:
+    """Warns if this process has loaded a second OpenMP runtime; to be asked again when all libraries are there."""
     if not sys.platform.startswith("linux"):
         return
     with open("/proc/self/maps") as maps:

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
+from rode.openmp import name_a_shared_machine
 from rode.training.board import Board, quiet_writer_threads
 from rode.training.changes import check_changes
 from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
@@ -49,6 +50,7 @@ from rode_food.atomic import write_text
 from rode_food.data_mixture import DataMixture, load_examples
 from rode_food.shards.examples import ShardExamples
 from rode_food.source import Source
+from rode_kernels.backends.cpu import warn_of_two_openmp_runtimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -211,6 +213,8 @@ def train(
         raise ValueError("model and processor: expected both or neither")
     check_inputs(experiment, model=model is None, data=examples is None)
     arguments = training_arguments(experiment, progress)
+    if arguments.device.type == "cpu" and arguments.process_index == 0:
+        name_a_shared_machine(torch.get_num_threads() * arguments.world_size)
     run_dir = experiment.run_dir
     with one_run(run_dir, arguments), names_full_disk(run_dir), quiet_writer_threads():
         return _train(experiment, arguments, examples, model, processor, source, resume, progress)
@@ -322,6 +326,7 @@ def _train(
         resumed=start is not None,
         skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
     )
+    warn_of_two_openmp_runtimes()  # all libraries are loaded by now
     try:
         with stop:
             output = (
