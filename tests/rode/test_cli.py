@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import yaml
 from rode import cli
 from rode.cli import main
 from rode.training.checkpoints import latest_checkpoint
+from rode.tuner.fingerprint import AdapterMismatch
 from rode_food.vocabulary import Vocabulary
 
 CONFIG = """
@@ -296,3 +298,21 @@ def test_interrupted_before_training_is_130(capsys, monkeypatch, config):
     monkeypatch.setattr("rode.training.train.load_vlm", stop)
     assert main(["train", config]) == 130
     assert capsys.readouterr().err.strip().endswith("rode: interrupted")
+
+
+def test_an_edited_adapter_is_named_and_with_strict_refused(capsys, taught, tmp_path):
+    result, examples = taught
+    adapter = tmp_path / "run"
+    shutil.copytree(result.output_dir, adapter)
+    argv = ["generate", "--adapter", str(adapter), "--image", examples[1].image, "--question", "What is it?"]
+    assert main([*argv, "--strict"]) == 0
+    file = adapter / "adapter_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"alpha": values["alpha"] * 2}))
+    with pytest.warns(AdapterMismatch, match="was edited"):
+        assert main(argv) == 0
+    fails(
+        capsys,
+        [*argv, "--strict"],
+        "adapter_config.json: the configuration was edited after the adapter was saved",
+    )

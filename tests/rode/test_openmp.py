@@ -75,7 +75,7 @@ def test_a_shared_machine_is_named(monkeypatch, caplog, load, named):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with caplog.at_level(logging.INFO, logger="rode"):
         name_a_shared_machine(2)
-    assert ("kept %.1f of 2 cores busy" % load in caplog.text) is named
+    assert (f"kept {load:.1f} of 2 cores busy" in caplog.text) is named
 
 
 def test_a_runtime_that_is_loaded_later_is_noticed(monkeypatch, tmp_path, recwarn):

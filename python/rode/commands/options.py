@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +26,11 @@ def model_options(adapter: bool = True, answers: bool = True) -> argparse.Argume
     if adapter:
         model.add_argument(
             "--adapter", metavar="DIR", help="adapter: an output_dir or a checkpoint-N of `rode train`"
+        )
+        model.add_argument(
+            "--strict",
+            action="store_true",
+            help="refuse an adapter that was trained on another model, or edited since (else a warning)",
         )
     model.add_argument("--projector", metavar="PATH", help="projector.safetensors of stage 1, or its folder")
     model.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="of frozen weights")
@@ -58,7 +66,11 @@ class Loaded(NamedTuple):
 
 
 def load(args: argparse.Namespace, experiment: Experiment | None = None) -> Loaded:
-    """The model, with its adapter if one is named. Raises ValueError where nothing names a model."""
+    """The model, with its adapter if one is named.
+
+    Raises:
+        ValueError: nothing names a model, or with --strict the adapter was saved otherwise than it would be used here.
+    """
     from rode.training.config import ModelConfig
     from rode.vlm import PixelSource, load_adapter, load_vlm
 
@@ -73,10 +85,25 @@ def load(args: argparse.Namespace, experiment: Experiment | None = None) -> Load
         attention=config.attention,
         projector=args.projector or config.projector,
     )
-    model = load_adapter(base, args.adapter) if args.adapter else base
+    with all_of_it_must_fit(getattr(args, "strict", False)):
+        model = load_adapter(base, args.adapter) if args.adapter else base
     return Loaded(
         model, processor, args.prompt or config.prompt, PixelSource(processor, config.picture_shape)
     )
+
+
+@contextmanager
+def all_of_it_must_fit(strict: bool) -> Iterator[None]:
+    """With `strict`, an adapter that is loaded here and does not belong to its model is a ValueError, not a warning."""
+    from rode.tuner.fingerprint import AdapterMismatch
+
+    with warnings.catch_warnings():
+        if strict:
+            warnings.simplefilter("error", AdapterMismatch)
+        try:
+            yield
+        except AdapterMismatch as error:
+            raise ValueError(f"{error} (--strict)") from None
 
 
 def routes(args: argparse.Namespace, model: Any, processor: ProcessorMixin) -> Routes:

@@ -38,7 +38,13 @@ def adapter_config(experiment: Experiment) -> PeftConfig | MoeConfig:
         from rode.baselines.moe_llava import MoeConfig as cls
     else:
         raise ConfigError(f"adapter.method: expected one of rode, peft, moe-llava, got {method!r}")
-    known = {f.name for f in fields(cls)} - {"peft_type", "auto_mapping", "peft_version", "inference_mode"}
+    known = {f.name for f in fields(cls)} - {
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+        "belongs_to",
+    }
     for key in values:
         if key not in known:
             raise ConfigError(f"adapter.{key}: no such key; {did_you_mean(str(key), known)}")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
 from rode.tuner import validation
 from rode.tuner.fields import RodeFields
+from rode.tuner.fingerprint import check_config, config_checksum, tensors_checksum
 from rode.tuner.peft_type import RODE
 from rode_food.atomic import write_text
 
@@ -90,6 +95,7 @@ class RodeConfig(RodeFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.base: dict[str, Any] | None = None  # of the model that the adapter is on; see `fingerprint`
         self.peft_type = RODE
         validation.check(self)
 
@@ -97,9 +103,29 @@ class RodeConfig(RodeFields):
         """Converts as PEFT does, with sets as sorted lists, so that one configuration has one JSON text."""
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Reads as PEFT does; warns with AdapterMismatch if the configuration was edited after it was saved."""
+        values: dict[str, Any] = super().from_json_file(path_json_file, **kwargs)
+        if isinstance(values, dict):
+            check_config(values, path_json_file)
+        return values
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves as PEFT does; a model card beside it says that `import rode` must come before loading."""
+        """Saves as PEFT does, with what the adapter belongs to (see `rode.tuner.fingerprint`); a model card beside it says that
+        `import rode` must come before loading."""
+        with_tensors = (
+            "auto_mapping_dict" in kwargs
+        )  # from PEFT's model, which has just written them; others write them later
         super().save_pretrained(save_directory, **kwargs)
+        file, tensors = Path(save_directory, CONFIG_NAME), Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["belongs_to"] = {
+            "base": self.base,
+            "config": config_checksum(values),
+            "tensors": tensors_checksum(load_file(tensors)) if with_tensors and tensors.is_file() else None,
+        }
+        write_text(file, json.dumps(values, indent=2, sort_keys=True))
         card = Path(save_directory, "README.md")
         if card.is_file():
             text = card.read_text(encoding="utf-8")

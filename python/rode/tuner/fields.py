@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
@@ -105,6 +106,11 @@ class RodeFields(PeftConfig):
     )
     init_weights: bool = field(
         default=True, metadata={"help": "True: B starts at 0. False: B starts at random (for tests)."}
+    )
+    belongs_to: dict[str, Any] | None = field(
+        default=None,
+        compare=False,
+        metadata={"help": "Written when an adapter is saved, and compared when it is loaded."},
     )
 
     @property

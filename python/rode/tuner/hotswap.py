@@ -19,6 +19,7 @@ from rode.tuner.model import RodeModel
 _FREE = {
     "auto_mapping",
     "base_model_name_or_path",
+    "belongs_to",
     "inference_mode",
     "init_weights",
     "peft_version",

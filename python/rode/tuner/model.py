@@ -32,6 +32,7 @@ from rode.tuner.block_experts import BlockPass
 from rode.tuner.config import RodeConfig
 from rode.tuner.context import SIDE_INPUTS, ForwardContext, context_of, given_inputs
 from rode.tuner.decoding import decoding
+from rode.tuner.fingerprint import check_base, check_tensors, weights_of_base
 from rode.tuner.layer import Linear, RodeLayer
 from rode.tuner.rounding import rounded_parameters
 from rode.tuner.siblings import note_siblings
@@ -106,6 +107,7 @@ class RodeModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(self._no_match(model, adapter_name, str(error))) from None
         config = _own(self.peft_config[adapter_name])
+        config.base = weights_of_base(model, adapter_name)
         if config.needs_forward_hooks:
             self._context.attach(self.model, needed=True)
         # Bare names match a tower as a matter of course; of a regex it may not be what was meant.
@@ -293,6 +295,13 @@ class RodeModel(BaseTuner):
         """Renames as PEFT does; missing and surplus tensors, and values that are not finite, are a ValueError, where PEFT's other
         methods warn."""
         refuse_not_finite(state_dict, f"adapter {adapter_name!r}")
+        own_config = _own(config)
+        if (
+            saved := own_config.belongs_to
+        ) is not None:  # these tensors are the first ones that are loaded with it
+            own_config.belongs_to = None
+            check_tensors(saved, state_dict, adapter_name)
+            check_base(saved, model, adapter_name)
         state_dict = {_renamed(name): _aligned(tensor) for name, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
