@@ -144,10 +144,9 @@ def rescore(
 
 def _write_scores(directory: Path, scores: Scores) -> Scores:
     write_json(directory / "metrics.json", scores)
-    for source, metrics in scores.items():
-        for name in ("sacrebleu_signature", "rouge_l_tokenizer", "question_rouge_l_tokenizer"):
-            if name in metrics:
-                logger.info("%s: %s %s", source, name.replace("_", " "), metrics[name])
+    for name in ("sacrebleu_signature", "rouge_l_tokenizer", "question_rouge_l_tokenizer"):
+        if name in scores["all"]:
+            logger.info("%s", _said(name, scores, list(scores)))
     return scores
 
 
