@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rode.commands.options import load, model_options, routes
 from rode_food.commands.options import ParserOptions, Subparsers, positive
-from rode_food.metrics.tokens import TOKENIZERS
+from rode_food.metrics.tokens import TOKENIZERS, choose_tokenizer
 from rode_food.tasks import ALL_TASKS
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
     examples, skipped = drop_unusable(examples, on_bad_record=on_bad_record)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
+    tokenizer = args.tokenizer or settings.tokenizer
+    if any(example.task in ("recipe", "question") for example in examples):
+        choose_tokenizer((), tokenizer)  # what is missing is missed before the answers are generated
     model, processor, prompt, source = load(args, experiment)
     default_out = (
         experiment.run_dir / ("untrained" if args.untrained else "evaluation")
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         source=source,
         routes=routes(args, model, processor),
         vocabulary=vocabulary,
-        tokenizer=args.tokenizer or settings.tokenizer,
+        tokenizer=tokenizer,
         progress=not args.quiet,
     )
     print(format_scores(scores))

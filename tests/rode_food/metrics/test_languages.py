@@ -229,6 +229,24 @@ def test_the_command_takes_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFix
 # --- what is missing
 
 
+def test_a_missing_tokenizer_is_missed_before_the_model_is_loaded(
+    tmp_path: Path, without_mecab: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rode.cli import main
+
+    turn = {"question": "何ですか", "answer": "卵です"}
+    record = {"id": "a", "source": "s", "split": "test", "conversation": [turn]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    loaded: list[object] = []
+    monkeypatch.setattr("rode.commands.evaluate.load", lambda *_: loaded.append(1))
+    command = ["evaluate", "--model", str(tmp_path), "--data", str(tmp_path / "r.jsonl")]
+    assert main([*command, "--tokenizer", "ja-mecab"]) == 1
+    assert (
+        capsys.readouterr().err == "rode: tokenizer ja-mecab is not installed: pip install 'sacrebleu[ja]'\n"
+    )
+    assert not loaded
+
+
 def test_no_token_is_said(caplog: pytest.LogCaptureFixture) -> None:
     rows = [row("s", "recipe", CHINESE, ENGLISH[0]), row("s", "recipe", "", ENGLISH[1])]
     with caplog.at_level(logging.WARNING):
