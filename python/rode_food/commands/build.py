@@ -69,11 +69,14 @@ def run(args: argparse.Namespace) -> int:
     from rode_food.unifood.engines import make_engine
     from rode_food.unifood.label.errors import LabelError, Unfinished
 
+    explained: set[str] = set()
+
     def tell(result: StageResult) -> None:
-        # the words in which the report of a stage that reads sources counts what it met
-        words = meanings(bool(result.report.get("left_out")), bool(result.report.get("noted")))
-        if words and result.name == "select":
-            print(words, flush=True)
+        # words in which a report counts what it met are explained before their first use
+        new = {word for word in ("left_out", "noted") if result.report.get(word)} - explained
+        if new:
+            print(meanings("left_out" in new, "noted" in new), flush=True)
+            explained.update(new)
         print(result, flush=True)
 
     try:
