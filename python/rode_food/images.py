@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from rode_food.look_up import look_up
 from rode_food.records import FoodRecord
 from rode_food.shards.address import parse_address, read_part
 
@@ -20,6 +21,9 @@ MAX_PIXELS = 64_000_000
 
 MAX_ASPECT = 200
 """Longer side over shorter side that a picture may have; some image processors refuse more, and nothing is seen on it."""
+
+
+_ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height are exchanged
 
 
 class ImageError(ValueError):
@@ -60,11 +64,21 @@ def check_pixels(image: PIL.Image.Image) -> None:
 def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
     """A picture's bytes as an open file: of a path, or of a part of a shard (`train-000012.tar#1536+61234`).
 
+    A path is found by `look_up`, in whichever Unicode form its name is on disk.
+
     Raises:
         FileNotFoundError, OSError: as `open` does; `rode_food.shards.address.ShardError` for a shard.
     """
     part = parse_address(os.fspath(address))
-    return open(address, "rb") if part is None else io.BytesIO(read_part(*part))
+    if part is not None:
+        return io.BytesIO(read_part(*part))
+    try:
+        return open(address, "rb")
+    except FileNotFoundError:
+        found = look_up(Path(address))
+        if found == Path(address):
+            raise
+        return open(found, "rb")
 
 
 def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> PIL.Image.Image:
@@ -118,6 +132,16 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         over = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(over, image)
     return image.convert("RGB")
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) as `open_image` gives them, from the file's header. Raises OSError."""
+    from PIL import Image
+
+    _know_heic()
+    with open_picture(path) as file, Image.open(file) as image:
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        return (image.height, image.width) if turned else image.size
 
 
 def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:

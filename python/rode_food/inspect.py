@@ -18,7 +18,7 @@ from rode_food.lines.apply import slash_notes
 from rode_food.plausible import doubts
 from rode_food.readers import READERS, guess_kind, read_source
 from rode_food.readers.file_kind import file_kind
-from rode_food.readers.log import Problem, ReadLog
+from rode_food.readers.log import MEANINGS, Problem, ReadLog
 from rode_food.records import FoodRecord, record_to_json
 
 LISTED = 20
@@ -126,7 +126,7 @@ class Inspection:
         yield from _listed(self.bad_image_list, self.bad_images)
         yield from _listed(self.wrong_suffix_list, self.wrong_suffixes)
         for title, counts in (("broken", self.broken), ("left out", self.left_out), ("noted", self.notes)):
-            yield f"{title}: {counts.total():,}"
+            yield f"{title} ({MEANINGS[title]}): {counts.total():,}"
             for reason, count in counts.most_common():
                 yield f"  {count:,} x {reason}"
                 listed = [str(problem) for problem in self.problems if problem.reason == reason]

@@ -192,10 +192,14 @@ def _truth(task: str, record: FoodRecord) -> tuple[str, Reference] | None:
     return None if category is None else (category, category)
 
 
+_BETWEEN_NAMES = re.compile(r"[,;\n|、，；｜،؛]")
+"""Commas, semicolons, lines: those of Latin, Chinese, Japanese and Arabic text."""
+
+
 def answer_name(name: str) -> str:
     """An ingredient's name as the answer writes it: no commas or semicolons, no bullet; empty where nothing is left."""
     # through the parser's own cleaning, so that answer -> parse gives the same names
-    return _clean_item(re.sub(r"[,;\n|]", " ", name))
+    return _clean_item(_BETWEEN_NAMES.sub(" ", name))
 
 
 def ingredient_names(record: FoodRecord) -> list[str]:
@@ -254,7 +258,7 @@ def _parse_ingredients(text: str) -> list[str]:
     that the answer is a sentence: "salt and pepper" in a plain list is one name."""
     lead_in = _LEAD_IN.match(text)
     rest = text[lead_in.end() :] if lead_in else text
-    items = [item for item in re.split(r"[,;\n|]", rest) if item.strip()]
+    items = [item for item in _BETWEEN_NAMES.split(rest) if item.strip()]
     if items and lead_in and not lead_in[0].endswith(":") and "\n" not in rest.strip():
         items[-1:] = re.split(r"\s+and\s+", items[-1].split(". ")[0])
     names: dict[str, str] = {}

@@ -296,7 +296,9 @@ def _from_json(value: object) -> Vocabulary:
         variants[name] = dict(entry["variants"])
         for variant, count in variants[name].items():
             if ingredient_key(variant) != variant:
-                raise VocabularyError(f"ingredients.{name}: {variant!r} is no normalised name")
+                raise VocabularyError(
+                    f"ingredients.{name}: {variant!r} is no normalised name; build the vocabulary anew"
+                )
             if type(count) is not int or count < 1:
                 raise VocabularyError(f"ingredients.{name}.{variant}: expected a count from 1, got {count!r}")
         if sum(variants[name].values()) != entry["count"]:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rode_food.images import ImageError, decode_picture, open_image
+from rode_food.images import ImageError, decode_picture, open_image, picture_size, wrong_suffix
+from rode_food.inspect import inspect
 from rode_food.readers import read_source
 from rode_food.readers.common import Broken, safe_name
 from rode_food.readers.log import ReadLog
@@ -83,6 +84,31 @@ def test_heic_without_its_library_names_it(tmp_path: Path) -> None:
         open_image(tmp_path / "a.heic")
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_heic_pictures_are_upright(tmp_path: Path, orientation: int) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    # four colours in four corners, wider than high
+    upright = Image.new("RGB", (128, 64), "white")
+    corners = {(16, 16): "red", (112, 16): "lime", (16, 48): "blue", (112, 48): "black"}
+    for (x, y), colour in corners.items():
+        upright.paste(colour, (x - 16, y - 16, x + 16, y + 16))
+    turned = {1: 0, 3: 180, 6: 90, 8: 270}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.rotate(turned, expand=True)
+    heif.from_pillow(stored).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    opened = open_image(tmp_path / "a.heic")
+    assert opened.size == picture_size(tmp_path / "a.heic") == (128, 64)
+    for at, colour in corners.items():
+        expected = Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+        assert max(abs(a - b) for a, b in zip(opened.getpixel(at), expected, strict=True)) < 24, (at, colour)
+    assert decode_picture(tmp_path / "a.heic").format == "HEIF"
+    assert wrong_suffix("a.heic", "HEIF") is None
+    # a JPEG of the same scene is a near duplicate, so the hash sees it upright, too
+    upright.save(tmp_path / "a.jpg", quality=95)
+    assert distance(*hashed(tmp_path / "a.heic", tmp_path / "a.jpg")) <= 4
+
+
 NAMES = [
     "IMG_2020~2.jpg",
     "Mom’s pie.jpg",
@@ -98,6 +124,18 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_any_script(name: str) -> None:
     assert safe_name(name) == name
+
+
+def test_pictures_of_such_names_are_read(tmp_path: Path) -> None:
+    entries = []
+    for number, name in enumerate(NAMES):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        scene(number).save(tmp_path / "images" / name)
+        lines = {"ingredients": ["2 eggs"], "instructions": ["Mix."]}
+        entries.append({"id": f"k{number}", "title": "T", "image": f"images/{name}", **lines})
+    (tmp_path / "photos.json").write_text(json.dumps(entries), encoding="utf-8")
+    found = inspect(tmp_path, images="all")
+    assert (found.records, found.images, found.bad_images, found.broken) == (len(NAMES), len(NAMES), 0, {})
 
 
 @pytest.mark.parametrize(

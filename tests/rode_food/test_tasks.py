@@ -188,6 +188,8 @@ def test_nutrition_in_part(text: str, found: dict[str, float] | None) -> None:
     [
         ("rice, salt and pepper, Egg, rice", ["rice", "salt and pepper", "Egg"]),
         ("The ingredients in this dish are rice, beans, and corn.", ["rice", "beans", "corn"]),
+        ("鸡蛋、葱，盐；油", ["鸡蛋", "葱", "盐", "油"]),
+        ("بيض، ملح؛ زيت", ["بيض", "ملح", "زيت"]),
         ("This dish contains rice, eggs and peas. It is tasty.", ["rice", "eggs", "peas"]),
         ("Ingredients: rice, salt and pepper.", ["rice", "salt and pepper"]),
         ("Ingredients:\n1. rice\n2. salt and pepper\n", ["rice", "salt and pepper"]),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rode.commands.options import load, model_options, routes
 from rode_food.commands.options import ParserOptions, Subparsers, positive
+from rode_food.metrics.tokens import TOKENIZERS, choose_tokenizer
 from rode_food.tasks import ALL_TASKS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ examples:
   rode evaluate configs/own-records.yaml --untrained --out runs/own-records/before
   rode evaluate --model DIR --adapter runs/own-records --data records.jsonl --split test --tasks nutrition
   rode evaluate --predictions runs/own-records/evaluation/predictions.jsonl
-  rode evaluate --predictions predictions.jsonl --vocabulary vocabulary.json
+  rode evaluate --predictions predictions.jsonl --vocabulary vocabulary.json --tokenizer zh
 """
 
 
@@ -52,6 +53,11 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         metavar="JSON",
         help="file of `rode data vocabulary`: merge names of ingredients before they are compared (default: the config's)",
     )
+    sub.add_argument(
+        "--tokenizer",
+        choices=TOKENIZERS,
+        help="of BLEU and ROUGE-L (default: the config's, which is auto: by the script of the true answers)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 "--predictions is scored as it stands: leave out config, --model, --adapter and --data"
             )
         vocabulary = Vocabulary.load(args.vocabulary) if args.vocabulary else None
-        print(format_scores(rescore(args.predictions, vocabulary)))
+        print(format_scores(rescore(args.predictions, vocabulary, args.tokenizer or "auto")))
         return 0
     from rode.training.config import EvaluationConfig, load_experiment
     from rode_food.source import Source
@@ -94,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
     examples, skipped = drop_unusable(examples, on_bad_record=on_bad_record)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
+    tokenizer = args.tokenizer or settings.tokenizer
+    if any(example.task in ("recipe", "question") for example in examples):
+        choose_tokenizer((), tokenizer)  # what is missing is missed before the answers are generated
     model, processor, prompt, source = load(args, experiment)
     default_out = (
         experiment.run_dir / ("untrained" if args.untrained else "evaluation")
@@ -112,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         source=source,
         routes=routes(args, model, processor),
         vocabulary=vocabulary,
+        tokenizer=tokenizer,
         progress=not args.quiet,
     )
     print(format_scores(scores))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from rode.training.side_inputs import Routes
     from rode.vlm.collator import PictureSource
 
+logger = logging.getLogger(__name__)
+
 Scores = dict[str, dict[str, Any]]
 
 
@@ -43,6 +46,7 @@ def evaluate(
     routes: Routes | None = None,
     gate_statistics: bool = True,
     vocabulary: Vocabulary | None = None,
+    tokenizer: str = "auto",
     progress: bool = True,
 ) -> Scores:
     """Ask every example's question and score the answers.
@@ -56,6 +60,7 @@ def evaluate(
         examples: at least one.
         gate_statistics: False does without gates.json, and without the counting.
         vocabulary: merges names of ingredients before they are compared; `predictions.jsonl` keeps them as they are.
+        tokenizer: of BLEU and ROUGE-L; see `rode_food.metrics.score`.
 
     Returns:
         {"all" or source: {metric: value}}, see `rode_food.metrics.score`.
@@ -101,7 +106,7 @@ def evaluate(
     ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_text(Path(out_dir) / "predictions.jsonl", "".join(lines))
-    return _write_scores(Path(out_dir), score(rows, vocabulary))
+    return _write_scores(Path(out_dir), score(rows, vocabulary, tokenizer))
 
 
 def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None = None) -> list[Example]:
@@ -119,11 +124,14 @@ def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None
     return examples
 
 
-def rescore(predictions: str | os.PathLike[str], vocabulary: Vocabulary | None = None) -> Scores:
+def rescore(
+    predictions: str | os.PathLike[str], vocabulary: Vocabulary | None = None, tokenizer: str = "auto"
+) -> Scores:
     """Metrics of a predictions file, written to `metrics.json` beside it. No model is needed.
 
     Args:
         vocabulary: merges names of ingredients before they are compared; None does not, whatever was done before.
+        tokenizer: of BLEU and ROUGE-L; see `rode_food.metrics.score`.
     """
     path = Path(predictions)
     if not path.is_file():
@@ -131,11 +139,14 @@ def rescore(predictions: str | os.PathLike[str], vocabulary: Vocabulary | None =
     rows = list(read_predictions(path))
     if not rows:
         raise ValueError(f"{path}: no predictions in it")
-    return _write_scores(path.parent, score(rows, vocabulary))
+    return _write_scores(path.parent, score(rows, vocabulary, tokenizer))
 
 
 def _write_scores(directory: Path, scores: Scores) -> Scores:
     write_json(directory / "metrics.json", scores)
+    for name in ("sacrebleu_signature", "rouge_l_tokenizer", "question_rouge_l_tokenizer"):
+        if name in scores["all"]:
+            logger.info("%s", _said(name, scores, list(scores)))
     return scores
 
 
@@ -155,5 +166,12 @@ def format_scores(scores: Scores) -> str:
     notes = [name for name in names if any(isinstance(scores[column].get(name), str) for column in columns)]
     table = [["", *columns]]
     table += [[n, *(cell(scores[column].get(n)) for column in columns)] for n in names if n not in notes]
-    said = [f"{name}: {scores['all'][name]}" for name in notes if name in scores["all"]]
-    return "\n".join([text_table(table), *said])
+    return "\n".join([text_table(table), *(_said(name, scores, columns) for name in notes)])
+
+
+def _said(name: str, scores: Scores, columns: list[str]) -> str:
+    """A line for a metric that is text: once where all columns agree, else what each says."""
+    texts = {column: str(scores[column][name]) for column in columns if name in scores[column]}
+    if len(set(texts.values())) == 1:
+        return f"{name}: {next(iter(texts.values()))}"
+    return f"{name}: " + ", ".join(f"{column} {text}" for column, text in texts.items())

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from PIL import Image
 
 from rode.vlm.features import PictureShape
-from rode.vlm.images import image_problems, picture_size
+from rode.vlm.images import image_problems
 from rode.vlm.prompts import PromptEncoder
 from rode_food import Example
 from rode_food.data_mixture import DataMixture
+from rode_food.images import picture_size
 from rode_food.shards.examples import ShardExamples
 
 logger = logging.getLogger(__name__)

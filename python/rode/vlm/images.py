@@ -9,9 +9,7 @@ from typing import Protocol, TypeVar
 
 from PIL import Image
 
-from rode_food.images import open_image, open_picture
-
-_ORIENTATION = 0x0112  # of Exif: 5 to 8 lie on their side
+from rode_food.images import open_image
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
@@ -22,13 +20,6 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def picture_size(path: str) -> tuple[int, int]:
-    """(width, height) as `open_image` gives them, from the file's header. Raises OSError."""
-    with open_picture(path) as file, Image.open(file) as image:
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
-        return (image.height, image.width) if turned else image.size
 
 
 class HasImage(Protocol):

@@ -18,7 +18,7 @@ way, goes on where it was; what is done and has not changed is not done again.
 
 examples:
   rode data build-unifood configs/build/unifood.yaml data/unifood --stage select --stage categorise
-  rode data build-unifood configs/build/unifood.yaml data/unifood --dry-run      what labelling would cost
+  rode data build-unifood configs/build/unifood.yaml data/unifood --dry-run      what labelling would cost, after those two
   rode data build-unifood configs/build/unifood.yaml data/unifood label.budget=50
 
 It exits with 3 if not all is labelled yet: the budget is reached, or batches are under way.
@@ -64,9 +64,20 @@ def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rode_food.unifood.build import STAGES, build_unifood, load_settings
+    from rode_food.readers.log import meanings
+    from rode_food.unifood.build import STAGES, StageResult, build_unifood, load_settings
     from rode_food.unifood.engines import make_engine
     from rode_food.unifood.label.errors import LabelError, Unfinished
+
+    explained: set[str] = set()
+
+    def tell(result: StageResult) -> None:
+        # words in which a report counts what it met are explained before their first use
+        new = {word for word in ("left_out", "noted") if result.report.get(word)} - explained
+        if new:
+            print(meanings("left_out" in new, "noted" in new), flush=True)
+            explained.update(new)
+        print(result, flush=True)
 
     try:
         build_unifood(
@@ -77,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             redo=args.redo,
             dry_run=args.dry_run,
             progress=not args.quiet,
-            tell=lambda result: print(result, flush=True),
+            tell=tell,
         )
     except Unfinished as error:
         print(f"rode: label: {error}", file=sys.stderr)

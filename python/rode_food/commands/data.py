@@ -144,6 +144,7 @@ def _reader_options(args: argparse.Namespace) -> dict[str, bool | int | str]:
 
 def run_convert(args: argparse.Namespace) -> int:
     from rode_food.convert import DEFAULT_FRACTIONS, convert
+    from rode_food.readers.log import meanings
 
     fractions = {split: getattr(args, split) for split in DEFAULT_FRACTIONS}
     done = convert(
@@ -158,6 +159,8 @@ def run_convert(args: argparse.Namespace) -> int:
         workers=args.workers,
         **_reader_options(args),
     )
+    if explained := meanings(bool(done.left_out), bool(done.noted)):
+        print(explained)
     print(done)
     return int(not done.written)
 

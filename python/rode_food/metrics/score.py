@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rode_food.metrics.ingredients import ingredient_iou
 from rode_food.metrics.nutrition import pmae
-from rode_food.metrics.text import rouge_l, sacrebleu
+from rode_food.metrics.text import rouge_l, sacrebleu, without_tokens
+from rode_food.metrics.tokens import Tokenizer, choose_tokenizer
 from rode_food.names import normalise_name
 from rode_food.tasks import ALL_TASKS, parse_answer
 from rode_food.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 ROW_KEYS = ("id", "source", "task", "answer", "truth", "reference")
@@ -50,9 +55,10 @@ def category_accuracy(predicted: Iterable[str | None], true: Iterable[str]) -> f
 
 
 def exact_answers(predicted: Iterable[str], true: Iterable[str]) -> float:
-    """Percent of free answers that are the truth, but for case and white space."""
+    """Percent of free answers that are the truth, but for case, white space, and composed or decomposed letters."""
     pairs = [
-        [" ".join(text.split()).casefold() for text in pair] for pair in zip(predicted, true, strict=True)
+        [" ".join(unicodedata.normalize("NFC", text).split()).casefold() for text in pair]
+        for pair in zip(predicted, true, strict=True)
     ]
     if not pairs:
         raise ValueError("predicted: expected at least one answer, got none")
@@ -60,7 +66,7 @@ def exact_answers(predicted: Iterable[str], true: Iterable[str]) -> float:
 
 
 def score(
-    rows: Iterable[Row], vocabulary: Vocabulary | None = None
+    rows: Iterable[Row], vocabulary: Vocabulary | None = None, tokenizer: str = "auto"
 ) -> dict[str, dict[str, float | str | None]]:
     """Every metric that the rows allow, for each source and for "all" together.
 
@@ -68,22 +74,27 @@ def score(
         rows: {"id", "source", "task", "question", "answer" (the model's text), "truth" (the target text),
             "reference" (the structured truth of `rode_food.tasks.Example`)}; `question` is not read.
         vocabulary: by which names of ingredients are merged on both sides; see `ingredient_iou`.
+        tokenizer: of BLEU and ROUGE-L, one of `rode_food.metrics.tokens.TOKENIZERS`; "auto" goes by the scripts of the references,
+            for each source and task, and for all sources together.
 
     Returns:
         {source: {metric: value}}, "all" first. In percent, as in the paper's tables. By task:
         ingredients: `ingredient_iou` (over the whole set, primary), `ingredient_iou_mean` (per image), and with a
         vocabulary `ingredient_vocabulary` (its name, a string), `ingredient_coverage` (share of true names that it knows) and
         `n_ingredients_left_out` (images of whose true names it knows none: they count nowhere);
-        recipe: `sacrebleu`, `sacrebleu_signature` (a string), `rouge_l`;
+        recipe: `sacrebleu`, `sacrebleu_signature` (a string that names the tokenizer), `rouge_l`, `rouge_l_tokenizer` (a string),
+        and where ROUGE-L's tokenizer sees no token in answers or references that are not blank, `rouge_l_without_tokens`: how many;
+        there is a warning, too;
         nutrition: `pmae_mass`, `pmae_energy`, `pmae_fat`, `pmae_protein`, `pmae_carb`, `pmae` (their mean),
         `parse_rate`, `pmae_parsed` (over the parsed answers; None if there are none);
         category: `category_accuracy`;
-        question: `question_exact`, `question_rouge_l`;
+        question: `question_exact`, `question_rouge_l`, and as for recipes `question_rouge_l_tokenizer` and
+        `question_rouge_l_without_tokens`;
         and `n_<task>`, the number of answers. See `rode_food.metrics.nutrition.pmae` for unparsed answers.
 
     Raises:
         ValueError: for a row that lacks a key, has an unknown task or an answer that is no text, or whose source is named "all".
-        ImportError: if there are rows of recipes or questions and `rode[metrics]` is not installed.
+        ImportError: if there are rows of recipes or questions and `rode[metrics]`, or what the tokenizer needs, is not installed.
     """
     groups: dict[str, list[Row]] = {"all": []}
     for number, row in enumerate(rows, start=1):
@@ -102,10 +113,12 @@ def score(
             )
         groups["all"].append(row)
         groups.setdefault(row["source"], []).append(row)
-    return {name: _score(group, vocabulary) for name, group in groups.items()}
+    return {name: _score(name, group, vocabulary, tokenizer) for name, group in groups.items()}
 
 
-def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | str | None]:
+def _score(
+    name: str, rows: list[Row], vocabulary: Vocabulary | None, tokenizer: str
+) -> dict[str, float | str | None]:
     out: dict[str, float | str | None] = {}
     for task in ALL_TASKS:
         mine = [row for row in rows if row["task"] == task]
@@ -124,8 +137,9 @@ def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | 
                 out["n_ingredients_left_out"] = iou.left_out
         elif task == "recipe":
             truths = [row["truth"] for row in mine]
-            out["sacrebleu"], out["sacrebleu_signature"] = sacrebleu(texts, truths)
-            out["rouge_l"] = rouge_l(texts, truths)
+            chosen = choose_tokenizer(truths, tokenizer)
+            out["sacrebleu"], out["sacrebleu_signature"] = sacrebleu(texts, truths, chosen)
+            out |= _rouge("rouge_l", name, texts, truths, chosen)
         elif task == "nutrition":
             result = pmae([parse_answer("nutrition", text) for text in texts], references)
             out |= {f"pmae_{name}": value for name, value in result.fields.items()}
@@ -133,8 +147,31 @@ def _score(rows: list[Row], vocabulary: Vocabulary | None) -> dict[str, float | 
         elif task == "question":
             truths = [row["truth"] for row in mine]
             out["question_exact"] = exact_answers(texts, truths)
-            out["question_rouge_l"] = rouge_l(texts, truths)
+            out |= _rouge("question_rouge_l", name, texts, truths, choose_tokenizer(truths, tokenizer))
         else:
             categories = (parse_answer("category", text) for text in texts)
             out["category_accuracy"] = category_accuracy(categories, references)
+    return out
+
+
+def _rouge(
+    metric: str, group: str, texts: list[str], truths: list[str], chosen: Tokenizer
+) -> dict[str, float | str | None]:
+    out: dict[str, float | str | None] = {
+        metric: rouge_l(texts, truths, chosen),
+        f"{metric}_tokenizer": chosen.rouge,
+    }
+    answers, references = without_tokens(texts, truths, chosen)
+    if answers or references:
+        out[f"{metric}_without_tokens"] = answers + references
+        logger.warning(
+            "%s of %s: the tokenizer %s sees no token in %d of %d answers and in %d of their references, which score 0; "
+            "--tokenizer (evaluation.tokenizer) chooses another",
+            metric,
+            "all sources" if group == "all" else f"source {group!r}",
+            chosen.rouge,
+            answers,
+            len(texts),
+            references,
+        )
     return out

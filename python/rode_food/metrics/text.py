@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from types import ModuleType
 
-
-def _package(name: str, metric: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{metric} needs the package {name.split('.')[0]}: pip install 'rode[metrics]'"
-        ) from error
+from rode_food.metrics.tokens import (
+    Tokenizer,
+    choose_tokenizer,
+    package,
+    rouge_tokenizer,
+    sacrebleu_metric,
+)
 
 
 def _one_line(texts: Sequence[str]) -> list[str]:
@@ -28,29 +25,58 @@ def _check(predicted: Sequence[str], true: Sequence[str]) -> None:
         )
 
 
-def sacrebleu(predicted: Sequence[str], true: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU with sacrebleu's defaults (13a tokens, exp smoothing, case kept), one reference each.
+def _chosen(true: Sequence[str], tokenizer: str | Tokenizer) -> Tokenizer:
+    return tokenizer if isinstance(tokenizer, Tokenizer) else choose_tokenizer(true, tokenizer)
+
+
+def sacrebleu(
+    predicted: Sequence[str], true: Sequence[str], tokenizer: str | Tokenizer = "auto"
+) -> tuple[float, str]:
+    """Corpus BLEU with sacrebleu's defaults (exp smoothing, case kept), one reference each.
+
+    Args:
+        predicted, true: texts in the same order.
+        tokenizer: one of `rode_food.metrics.tokens.TOKENIZERS`, or a choice already made. "auto" is 13a for Latin letters.
 
     Returns:
-        The score in percent and the signature to print beside it.
+        The score in percent and the signature to print beside it, which names the tokenizer.
 
     Raises:
         ImportError: without the package; names the pip command.
     """
     _check(predicted, true)
-    metric = _package("sacrebleu", "SacreBLEU").BLEU()
+    metric = sacrebleu_metric(_chosen(true, tokenizer).bleu)
     result = metric.corpus_score(_one_line(predicted), [_one_line(true)])
     return float(result.score), str(metric.get_signature())
 
 
-def rouge_l(predicted: Sequence[str], true: Sequence[str]) -> float:
+def rouge_l(predicted: Sequence[str], true: Sequence[str], tokenizer: str | Tokenizer = "auto") -> float:
     """Mean ROUGE-L F measure in percent: Google's `rouge_score`, no stemmer.
+
+    Args:
+        predicted, true: texts in the same order.
+        tokenizer: as `sacrebleu`'s. "auto" keeps rouge_score's own tokens for English, which know no other letters than a to z.
 
     Raises:
         ImportError: without the package; names the pip command.
     """
     _check(predicted, true)
-    scorer = _package("rouge_score.rouge_scorer", "ROUGE-L").RougeScorer(["rougeL"], use_stemmer=False)
+    tokens = rouge_tokenizer(_chosen(true, tokenizer).rouge)
+    scorer = package("rouge_score.rouge_scorer", "ROUGE-L").RougeScorer(["rougeL"], tokenizer=tokens)
     pairs = zip(_one_line(predicted), _one_line(true), strict=True)
     total: float = sum(scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs)
     return 100 * total / len(true)
+
+
+def without_tokens(
+    predicted: Sequence[str], true: Sequence[str], tokenizer: str | Tokenizer = "auto"
+) -> tuple[int, int]:
+    """(answers, references) that are not blank but in which ROUGE-L's tokenizer sees no token: they score 0.
+
+    BLEU's tokenizers see one in every text that is not blank.
+    """
+    tokenize = rouge_tokenizer(_chosen(true, tokenizer).rouge).tokenize
+    answers, references = (
+        sum(bool(text) and not tokenize(text) for text in _one_line(texts)) for texts in (predicted, true)
+    )
+    return answers, references

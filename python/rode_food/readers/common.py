@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -90,18 +89,6 @@ def safe_name(name: object) -> str:
             "a picture outside its folder" if path else "a picture's name of odd letters", shown(name)
         )
     return name
-
-
-def look_up(path: Path) -> Path:
-    """The file as the folder has it: a name may be composed there (é) and decomposed in the data (e and an accent), or the
-    other way round. The path itself where neither is there."""
-    if path.exists():
-        return path
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(path)))
-        if other.exists():
-            return other
-    return path
 
 
 def safe_path(path: str) -> str:

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rode_food.look_up import look_up
 from rode_food.readers.common import Broken, safe_name, safe_path, shown
 from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
@@ -93,14 +95,15 @@ def _picture(folder: Path, entry: dict[str, Any], split: str) -> tuple[Path | No
     """(picture, the entry's name)."""
     if entry.get("dish_id") is not None:
         name = safe_name(str(entry["dish_id"]))
-        dish = folder / "images" / name
+        dish = look_up(folder / "images" / name)
         frames = sorted(p for p in dish.glob("*") if p.suffix.lower() in _SUFFIXES) if dish.is_dir() else []
         return next((p for p in frames if p.name == "rgb.png"), frames[0] if frames else None), name
     name = safe_path(entry["image"]) if isinstance(entry.get("image"), str) else safe_name(entry.get("image"))
     last = name.rsplit("/", 1)[-1]
-    places = [folder / "images" / part / Path(*last[:4]) / last for part in (split, "")]
+    letters = unicodedata.normalize("NFC", last)[:4]
+    places = [folder / "images" / part / Path(*letters) / last for part in (split, "")]
     places += [folder / "images" / split / name, folder / "images" / name, folder / name]
-    return next((place for place in places if place.is_file()), None), last.rsplit(".", 1)[0]
+    return next((place for place in map(look_up, places) if place.is_file()), None), last.rsplit(".", 1)[0]
 
 
 def _vireo(folder: Path, log: ReadLog) -> Iterator[FoodRecord]:
@@ -117,7 +120,7 @@ def _vireo(folder: Path, log: ReadLog) -> Iterator[FoodRecord]:
             except Broken as error:
                 log.leave_out_broken(error.reason, file=path, detail=error.detail)
                 continue
-            picture = folder / "ready_chinese_food" / name
+            picture = look_up(folder / "ready_chinese_food" / name)
             if not picture.is_file():
                 log.leave_out("no picture on disk", file=path, detail=text)
                 continue

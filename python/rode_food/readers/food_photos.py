@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rode_food.lines.add_up import added_up
+from rode_food.look_up import look_up
 from rode_food.readers.common import (
     NO_INGREDIENT,
     Broken,
     line_to_ingredient,
-    look_up,
     safe_path,
     shown,
     unique,

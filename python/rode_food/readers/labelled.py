@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from rode_food.look_up import look_up
 from rode_food.readers.common import Broken, read_lines, safe_path
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, Ingredient
@@ -43,12 +44,13 @@ def records(
                 log.leave_out_broken(error.reason, file=file, line=number, detail=error.detail)
                 continue
             seen.add(identifier)
-            if not (root / path).is_file():
+            picture = look_up(root / path)
+            if not picture.is_file():
                 log.leave_out("no picture on disk", file=file, line=number, detail=path)
                 continue
             yield FoodRecord(
                 id=identifier,
-                image=str(root / path),
+                image=str(picture),
                 source=source,
                 category=category,
                 ingredients=labels,

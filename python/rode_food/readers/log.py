@@ -8,6 +8,19 @@ from pathlib import Path
 
 from rode_food.records import RecordError
 
+MEANINGS = {
+    "broken": "damaged, or of another form than the layout's: not used",
+    "left out": "sound, but without what a record needs, such as a picture: not used",
+    "noted": "used, with a doubt",
+}
+"""The words under which entries of a source are counted, as `inspect` explains them."""
+
+
+def meanings(left_out: bool, noted: bool) -> str:
+    """A line that explains the words "left out", which holds what is broken here, and "noted"; empty where neither is used."""
+    said = ["left out means not used: broken, or without what a record needs, such as a picture"] * left_out
+    return "; ".join(said + [f"noted means {MEANINGS['noted']}"] * noted)
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rode_food.look_up import look_up
 from rode_food.readers.common import Broken, number_of, read_lines, safe_name, text_of
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, Ingredient, Nutrition
@@ -49,7 +50,7 @@ def _record(source: Path, line: str) -> FoodRecord:
         dish = json.loads(line)
         return FoodRecord(
             id=safe_name(dish["dish_id"]),
-            image=str((source / "sample_images" / f"{dish['dish_id']}.jpg").resolve()),
+            image=str(look_up(source / "sample_images" / f"{dish['dish_id']}.jpg").resolve()),
             source="nutrition5k",
             ingredients=tuple(map(_ingredient, dish["ingredients"])),
             nutrition=_nutrition(dish),

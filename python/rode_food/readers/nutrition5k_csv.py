@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from rode_food.look_up import look_up
 from rode_food.readers.common import Broken, first_existing, number_of, read_lines, safe_name, shown
 from rode_food.readers.log import ReadLog
 from rode_food.records import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition, RecordError
@@ -184,11 +185,12 @@ def _foodlmm(ingredients: tuple[Ingredient, ...]) -> tuple[Ingredient, ...]:
 
 def _picture(source: Path, dish: str, *, side: bool) -> Path | None:
     for folder in (source / "imagery" / "realsense_overhead", source / "images"):
-        if (folder / dish / "rgb.png").is_file():
-            return (folder / dish / "rgb.png").resolve()
+        picture = look_up(folder / dish / "rgb.png")
+        if picture.is_file():
+            return picture.resolve()
     if side:
         for folder in (source / "imagery" / "side_angles", source / "images"):
-            frames = sorted((folder / dish).rglob("*.jp*g"))
+            frames = sorted(look_up(folder / dish).rglob("*.jp*g"))
             chosen = [f for f in frames if f.name.startswith(("camera_A", "camera_D"))] or frames
             if chosen:
                 return chosen[len(chosen) // 2].resolve()  # the middle of the sweep

@@ -11,7 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from rode_food.atomic import replacing
-from rode_food.readers.common import Broken, look_up, shown
+from rode_food.look_up import look_up
+from rode_food.readers.common import Broken, shown
 
 _KINDS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"))
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rode_food.look_up import look_up
 from rode_food.readers.common import (
     NO_INGREDIENT,
     Broken,
@@ -122,6 +124,12 @@ def _valid_names(names: JsonIndex | None, identifier: str, count: int) -> list[s
     return [None] * count
 
 
+def _letters(name: str) -> str:
+    """The four letters that name a picture's folders; empty where the name does not begin with four."""
+    letters = unicodedata.normalize("NFC", name)[:4]
+    return letters if len(letters) == 4 and letters.isalnum() else ""
+
+
 class Pictures:
     """The pictures of recipes, by layer2."""
 
@@ -149,7 +157,7 @@ class Pictures:
             if not isinstance(images, list):
                 raise Broken("images that are no list")
             names = [safe_name(image.get("id") if isinstance(image, dict) else image) for image in images]
-            if any(len(name) < 4 or not name[:4].isalnum() for name in names):
+            if any(not _letters(name) for name in names):
                 raise Broken("a picture's name of odd letters", ", ".join(names))
         except Broken as error:
             self.log.leave_out_broken(
@@ -169,10 +177,12 @@ class Pictures:
             self.log.leave_out("no picture on disk", file=file, line=line, detail=names[0])
 
     def find(self, name: str, split: str) -> str | None:
-        below = os.path.join(*name[:4], name)
+        below = os.path.join(*_letters(name), name)
         roots = self.roots[split]
         for number, root in enumerate(roots):
             path = os.path.join(root, below)
+            if not name.isascii():
+                path = str(look_up(Path(path)))
             if os.path.isfile(path):
                 if number:  # pictures of a split lie together
                     roots.insert(0, roots.pop(number))

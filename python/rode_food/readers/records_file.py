@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rode_food.look_up import look_up
 from rode_food.readers.json_rows import read_json_lines
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, RecordError, record_from_json, with_images
@@ -28,4 +29,4 @@ def read(source: Path, log: ReadLog) -> Iterator[FoodRecord]:
             )
         else:
             seen.add(record.id)
-            yield with_images(record, (str(folder / image) for image in record.images))
+            yield with_images(record, (str(look_up(folder / image)) for image in record.images))

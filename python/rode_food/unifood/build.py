@@ -99,7 +99,7 @@ def build_unifood(
         settings: of the whole build.
         out: the build's folder, one below it for each stage; `records.jsonl` in it is what golden leaves.
         engine: where work on single records runs; the bytes do not depend on it.
-        stages: which to run, in the builder's order; those before them must be done.
+        stages: which to run, in the builder's order; those before them must be done, else the error names them.
         redo: run them although they are done.
         dry_run: only say what the stages would do, by default what labelling would cost; nothing is sent.
         progress: show bars.
@@ -120,6 +120,8 @@ def build_unifood(
     settings.check()
     out = Path(out)
     results = []
+    if dry_run:
+        _check_before(settings, out, min(stages, key=STAGES.index))  # which leaves no folder behind
     with _alone(out):
         for left in out.rglob(".*.tmp"):  # of a build that was killed: nobody else writes here now
             left.unlink()
@@ -134,14 +136,8 @@ def build_unifood(
 def _run(
     settings: UnifoodSettings, out: Path, name: str, engine: Engine, redo: bool, dry_run: bool, progress: bool
 ) -> StageResult:
-    before = STAGES[: STAGES.index(name)]
-    source = out / before[-1] / "records.jsonl" if before else None
-    if source is not None and not (source.parent / "done.json").is_file():
-        raise ValueError(
-            f"stage {name}: reads what stage {before[-1]} writes to {source}, which is not done; run it first"
-        )
-    if source is not None:
-        _check_fresh(settings, out, before[-1], name)
+    _check_before(settings, out, name)
+    source = _source(out, name)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     done = folder / "done.json"
@@ -182,19 +178,29 @@ def _forget(folder: Path, name: str) -> None:
             path.unlink()
 
 
-def _check_fresh(settings: UnifoodSettings, out: Path, name: str, wanted_by: str) -> None:
-    """The stage before must have run with these settings, and so on to the first."""
+def _source(out: Path, name: str) -> Path | None:
+    """The records that a stage reads."""
+    number = STAGES.index(name)
+    return out / STAGES[number - 1] / "records.jsonl" if number else None
+
+
+def _check_before(settings: UnifoodSettings, out: Path, name: str) -> None:
+    """Every stage before must have run, and with these settings. Raises ValueError that names all that must run first."""
     before = STAGES[: STAGES.index(name)]
-    source = out / before[-1] / "records.jsonl" if before else None
-    done = out / name / "done.json"
-    if not done.is_file() or json.loads(done.read_text(encoding="utf-8"))["key"] != _key(
-        settings, name, out, source
-    ):
+    for number, earlier in enumerate(before):
+        done = out / earlier / "done.json"
+        if not done.is_file():
+            why = f"stage {earlier} has not run in {out}"
+        elif json.loads(done.read_text(encoding="utf-8"))["key"] != _key(
+            settings, earlier, out, _source(out, earlier)
+        ):
+            why = f"settings or input of stage {earlier} have changed since it ran"
+        else:
+            continue
+        stages = " ".join(f"--stage {stage}" for stage in before[number:])
         raise ValueError(
-            f"stage {wanted_by}: settings or input of stage {name} have changed since it ran; run it again first"
+            f"stage {name}: {why}; run first: rode data build-unifood SETTINGS.yaml {out} {stages}"
         )
-    if source is not None:
-        _check_fresh(settings, out, before[-1], wanted_by)
 
 
 def _key(settings: UnifoodSettings, name: str, out: Path, source: Path | None) -> str:

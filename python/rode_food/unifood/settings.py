@@ -18,25 +18,31 @@ class SourceSettings:
     """One source in its publisher's layout."""
 
     kind: str
-    """A key of `rode_food.readers.READERS`."""
+    """Its layout: one of the kinds of [sources.md](sources.md)."""
     path: str
     """Its folder (a file for kind `records`)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the reader: `images_per_recipe: 3`, say."""
+    """Options of its reader: `images_per_recipe: 3`, say."""
 
 
 @dataclass
 class SelectSettings:
+    """Choice of the records that are taken."""
+
     size: int = 100_000
     """Records of all splits together; fewer where the sources have fewer."""
     near_duplicate_bits: int = 4
     """Pictures whose 64-bit perceptual hashes differ in at most so many bits are one picture."""
     on_bad_image: Literal["skip", "error"] = "skip"
+    """A picture that is missing or cannot be decoded: leave its record out and name it, or stop."""
     min_ingredients: int = 2
+    """Ingredients that a record must have."""
     max_ingredients: int = 19
+    """Ingredients that it may have."""
     split_fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "val": 0.1, "test": 0.1})
     """For sources without splits: a hash of the id decides."""
     seed: int = 0
+    """Another one draws another sample."""
 
 
 @dataclass
@@ -51,16 +57,22 @@ class CategorySettings:
 
 @dataclass
 class AggregateSettings:
+    """How ingredients are summed up to a dish."""
+
     micronutrient_coverage: float = 0.9
     """A micronutrient's sum is kept where the ingredients that state it have this share of the dish's mass."""
     min_mass: float = 10.0
     """Grams of a dish; below, or above `max_mass`, its label is no plate or recipe of food."""
     max_mass: float = 20_000.0
+    """Grams of a dish, see `min_mass`."""
 
 
 @dataclass
 class ShardSettings:
+    """How records and pictures are packed."""
+
     format: Literal["webdataset", "parquet"] = "webdataset"
+    """Tar files or Parquet files."""
     size: int = 1000
     """Records of a shard."""
     on_bad_image: Literal["skip", "error"] = "error"
@@ -69,6 +81,8 @@ class ShardSettings:
 
 @dataclass
 class VocabularySettings:
+    """Choice of the names of ingredients that are common enough."""
+
     min_count: int = 10
     """Mentions in the training split that a name of an ingredient must have, with its variants."""
 
@@ -78,15 +92,23 @@ class UnifoodSettings:
     """The whole build; `configs/build/unifood.yaml` is an example."""
 
     sources: list[SourceSettings]
+    """What to build from, one entry for each source."""
     name: str = "unifood"
     """What the records' `source` says in the end."""
     select: SelectSettings = field(default_factory=SelectSettings)
+    """Settings of stage select."""
     categorise: CategorySettings = field(default_factory=CategorySettings)
+    """Settings of stage categorise, and of the categories that select balances."""
     label: LabelSettings = field(default_factory=LabelSettings)
+    """Settings of stage label."""
     aggregate: AggregateSettings = field(default_factory=AggregateSettings)
+    """Settings of stage aggregate."""
     golden: GoldenSettings = field(default_factory=GoldenSettings)
+    """Settings of stage golden."""
     shard: ShardSettings = field(default_factory=ShardSettings)
+    """Settings of stage shard."""
     vocabulary: VocabularySettings = field(default_factory=VocabularySettings)
+    """Settings of the vocabulary that stage statistics finds."""
 
     def check(self) -> None:
         """Checks beyond types; label and golden check their own. Raises SettingsError, naming the key."""

@@ -66,6 +66,7 @@ class Audit:
         self._dishes = _Sums()
         self._counts: Counter[str] = Counter()
         self._untold: Counter[str] = Counter()
+        self._lacking: Counter[str] = Counter()
         self._no_grams: Counter[str] = Counter()
         self._outside: Counter[str] = Counter()
 
@@ -81,7 +82,10 @@ class Audit:
             self._counts["ingredients"] += 1
             how = "none" if estimate.match is None else estimate.match.how
             self._counts[f"ingredients_{how}"] += 1
-            if how != "map":
+            if estimate.lacks is not None:
+                self._counts["ingredients_lacking"] += 1
+                self._lacking[f"{estimate.lacks.name} ({self._estimator.number(estimate.lacks)})"] += 1
+            elif how != "map":
                 self._untold[ingredient.name.lower()] += 1
             if estimate.grams.grams is not None:
                 self._counts["lines_with_grams"] += 1
@@ -102,16 +106,16 @@ class Audit:
             return
         label = {name: float(getattr(nutrition, name)) for name in NUTRIENTS}
         self._counts["ingredients_labelled"] += 1
-        match = estimate.match
-        if match is None or not (self._automatic or estimate.trusted):
+        food = estimate.food(self._automatic)
+        if food is None:
             group = self._groups[_NOT_TOLD]
             group.count += 1
             group.mass += mass
             group.label_energy += label["energy"]
             return
-        usda = {name: getattr(match.food, name) * mass / 100 for name in NUTRIENTS}
-        self._groups[match.food.group].add(mass, label, usda)
-        self._names[ingredient.name.lower(), match.food.description].add(mass, label, usda)
+        usda = {name: getattr(food, name) * mass / 100 for name in NUTRIENTS}
+        self._groups[food.group].add(mass, label, usda)
+        self._names[ingredient.name.lower(), food.description].add(mass, label, usda)
 
     def _add_dish(self, comparison: Comparison) -> None:
         outside = disagreements(comparison, self._limits)
@@ -124,7 +128,8 @@ class Audit:
         self._outside.update(outside)
 
     def result(self) -> dict[str, Any]:
-        """JSON-able: `counts`, `groups`, `dishes`, `worst` names by difference in energy, `untold` names.
+        """JSON-able: `counts`, `groups`, `dishes`, `worst` names by difference in energy, `untold` names, and `lacking`: foods
+        chosen by hand that the table does not have.
 
         pMAE is 100 x sum |label - USDA| / sum USDA, bias the same without the bars; masses in g.
         """
@@ -146,5 +151,6 @@ class Audit:
                 for (name, food), sums in names[: self._worst]
             ],
             "untold": dict(self._untold.most_common(self._worst)),
+            "lacking": dict(self._lacking.most_common(self._worst)),
             "no_grams": dict(self._no_grams.most_common(self._worst)),
         }

@@ -55,6 +55,11 @@ def _facts(result: dict[str, Any]) -> list[str]:
         f"dishes checked: {of('dishes_checked', 'dishes')}; not checkable: {counts.get('dishes_not_checkable', 0)}; "
         f"without a nutrition label: {counts.get('dishes_unlabelled', 0)}",
     ]
+    if counts.get("ingredients_lacking"):
+        facts.append(
+            f"ingredients whose food the table lacks, although it was chosen by hand: {of('ingredients_lacking', 'ingredients')}; "
+            "labels and names may be right, and SR Legacy or the full download has these foods"
+        )
     if counts.get("dishes_checked"):
         outside = ", ".join(f"{name} {n}" for name, n in result["dishes"]["outside"].items()) or "none"
         facts.append(f"dishes that agree: {of('dishes_agreeing', 'dishes_checked')}; outside by {outside}")
@@ -68,16 +73,20 @@ def _facts(result: dict[str, Any]) -> list[str]:
     return facts
 
 
+_LISTS = {
+    "lacking": "foods that the table lacks",
+    "untold": "names without a food chosen by hand",
+    "no_grams": "lines without grams",
+}
+
+
 def audit_text(result: dict[str, Any]) -> str:
     """The text for a terminal."""
     parts = ["\n".join(_facts(result))]
     if result["groups"]:
         parts += ["label against USDA, in %:\n" + text_table([_HEAD, *_group_rows(result)])]
         parts += ["names whose labels differ most:\n" + text_table([_WORST_HEAD, *_worst_rows(result)])]
-    for key, title in (
-        ("untold", "names without a food chosen by hand"),
-        ("no_grams", "lines without grams"),
-    ):
+    for key, title in _LISTS.items():
         if result[key]:
             parts.append(f"{title}: " + ", ".join(f"{name} {n}" for name, n in result[key].items()))
     return "\n\n".join(parts)
@@ -91,13 +100,10 @@ def audit_html(result: dict[str, Any], title: str) -> str:
     if result["groups"]:
         body += ["<h2>By food group</h2>", table([_HEAD, *_group_rows(result)])]
         body += ["<h2>Names whose labels differ most</h2>", table([_WORST_HEAD, *_worst_rows(result)])]
-    for key, heading in (
-        ("untold", "Names without a food chosen by hand"),
-        ("no_grams", "Lines without grams"),
-    ):
+    for key, title in _LISTS.items():
         if result[key]:
             body += [
-                f"<h2>{heading}</h2>",
+                f"<h2>{title[0].upper()}{title[1:]}</h2>",
                 table([["", "n"], *([k, str(n)] for k, n in result[key].items())]),
             ]
     return page(title, body)

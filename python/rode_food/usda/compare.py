@@ -106,7 +106,7 @@ def compare(record: FoodRecord, estimator: Estimator, *, automatic: bool = False
 def _part(ingredient: Ingredient, estimator: Estimator, automatic: bool) -> Part:
     estimate = estimator.estimate(ingredient)
     grams = ingredient.mass if ingredient.mass is not None else estimate.grams.grams
-    food = estimate.match.food if estimate.match is not None and (automatic or estimate.trusted) else None
+    food = estimate.food(automatic)
     if food is not None and grams is None and not any(getattr(food, name) for name in NUTRIENTS):
         grams = 0.0  # salt or water "to taste": however much it is, it adds nothing
     usda = None if food is None or grams is None else nutrition_of(food, grams)

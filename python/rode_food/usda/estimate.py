@@ -26,15 +26,26 @@ class Estimate:
     Attributes:
         match: the food, or None.
         grams: by the line's own words; see `Grams`.
+        lacks: the food that was chosen by hand for the name, where the table does not have it: no fault of line or label.
     """
 
     match: Match | None
     grams: Grams
+    lacks: CommonFood | None = None
 
     @property
     def trusted(self) -> bool:
         """The food was chosen by hand."""
         return self.match is not None and self.match.how == "map"
+
+    def food(self, automatic: bool) -> Food | None:
+        """The food to compare a label with: one chosen by hand, or if `automatic` the nearest description.
+
+        Where the table lacks the food that was chosen by hand, the nearest one is another, and none is given.
+        """
+        if self.match is None or not (self.trusted or (automatic and self.lacks is None)):
+            return None
+        return self.match.food
 
 
 def nutrition_of(food: Food, grams: float) -> dict[str, float]:
@@ -66,11 +77,19 @@ class Estimator:
             self._known[key] = self.estimate_line(line_of(ingredient))
         return self._known[key]
 
+    def number(self, food: CommonFood) -> str:
+        """The NDB number of a food of the map, in the state that names have here."""
+        return food.served if self.matcher.state == "served" else food.ndb_no
+
     def estimate_line(self, line: Line) -> Estimate:
         """The estimate for a line that was read."""
         canned = any(amount.unit in _CANS for amount in line.amounts)
         match = self.matcher.match(line.names, canned=canned) if line.names else None
-        return Estimate(match, to_grams(line, match.food if match else None))
+        lacks = self.matcher.lacking(line.names, canned=canned) if line.names else None
+        grams = to_grams(line, match.food if match else None)
+        if lacks is not None and match is None and grams.grams is None:
+            grams = Grams(None, "the table lacks the food")
+        return Estimate(match, grams, lacks)
 
 
 @functools.lru_cache(maxsize=4)

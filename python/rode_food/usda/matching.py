@@ -114,6 +114,23 @@ class Matcher:
             self._found[key] = self._match([form for name in readings if (form := normalise(name))], canned)
         return self._found[key]
 
+    def lacking(self, names: str | Iterable[str], *, canned: bool = False) -> CommonFood | None:
+        """The food that the map has for a line's names, where the map knows them and the table does not have that food.
+
+        Args:
+            names, canned: as for `match`.
+        """
+        found = self.match(names, canned=canned)
+        if found is not None and found.how == "map":
+            return None
+        for name in (names,) if isinstance(names, str) else names:
+            for reading in simpler(normalise(name)):
+                for form in (f"canned {reading}" if canned else "", reading):
+                    row = self._common.get(form)
+                    if row is not None and self._of(form, served=self.state == "served") is None:
+                        return row
+        return None
+
     def _match(self, names: list[str], canned: bool) -> Match | None:
         for name in names:
             if (match := self._mapped(name, canned)) is not None:

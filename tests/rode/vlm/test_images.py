@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from rode.vlm import PixelSource, image_problems, open_image
-from rode.vlm.images import pad_to_square, picture_size
+from rode.vlm.images import pad_to_square
+from rode_food.images import picture_size
 from tiny_llava import draw, tiny_processor
 
 

@@ -88,14 +88,15 @@ def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(
         ValueError,
-        match=r"stage categorise: reads what stage select writes to .*, which is not done; run it first",
+        match=r"stage categorise: stage select has not run in .*out; run first: rode data .*out --stage select$",
     ):
         build(settings, out, "categorise")
     build(settings, out, "select")
     build(settings, out, "categorise")
     settings.select.size = 4
     with pytest.raises(
-        ValueError, match="stage categorise: settings or input of stage select have changed since it ran"
+        ValueError,
+        match=r"stage categorise: settings or input of stage select have changed since it ran; run first: .* --stage select$",
     ):
         build(settings, out, "categorise")
     with pytest.raises(
@@ -104,6 +105,54 @@ def test_a_stage_needs_the_one_before_it(tmp_path: Path) -> None:
         build(settings, out, "lable")
     with pytest.raises(ValueError, match="dry run: stage select has none"):
         build(settings, out, "select", dry_run=True)
+
+
+def test_a_dry_run_says_what_must_run_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = dishes(tmp_path / "in", 12)
+    file, out = tmp_path / "build.yaml", tmp_path / "fresh"
+    file.write_text(f"sources: [{{kind: records, path: {source}}}]\ncategorise: {{min_count: 2}}\n")
+    command = ["data", "build-unifood", str(file), str(out), "--quiet", "--workers", "1"]
+    assert main([*command, "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        f"rode: stage label: stage select has not run in {out}; run first: "
+        f"rode data build-unifood SETTINGS.yaml {out} --stage select --stage categorise\n"
+    )
+    assert not out.exists(), "a dry run leaves nothing behind"
+    first = said.partition(f"SETTINGS.yaml {out} ")[2].split()
+    assert main([*command, *first]) == 0
+    assert main([*command, "--dry-run"]) == 0
+    assert "label: dry run True, records 12, settled 0, to ask 12" in capsys.readouterr().out
+    assert main([*command, "--stage", "golden", "--dry-run"]) == 1
+    assert capsys.readouterr().err.endswith(f"{out} --stage label --stage aggregate\n")
+    assert not (out / "golden").exists()
+    # changed settings of the first stage name every stage after it, too
+    assert main([*command, "--dry-run", "select.size=8"]) == 1
+    said = capsys.readouterr().err
+    assert "settings or input of stage select have changed since it ran; run first: " in said
+    assert said.endswith("--stage select --stage categorise\n")
+
+
+def test_words_are_explained_before_they_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = dishes(tmp_path / "in", 12)
+    with source.open("a") as out:
+        out.write("{\n")
+    file = tmp_path / "build.yaml"
+    file.write_text(f"sources: [{{kind: records, path: {source}}}]\ncategorise: {{min_count: 2}}\n")
+    command = ["data", "build-unifood", str(file), str(tmp_path / "out"), "--quiet", "--workers", "1"]
+    assert main([*command, "--stage", "select"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "left out means not used: broken, or without what a record needs, such as a picture"
+    assert lines[1].startswith("select: read 12, left out (1 invalid JSON)")
+    # and in the other commands that count entries
+    assert main(["data", "inspect", str(source), "--samples", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "broken (damaged, or of another form than the layout's: not used): 1\n  1 x invalid JSON\n" in said
+    assert "left out (sound, but without what a record needs, such as a picture: not used): 0\n" in said
+    assert "noted (used, with a doubt): 0" in said
+    assert main(["data", "convert", "records", str(source), str(tmp_path / "r.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert said.index("left out means") < said.index("; left out 1 with invalid JSON")
 
 
 @pytest.mark.parametrize(

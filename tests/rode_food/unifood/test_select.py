@@ -17,6 +17,8 @@ from made_up_dishes import dishes, paint
 from rode_food.images import ImageError
 from rode_food.records import FoodRecord, Ingredient, read_records, write_records
 from rode_food.unifood import select
+from rode_food.unifood import stage as stage_module
+from rode_food.unifood.engines import make_engine
 from rode_food.unifood.select import _Candidates, _order, hash_pictures
 from rode_food.unifood.stage import Stage
 from tagger import need_tagger
@@ -43,8 +45,14 @@ def test_a_small_source_is_taken_whole_in_its_order(tmp_path: Path, stage: MakeS
     ]  # fmt: skip
 
 
-def test_lines_are_read_by_the_library_after_selection(tmp_path: Path, stage: MakeStage) -> None:
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lines_are_read_by_the_library_after_selection(
+    tmp_path: Path, stage: MakeStage, engine: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     need_tagger()
+    monkeypatch.setenv("RODE_LINES_CACHE", "off")  # each worker reads them itself
+    monkeypatch.setattr(stage_module.Stage.in_parts, "__defaults__", (2,))
     source = dishes(tmp_path / "in", 4)
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     for row in rows:
@@ -53,7 +61,7 @@ def test_lines_are_read_by_the_library_after_selection(tmp_path: Path, stage: Ma
             {"name": "water", "amount": 14, "unit": "cup", "text": "14 cup water"},
         ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one = stage("select", small_settings(source, size=100))
+    one = stage("select", small_settings(source, size=100), engine=make_engine(engine, workers))
     report = select.run(one)
     assert report["noted"] == {"a lost slash": 4}
     assert "lines" not in report

@@ -177,7 +177,9 @@ shard: {{size: 10, format: parquet}}
         assert "label.concurrency: expected at least 1, got 0" in capsys.readouterr().err
         assert main([*command, url]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("select: done already; read 201")
+    assert said.startswith("left out means not used: broken, or without what a record needs")
+    assert said.count("left out means") == 1
+    assert "\nselect: done already; read 201" in said
     records = list(read_records(tmp_path / "out" / "records.jsonl"))
     assert len(records) > 20
     assert all(record.nutrition is not None and record.nutrition.complete for record in records)

@@ -125,6 +125,42 @@ def test_audit_by_hand(tiny):
     json.dumps(result)
 
 
+def test_the_table_lacks_a_food(parser):
+    """Foundation foods alone have no olive oil: neither the label nor the name is at fault."""
+    foods = {id: food for id, food in tiny_table().foods.items() if id != "00005"}
+    estimator = Estimator(FoodTable(foods), "recipe", tiny_common())
+    assert estimator.estimate(OIL).lacks == tiny_common()["oil"]
+    assert estimator.estimate(FLOUR).lacks is None
+    assert estimator.estimate(DUST).lacks is None
+    by_number = Ingredient("oil", text="2 oils")
+    assert estimator.estimate(by_number).grams.how == "the table lacks the food"
+    result = Audit(estimator, LIMITS).add_all([dish(FLOUR, OIL), dish(OIL), dish(DUST)]).result()
+    assert result["lacking"] == {"oil (00005)": 2}
+    assert result["untold"] == {"stardust": 1}
+    assert result["counts"]["ingredients_lacking"] == 2
+    assert result["counts"]["dishes_not_checkable"] == 3
+    assert result["dishes"]["outside"] == {}
+    text = audit_text(result)
+    assert "ingredients whose food the table lacks, although it was chosen by hand: 2 of 4 (50.0 %)" in text
+    assert (
+        "foods that the table lacks: oil (00005) 2\n\nnames without a food chosen by hand: stardust 1" in text
+    )
+    assert "<h2>Foods that the table lacks</h2>" in audit_html(result, "a")
+    # the nearest description is no food to compare the label with, even where automatic ones are trusted
+    dressing = Food("00099", "Dressing, oil, test", "Fats", 400, 40, 0, 5)
+    nearest = Estimator(FoodTable({**foods, "00099": dressing}), "recipe", tiny_common())
+    assert nearest.estimate(OIL).match.food == dressing
+    assert compare(dish(OIL), nearest, automatic=True).mass_coverage == 0
+    assert "Fats" not in Audit(nearest, LIMITS, automatic=True).add_all([dish(OIL)]).result()["groups"]
+    # what rice is on a plate has another number than what it is in a recipe
+    foods = {id: food for id, food in tiny_table().foods.items() if id != "00008"}
+    served = Estimator(FoodTable(foods), "served", tiny_common())
+    rice = labelled("rice", 100, 130, 0.2, 2.5, 28)
+    assert Audit(served, LIMITS).add_all([dish(rice)]).result()["lacking"] == {"rice (00008)": 1}
+    recipe = Estimator(FoodTable(foods), "recipe", tiny_common())
+    assert Audit(recipe, LIMITS).add_all([dish(rice)]).result()["lacking"] == {}
+
+
 def test_audit_report(tiny):
     bad = labelled("<b>flour", 100, 450, 1, 10, 75, text="100 g flour")
     result = Audit(tiny, LIMITS).add_all([dish(bad)]).result()

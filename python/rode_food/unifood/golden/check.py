@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from rode_food.images import ImageError, decode_picture
+from rode_food.images import ImageError, decode_picture, to_rgb
 from rode_food.records import NUTRITION_FIELDS, FoodRecord, Ingredient, record_from_json
 from rode_food.unifood.golden.settings import GoldenSettings
 from rode_food.usda.compare import Comparison, compare, disagreements
@@ -25,7 +25,8 @@ OUTSIDE = "outside tolerance"
 def check_lines(lines: list[str], settings: GoldenSettings) -> list[str]:
     """Records as JSON lines -> verdicts as JSON lines.
 
-    A verdict has `id`, `category`, `reason` (None for a label that agrees), `fields` that are outside, and `numbers`.
+    A verdict has `id`, `category`, `reason` (None for a label that agrees), `fields` that are outside, `lacking` (ingredients whose
+    food the table does not have, if any), and `numbers`.
     """
     estimator = shared_estimator(settings.usda or "", settings.state)
     return [_check(record_from_json(json.loads(line)), settings, estimator) for line in lines]
@@ -49,6 +50,11 @@ def _check(record: FoodRecord, settings: GoldenSettings, estimator: Estimator) -
         "fields": fields,
         "numbers": None if comparison is None else numbers_of(comparison),
     }
+    lacking = (
+        [part.estimate.lacks.name for part in comparison.parts if part.estimate.lacks] if comparison else []
+    )
+    if lacking:
+        verdict["lacking"] = lacking
     return json.dumps(verdict, ensure_ascii=False)
 
 
@@ -116,10 +122,8 @@ def _stated(ingredient: Ingredient) -> str:
 
 def thumbnail(record: FoodRecord) -> tuple[str | None, str | None]:
     """(a JPEG as a data URI, None), or (None, what is wrong with the picture)."""
-    from PIL import ImageOps  # slow to import
-
     try:
-        small = ImageOps.exif_transpose(decode_picture(record.image, THUMBNAIL)).convert("RGB")
+        small = to_rgb(decode_picture(record.image, THUMBNAIL))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         out = io.BytesIO()
         small.save(out, "JPEG", quality=70)

@@ -26,10 +26,11 @@ THINNED = "category is full"
 REJECTED = "rejected by a person"
 DROPPED = "dropped.jsonl"
 PAGE = "review.html"
+_NAMED = 10  # foods named in the report
 
 
 def run(stage: Stage) -> dict[str, Any]:
-    """Writes records.jsonl, dropped.jsonl (id, category, reason, fields, numbers) and review.html.
+    """Writes records.jsonl, dropped.jsonl (id, category, reason, fields, lacking, numbers) and review.html.
 
     Records of other splits than `golden.splits` pass through. Of the rest stay those whose label agrees with USDA's
     tables, at most so many of a category, without those that `decisions.json` in the stage's folder rejects; whoever is
@@ -37,7 +38,8 @@ def run(stage: Stage) -> dict[str, Any]:
 
     Returns:
         Counts: `checked`, `passed_through`, `dropped` by reason, `outside` by field, `kept`, `accepted`, `rejected`,
-        `undecided`, `decisions_unused` (for samples that are not among those asked about).
+        `undecided`, `decisions_unused` (for samples that are not among those asked about), and if the table lacks foods that names
+        mean, `lacked_by_the_table`: food -> samples.
 
     Raises:
         SettingsError: without `golden.usda`, or for a split that is none.
@@ -59,8 +61,10 @@ def run(stage: Stage) -> dict[str, Any]:
     checked = functools.partial(stage.in_parts, "checked", functools.partial(check_lines, settings=settings))
     reasons: dict[str, str] = {}
     outside: Counter[str] = Counter()
+    lacking: Counter[str] = Counter()
     agreeing: list[tuple[str, str | None]] = []
     for row in map(json.loads, checked(lines())):
+        lacking.update(dict.fromkeys(row.get("lacking", ()), 1))
         if row["reason"] is None:
             agreeing.append((row["id"], row["category"]))
         else:
@@ -100,6 +104,7 @@ def run(stage: Stage) -> dict[str, Any]:
         "rejected": sum(decisions.get(id) == "reject" for id in asked),
         "undecided": sum(id not in decisions for id in asked),
         "decisions_unused": sum(id not in asked for id in decisions),
+        **({"lacked_by_the_table": dict(lacking.most_common(_NAMED))} if lacking else {}),
     }
 
 

@@ -10,6 +10,8 @@ from rode_food.usda.compare import Limits
 
 @dataclass
 class GoldenSettings:
+    """Choice of the labels that agree with the USDA's tables ([golden.md](golden.md)), and how many stay."""
+
     usda: str | None = None
     """Folder of USDA's tables (`rode_food.usda.load_foods` says which); the stage cannot run without it."""
     splits: list[str] = field(default_factory=lambda: ["test"])

@@ -10,11 +10,13 @@ from rode_food.settings import SettingsError
 
 @dataclass
 class LabelSettings:
-    """`docs/labelling.md` goes through them. Times are in seconds, prices in whatever currency the endpoint bills."""
+    """How nutrition is asked for ([labelling.md](labelling.md)). Times are in seconds, prices in whatever currency the endpoint
+    bills."""
 
     base_url: str = "https://api.openai.com/v1"
-    """Of any OpenAI-compatible server, a local one as well."""
+    """Address of any OpenAI-compatible server, a local one as well."""
     model: str = "gpt-4o"
+    """Its name at that server."""
     api_key_env: str | None = "OPENAI_API_KEY"
     """Environment variable that holds the key; a local server needs none."""
     mode: Literal["live", "batch"] = "live"
@@ -25,6 +27,7 @@ class LabelSettings:
     structured: Literal["json_schema", "json_object", "none"] = "json_schema"
     """How far the server can be made to answer in JSON; what it cannot enforce is asked for in words."""
     micronutrients: bool = True
+    """Ask for them as well."""
     image_side: int = 768
     """Pictures are sent as JPEG, the longest side at most so many pixels."""
     image_detail: Literal["high", "low", "auto"] = "high"
@@ -32,7 +35,7 @@ class LabelSettings:
     temperature: float | None = 0.0
     """None: not sent, for models that refuse it."""
     max_tokens: int = 4096
-    """Of one answer, hidden reasoning included."""
+    """Tokens of one answer, hidden reasoning included."""
     max_tokens_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """OpenAI's name for that limit; local servers may know only the older `max_tokens`."""
     extra_body: dict[str, Any] = field(default_factory=dict)
@@ -41,12 +44,13 @@ class LabelSettings:
     concurrency: int = 8
     """Requests under way at once (live); pictures encoded at once (batch)."""
     timeout: float = 120.0
-    """Without a byte from the server."""
+    """How long the server may send nothing."""
     retries: int = 6
     """Tries beyond the first, where a later one may succeed."""
     backoff: float = 1.0
     """Longest wait before the second try; doubles with every further one; the wait is drawn from 0 up to it."""
     backoff_limit: float = 60.0
+    """The longest such wait."""
     retry_after_limit: float = 600.0
     """A server that asks for a longer pause (Retry-After) stops the job."""
     give_up_after: int = 20
@@ -55,16 +59,20 @@ class LabelSettings:
     wait: bool = True
     """Batch: poll until all is done; false: submit, fetch what is there, and return."""
     poll: float = 60.0
+    """Batch: how often the server is asked."""
     batch_requests: int = 2000
     """Requests of one batch; OpenAI allows 50,000."""
     batch_bytes: int = 90_000_000
-    """Of one batch's file; OpenAI allows 200 MB."""
+    """Bytes of one batch's file; OpenAI allows 200 MB."""
     batches_at_once: int = 10
+    """Batches under way at the server."""
 
     price_input: float | None = None
-    """For a million tokens."""
+    """For a million tokens of requests; needed for `budget`, with `price_output`."""
     price_output: float | None = None
+    """For a million tokens of answers."""
     batch_price_factor: float = 0.5
+    """What mode batch costs of the live price."""
     tokens_per_image: int | None = None
     """None: gpt-4o's rule, 85 tokens and 170 for each tile of 512 pixels; other models count otherwise."""
     budget: float | None = None

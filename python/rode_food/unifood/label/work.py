@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
+from rode_food.images import open_picture, picture_size
 from rode_food.records import FoodRecord, Ingredient, Nutrition
 from rode_food.unifood.label.ledger import Content, Ledger
 from rode_food.unifood.label.price import Estimate, estimate, price_at_most
@@ -119,16 +119,14 @@ def is_labelled(record: FoodRecord) -> bool:
 
 def fingerprint(basis: str, lines: list[str]) -> list[str]:
     """From [path, ingredient lines] to [key, width, height], or ["", what is wrong with the picture]; all as JSON."""
-    from PIL import Image
-
     rows = []
     for line in lines:
         path, texts = json.loads(line)
         try:
-            data = Path(path).read_bytes()
-            with Image.open(path) as image:
-                size = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with open_picture(path) as file:
+                data = file.read()
+            size = picture_size(path)
+        except Exception as error:  # Pillow raises any type for a header that is damaged
             rows.append(json.dumps(["", " ".join(str(error).split())]))
             continue
         content = json.dumps([basis, hashlib.sha256(data).hexdigest(), texts], ensure_ascii=False)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import re
 import shutil
@@ -8,7 +10,10 @@ import subprocess
 import threading
 
 import pytest
+from PIL import Image
 
+from rode_food.records import FoodRecord
+from rode_food.unifood.golden.check import thumbnail
 from rode_food.unifood.golden.page import write_page
 from rode_food.unifood.golden.run import run
 from rode_food.unifood.golden.server import make_server
@@ -36,6 +41,22 @@ def test_the_page_holds_everything_and_asks_nobody(make_stage):
     broken = entries["broken"]
     assert broken["image"] is None
     assert "not a picture" in broken["problem"] or "decoded" in broken["problem"]
+
+
+def test_a_picture_is_shown_as_a_person_sees_it(tmp_path):
+    image = Image.new("RGBA", (64, 32), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 16, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    data, problem = thumbnail(FoodRecord("a", str(tmp_path / "a.png"), "s"))
+    assert problem is None
+    shown = Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2])))
+    # what is transparent is white, and the red side is at the right
+    assert min(shown.getpixel((4, 16))) > 240
+    red, green, blue = shown.getpixel((60, 16))
+    assert red > 200
+    assert max(green, blue) < 60
 
 
 def test_words_of_a_record_cannot_end_the_script(tmp_path):

@@ -58,6 +58,21 @@ def test_what_disagrees_is_dropped_and_other_splits_pass(make_stage):
     assert sorted(p.name for p in stage.folder.iterdir()) == ["dropped.jsonl", "records.jsonl", "review.html"]
 
 
+def test_foods_that_the_table_lacks_are_named(make_stage):
+    stage = make_stage()
+    foods = Path(stage.settings.golden.usda) / "sr28_foods.csv"
+    rows = foods.read_text().splitlines()
+    foods.write_text("\n".join(row for row in rows if "Flour" not in row) + "\n")
+    report = run(stage)
+    assert report["lacked_by_the_table"] == {"flour": 12}
+    assert report["dropped"]["not checkable"] == 13
+    rows = {
+        row["id"]: row for row in map(json.loads, (stage.folder / "dropped.jsonl").read_text().splitlines())
+    }
+    assert rows["good"]["lacking"] == ["flour"]
+    assert "lacking" not in rows["unknown"]
+
+
 def test_records_stay_as_they_were(make_stage):
     stage = make_stage()
     run(stage)
