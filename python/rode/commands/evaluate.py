@@ -54,6 +54,11 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         help="file of `rode data vocabulary`: merge names of ingredients before they are compared (default: the config's)",
     )
     sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an evaluation that stopped in the output folder, if there is one",
+    )
+    sub.add_argument(
         "--tokenizer",
         choices=TOKENIZERS,
         help="of BLEU and ROUGE-L (default: the config's, which is auto: by the script of the true answers)",
@@ -122,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         routes=routes(args, model, processor),
         vocabulary=vocabulary,
         tokenizer=tokenizer,
+        resume=args.resume,
         progress=not args.quiet,
     )
     print(format_scores(scores))

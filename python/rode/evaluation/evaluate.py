@@ -47,6 +47,7 @@ def evaluate(
     gate_statistics: bool = True,
     vocabulary: Vocabulary | None = None,
     tokenizer: str = "auto",
+    resume: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Ask every example's question and score the answers.
@@ -61,11 +62,17 @@ def evaluate(
         gate_statistics: False does without gates.json, and without the counting.
         vocabulary: merges names of ingredients before they are compared; `predictions.jsonl` keeps them as they are.
         tokenizer: of BLEU and ROUGE-L; see `rode_food.metrics.score`.
+        resume: go on with an evaluation that stopped in `out_dir`, if there is one; its answers and scores are then those of one
+            that ran through.
 
     Returns:
         {"all" or source: {metric: value}}, see `rode_food.metrics.score`.
+
+    Raises:
+        FileExistsError, ValueError, BlockingIOError: see `rode.evaluation.unfinished.unfinished`.
     """
     from rode.evaluation.generate import answer
+    from rode.evaluation.unfinished import questions_digest, unfinished, weights_digest
     from rode.tuner import GateStatistics
 
     if not examples:
@@ -74,39 +81,58 @@ def evaluate(
     order = sorted(range(len(examples)), key=lambda i: (examples[i].task, len(examples[i].question), i))
     config = getattr(model, "active_peft_config", None)
     routed = gate_statistics and getattr(config, "routed", False)
-    with GateStatistics().attach(model) if routed else nullcontext() as statistics:
-        answers = answer(
+    run = {
+        "questions": questions_digest([examples[i] for i in order]),
+        "weights": weights_digest(model),
+        "prompt": prompt,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }
+    with (
+        unfinished(out_dir, run, resume=resume, with_gates=routed) as kept,
+        GateStatistics().attach(model) if routed else nullcontext() as statistics,
+    ):
+        if statistics is not None and kept.gates is not None:
+            statistics.restore(kept.gates)
+        if kept.answers:
+            logger.info("going on after %d of %d answers", len(kept.answers), len(order))
+        rest = order[len(kept.answers) :]
+        answers = kept.answers + answer(
             model,
             processor,
-            [examples[i].images for i in order],
-            [examples[i].question for i in order],
+            [examples[i].images for i in rest],
+            [examples[i].question for i in rest],
             prompt=prompt,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             source=source,
-            tasks=[examples[i].task for i in order],
+            tasks=[examples[i].task for i in rest],
             routes=routes,
             progress=progress,
+            on_batch=lambda texts: kept.add(texts, None if statistics is None else statistics.state()),
         )
-    if statistics is not None:
-        write_json(Path(out_dir) / "gates.json", statistics.report().to_dict())
-    by_index = dict(zip(order, answers, strict=True))
-    rows = [
+        rows = _rows(examples, dict(zip(order, answers, strict=True)))
+        if statistics is not None:
+            write_json(Path(out_dir) / "gates.json", statistics.report().to_dict())
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        write_text(Path(out_dir) / "predictions.jsonl", "".join(lines))
+    return _write_scores(Path(out_dir), score(rows, vocabulary, tokenizer))
+
+
+def _rows(examples: Sequence[Example], answers: dict[int, str]) -> list[dict[str, Any]]:
+    return [
         {
             "id": example.record_id,
             "source": example.source,
             "task": example.task,
             "question": example.question,
             "image": example.image,
-            "answer": by_index[i],
+            "answer": answers[i],
             "truth": example.answer,
             "reference": example.reference,
         }
         for i, example in enumerate(examples)
     ]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text(Path(out_dir) / "predictions.jsonl", "".join(lines))
-    return _write_scores(Path(out_dir), score(rows, vocabulary, tokenizer))
 
 
 def evaluation_examples(sources: Iterable[Source], split: str, limit: int | None = None) -> list[Example]:

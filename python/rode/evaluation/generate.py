@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ def answer(
     tasks: Sequence[str | None] | None = None,
     routes: Routes | None = None,
     progress: bool = False,
+    on_batch: Callable[[list[str]], None] | None = None,
 ) -> list[str]:
     """Answer each question about the picture, or pictures, beside it.
 
@@ -58,6 +59,7 @@ def answer(
         tasks: the task of each question, for an adapter whose router reads it.
         routes: what its router reads (`rode.training.side_inputs.make_routes`); None for an adapter that reads nothing but tasks.
         progress: show a bar.
+        on_batch: called with the answers of each batch, as soon as they are there.
 
     Returns:
         The answers in the order of the questions, without special tokens, stripped.
@@ -93,7 +95,10 @@ def answer(
         batch = collate(paths[part], questions[part], None if tasks is None else tasks[part])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        answers += texts
+        if on_batch is not None:
+            on_batch(texts)
         bar.update(len(ids))
     bar.close()
     return answers

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rode.evaluation import PARTIAL
 from rode.paper.results import (
     adapter_differences,
     collect,
@@ -237,7 +238,9 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
             raise RunFailed(
                 f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
             )
-    _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(config_file), *options], call))
+    go_on = ["--resume"] if (folder / "evaluation" / PARTIAL).exists() else []
+    evaluation = [*python, "evaluate", str(config_file), *go_on, *options]
+    _succeed(run, "evaluation", attempts.make(evaluation, call))
     write_json(run.result, collect(run.experiment, run.base, run.data, attempts.entries))
 
 

@@ -239,6 +239,34 @@ class GateStatistics:
             recorder.sums.clear()
             recorder.examples.clear()
 
+    def state(self) -> dict[str, Any]:
+        """The sums so far as JSON values, exactly, for `restore`; not with `by_example`."""
+        return {
+            recorder.name: {
+                adapter: {"ranks": list(recorder.ranks[adapter]), "sums": sums.tolist()}
+                for adapter, sums in recorder.sums.items()
+            }
+            for _, recorder in self._layers
+            if recorder.sums
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on counting from a `state` of the same model, in place of the counts so far.
+
+        Raises:
+            ValueError: it has layers that this model lacks.
+        """
+        recorders = {recorder.name: (layer, recorder) for layer, recorder in self._layers}
+        if surplus := sorted(state.keys() - recorders.keys()):
+            raise ValueError(f"GateStatistics: the counts are of another model: it has no layer {surplus[0]}")
+        self.reset()
+        for name, adapters in state.items():
+            layer, recorder = recorders[name]
+            for adapter, held in adapters.items():
+                recorder.ranks[adapter] = tuple(held["ranks"])
+                device = layer.adapter(adapter).A.device
+                recorder.sums[adapter] = torch.tensor(held["sums"], dtype=torch.float64, device=device)
+
     def __enter__(self) -> GateStatistics:
         return self
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rode_food.records import NUTRITION_FIELDS
 
 Values = Mapping[str, float | None]
-Truth = Mapping[str, float]
+Truth = Mapping[str, float | None]
+
+LARGEST = 100_000
+"""Grams, or kilocalories: no plate has more. A larger number in an answer means nothing, and counts as not given."""
 
 
 @dataclass(frozen=True)
 class PMAE:
-    """Percent throughout; None where it is undefined (every truth is 0, or no answer was parsed).
+    """Percent throughout; None where it is undefined (no truth is known, every truth is 0, or no answer was parsed).
 
     Attributes:
         fields: pMAE of each of `NUTRITION_FIELDS`.
@@ -34,20 +38,28 @@ def pmae(predicted: Sequence[Values | None], true: Sequence[Truth]) -> PMAE:
     """100 * mean(abs(pred - true)) / mean(true) for each field.
 
     A number that the answer does not give, or an answer that could not be read at all, counts as a
-    prediction of 0, that is as an error of the whole truth, so that silence cannot win.
+    prediction of 0, that is as an error of the whole truth, so that silence cannot win. So does a number that
+    is negative, not finite, or above `LARGEST`.
 
     Args:
         predicted: `parse_answer("nutrition", ...)` of each answer: g and kcal, None where not found.
-        true: the five numbers of each dish.
+        true: the numbers of each dish; a field that is missing or None is unknown, and the dish does not count for it.
 
     Raises:
-        ValueError: if the lengths differ or are 0.
+        ValueError: if the lengths differ or are 0, or a true number is negative or not finite.
     """
     if len(predicted) != len(true) or not true:
         raise ValueError(
             f"predicted and true: expected equal lengths > 0, got {len(predicted)} and {len(true)}"
         )
-    answers: list[Values] = [answer or {} for answer in predicted]
+    for number, values in enumerate(true, start=1):
+        for name in NUTRITION_FIELDS:
+            known = values.get(name)
+            if known is not None and not (math.isfinite(known) and known >= 0):
+                raise ValueError(
+                    f"true: dish {number}: {name}: expected a number of at least 0, or null, got {known}"
+                )
+    answers: list[Values] = [_given(answer or {}) for answer in predicted]
     pairs = list(zip(answers, true, strict=True))
     parsed = [pair for pair in pairs if all(pair[0].get(name) is not None for name in NUTRITION_FIELDS)]
     fields, parsed_fields = _fields(pairs), _fields(parsed)
@@ -57,10 +69,19 @@ def pmae(predicted: Sequence[Values | None], true: Sequence[Truth]) -> PMAE:
 def _fields(pairs: Sequence[tuple[Values, Truth]]) -> dict[str, float | None]:
     out: dict[str, float | None] = {}
     for name in NUTRITION_FIELDS:
-        truth = sum(true[name] for _, true in pairs)
-        error = sum(abs((answer.get(name) or 0.0) - true[name]) for answer, true in pairs)
+        known = [
+            (answer.get(name) or 0.0, value)
+            for answer, true in pairs
+            if (value := true.get(name)) is not None
+        ]
+        truth = sum(value for _, value in known)
+        error = sum(abs(given - value) for given, value in known)
         out[name] = 100 * error / truth if truth else None
     return out
+
+
+def _given(answer: Values) -> Values:
+    return {name: value for name, value in answer.items() if value is not None and 0 <= value <= LARGEST}
 
 
 def _mean(fields: Mapping[str, float | None]) -> float | None:
@@ -76,5 +97,8 @@ def mean_baseline(train: Sequence[Truth], test: Sequence[Truth]) -> PMAE:
     """
     if not train:
         raise ValueError("train: expected at least one dish, got none")
-    mean = {name: sum(values[name] for values in train) / len(train) for name in NUTRITION_FIELDS}
+    mean = {}
+    for name in NUTRITION_FIELDS:
+        known = [value for values in train if (value := values.get(name)) is not None]
+        mean[name] = sum(known) / len(known) if known else None
     return pmae([mean] * len(test), test)

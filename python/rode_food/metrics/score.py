@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from rode_food.metrics.nutrition import pmae
 from rode_food.metrics.text import rouge_l, sacrebleu, without_tokens
 from rode_food.metrics.tokens import Tokenizer, choose_tokenizer
 from rode_food.names import normalise_name
+from rode_food.records import NUTRITION_FIELDS
 from rode_food.tasks import ALL_TASKS, parse_answer
 from rode_food.vocabulary import Vocabulary
 
@@ -93,7 +95,8 @@ def score(
         and `n_<task>`, the number of answers. See `rode_food.metrics.nutrition.pmae` for unparsed answers.
 
     Raises:
-        ValueError: for a row that lacks a key, has an unknown task or an answer that is no text, or whose source is named "all".
+        ValueError: for a row that lacks a key, has an unknown task, an answer that is no text or a truth that its task's metric
+            cannot compare with (nutrition: a negative or not finite number; null is unknown), or whose source is named "all".
         ImportError: if there are rows of recipes or questions and `rode[metrics]`, or what the tokenizer needs, is not installed.
     """
     groups: dict[str, list[Row]] = {"all": []}
@@ -111,9 +114,38 @@ def score(
             raise ValueError(
                 f'prediction {number}: source: "all" stands for the sum of all; rename the source'
             )
+        _check_truth(number, row)
         groups["all"].append(row)
         groups.setdefault(row["source"], []).append(row)
     return {name: _score(name, group, vocabulary, tokenizer) for name, group in groups.items()}
+
+
+_NUTRITION = "a mapping of numbers of at least 0, or null where one is unknown"
+
+
+def _check_truth(number: int, row: Row) -> None:
+    """Raises ValueError for a truth that its task's metric cannot compare with."""
+    task, reference = row["task"], row["reference"]
+    key, found, wanted = "reference", reference, ""
+    if task == "ingredients":
+        if not isinstance(reference, list) or not all(isinstance(name, str) for name in reference):
+            wanted = "a list of names"
+    elif task == "nutrition":
+        if not isinstance(reference, dict):
+            wanted = _NUTRITION
+        else:
+            for name in NUTRITION_FIELDS:
+                value = reference.get(name)
+                number_like = isinstance(value, int | float) and not isinstance(value, bool)
+                if value is not None and not (number_like and math.isfinite(value) and value >= 0):
+                    wanted, key, found = "a number of at least 0, or null", f"reference: {name}", value
+    elif task == "category":
+        if not isinstance(reference, str):
+            wanted = "text"
+    elif not isinstance(row["truth"], str):
+        key, found, wanted = "truth", row["truth"], "text"
+    if wanted:
+        raise ValueError(f"prediction {number}: {key}: expected {wanted}, got {found!r}")
 
 
 def _score(

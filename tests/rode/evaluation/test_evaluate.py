@@ -6,6 +6,7 @@ import json
 
 import pytest
 from peft import get_peft_model
+from torch import nn
 
 from rode import RodeConfig
 from rode.evaluation.evaluate import evaluate, evaluation_examples, format_scores, rescore
@@ -33,7 +34,7 @@ def test_a_model_that_is_always_right(held_out, tmp_path, monkeypatch):
     monkeypatch.setattr("rode.evaluation.generate.answer", lambda model, processor, images, questions, **_: [
         truths[pair] for pair in zip(images, questions, strict=True)
     ])  # fmt: skip
-    scores = evaluate(None, None, held_out, tmp_path)
+    scores = evaluate(nn.Identity(), None, held_out, tmp_path)
     assert list(scores) == ["all", "right", "left"] or list(scores) == ["all", "left", "right"]
     for columns in scores.values():
         assert columns["ingredient_iou"] == columns["category_accuracy"] == columns["parse_rate"] == 100
@@ -89,7 +90,7 @@ def test_without_a_router_no_gates(held_out, tmp_path):
 def test_a_vocabulary_merges_names(held_out, tmp_path, monkeypatch):
     monkeypatch.setattr("rode.evaluation.generate.answer", lambda *_, **__: ["fried rices"] * len(held_out))
     vocabulary = Vocabulary({"rice": {"rice": 2, "fried_rices": 1}, "leaf": {"leaf": 2}})
-    scores = evaluate(None, None, held_out, tmp_path, vocabulary=vocabulary)
+    scores = evaluate(nn.Identity(), None, held_out, tmp_path, vocabulary=vocabulary)
     assert json.loads((tmp_path / "metrics.json").read_text()) == scores
     # rice of {rice, leaf} for each
     assert scores["all"]["ingredient_iou"] == 50
@@ -104,7 +105,7 @@ def test_a_vocabulary_merges_names(held_out, tmp_path, monkeypatch):
 
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="expected at least one"):
-        evaluate(None, None, [], tmp_path)
+        evaluate(nn.Identity(), None, [], tmp_path)
     with pytest.raises(FileNotFoundError, match="no such predictions file"):
         rescore(tmp_path / "none.jsonl")
     (tmp_path / "p.jsonl").write_text("\n")

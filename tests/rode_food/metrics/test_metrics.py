@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rode_food.metrics import (
     sacrebleu,
     score,
 )
+from rode_food.metrics.nutrition import LARGEST
 
 FIELDS = ("mass", "energy", "fat", "protein", "carb")
 
@@ -184,6 +186,49 @@ def test_pmae_is_undefined_where_every_truth_is_zero() -> None:
     result = pmae([five(1, 1, 1, 1, 1)], [five(1, 2, 0, 1, 4)])
     assert result.fields == {"mass": 0, "energy": 50, "fat": None, "protein": 0, "carb": 75}
     assert result.mean is None
+
+
+def test_an_unknown_truth_counts_for_no_field() -> None:
+    true = [five(100, 200, 10, 5, 20), {"mass": 300, "energy": None}]
+    result = pmae([five(110, 200, 10, 5, 20), five(300, 1e4, 1e4, 1e4, 1e4)], true)
+    assert result.fields == {"mass": 2.5, "energy": 0, "fat": 0, "protein": 0, "carb": 0}
+    assert pmae([five(1, 1, 1, 1, 1)], [{}]).fields == dict.fromkeys(FIELDS)
+    baseline = mean_baseline(true, [five(200, 200, 10, 5, 40)])
+    assert baseline.fields == {"mass": 0, "energy": 0, "fat": 0, "protein": 0, "carb": 50}
+
+
+@pytest.mark.parametrize("number", [1e41, math.inf, math.nan, -5.0, LARGEST + 1])
+def test_a_number_that_no_plate_has_counts_as_not_given(number: float) -> None:
+    """One answer of 1e41 made every mean infinite."""
+    true = [five(100, 200, 10, 5, 20), five(300, 600, 30, 15, 10)]
+    result = pmae([five(number, 200, 10, 5, 20), five(300, 600, 30, 15, 10)], true)
+    assert result.fields == {"mass": 25, "energy": 0, "fat": 0, "protein": 0, "carb": 0}
+    assert result.parse_rate == 50
+    assert pmae([five(LARGEST, 0, 0, 0, 0)], [five(LARGEST, 1, 1, 1, 1)]).fields["mass"] == 0
+
+
+@pytest.mark.parametrize("truth", [-1.0, math.inf, math.nan])
+def test_a_truth_that_is_none_is_refused(truth: float) -> None:
+    with pytest.raises(ValueError, match="dish 2: fat: expected a number of at least 0, or null"):
+        pmae([None, None], [five(1, 1, 1, 1, 1), five(1, 1, truth, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("ingredients", {"reference": None}, "reference: expected a list of names, got None"),
+        ("ingredients", {"reference": ["egg", 3]}, "reference: expected a list of names"),
+        ("nutrition", {"reference": None}, "reference: expected a mapping of numbers"),
+        ("nutrition", {"reference": {"mass": "12"}}, "reference: mass: expected a number of at least 0, or null, got '12'"),
+        ("nutrition", {"reference": {"carb": -3}}, "reference: carb: expected a number of at least 0, or null, got -3"),
+        ("category", {"reference": None}, "reference: expected text, got None"),
+        ("recipe", {"truth": None}, "truth: expected text, got None"),
+    ],
+)  # fmt: skip
+def test_score_names_a_truth_that_it_cannot_compare_with(task: str, change: dict, message: str) -> None:
+    row = {"id": "1", "source": "s", "task": task, "answer": "x", "truth": "x", "reference": "x"}
+    with pytest.raises(ValueError, match=f"prediction 1: {re.escape(message)}"):
+        score([row | change])
 
 
 def test_the_mean_baseline() -> None:
