@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -73,12 +77,54 @@ def open_picture(address: str | os.PathLike[str]) -> BinaryIO:
     if part is not None:
         return io.BytesIO(read_part(*part))
     try:
-        return open(address, "rb")
+        return _open_file(address)
     except FileNotFoundError:
         found = look_up(Path(address))
         if found == Path(address):
             raise
-        return open(found, "rb")
+        return _open_file(found)
+
+
+def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    kind = os.stat(path).st_mode
+    if not (
+        stat.S_ISREG(kind) or stat.S_ISDIR(kind)
+    ):  # a pipe waits for a writer, and a device may never end
+        raise OSError("expected a file, got a pipe, a socket or a device")
+    return open(path, "rb")
+
+
+class PixelBudget:
+    """Lets threads decode pictures side by side, but only as many pixels at a time as `total`; a larger picture goes alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self._used, self._free = total, 0, threading.Condition()
+
+    @contextmanager
+    def holding(self, size: tuple[int, int]) -> Iterator[None]:
+        """Waits until a picture of this width and height may be decoded."""
+        pixels = min(size[0] * size[1], self.total)
+        with self._free:
+            self._free.wait_for(lambda: self._used + pixels <= self.total)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._free:
+                self._used -= pixels
+                self._free.notify_all()
+
+
+_decoding = PixelBudget(MAX_PIXELS)
+
+
+def _forget_other_threads() -> None:  # of the process that forked: they end nothing here
+    global _decoding
+    _decoding = PixelBudget(MAX_PIXELS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = None) -> PIL.Image.Image:
@@ -104,7 +150,8 @@ def decode_picture(path: str | os.PathLike[str], smallest_side: int | None = Non
             check_pixels(image)
             if smallest_side is not None:
                 image.draft("RGB", (smallest_side, smallest_side))
-            image.load()
+            with _decoding.holding(image.size):
+                image.load()
             return image
     except FileNotFoundError:
         raise ImageError(f"image {path} is missing") from None
@@ -160,7 +207,8 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
     try:
         with open_picture(path) as file, Image.open(file) as image:
             check_pixels(image)
-            return to_rgb(image)
+            with _decoding.holding(image.size):
+                return to_rgb(image)
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path}: no such picture") from None
     except UnidentifiedImageError:

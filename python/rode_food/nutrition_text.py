@@ -61,10 +61,10 @@ _THOUSANDS = (
 )
 _NUMBER = (
     rf"{_THOUSANDS}|[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|[1-9]\d{{0,2}}(?:\.\d{{3}})+,\d+|"
-    r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+,\d+(?!,?\d)|\d+(?:\.\d+)?|\.\d+"
+    r"[1-9]\d{0,2}(?:\.\d{3}){2,}(?!\d)|\d+,\d+(?!,?\d)|\d+(?:\.\d+)?e[+-]?\d{1,3}(?![\w.])|\d+(?:\.\d+)?|\.\d+"
 )
 _QUANTITY = (
-    rf"(?<![\w.,])(?P<low>{_NUMBER})(?:\s*(?:{_ANY_UNIT})?\s*(?:-|–|—|~|\bto\b|\band\b(?=\s*\d))\s*(?P<high>{_NUMBER}))?"
+    rf"(?P<minus>(?<![\w.,)%~–—-])[-−](?=[\d.]))?(?<![\w.,])(?P<low>{_NUMBER})(?:\s*(?:{_ANY_UNIT})?\s*(?:-|–|—|~|\bto\b|\band\b(?=\s*\d))\s*(?P<high>{_NUMBER}))?"
     rf"(?!\d|\s*%|e\d)(?:\s*(?:±|\+/-)\s*[\d.,]+)?[^\S\n]*(?:(?:{_UNIT})\b)?"
 )
 _LABEL = "|".join(rf"(?P<l{i}>\b(?:{words})\b)" for i, (_, words) in enumerate(_LABELS))
@@ -116,7 +116,7 @@ def parse_nutrition(text: str) -> dict[str, float | None] | None:
         All of `NUTRITION_FIELDS` in g and kcal, None where one was not found; None if none was.
     """
     text = _answer_of(text)
-    found = _from_json(text) or _from_text(text)
+    found = {name: value for name, value in (_from_json(text) or _from_text(text)).items() if value >= 0}
     return {name: found.get(name) for name in NUTRITION_FIELDS} if found else None
 
 
@@ -172,7 +172,11 @@ def _from_text(text: str) -> dict[str, float]:
             found["energy"] = named.value * _KILOCALORIES[named.unit]
     if found and "mass" not in found:
         for token in (t for i, t in enumerate(tokens) if t in free and i not in misfits):
-            if token.unit in _GRAMS and not re.search(r"(?:\bper|/)\s*$", text[: token.start], re.I):
+            if (
+                token.unit in _GRAMS
+                and token.value >= 0
+                and not re.search(r"(?:\bper|/)\s*$", text[: token.start], re.I)
+            ):
                 found["mass"] = token.value * _GRAMS[token.unit]
                 break
     return found
@@ -195,7 +199,7 @@ def _token(match: re.Match[str]) -> _Token | None:
             unit = match["bracket"] or match["bare"] or (match[0] if name == "energy" else None)
             return _Token(match.start(), match.end(), name, unit=_unit(unit)) if name else None
     numbers = [_float(match[key]) for key in ("low", "high") if match[key]]
-    value = sum(numbers) / len(numbers)
+    value = -numbers[0] if match["minus"] else sum(numbers) / len(numbers)
     if not math.isfinite(value):
         return None
     unit = next((unit for i, (_, unit) in enumerate(_UNIT_WORDS) if match[f"u{i}"]), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,8 +125,11 @@ def table1_rows(statistics: Statistics, name: str) -> list[list[str]]:
 
 
 def table1(statistics: Statistics, name: str) -> str:
-    """Markdown."""
-    head, row = ([cell.replace("|", "\\|") for cell in line] for line in table1_rows(statistics, name))
+    """Markdown; a name is shown as it is, whatever a reader of Markdown would make of it."""
+    rows = table1_rows(statistics, name)
+    head, row = (
+        [re.sub(r"([\\|`*_\[\]])", r"\\\1", html.escape(cell, quote=False)) for cell in line] for line in rows
+    )
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, row))
 

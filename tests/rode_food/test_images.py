@@ -1,14 +1,26 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rode_food.images import ImageError, decode_picture, open_image, picture_size, wrong_suffix
+from rode_food.images import (
+    MAX_PIXELS,
+    ImageError,
+    PixelBudget,
+    decode_picture,
+    open_image,
+    picture_size,
+    wrong_suffix,
+)
 from rode_food.inspect import inspect
 from rode_food.readers import read_source
 from rode_food.readers.common import Broken, safe_name
@@ -73,6 +85,52 @@ def test_whatever_pillow_raises_is_unreadable(tmp_path: Path) -> None:
         decode_picture(tmp_path / "a.dds")
     with pytest.raises(OSError, match=r"a\.dds: not a readable picture"):
         open_image(tmp_path / "a.dds")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    """To open one waits until somebody writes into it."""
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", Path("/dev/zero")):
+        with pytest.raises(OSError, match="expected a file, got a pipe, a socket or a device"):
+            open_image(path)
+        with pytest.raises(ImageError, match="expected a file"):
+            decode_picture(path)
+
+
+def test_threads_decode_only_so_many_pixels_at_a_time() -> None:
+    """Eight threads took gigabytes for a few pictures of 63 megapixels."""
+    budget, most, lock = PixelBudget(100), [0], threading.Lock()
+    now = 0
+
+    def decode(size: tuple[int, int]) -> None:
+        nonlocal now
+        pixels = min(size[0] * size[1], 100)
+        with budget.holding(size):
+            with lock:
+                now += pixels
+                most[0] = max(most[0], now)
+            time.sleep(0.002)
+            with lock:
+                now -= pixels
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [(1, 1), (10, 10), (50, 50), (5, 6), (7, 8), (3, 3)] * 6))
+    assert (now, budget._used) == (0, 0)
+    assert 60 < most[0] <= 100
+
+
+def test_a_budget_is_let_go_of_by_a_broken_picture(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    scene(1).save(tmp_path / "b.png")
+    cut = (tmp_path / "b.png").read_bytes()[:900]
+    (tmp_path / "b.png").write_bytes(cut)
+    for name in ("a.png", "b.png"):
+        with pytest.raises(ImageError):
+            decode_picture(tmp_path / name)
+    from rode_food import images
+
+    assert (images._decoding.total, images._decoding._used) == (MAX_PIXELS, 0)
 
 
 def test_heic_without_its_library_names_it(tmp_path: Path) -> None:

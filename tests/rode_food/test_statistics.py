@@ -240,6 +240,11 @@ def test_table_1() -> None:
     ]
 
 
+def test_a_name_in_table_1_is_shown_as_it_is() -> None:
+    row = table1(collect(by_hand()), "<script>alert(1)</script> *a* [b](c) `d` \\").splitlines()[2]
+    assert row.startswith(r"| &lt;script&gt;alert(1)&lt;/script&gt; \*a\* \[b\](c) \`d\` \\ | 5 |")
+
+
 def not_blank(data: bytes) -> None:
     image = Image.open(io.BytesIO(data)).convert("L")
     image.load()

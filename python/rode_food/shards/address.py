@@ -9,7 +9,7 @@ import os
 import re
 from functools import lru_cache
 
-_ADDRESS = re.compile(r"(.+\.(?:tar|parquet))#(\d+)\+(\d+)", re.DOTALL)
+_ADDRESS = re.compile(r"(.+\.(?:tar|parquet))#(\d{1,19})\+(\d{1,19})", re.DOTALL)
 OPEN_FILES = 64
 """Shards that a process holds open at most."""
 
@@ -66,7 +66,13 @@ def read_part(path: str, offset: int, size: int) -> bytes:
         ShardError: the shard is missing, or ends before.
     """
     try:
-        data = _handle(path).read(offset, size)
+        handle = _handle(path)
+        there = os.fstat(handle.number).st_size
+        if offset + size > there:  # before a buffer of that size is made
+            raise ShardError(
+                f"{path}: cut short: expected {size} bytes at {offset}, and it has {there} bytes in all; copy it again"
+            )
+        data = handle.read(offset, size)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard") from None
     if len(data) != size:

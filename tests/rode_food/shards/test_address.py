@@ -53,6 +53,16 @@ def read_at_random(files, seed):
         assert read_part(files[number], 4 * place, 4 * count) == expected(number, place, count)
 
 
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, 10_001), (9_999, 2), (2**60, 4), (0, 2**60), (2**62, 2**62)]
+)
+def test_an_address_beyond_the_end_is_one_error(files, offset, size):
+    """No buffer of an exabyte is asked for."""
+    with pytest.raises(address.ShardError, match=f"cut short: expected {size} bytes at {offset}"):
+        read_part(files[0], offset, size)
+    assert parse_address("a.tar#" + "9" * 5000 + "+4") is None
+
+
 @pytest.mark.parametrize("open_files", [1, 64])
 def test_threads_read_while_files_are_closed_under_them(files, monkeypatch, open_files):
     monkeypatch.setattr(address, "_handle", lru_cache(open_files)(address._Handle))

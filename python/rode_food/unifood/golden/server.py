@@ -72,7 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
             id, word = value["id"], value["decision"]
             if not isinstance(id, str) or (word is not None and word not in WORDS):
                 raise ValueError("expected an id and accept, reject or null")
-        except (ValueError, KeyError, TypeError) as error:
+            id.encode()  # half of a surrogate pair is no text, and no file could hold it
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self.close_connection = True  # what is left of the body is not read
             self._answer(HTTPStatus.BAD_REQUEST, {"error": str(error)})
             return
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, {"decided": len(decisions)})
 
     def _answer(self, status: HTTPStatus, value: object) -> None:
-        body = json.dumps(value, ensure_ascii=False).encode()
+        body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
