@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument("--quiet", action="store_true", help="say nothing but results, warnings and errors")
     parser = argparse.ArgumentParser("rode", description=TOP, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"rode {metadata.version('rode')}")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes this command in a shell (pip install shtab)",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in MODULES:
         module.add_parser(commands, formatter_class=raw, parents=[common])
@@ -48,6 +56,30 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="build, train, evaluate and report a small model on drawn plates", add_help=False
     )
     return parser
+
+
+class _Completion(argparse.Action):
+    """Prints what a shell reads once: `eval "$(rode --print-completion bash)"`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, option: str | None = None
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.exit(1, "rode: --print-completion needs the package shtab: pip install shtab\n")
+        print(shtab.complete(parser, values))
+        parser.exit(0)
+
+
+def _settle_output(quiet: bool) -> None:
+    """What libraries show of their work while the command runs: nothing with --quiet, no bars where there is no terminal."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("rode").setLevel(logging.WARNING if quiet else logging.INFO)
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # of their bars; ours say so themselves (rode_food.progress)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -79,8 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         args = _parse(argv)
         run, debug = args.run, args.debug
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("rode").setLevel(logging.INFO)
+    _settle_output("--quiet" in argv)
     if not debug:  # what libraries plan to rename is no concern of whoever runs the command
         warnings.filterwarnings("ignore", category=FutureWarning)
     try:

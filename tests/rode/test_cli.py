@@ -8,9 +8,13 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -316,3 +320,50 @@ def test_an_edited_adapter_is_named_and_with_strict_refused(capsys, taught, tmp_
         [*argv, "--strict"],
         "adapter_config.json: the configuration was edited after the adapter was saved",
     )
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rode {metadata.version('rode')}\n"
+
+
+def test_a_shell_s_completion(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 1
+    assert "pip install shtab" in capsys.readouterr().err
+    monkeypatch.setitem(
+        sys.modules, "shtab", SimpleNamespace(complete=lambda parser, shell: f"{parser.prog} in {shell}")
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "zsh"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "rode in zsh\n"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_quiet_is_quiet_and_a_log_file_has_plain_lines(config, tmp_path, quiet):
+    """As a command: libraries read their settings when they are imported."""
+    argv = [
+        sys.executable,
+        "-m",
+        "rode",
+        "train",
+        config,
+        "training.logging_steps=1",
+        *(["--quiet"] if quiet else []),
+    ]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout + run.stderr
+    assert "\r" not in said
+    assert "\x1b" not in said
+    assert ("'loss'" in said) is not quiet
+    result = f"adapter in {tmp_path / 'run'}: 2 steps on "
+    assert result in run.stdout
+    if quiet:
+        lines = [line for line in said.splitlines() if "[WARNING]" not in line]  # of a library's own logger
+        assert len(lines) == 1

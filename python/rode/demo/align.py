@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
-from tqdm.auto import trange
 
 from rode.vlm.features import FeatureSource
 from rode.vlm.load import get_projector
 from rode_food import Example
+from rode_food.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -94,7 +94,7 @@ def align_words(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for step in trange(steps, desc="word alignment", disable=not progress):
+    for step in Progress(range(steps), desc="word alignment", unit="step", show=progress):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
         rows = torch.randint(len(features), (BATCH,), generator=generator)
         patches = projector(features[rows]) - centre

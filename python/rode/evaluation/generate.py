@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from rode.training.side_inputs import Routes, make_routes
@@ -14,6 +13,7 @@ from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
 from rode.vlm.load import base_model
+from rode_food.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -89,7 +89,7 @@ def answer(
     )
     model.eval()
     answers: list[str] = []
-    bar = tqdm(total=len(images), desc="answers", unit="answer", disable=not progress)
+    bar = Progress(total=len(images), desc="answers", unit="answer", show=progress)
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         batch = collate(paths[part], questions[part], None if tasks is None else tasks[part])

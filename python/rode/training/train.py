@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.openmp import name_a_shared_machine
@@ -193,7 +193,7 @@ def train(
         source: pictures, in place of what `model.vision_features` says (a FeatureSource to share between runs).
         resume: True for the latest whole checkpoint in `run_dir`, "auto" for that or a new run where there is none, or the path of
             one.
-        progress: show bars.
+        progress: show how far it is: a bar in a terminal, elsewhere a line for each log.
 
     Raises:
         FileExistsError: `run_dir` holds checkpoints and `resume` was not asked for.
@@ -326,6 +326,8 @@ def _train(
         resumed=start is not None,
         skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
     )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)  # history.json and TensorBoard have it
     warn_of_two_openmp_runtimes()  # all libraries are loaded by now
     try:
         with stop:

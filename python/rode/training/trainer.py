@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -365,7 +366,7 @@ def training_arguments(experiment: Experiment, progress: bool = True) -> Trainin
         label_names=["labels"],
         ddp_find_unused_parameters=False,
         report_to="none",  # TensorBoard is added as a callback, in a folder of its own
-        disable_tqdm=not progress,
+        disable_tqdm=not (progress and sys.stderr.isatty()),  # then a plain line for each log
         use_cpu=experiment.model.device == "cpu",
         fsdp=True if t.fsdp is not None else None,  # type: ignore[arg-type]  # as its documentation says
         fsdp_config=t.fsdp,

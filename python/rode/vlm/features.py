@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rode.vlm.images import open_image, pad_to_square
@@ -24,6 +23,7 @@ from rode.vlm.load import base_model
 from rode.vlm.prompts import Features, StoredPicture
 from rode_food.atomic import written_aside
 from rode_food.images import open_picture
+from rode_food.progress import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -142,7 +142,7 @@ class FeatureStore(ABC):
         """See to it that every picture's features are at hand; the number that had to be computed."""
         computed = 0
         unique = list(dict.fromkeys(paths))
-        for path in tqdm(unique, desc="vision features", unit="picture", disable=not progress):
+        for path in Progress(unique, desc="vision features", unit="picture", show=progress):
             with open_picture(path) as file:
                 key = hashlib.sha256(file.read()).hexdigest()
             self._by_path[path] = key

@@ -83,6 +83,7 @@ def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
 
 
 def audit_nutrition(args: argparse.Namespace) -> int:
+    from rode_food.progress import Progress
     from rode_food.records import read_records
     from rode_food.usda import Estimator, load_foods
     from rode_food.usda.audit import Audit
@@ -91,11 +92,9 @@ def audit_nutrition(args: argparse.Namespace) -> int:
 
     limits = Limits(args.tolerance, args.energy_floor, args.macro_floor, args.coverage, None)
     audit = Audit(Estimator(load_foods(args.usda), args.state), limits, automatic=args.automatic)
-    records: Iterable[FoodRecord] = read_records(args.records, split=args.split)
-    if not args.quiet:
-        from tqdm import tqdm
-
-        records = tqdm(records, unit=" records")
+    records: Iterable[FoodRecord] = Progress(
+        read_records(args.records, split=args.split), desc="audit", unit="record", show=not args.quiet
+    )
     result = audit.add_all(records).result()
     if args.json:
         write_json(args.json, result)

@@ -43,9 +43,8 @@ def add_parser(data: Subparsers, **options: Unpack[ParserOptions]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from rode_food import read_records
+    from rode_food.progress import Progress
     from rode_food.shards.write import write_shards
 
     shares = {split: getattr(args, split) for split in SPLITS if getattr(args, split) is not None}
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     def spread(
         function: Callable[[list[str]], list[str]], parts: Iterable[tuple[str, list[str]]]
     ) -> Iterator[tuple[str, list[str]]]:
-        for key, lines in tqdm(list(parts), desc="shards", unit="shard", disable=args.quiet):
+        for key, lines in Progress(list(parts), desc="shards", unit="shard", show=not args.quiet):
             yield key, function(lines)
 
     written = write_shards(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rode_food.atomic import replacing, write_json
 from rode_food.images import ImageError
 from rode_food.lines.apply import why_simple, with_readings
+from rode_food.progress import Progress
 from rode_food.readers import read_source
 from rode_food.readers.log import ReadLog
 from rode_food.records import SPLITS, FoodRecord, record_from_json, record_to_json, write_records
@@ -175,7 +175,7 @@ def _eligible(stage: Stage, log: ReadLog, report: dict[str, Any]) -> Iterator[Fo
     seen: set[int] = set()
     for source in stage.settings.sources:
         records = read_source(source.kind, source.path, log, **source.options)
-        for record in tqdm(records, desc=f"reading {source.path}", unit="record", disable=not stage.progress):
+        for record in Progress(records, desc=f"reading {source.path}", unit="record", show=stage.progress):
             report["read"] += 1
             if not settings.min_ingredients <= len(record.ingredients) <= settings.max_ingredients:
                 log.leave_out("too few or too many ingredients")

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from tqdm import tqdm
-
+from rode_food.progress import Progress
 from rode_food.records import SPLITS, write_records
 from rode_food.shards.write import write_shards
 from rode_food.unifood.stage import Stage
@@ -38,12 +37,12 @@ def run(stage: Stage) -> dict[str, Any]:
         function: Callable[[list[str]], list[str]], parts: Iterable[tuple[str, list[str]]]
     ) -> Iterator[tuple[str, list[str]]]:
         parts = list(parts)
-        yield from tqdm(
+        yield from Progress(
             stage.engine.map(function, parts),
             total=len(parts),
             desc="shards",
             unit="shard",
-            disable=not stage.progress,
+            show=stage.progress,
         )
 
     for aside in stage.folder.glob(".*.tmp"):  # of a killed run

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from tqdm import tqdm
-
 from rode_food.atomic import replacing
+from rode_food.progress import Progress
 from rode_food.records import FoodRecord, read_records
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class Stage:
             return folder / f"{number:06d}.jsonl"
 
         total = 0
-        bar = tqdm(desc=f"{self.name}: {name}", unit="record", disable=not self.progress)
+        bar = Progress(desc=f"{self.name}: {name}", unit="record", show=self.progress)
 
         def missing() -> Iterator[tuple[tuple[int, int], list[str]]]:
             nonlocal total

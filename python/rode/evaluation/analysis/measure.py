@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 
 from rode.training.side_inputs import Routes
 from rode.tuner import GateStatistics
@@ -18,6 +17,7 @@ from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
 from rode.vlm.load import base_model
 from rode_food import ALL_TASKS, Example
+from rode_food.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -90,7 +90,7 @@ def measure(
     found: dict[str, TaskGates] = {}
     with (
         GateStatistics(answers=True, by_example=True).attach(model) as statistics,
-        tqdm(total=len(examples), desc="gates", unit="example", disable=not progress) as bar,
+        Progress(total=len(examples), desc="gates", unit="example", show=progress) as bar,
     ):
         for task in ALL_TASKS:
             # Like lengths together: less padding.

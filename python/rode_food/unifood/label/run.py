@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rode_food.atomic import replacing
 from rode_food.records import FoodRecord, Nutrition, write_records
@@ -23,7 +23,7 @@ from rode_food.unifood.label.work import Item, Work, judge
 from rode_food.unifood.stage import Stage
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from rode_food.progress import Progress
 
 
 def run(stage: Stage) -> dict[str, Any]:
@@ -100,14 +100,14 @@ def _ledger_path(stage: Stage) -> Path:
     return Path(settings.ledger) if settings.ledger else stage.folder / "ledger.sqlite"
 
 
-def _bar(stage: Stage) -> tqdm[NoReturn]:
-    from tqdm import tqdm
+def _bar(stage: Stage) -> Progress:
+    from rode_food.progress import Progress
 
     total = None
     if stage.progress and stage.source is not None:
         with stage.source.open("rb") as lines:
             total = sum(1 for _ in lines)
-    return tqdm(total=total, desc=stage.name, unit="record", disable=not stage.progress)
+    return Progress(total=total, desc=stage.name, unit="record", show=stage.progress)
 
 
 def _spent(ledger: Ledger, settings: LabelSettings) -> dict[str, Any]:
