@@ -42,6 +42,16 @@ def add_product(y: Tensor, base: Tensor | None, v: Tensor, B: Tensor) -> None:
         torch.addmm(base, v, B.t(), out=y)
 
 
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in their dtype."""
+    return torch.mm(a, b) if a.is_cuda else product(a, b).to(a.dtype)
+
+
+def add_to_gradient(dx: Tensor, D: Tensor, W: Tensor) -> Tensor:
+    """dx += D W, rounded once."""
+    return dx.addmm_(D, W) if dx.is_cuda else dx.add_(product(D, W))
+
+
 def _rows(t: MaybeTensor) -> MaybeTensor:
     return t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1])
 
@@ -113,19 +123,23 @@ def tokens_of_a_part(x: Tensor) -> int:
     return most // 64 * 64 or most
 
 
-class _Dropout:
+def parts_of(x: Tensor) -> Iterator[slice]:
+    """The rows of each part."""
+    M, most = x.shape[0], tokens_of_a_part(x)
+    return (slice(first, min(first + most, M)) for first in range(0, M, most))
+
+
+class Dropout:
     """Copies of x without what is dropped, one part of the tokens after the other in the same memory."""
 
     def __init__(self, kernel: DropKernel, gate_kernel: GateKernel):
         self.kernel, self.gate_kernel = kernel, gate_kernel
 
     def parts(self, x: Tensor, seed: Tensor, stream: int) -> Iterator[tuple[slice, Tensor]]:
-        (M, K), most = x.shape, tokens_of_a_part(x)
-        scratch = self.gate_kernel.empty(min(most, M), K, like=x)
-        for first in range(0, M, most):
-            tokens = slice(first, min(first + most, M))
-            copy = scratch[: tokens.stop - first]
-            self.kernel(x[tokens], copy, seed, first, stream)
+        scratch = self.gate_kernel.empty(min(tokens_of_a_part(x), x.shape[0]), x.shape[1], like=x)
+        for tokens in parts_of(x):
+            copy = scratch[: tokens.stop - tokens.start]
+            self.kernel(x[tokens], copy, seed, tokens.start, stream)
             yield tokens, copy
 
 
@@ -134,7 +148,7 @@ class GemmForward:
 
     def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout):
         self.gate_kernel, self.shape = gate_kernel, layout.shape
-        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
+        self.dropout = None if drop_kernel is None else Dropout(drop_kernel, gate_kernel)
         self.columns, self.pitch = widths(layout)
 
     def _sums(self, x: Tensor, W: Tensor, seed: Tensor | None, stream: int) -> Tensor:
@@ -169,7 +183,7 @@ class GemmBackward:
 
     def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout, needs: Needs):
         self.gate_kernel, self.shape, self.needs = gate_kernel, layout.shape, needs
-        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
+        self.dropout = None if drop_kernel is None else Dropout(drop_kernel, gate_kernel)
         self.columns, self.pitch = widths(layout)
 
     def _weight_sums(self, x: Tensor, D: Tensor, seed: Tensor | None, stream: int) -> Tensor:
@@ -187,17 +201,14 @@ class GemmBackward:
         return sums
 
     def _input_gradient(self, D: Tensor, W: Tensor, x: Tensor, seed: Tensor | None, stream: int) -> Tensor:
-        def multiplied(D: Tensor, W: Tensor) -> Tensor:
-            return torch.mm(D, W) if x.is_cuda else product(D, W).to(x.dtype)
-
         if self.dropout is None or seed is None:
-            return multiplied(D, W)
+            return rounded_product(D, W)
         R = self.shape.total_rank
-        dx = multiplied(D[:, :R], W[:R])
+        dx = rounded_product(D[:, :R], W[:R])
         self.dropout.kernel(dx, dx, seed, 0, stream)
         if not self.shape.routed:
             return dx
-        return dx.addmm_(D[:, R:], W[R:]) if x.is_cuda else dx.add_(product(D[:, R:], W[R:]))
+        return add_to_gradient(dx, D[:, R:], W[R:])
 
     def __call__(self, operands: BackwardOperands, stream: int) -> Gradients:
         """The gradients, each in its parameter's dtype."""
