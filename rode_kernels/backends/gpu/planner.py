@@ -133,8 +133,8 @@ def variants_backward(
     groups = divide_up(shape.total_rank, 16) + divide_up(shape.routed_experts, 16)
     held = 3 if groups <= 3 else 5 if groups <= 5 else 4
     plans = _plans_backward(shape, multiprocessors, groups, held)
-    if held == 5 and shape.masks > 1:  # with 4 groups at a time there is room for more masks
-        plans += _plans_backward(shape, multiprocessors, groups, 4)
+    if held == 5 and memory is not None and not any(memory.fits(shape, plan) for plan in plans):
+        plans = _plans_backward(shape, multiprocessors, groups, 4)  # there is then more room for masks
     return _that_fit(plans, shape, memory)
 
 

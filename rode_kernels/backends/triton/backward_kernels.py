@@ -225,7 +225,7 @@ def _weight_gradients(
     for m0 in range(first, last, BLOCK_M):
         row = m0 + tl.arange(0, BLOCK_M)
         if of_experts:
-            left = load_tile(du, row, last, R, column, R, 1)  # (BLOCK_M, BLOCK_R)
+            left = load_tile(du, row, last, R, column, columns, 1)  # (BLOCK_M, BLOCK_R)
         else:
             left = load_tile(dh, row, last, N, column, N, 1).to(x.dtype.element_ty)
         tile = load_tile(x, row, last, ld_x, k, K, 1)

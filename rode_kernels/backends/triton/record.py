@@ -234,7 +234,8 @@ def _of_reduce_partials(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     size_y, size_x, N = a["size_y"], a["size_x"], a["N"]
     bias = grid[0] - (size_y + size_x) // a["BLOCK"]  # whether dbr, float32, is wanted
     yield ((size_y * a["count_y"] + size_x * a["count_x"] + bias * N * a["count_b"]) * 4, 1)
-    yield ((size_y + size_x) * e + bias * N * 4, 1)
+    of_B, of_A, of_router = (a[name].element_size() for name in ("dB", "dA", "drouter_weight"))
+    yield (size_y * of_B + a["at_W"] * of_A + (size_x - a["at_W"]) * of_router + bias * N * 4, 1)
 
 
 def _only_l2(bytes_moved: float) -> _Moved:

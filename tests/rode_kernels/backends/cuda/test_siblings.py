@@ -247,7 +247,7 @@ def test_masks_of_their_own_run_together(dtype, ranks):
     [
         (torch.bfloat16, ((8,), (16,)), {86: 4, 90: 5}),
         (torch.float32, ((8,), (16,)), {86: 5, 90: 5}),
-        (torch.float32, ((30,), (16,)), {86: 4, 90: 4}),
+        (torch.float32, ((30,), (17,)), {86: 4, 90: 4}),
         (torch.float32, ((8,), (16,), (4,)), {86: None, 90: 4}),
     ],
     ids=["5 groups", "5 groups of float32", "4 groups", "three masks"],
