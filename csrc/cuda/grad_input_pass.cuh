@@ -276,8 +276,8 @@ grad_input_pass(BackwardParams<T> p) {
     const bool open = is_open(turn);
     if (sums_up && open) {
       accumulate<T>(sums, [&](float (&c)[kGroups][kTiles][4]) {
-        if (p.dropout) return add_up.template operator()<true>(stage, tile, c);
-        add_up.template operator()<false>(stage, tile, c);
+        if (kOwn || p.dropout) return add_up.template operator()<true>(stage, tile, c);
+        if constexpr (!kOwn) add_up.template operator()<false>(stage, tile, c);
       });
     }
     if constexpr (kManyColumns) {

@@ -54,8 +54,6 @@ PLACES = (
     ("if (own != seen) {", "if (own != kNoMask) {"),
     ("tile % 2 * masks + mask", "tile % 2 + mask"),
     ("tile % 2 * masks + mask", "tile % 2 * masks"),
-    ("first_mask = first_tile < end ? p.expert[8 * first_tile] : 0;", "first_mask = 0;"),
-    ("first_mask = all || group0 >= end ? 0 : p.expert[16 * group0];", "first_mask = 0;"),
     ("masks_of<kMine>(p, tile0, 8,", "masks_of<kMine>(p, first_tile, 8,"),
     ("masks_of<kGroups>(p, group0, 16,", "masks_of<kGroups>(p, 0, 16,"),
     ("p.expert[8 * (end - 1)] - first_mask + 1", "1"),
