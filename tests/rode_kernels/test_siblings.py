@@ -103,6 +103,37 @@ def test_each_sibling_drops_what_it_drops_alone(backend, dtype, seeds, R):
             assert torch.equal(mask, keep), f"{where} of the sibling with seed {seed}"
 
 
+@pytest.mark.parametrize("mistake", ["exchanged", "one for all"])
+@pytest.mark.parametrize("R", [24, 66], ids=["kernels", "products"])
+@pytest.mark.parametrize("name", ["cuda-emulated", "triton"])
+def test_seeds_of_other_siblings_are_noticed(name, R, mistake, monkeypatch):
+    """By the test of masks above, and by values."""
+    status = backends()[name]
+    if not status.available:
+        pytest.skip(f"backend {name}: {status.reason}")
+    module = select_backend(name, torch.zeros(1, 1), 1, make_mixture((1,), (1.0,)))
+    plain = {pass_: getattr(module, f"{pass_}_siblings") for pass_ in ("forward", "backward")}
+
+    def wrong(pass_: str):
+        def run_wrong(operands, *rest):
+            seeds = [o.seed for o in operands]
+            seeds = seeds[::-1] if mistake == "exchanged" else [seeds[0]] * len(seeds)
+            given = [o._replace(seed=seed) for o, seed in zip(operands, seeds, strict=True)]
+            return plain[pass_](given, *rest)
+
+        return run_wrong
+
+    for pass_, places in (("forward", (0,)), ("backward", (1, 2))):
+        with monkeypatch.context() as planted:
+            planted.setattr(module, f"{pass_}_siblings", wrong(pass_))
+            found = found_masks(name, torch.bfloat16, R, [7, 8])
+            problems = with_dropout(random_siblings((133,), K=72, dtype=torch.bfloat16), 0.3, [7, 8])
+            with pytest.raises(AssertionError):
+                check(problems, name)
+        keep = dropout_keep(torch.tensor([8]), 0.5, 4 * R, R)
+        assert not any(torch.equal(found[1][place], keep) for place in places)
+
+
 def test_closed_and_open_experts_side_by_side(backend):
     """Nothing is open for the first, everything for the second."""
     problems = random_siblings((140,), K=64)

@@ -74,8 +74,8 @@ class Columns(NamedTuple):
     def shape(self, shapes: Sequence[ProblemShape], masks: int = 1) -> ProblemShape:
         """The shape of that mixture, as wide as the widest, with so many masks of dropout."""
         widest = max(shape.out_features for shape in shapes)
-        sizes = dict(out_features=widest, total_rank=self.total_rank, experts=self.total_experts)
-        return replace(shapes[0], **sizes, masks=masks)
+        R, N = self.total_rank, self.total_experts
+        return replace(shapes[0], out_features=widest, total_rank=R, experts=N, masks=masks)
 
 
 @lru_cache
