@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rode_kernels.backends.cuda.passes import Passes, row_distance, with_contiguous_parameters
-from rode_kernels.backends.cuda.prepared import DropKernel, GateKernel, Kernels, address
+from rode_kernels.backends.cuda.prepared import GateKernel, Kernels, address
 from rode_kernels.backends.gpu import gemm_siblings
-from rode_kernels.backends.gpu.gemm_path import product
+from rode_kernels.backends.gpu.gemm_path import Dropout, product
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed, with_neighbouring_columns
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.gpu.siblings import (
@@ -332,11 +332,15 @@ class SiblingPasses:
         return layouts, by_gemm
 
     def _gemm_kernels(
-        self, layouts: tuple[Layout, ...], device: int
-    ) -> tuple[list[GateKernel], list[DropKernel | None]]:
+        self, layouts: tuple[Layout, ...], operands: Sequence[AnyOperands], masks: int, device: int
+    ) -> tuple[list[GateKernel], gemm_siblings.SiblingDropout | None]:
         self.passes.limits(device)  # prepares it
-        pairs = [self.passes.between_products(layout, device) for layout in layouts]
-        return [gate for gate, _ in pairs], [drop for _, drop in pairs]
+        kernels, seeds = self.passes.kernels, seeds_of(operands, masks)
+        gates = [self.passes.gate_kernel(kernels, layout, device) for layout in layouts]
+        if seeds is None or not layouts[0].shape.dropout:
+            return gates, None
+        each, alone = (self.passes.drop_kernel(kernels, layouts[0], device, n) for n in (masks, 1))
+        return gates, gemm_siblings.SiblingDropout(Dropout(each, gates[0], masks), alone, seeds)
 
     def forward(
         self, operands: Sequence[ForwardOperands], settings: Sequence[Settings], device: int, stream: int
@@ -358,7 +362,8 @@ class SiblingPasses:
             y = o.base
             ys.append(self.passes.kernels.empty(x.shape[0], o.B.shape[0], like=x) if y is None else y)
         if plans is None:
-            return gemm_siblings.forward(*self._gemm_kernels(layouts, device), layouts, ready, ys, stream)
+            way = self._gemm_kernels(layouts, operands, masks, device)
+            return gemm_siblings.forward(*way, layouts, ready, ys, stream)
         by_product = columns.total > _COLUMNS_OF_SHRINK and self.passes.may_multiply(layouts[0])
         lds = tuple((row_distance(o.base), row_distance(y)) for o, y in zip(ready, ys, strict=True))
         kernels = self.passes.kernels
@@ -392,7 +397,8 @@ class SiblingPasses:
                 dy = dy[:1].contiguous().expand(dy.shape)
             ready.append(with_contiguous_parameters(o)._replace(dy=dy, x=x))
         if plans is None:
-            return gemm_siblings.backward(*self._gemm_kernels(layouts, device), layouts, ready, needs, stream)
+            way = self._gemm_kernels(layouts, operands, masks, device)
+            return gemm_siblings.backward(*way, layouts, ready, needs, stream)
         ld_dys = tuple(None if o.dy is None else (o.dy.stride(0), o.dy.stride(1)) for o in ready)
         kernels, wanted = self.passes.kernels, tuple(tuple(n) for n in needs)
         run = self.backward_of(

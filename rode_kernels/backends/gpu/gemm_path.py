@@ -114,33 +114,37 @@ class DropKernel(Protocol):
     """Dropout on one backend, for one layout."""
 
     def __call__(self, source: Tensor, to: Tensor, seed: Tensor, first: int, stream: int) -> None:
-        """Writes rows to `to`, zeros for what is dropped. The first one is row `first` of x; `to` may be `source`."""
+        """Writes rows to `to`, zeros for what is dropped. The first one is row `first` of x; `to` may be `source`. With several
+        masks `seed` has one seed for each, and `to` a copy of the rows."""
 
 
-def tokens_of_a_part(x: Tensor) -> int:
+def tokens_of_a_part(x: Tensor, copies: int = 1) -> int:
     """Rows of x that are copied at a time: as many as `SCRATCH_BYTES` hold, in whole tiles of 64 if there are so many."""
-    most = max(1, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+    most = max(1, SCRATCH_BYTES // (copies * x.shape[1] * x.element_size()))
     return most // 64 * 64 or most
 
 
-def parts_of(x: Tensor) -> Iterator[slice]:
+def parts_of(x: Tensor, copies: int = 1) -> Iterator[slice]:
     """The rows of each part."""
-    M, most = x.shape[0], tokens_of_a_part(x)
+    M, most = x.shape[0], tokens_of_a_part(x, copies)
     return (slice(first, min(first + most, M)) for first in range(0, M, most))
 
 
 class Dropout:
-    """Copies of x without what is dropped, one part of the tokens after the other in the same memory."""
+    """Copies of x without what is dropped, one for each mask, one part of the tokens after the other in the same memory."""
 
-    def __init__(self, kernel: DropKernel, gate_kernel: GateKernel):
-        self.kernel, self.gate_kernel = kernel, gate_kernel
+    def __init__(self, kernel: DropKernel, gate_kernel: GateKernel, masks: int = 1):
+        self.kernel, self.gate_kernel, self.masks = kernel, gate_kernel, masks
 
     def parts(self, x: Tensor, seed: Tensor, stream: int) -> Iterator[tuple[slice, Tensor]]:
-        scratch = self.gate_kernel.empty(min(tokens_of_a_part(x), x.shape[0]), x.shape[1], like=x)
-        for tokens in parts_of(x):
-            copy = scratch[: tokens.stop - tokens.start]
-            self.kernel(x[tokens], copy, seed, tokens.start, stream)
-            yield tokens, copy
+        """The tokens of each part, and its copies (masks, tokens, K)."""
+        (M, K), masks = x.shape, self.masks
+        scratch = self.gate_kernel.empty(masks * min(tokens_of_a_part(x, masks), M), K, like=x)
+        for tokens in parts_of(x, masks):
+            rows = tokens.stop - tokens.start
+            copies = scratch[: masks * rows].view(masks, rows, K)
+            self.kernel(x[tokens], copies, seed, tokens.start, stream)
+            yield tokens, copies
 
 
 class GemmForward:
@@ -158,8 +162,8 @@ class GemmForward:
         sums = x.new_empty(x.shape[0], self.columns, dtype=torch.float32)
         if self.columns > R:  # the router sees all of x
             sums[:, R:] = product(x, W[R:].t())
-        for tokens, copy in self.dropout.parts(x, seed, stream):
-            sums[tokens, :R] = product(copy, W[:R].t())
+        for tokens, copies in self.dropout.parts(x, seed, stream):
+            sums[tokens, :R] = product(copies[0], W[:R].t())
         return sums
 
     def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -194,8 +198,8 @@ class GemmBackward:
         if self.dropout is None or seed is None or not need_A:
             return product(D[:, first:last].t(), x)
         sums = torch.zeros(last, x.shape[1], dtype=torch.float32, device=x.device)
-        for tokens, copy in self.dropout.parts(x, seed, stream):
-            sums[:R] += product(D[tokens, :R].t(), copy)
+        for tokens, copies in self.dropout.parts(x, seed, stream):
+            sums[:R] += product(D[tokens, :R].t(), copies[0])
         if need_router:
             sums[R:] = product(D[:, R:last].t(), x)
         return sums

@@ -84,8 +84,7 @@ def forward_siblings(operands: Sequence[ForwardOperands], settings: Sequence[Set
     """The forward passes of mixtures that read the same x, without dropout, in place where there is a base."""
     layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
     ys = [o.x.new_empty(o.x.shape[0], o.B.shape[0]) if o.base is None else o.base for o in operands]
-    gates, drops = [GateKernel(layout) for layout in layouts], [None] * len(layouts)
-    return gemm_siblings.forward(gates, drops, layouts, operands, ys, 0)
+    return gemm_siblings.forward([GateKernel(layout) for layout in layouts], None, layouts, operands, ys, 0)
 
 
 def backward_siblings(
@@ -93,5 +92,5 @@ def backward_siblings(
 ) -> list[Gradients]:
     """The backward passes, without dropout; the first one has the sum of the gradients of x."""
     layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
-    gates, drops = [GateKernel(layout) for layout in layouts], [None] * len(layouts)
-    return gemm_siblings.backward(gates, drops, layouts, operands, needs, 0)
+    gate_kernels = [GateKernel(layout) for layout in layouts]
+    return gemm_siblings.backward(gate_kernels, None, layouts, operands, needs, 0)

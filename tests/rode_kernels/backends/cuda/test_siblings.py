@@ -13,6 +13,7 @@ import torch
 from rode_kernels import backends
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.gpu.siblings import (
     Columns,
@@ -239,6 +240,25 @@ def test_masks_of_their_own_run_together(dtype, ranks):
         assert all(torch.equal(some[n], all_[n]) for n in PARAMETERS)
     mixtures_forward(problems[0].x, siblings_of(problems), [None] * len(ranks), dropout_p=0.3, backend=NAME)
     assert kernels().count("forward_shrink") == 1
+
+
+@pytest.mark.parametrize(("seeds", "copies"), [([5, 6, 7], 3), ([5, 5, 5], 1)], ids=["own masks", "one mask"])
+def test_the_copies_of_the_gemm_path_are_made_from_one_reading_of_x(seeds, copies, monkeypatch):
+    """In several parts of the tokens. (PyTorch's product for the routers is not counted.)"""
+    machine.gemm_path = True
+    monkeypatch.setattr(gemm_path, "SCRATCH_BYTES", 64 * 72 * 2 * copies)
+    problems = random_siblings(
+        (150,), K=72, widths=(24,) * 3, ranks=((40,), (3, 9), (16,)), dtype=torch.bfloat16
+    )
+    x = problems[0].x.clone()
+    problems = with_dropout([replace(p, x=x) for p in problems], 0.3, seeds)
+    check(problems, NAME)
+    # of dA, then each mixture's part of dx, for each part of the tokens
+    assert kernels().count("drop_rows") == 3 * 1 + -(-150 // (64 * copies)) * 3
+    assert sum(loads(x[first:]) for first in range(0, 150, 64)) == x.nbytes
+    mixtures_forward(x, siblings_of(problems), [None] * 3, dropout_p=0.3, backend=NAME)
+    assert kernels().count("drop_rows") == 3
+    assert sum(loads(x[first:]) for first in range(0, 150, 64)) == x.nbytes
 
 
 @pytest.mark.parametrize("architecture", [86, 90])
