@@ -26,8 +26,7 @@ class Sibling(NamedTuple):
     """One of the mixtures: its parameters as `rectified_mixture` takes them, ranks and scaling.
 
     Attributes:
-        seed: (1,), int64, of its dropout; None without. Siblings with the same tensor drop the same elements of x, which the GPU
-            backends need for a joint pass; `cpu` takes any seeds.
+        seed: (1,), int64, of its dropout; None without. Siblings with the same tensor drop the same elements of x.
     """
 
     A: Tensor

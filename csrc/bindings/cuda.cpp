@@ -54,7 +54,7 @@ void define_shared_bytes(py::module_& m, const char* name, rode::Field<Plan, Typ
   m.def(
       name,
       [fields...](int dtype, int64_t tokens, int64_t in_features, int64_t out_features, int64_t total_rank, int64_t experts,
-                  bool routed, bool dropout, Type... value) {
+                  bool routed, bool dropout, int masks, Type... value) {
         Plan plan;
         ((plan.*fields.member = value), ...);
         rode::Problem p;
@@ -62,10 +62,10 @@ void define_shared_bytes(py::module_& m, const char* name, rode::Field<Plan, Typ
         p.tokens = tokens, p.in_features = in_features, p.out_features = out_features;
         p.total_rank = total_rank, p.experts = experts;
         p.dropout.on = dropout;
-        return by_type(p, [&](auto of) { return rode::cuda::shared_bytes<decltype(of)>(p, routed, plan); });
+        return by_type(p, [&](auto of) { return rode::cuda::shared_bytes<decltype(of)>(p, routed, plan, masks); });
       },
       py::kw_only(), py::arg("dtype"), py::arg("tokens"), py::arg("in_features"), py::arg("out_features"), py::arg("total_rank"),
-      py::arg("experts"), py::arg("routed"), py::arg("dropout"), py::arg(fields.name)...);
+      py::arg("experts"), py::arg("routed"), py::arg("dropout"), py::arg("masks"), py::arg(fields.name)...);
 }
 
 // `launch(problem, arrays, value of x's type)` with its errors as exceptions.

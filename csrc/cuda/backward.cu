@@ -9,9 +9,10 @@ namespace rode::cuda {
 namespace {
 
 // The parameters from which grids and shared memory follow.
-BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& plan) {
+BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& plan, int64_t masks) {
   BackwardParams<Type> k{};
   set_sizes(p, k);
+  k.masks = masks > 1 ? static_cast<int>(masks) : 1;
   k.routed = routed;
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.expert_groups = divide_up(p.total_rank, 16);
@@ -23,7 +24,7 @@ BackwardParams<Type> sizes(const Problem& p, bool routed, const BackwardPlan& pl
 
 BackwardParams<Type> parameters(const Problem& p, const BackwardLaunch& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
-  BackwardParams<Type> k = sizes(p, a.router_weight != nullptr, a);
+  BackwardParams<Type> k = sizes(p, a.router_weight != nullptr, a, a.masks);
   const int64_t groups = k.expert_groups + k.router_groups, rows = a.D_pitch ? a.D_pitch : 16 * groups;
   k.D_pitch = static_cast<int>(rows);
   k.D_first = static_cast<int>(a.D_first);
@@ -40,7 +41,7 @@ BackwardParams<Type> parameters(const Problem& p, const BackwardLaunch& a) {
   k.u = array<float>(a.u, M * R);
   k.g = array<float>(a.g, M * N);
   k.dgates = array<float>(a.dgates, M * N);
-  k.seed = array<int64_t>(a.seed, 1);
+  k.seed = array<int64_t>(a.seed, k.masks);
   k.D = array<Type>(a.D, M * rows);
   k.dx = array<Type>(a.dx, M * K);
   k.dh = array<float>(a.dh, M * N);
@@ -79,7 +80,7 @@ Status launch_gate_backward(const BackwardParams<Type>& k, Go go) {
   return go("gate_backward", grid(divide_up(k.M, 16)), kThreads, gate_backward_bytes(k.N), gate_backward<Type>, k);
 }
 
-template <int kGroups, bool kManyColumns, bool kAligned, class Go>
+template <int kGroups, bool kManyColumns, bool kAligned, Masks kMasks = Masks::kOne, class Go>
 Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
   using Shape = ColumnShape<Type, kGroups>;
   const bool sums = k.need_A || k.need_router;
@@ -87,9 +88,9 @@ Status launch_grad_input(const BackwardParams<Type>& k, Go go) {
   const int x = k.plan.tokens_per_split_x, dx = k.plan.tokens_per_split_dx;
   const int shortest = !kManyColumns || !k.need_x ? x : !sums ? dx : x < dx ? x : dx;
   const int longest = kManyColumns && dx > x ? dx : x;
-  const int shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * Shape::kMaskBytes : 0);
+  const int shared = Shape::masks(divide_up(longest, Shape::kTokens)) + (k.dropout ? 2 * k.masks * Shape::kMaskBytes : 0);
   const Dim blocks = grid(divide_up(k.K, Shape::kColumns), divide_up(k.M, shortest), chunks);
-  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<Type, kGroups, kManyColumns, kAligned>, k);
+  return go("grad_input_pass", blocks, kThreads, shared, grad_input_pass<Type, kGroups, kManyColumns, kMasks, kAligned>, k);
 }
 
 // Whether whole rows of dy, or of x and dx, move 16 bytes at once: then kernels run that know no other way.
@@ -107,6 +108,9 @@ Status grad_output_launch(const BackwardParams<Type>& k, Go go) {
 }
 template <bool kAligned, class Go>
 Status grad_input_launch(const BackwardParams<Type>& k, Go go) {
+  if (k.dropout && k.masks > 1)  // of at least 4 groups
+    return k.plan.groups == 5 ? launch_grad_input<5, false, kAligned, Masks::kOwn>(k, go)
+                              : launch_grad_input<4, true, kAligned, Masks::kOwn>(k, go);
   return k.plan.groups == 3   ? launch_grad_input<3, false, kAligned>(k, go)
          : k.plan.groups == 5 ? launch_grad_input<5, false, kAligned>(k, go)
                             : launch_grad_input<4, true, kAligned>(k, go);
@@ -188,8 +192,8 @@ Status backward<Type>(const Problem& p, const BackwardLaunch& a) {
 }
 
 template <>
-unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& plan) {
-  BackwardParams<Type> k = sizes(p, routed, plan);
+unsigned shared_bytes<Type>(const Problem& p, bool routed, const BackwardPlan& plan, int masks) {
+  BackwardParams<Type> k = sizes(p, routed, plan, masks);
   k.need_A = k.need_x = true;
   unsigned most = 0;
   const MostShared ask{most};
@@ -204,8 +208,9 @@ Status load_backward_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     const auto load_all = [&]<bool kAligned>() {
       load("grad_output_pass", grad_output_pass<Type, 4, kAligned>, grad_output_pass<Type, 8, kAligned>);
-      load("grad_input_pass", grad_input_pass<Type, 3, false, kAligned>, grad_input_pass<Type, 4, true, kAligned>,
-           grad_input_pass<Type, 5, false, kAligned>);
+      load("grad_input_pass", grad_input_pass<Type, 3, false, Masks::kOne, kAligned>,
+           grad_input_pass<Type, 4, true, Masks::kOne, kAligned>, grad_input_pass<Type, 5, false, Masks::kOne, kAligned>,
+           grad_input_pass<Type, 4, true, Masks::kOwn, kAligned>, grad_input_pass<Type, 5, false, Masks::kOwn, kAligned>);
     };
     load_all.template operator()<true>();
     load_all.template operator()<false>();

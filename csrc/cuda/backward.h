@@ -31,8 +31,10 @@ struct BackwardPlan {
 // routers', and so do the rows of dA_partial. Zeros: it is alone.
 //   D_pitch, D_first, D_router  columns of a row of D, the first one of this mixture's experts, and of its router
 //   open_part, open_parts       which part of `open` it writes; parts, any of which may say that tokens are open
-#define RODE_BACKWARD_SIBLING(X) \
-  X(int64_t, D_pitch) X(int64_t, D_first) X(int64_t, D_router) X(int64_t, open_part) X(int64_t, open_parts)
+//   masks                       as in `ForwardLayout`, for `grad_input`
+#define RODE_BACKWARD_SIBLING(X)                                                                             \
+  X(int64_t, D_pitch) X(int64_t, D_first) X(int64_t, D_router) X(int64_t, open_part) X(int64_t, open_parts) \
+  X(int64_t, masks)
 struct BackwardLayout : BackwardPlan {
   RODE_BACKWARD_LAYOUT(RODE_DECLARE)
   RODE_BACKWARD_SIBLING(RODE_DECLARE)
@@ -71,7 +73,7 @@ template <class T>
 Status reduce(const Problem& p, const BackwardLaunch& a);
 // Like the forward pass's, where every gradient is asked for.
 template <class T>
-unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan);
+unsigned shared_bytes(const Problem& p, bool routed, const BackwardPlan& plan, int masks);
 template <class T>
 Status load_backward_kernels(int device);
 

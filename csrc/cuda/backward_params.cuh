@@ -13,13 +13,16 @@
 // Tiles of O are wide, so that t has few parts; those of K are narrow, so that ranges are few. No atomics: the same bits on every
 // run. Where 16 tokens (64 of x) have nothing open, dy (x) is not read; where 8 columns (16 of du) have not, products are left out.
 //
-// Blocks that a multiprocessor holds at once, at least, for any type and without dropout, as in forward.cuh:
+// Blocks that a multiprocessor holds at once, at least, for any type and without dropout (own: two mixtures with masks of their own),
+// as in forward.cuh:
 //   grad_output_pass 4: 1, 1
 //   grad_output_pass 8: 1, 1
 //   gate_backward: 4, 4
 //   grad_input_pass 3: 1, 1
 //   grad_input_pass 4: 1, 1
 //   grad_input_pass 5: 1, 1
+//   grad_input_pass 4 own: 1, 1
+//   grad_input_pass 5 own: 1, 0
 //   reduce_partials: 8, 8
 #pragma once
 
@@ -34,7 +37,7 @@ template <class T>
 struct BackwardParams {
   gmem<const T> dy, x, A, router_weight, B;  // (M, O), (M, K), (R, K), (N, K), (O, R)
   gmem<const float> u, g, dgates;     // (M, R), (M, N), (M, N)
-  gmem<const int64_t> seed;
+  gmem<const int64_t> seed;         // (masks)
   gmem<T> D, dx;                    // (M, 16 groups), (M, K)
   gmem<float> dh;                   // (M, N): of the logits, or of given gates
   gmem<uint32_t> open;              // (open_parts, M / 16): whether any gate of these tokens is
@@ -48,7 +51,7 @@ struct BackwardParams {
   int expert_tiles;                  // of 8 columns
   int expert_groups, router_groups;  // of 16 columns
   int chunks;                        // of groups that a block has
-  int D_pitch, D_first, D_router, open_part, open_parts;  // see `BackwardLayout`
+  int D_pitch, D_first, D_router, open_part, open_parts, masks;  // see `BackwardLayout`
   cuda::BackwardPlan plan;
   int copy_dy, copy_x;
   bool routed, dropout, drop_all, dense, fast;

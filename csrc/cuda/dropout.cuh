@@ -130,5 +130,18 @@ RODE_DEVICE void drop_sums(float (&c)[kTiles][4], smem<uint16_t> mask, int words
       if (!(bits >> i & 1)) c[i / 2][2 * half + i % 2] = 0.0f;
   }
 }
+// c += piece, where the mask keeps it: by selection, too.
+template <int kTiles>
+RODE_DEVICE void add_kept(float (&c)[kTiles][4], const float (&piece)[kTiles][4], smem<uint16_t> mask, int words, int row0,
+                          int column) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + lane_index() / 4 + 8 * half;
+    const uint32_t bits = load<uint32_t>(mask + 2 * (row * words + column / 32)) >> (column % 32);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+      if (bits >> i & 1) c[i / 2][2 * half + i % 2] += piece[i / 2][2 * half + i % 2];
+  }
+}
 
 }  // namespace rode::gpu

@@ -7,9 +7,10 @@ namespace rode::cuda {
 namespace {
 
 // The parameters from which grids and shared memory follow.
-ForwardParams<Type> sizes(const Problem& p, bool routed, const Plan& plan) {
+ForwardParams<Type> sizes(const Problem& p, bool routed, const Plan& plan, int64_t masks) {
   ForwardParams<Type> k{};
   set_sizes(p, k);
+  k.masks = masks > 1 ? static_cast<int>(masks) : 1;
   k.expert_tiles = divide_up(p.total_rank, 8);
   k.router_tiles = routed ? divide_up(p.experts, 8) : 0;
   k.splits = plan.splits;
@@ -21,7 +22,7 @@ ForwardParams<Type> sizes(const Problem& p, bool routed, const Plan& plan) {
 ForwardParams<Type> parameters(const Problem& p, const ForwardLaunch& a) {
   const int64_t M = p.tokens, K = p.in_features, O = p.out_features, R = p.total_rank, N = p.experts;
   const bool routed = a.router_weight != nullptr;
-  ForwardParams<Type> k = sizes(p, routed, a);
+  ForwardParams<Type> k = sizes(p, routed, a, a.masks);
   k.x = array<Type>(a.x, extent(M, a.ld_x, K));
   k.A = array<Type>(a.A, (R - 1) * a.ld_A + K);
   k.router_weight = array<Type>(a.router_weight, (N - 1) * a.ld_A + K);
@@ -36,7 +37,7 @@ ForwardParams<Type> parameters(const Problem& p, const ForwardLaunch& a) {
   k.first_column = static_cast<int>(a.first_column);
   k.router_gap = static_cast<int>(a.router_gap);
   k.partial = array<float>(a.partial, a.splits * M * k.columns);
-  k.seed = array<int64_t>(a.seed, 1);
+  k.seed = array<int64_t>(a.seed, k.masks);
   k.ld_x = static_cast<int>(a.ld_x);
   k.ld_A = static_cast<int>(a.ld_A);
   k.ld_B = static_cast<int>(a.ld_B);
@@ -68,11 +69,12 @@ Status fused(ForwardParams<Type> k, Go go) {
             k);
 }
 
-template <bool kAligned, int kRows, int kTiles, class Go>
+template <bool kAligned, int kRows, int kTiles, Masks kMasks = Masks::kOne, class Go>
 Status shrunk(const ForwardParams<Type>& k, Go go) {
   const Dim blocks = grid(divide_up(k.expert_tiles + k.router_tiles, kTiles), divide_up(k.M, kRows), k.splits);
-  const int shared = ShrinkStages<Type, kRows, kTiles>::kPipeline + masks_bytes(k.dropout);
-  return go("forward_shrink", blocks, kBlock<kRows>, shared, forward_shrink<Type, kRows, kTiles, kAligned>, k);
+  const int shared = ShrinkStages<Type, kRows, kTiles>::kPipeline + masks_bytes(k.dropout, k.masks);
+  static_assert(kMasks == Masks::kOne || ShrinkStages<Type, kRows, kTiles>::kPipeline + masks_bytes(true, kMaxMasks) <= kMaxShared);
+  return go("forward_shrink", blocks, kBlock<kRows>, shared, forward_shrink<Type, kRows, kTiles, kMasks, kAligned>, k);
 }
 
 template <bool kAligned, int kRows, Passes kPasses, class Go>
@@ -87,6 +89,8 @@ Status expanded(const ForwardParams<Type>& k, Go go) {
 template <bool kAligned, class Go>
 Status first_launch(const ForwardParams<Type>& k, const Plan& plan, Go go) {
   const int tiles = k.expert_tiles + k.router_tiles;
+  if (k.dropout && k.masks > 1)
+    return tiles <= 5 ? shrunk<kAligned, 64, 5, Masks::kOwn>(k, go) : shrunk<kAligned, 64, 16, Masks::kOwn>(k, go);
   return plan.rows == 16 && tiles <= 5 ? shrunk<kAligned, 16, 5>(k, go)
          : tiles <= 5                  ? shrunk<kAligned, 64, 5>(k, go)
                                        : shrunk<kAligned, 64, 16>(k, go);
@@ -133,9 +137,9 @@ Status expand<Type>(const Problem& p, const ForwardLaunch& a) {
 }
 
 template <>
-unsigned shared_bytes<Type>(const Problem& p, bool routed, const Plan& plan) {
+unsigned shared_bytes<Type>(const Problem& p, bool routed, const Plan& plan, int masks) {
   unsigned most = 0;
-  run<true>(sizes(p, routed, plan), plan, MostShared{most});
+  run<true>(sizes(p, routed, plan, masks), plan, MostShared{most});
   return most;
 }
 
@@ -144,8 +148,9 @@ Status load_kernels<Type>(int device) {
   return load_listed(device, [](auto load) {
     const auto load_all = [&]<bool kAligned>() {
       load("forward_fused", forward_fused<Type, 4, 1, kAligned>, forward_fused<Type, 8, 2, kAligned>);
-      load("forward_shrink", forward_shrink<Type, 16, 5, kAligned>, forward_shrink<Type, 64, 5, kAligned>,
-           forward_shrink<Type, 64, 16, kAligned>);
+      load("forward_shrink", forward_shrink<Type, 16, 5, Masks::kOne, kAligned>, forward_shrink<Type, 64, 5, Masks::kOne, kAligned>,
+           forward_shrink<Type, 64, 16, Masks::kOne, kAligned>, forward_shrink<Type, 64, 5, Masks::kOwn, kAligned>,
+           forward_shrink<Type, 64, 16, Masks::kOwn, kAligned>);
       load("forward_expand", forward_expand<Type, 16, kAligned, Passes::kOne>, forward_expand<Type, 64, kAligned, Passes::kOne>,
            forward_expand<Type, 64, kAligned, Passes::kKept>, forward_expand<Type, 64, kAligned, Passes::kAgain>);
     };

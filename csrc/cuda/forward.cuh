@@ -14,13 +14,15 @@
 // thread works out once what it copies (`TileCopy`), and kernels exist twice: `aligned` ones know only rows that move 16 bytes at
 // once.
 //
-// Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout: where it has 164 KiB of shared
-// memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
+// Blocks that a multiprocessor holds at once, at least, for any type, 4 experts and no dropout (own: two mixtures with masks of their
+// own): where it has 164 KiB of shared memory or more (sm_80, sm_90, sm_100), and where it has 100 (sm_86, sm_89, sm_120).
 //   forward_fused 4 1: 1, 1
 //   forward_fused 8 2: 1, 1
 //   forward_shrink 16 5: 3, 1
 //   forward_shrink 64 5: 1, 1
 //   forward_shrink 64 16: 2, 1
+//   forward_shrink 64 5 own: 1, 1
+//   forward_shrink 64 16 own: 2, 1
 //   forward_expand 16 one: 3, 1
 //   forward_expand 64 one: 1, 1
 //   forward_expand 64 kept: 2, 1
@@ -74,7 +76,7 @@ forward_fused(ForwardParams<T> p) {
 }
 
 // grid (chunks of kTiles column tiles, token tiles, splits of K): blocks that read the same x are neighbours.
-template <class T, int kRows, int kTiles, bool kAligned>
+template <class T, int kRows, int kTiles, Masks kMasks, bool kAligned>
 RODE_KERNEL(kBlock<kRows>, 2)
 forward_shrink(ForwardParams<T> p) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
@@ -83,7 +85,7 @@ forward_shrink(ForwardParams<T> p) {
   const int split = static_cast<int>(block_index().z), first = split * per_split;
   const int count = stages - first < per_split ? stages - first : per_split;
   float sums[Stages::kMine][4] = {};
-  shrink<T, kRows, kTiles, -1, kAligned>(p, m0, first_tile, first, count, Stages::kPipeline, sums);
+  shrink<T, kRows, kTiles, -1, kAligned, kMasks>(p, m0, first_tile, first, count, Stages::kPipeline, sums);
 
   const int columns = 8 * (p.expert_tiles + p.router_tiles), row0 = m0 + warp_index() % Stages::kWarpsM * 16;
   const int peer = warp_index() / Stages::kWarpsM;

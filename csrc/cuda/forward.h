@@ -28,7 +28,9 @@ struct Plan {
 //   columns       of a row of `partial`
 //   first_column  of this mixture's experts
 //   router_gap    tiles of 8 columns between its experts' last one and its router's first one
-#define RODE_FORWARD_SIBLING(X) X(int64_t, columns) X(int64_t, first_column) X(int64_t, router_gap)
+//   masks         of dropout, for `shrink`: one for each mixture, whose seeds stand side by side; `p.offsets` then says where each
+//                 mixture's columns begin, at multiples of 8 (16 in backward). At most 1: one for all
+#define RODE_FORWARD_SIBLING(X) X(int64_t, columns) X(int64_t, first_column) X(int64_t, router_gap) X(int64_t, masks)
 struct ForwardLayout : Plan {
   RODE_FORWARD_LAYOUT(RODE_DECLARE)
   RODE_FORWARD_SIBLING(RODE_DECLARE)
@@ -68,9 +70,10 @@ template <class T>
 Status shrink(const Problem& p, const ForwardLaunch& a);
 template <class T>
 Status expand(const Problem& p, const ForwardLaunch& a);
-// The most bytes of shared memory that a launch of this plan asks for. Only p's sizes and whether there is dropout matter.
+// The most bytes of shared memory that a launch of this plan asks for. Only p's sizes and whether there is dropout matter, and how
+// many masks.
 template <class T>
-unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan);
+unsigned shared_bytes(const Problem& p, bool routed, const Plan& plan, int masks);
 // Loads every kernel of T on the current device, which the driver must not do while a stream is being captured.
 template <class T>
 Status load_kernels(int device);

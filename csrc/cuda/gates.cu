@@ -83,8 +83,9 @@ Status drop_rows<Type>(const Problem& p, const Drop& a) {
   const int64_t K = p.in_features;
   DropParams<Type> k{};
   k.from = array<Type>(a.from, extent(a.rows, a.ld_from, K));
-  k.to = array<Type>(a.to, a.rows * K);
-  k.seed = array<int64_t>(a.seed, 1);
+  k.masks = a.masks > 1 ? static_cast<int>(a.masks) : 1;
+  k.to = array<Type>(a.to, k.masks * a.rows * K);
+  k.seed = array<int64_t>(a.seed, k.masks);
   k.first = static_cast<int>(a.first);
   k.rows = static_cast<int>(a.rows);
   k.K = static_cast<int>(K);

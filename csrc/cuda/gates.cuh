@@ -56,10 +56,10 @@ pack_parameters(PackParams<T> p) {
 template <class T>
 struct DropParams {
   gmem<const T> from;  // begins at row `first` of x
-  gmem<T> to;          // (rows, K)
-  gmem<const int64_t> seed;
+  gmem<T> to;          // (masks, rows, K)
+  gmem<const int64_t> seed;  // (masks)
   uint32_t threshold;
-  int first, rows, K, ld_from;
+  int first, rows, K, ld_from, masks;
   bool drop_all;
 };
 
@@ -72,26 +72,29 @@ drop_rows(DropParams<T> p) {
   const int64_t piece = static_cast<int64_t>(block_index().x) * kThreads + thread_index();
   if (piece >= static_cast<int64_t>(p.rows) * per_row) return;
   const int row = static_cast<int>(piece / per_row), column = static_cast<int>(piece % per_row) * kDropped;
-  const uint64_t element = static_cast<uint64_t>(offset(p.first + row, p.K) + column), seed = static_cast<uint64_t>(load(p.seed));
-  const uint32_t bits = p.drop_all ? 0u : keep_bits<kDropped / 4, kAligned>(element, seed, p.threshold);
+  const uint64_t element = static_cast<uint64_t>(offset(p.first + row, p.K) + column);
   const gmem<const T> from = p.from + (offset(row, p.ld_from) + column);
-  const gmem<T> to = p.to + (offset(row, p.K) + column);
-  if constexpr (kAligned) {
-    constexpr int kEach = kChunkValues<T>;
+  constexpr int kEach = kAligned ? kChunkValues<T> : 1, kPieces = kDropped / kEach;
+  using Piece = std::conditional_t<kAligned, vec<T, kChunkValues<T>>, T>;
+  Piece values[kPieces];
 #pragma unroll
-    for (int i = 0; i < kDropped; i += kEach) {
-      const bool inside = column + i < p.K;
-      auto values = load<vec<T, kEach>>(from + i, inside);
+  for (int i = 0; i < kPieces; ++i) values[i] = load<Piece>(from + i * kEach, column + i * kEach < p.K);
+#pragma unroll 1
+  for (int mask = 0; mask < p.masks; ++mask) {
+    const uint64_t seed = static_cast<uint64_t>(load(p.seed + mask));
+    const uint32_t bits = p.drop_all ? 0u : keep_bits<kDropped / 4, kAligned>(element, seed, p.threshold);
+    const gmem<T> to = p.to + (offset(mask * p.rows + row, p.K) + column);
 #pragma unroll
-      for (int j = 0; j < kEach; ++j)
-        if (!(bits >> (i + j) & 1)) values.v[j] = T{};
-      store(to + i, values, inside);
-    }
-  } else {
+    for (int i = 0; i < kPieces; ++i) {
+      Piece kept = values[i];
+      if constexpr (kAligned) {
 #pragma unroll
-    for (int i = 0; i < kDropped; ++i) {
-      const bool inside = column + i < p.K;
-      store(to + i, load(from + i, inside && (bits >> i & 1)), inside);
+        for (int j = 0; j < kEach; ++j)
+          if (!(bits >> (i * kEach + j) & 1)) kept.v[j] = T{};
+      } else {
+        if (!(bits >> i & 1)) kept = T{};
+      }
+      store(to + i * kEach, kept, column + i * kEach < p.K);
     }
   }
 }

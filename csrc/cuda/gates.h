@@ -54,7 +54,8 @@ struct ApplyGatesBackward : GatesLayout {
 
 // Dropout's work on rows `first`, first + 1, ... of x, or of a gradient of its shape: `to` gets `from`, with zeros for what is
 // dropped. Both begin at row `first`; `to` is contiguous and may be `from`.
-#define RODE_DROP_LAYOUT(X) X(int, device)
+//   masks  at most 1: one. More: `to` has as many copies, one after the other, and `seed` a seed for each
+#define RODE_DROP_LAYOUT(X) X(int, device) X(int64_t, masks)
 struct DropLayout {
   RODE_DROP_LAYOUT(RODE_DECLARE)
 };

@@ -17,7 +17,7 @@ struct ColumnShape {
   static constexpr int kStageBytes = (2 + kParts) * kTileBytes, kStages = kParts <= 2 ? 3 : 2;
   static constexpr int kMaskWords = kColumns / 32, kMaskBytes = kTokens * kMaskWords * 4;
   static constexpr int kFlags = kStages * kStageBytes;
-  // Two masks of dropout stand behind the flags of so many tiles of tokens.
+  // Dropout's masks, each twice, stand behind the flags of so many tiles of tokens.
   RODE_HOST_DEVICE static constexpr int masks(int count) { return kFlags + (count + 7) / 8 * 16; }
 };
 
@@ -48,7 +48,7 @@ RODE_DEVICE void store_dx(const BackwardParams<T>& p, int m0, int k0, const floa
 
 // grid (256 bytes of x's rows, ranges of tokens, chunks of kGroups groups). Where there may be several (kManyColumns) dx has
 // blocks and ranges of its own, the first ones, for they have the most to do.
-template <class T, int kGroups, bool kManyColumns, bool kAligned>
+template <class T, int kGroups, bool kManyColumns, Masks kMasks, bool kAligned>
 RODE_KERNEL(kThreads, kGroups == 3 ? 3 : 2)
 grad_input_pass(BackwardParams<T> p) {
   using Shape = ColumnShape<T, kGroups>;
@@ -63,7 +63,18 @@ grad_input_pass(BackwardParams<T> p) {
   const int groups = p.expert_groups + p.router_groups, pitch = 16 * groups;
   // In dx of several chunks tiles are gone through once a chunk.
   const int turns = kManyColumns && writes ? p.chunks : 1, group0 = kManyColumns && !writes ? chunk * kGroups : 0;
-  const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
+  constexpr bool kOwn = kMasks == Masks::kOwn;
+  [[maybe_unused]] const uint64_t seed = !kOwn && p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
+  // kOwn: this block's groups see `masks` masks, from mask `first_mask` on; of a chunk's groups each sees one of them.
+  [[maybe_unused]] int first_mask = 0, masks = 1;
+  [[maybe_unused]] uint32_t own_masks = 0;
+  if constexpr (kOwn) {
+    const int end = group0 + kGroups < p.expert_groups ? group0 + kGroups : p.expert_groups;
+    const bool all = !kManyColumns || writes;
+    first_mask = all || group0 >= end ? 0 : p.expert[16 * group0];
+    masks = all ? p.masks : group0 >= end ? 0 : p.expert[16 * (end - 1)] - first_mask + 1;
+    own_masks = masks_of<kGroups>(p, group0, 16, p.expert_groups, first_mask);
+  }
 
   const auto flags = shared_array<uint16_t>(Shape::kFlags, count);
   for (int tile = thread_index(); tile < count; tile += kThreads) {
@@ -81,8 +92,8 @@ grad_input_pass(BackwardParams<T> p) {
                            Shape::kTokens * kDepth<T>);
   };
   const auto D_tile = [&](int stage, int part) { return x_tile(stage, 2 + part); };
-  const auto mask_of = [&](int tile) {
-    return shared_array<uint16_t>(Shape::masks(count) + tile % 2 * Shape::kMaskBytes, Shape::kMaskBytes / 2);
+  const auto mask_of = [&](int tile, int mask = 0) {
+    return shared_array<uint16_t>(Shape::masks(count) + (tile % 2 * masks + mask) * Shape::kMaskBytes, Shape::kMaskBytes / 2);
   };
   const auto swizzle = [](unsigned row) { return tile_swizzle<T>(row); };
   const auto x_row = [&](int i) { return Row<T>{p.x + offset(i, p.ld_x), true}; };
@@ -112,9 +123,17 @@ grad_input_pass(BackwardParams<T> p) {
     }
   };
   const auto mask = [&](int tile) {
-    if (!p.dropout || tile >= count || load(flags + tile) == 0) return;
-    fill_mask<Shape::kTokens, Shape::kColumns, kThreads, kAligned>(mask_of(tile), first + tile * Shape::kTokens, k0, p.K, seed,
-                                                                   p.threshold, p.drop_all);
+    if ((!kOwn && !p.dropout) || tile >= count || load(flags + tile) == 0) return;
+    if constexpr (kOwn) {
+#pragma unroll 1
+      for (int i = 0; i < masks; ++i)
+        fill_mask<Shape::kTokens, Shape::kColumns, kThreads, kAligned>(mask_of(tile, i), first + tile * Shape::kTokens, k0, p.K,
+                                                                       static_cast<uint64_t>(load(p.seed + (first_mask + i))),
+                                                                       p.threshold, p.drop_all);
+    } else {
+      fill_mask<Shape::kTokens, Shape::kColumns, kThreads, kAligned>(mask_of(tile), first + tile * Shape::kTokens, k0, p.K, seed,
+                                                                     p.threshold, p.drop_all);
+    }
   };
   uint32_t weight[kManyColumns ? 1 : kGroups][kSteps][kTiles][2];
   // A lane's columns of dx are 16 bytes of each of the rows of [A; Wr] that an mma asks of it.
@@ -180,15 +199,25 @@ grad_input_pass(BackwardParams<T> p) {
       load_b_transposed<T, kTiles>(b, x_tile(stage, warp / 2), row0, warp % 2 * 4);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) kept[j][0] = b[j][0], kept[j][1] = b[j][1];
-      if constexpr (kDrop) drop_b<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
+      [[maybe_unused]] int seen = kNoMask;  // the mask that `kept` has gone through
+      if constexpr (kDrop && !kOwn) drop_b<T, kTiles>(kept, mask_of(tile), Shape::kMaskWords, row0, warp_k);
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        const bool of_experts = !kDrop || group0 + group < p.expert_groups;
+        const bool of_experts = !kDrop || kOwn || group0 + group < p.expert_groups;
         if (!(wanted >> group & 1)) continue;
         const int at = group * 16 * kSize / kChunk;
         uint32_t bits[4];
         load_a_transposed<T>(bits, D_tile(stage, at / 8), row0, at % 8);
         if (!warp_any(bits)) continue;  // nothing open
+        if constexpr (kOwn) {
+          const int own = static_cast<int>(own_masks >> 4 * group & 15u);
+          if (own != seen) {
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) kept[j][0] = b[j][0], kept[j][1] = b[j][1];
+            if (own != kNoMask) drop_b<T, kTiles>(kept, mask_of(tile, own), Shape::kMaskWords, row0, warp_k);
+            seen = own;
+          }
+        }
         const FragmentA<T> a = fragment_a<T>(bits, p.fast);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
@@ -196,12 +225,11 @@ grad_input_pass(BackwardParams<T> p) {
       }
     }
   };
-  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. i: its index in D's
-  // tile.
+  // Adds a group's part of dx of 16 tokens: experts' first, then what dropout leaves of it, then the router's. With masks of their
+  // own, what each leaves of each group's part. i: its index in D's tile.
   const auto go_back = [&](int stage, int tile, int row0, int i, int group, const uint32_t (&w)[kSteps][kTiles][2],
                            float (&c)[kTiles][4]) {
-    if (p.dropout && group == p.expert_groups) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
-    accumulate<T>(c, [&](float (&part)[kTiles][4]) {
+    const auto products = [&](float (&part)[kTiles][4]) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int at = (i * kSteps + step) * 2;
@@ -212,10 +240,20 @@ grad_input_pass(BackwardParams<T> p) {
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) multiply(part[j], a, no_hoist(w[step][j][0]), no_hoist(w[step][j][1]), p.fast);
       }
-    });
+    };
+    if constexpr (kOwn) {
+      if (group < p.expert_groups) {
+        float part[kTiles][4] = {};
+        products(part);
+        return add_kept(c, part, mask_of(tile, p.expert[16 * group]), Shape::kMaskWords, row0, lane_dx);
+      }
+    } else if (p.dropout && group == p.expert_groups) {
+      drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
+    }
+    accumulate<T>(c, products);
   };
   const auto epilogue = [&](int tile, int row0, int m0, bool open, float (&c)[kTiles][4]) {
-    if (p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
+    if (!kOwn && p.dropout && open && p.router_groups == 0) drop_sums(c, mask_of(tile), Shape::kMaskWords, row0, lane_dx);
     store_dx<T, kAligned, kTiles>(p, m0 + row0, k0 + warp_k, c);
   };
 
@@ -238,8 +276,8 @@ grad_input_pass(BackwardParams<T> p) {
     const bool open = is_open(turn);
     if (sums_up && open) {
       accumulate<T>(sums, [&](float (&c)[kGroups][kTiles][4]) {
-        if (p.dropout) return add_up.template operator()<true>(stage, tile, c);
-        add_up.template operator()<false>(stage, tile, c);
+        if (kOwn || p.dropout) return add_up.template operator()<true>(stage, tile, c);
+        if constexpr (!kOwn) add_up.template operator()<false>(stage, tile, c);
       });
     }
     if constexpr (kManyColumns) {

@@ -21,13 +21,13 @@ struct ForwardParams {
   gmem<T> y;                            // (M, O)
   gmem<float> u, g;                     // (M, R), (M, N)
   gmem<float> partial;                  // (splits, M, columns): sums over parts of K; columns in tiles of 8, experts first
-  gmem<const int64_t> seed;
+  gmem<const int64_t> seed;             // (masks)
   int ld_x, ld_A, ld_B, ld_base, ld_y;  // distance of rows, in elements: 32 bits, for an address is then one instruction
   uint32_t threshold;                   // of dropout: floor(p 2^32), but for p = 1, which is drop_all
   int M, K, O, R, N;
   int expert_tiles, router_tiles;                         // columns in tiles of 8
   int splits;                                             // of K
-  int columns, first_column, router_gap;                  // of partial, see `ForwardLayout`
+  int columns, first_column, router_gap, masks;           // of partial, and of dropout, see `ForwardLayout`
   int out_tiles;                                          // of y that a block of forward_expand goes through
   int copy_x, copy_weights, copy_B;                       // bytes that rows can be copied by: 16, 4 or one value
   bool routed, dropout, drop_all, dense, in_place, fast;  // fast: tf32 products for float32
@@ -35,9 +35,29 @@ struct ForwardParams {
   uint8_t expert[kMaxRank];  // of each column
 };
 
-// Shared memory: a pipeline of stages, then the gates of 64 tokens, then two masks of dropout.
+// Shared memory: a pipeline of stages, then the gates of 64 tokens, then dropout's masks, each twice.
 constexpr int kMaskBytes = 64 * 2 * 4;
 RODE_HOST_DEVICE constexpr int gates_bytes(int experts) { return 64 * experts * 4; }
-constexpr int masks_bytes(bool dropout) { return dropout ? 2 * kMaskBytes : 0; }
+constexpr int masks_bytes(bool dropout, int masks = 1) { return dropout ? 2 * masks * kMaskBytes : 0; }
+
+// Whether all experts see one mask of dropout, or mixtures that stand side by side one each. Then `expert` holds, for each column,
+// the mixture, and `seed` one seed for each.
+enum class Masks { kOne, kOwn };
+constexpr int kMaxMasks = 4;  // each mixture has at least 16 columns of kMaxExperts in backward
+constexpr int kNoMask = 15;   // of a router's columns
+
+// The masks that kCount tiles of `width` columns from tile `first` on see, counted from mask `from` on, 4 bits each. Tiles from `end`
+// on are routers'.
+template <int kCount, class Params>
+RODE_DEVICE uint32_t masks_of(const Params& p, int first, int width, int end, int from) {
+  static_assert(kCount <= 8 && kMaxMasks < kNoMask);
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int mask = first + i < end ? p.expert[(first + i) * width] - from : kNoMask;
+    found |= static_cast<uint32_t>(mask) << 4 * i;
+  }
+  return found;
+}
 
 }  // namespace rode::gpu

@@ -19,22 +19,32 @@ struct ShrinkStages {
 
 // sums[j] = x tile times column tile first_tile + j, over `count` stages of K from stage `first` on; with 16 tiles, those of this
 // warp. Tiles below kExpertTiles (or, if that is negative, below p.expert_tiles) are experts' and see x after dropout.
-template <class T, int kRows, int kTiles, int kExpertTiles, bool kAligned>
+template <class T, int kRows, int kTiles, int kExpertTiles, bool kAligned, Masks kMasks = Masks::kOne>
 RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int first, int count, int mask_at,
                         float (&sums)[ShrinkStages<T, kRows, kTiles>::kMine][4]) {
   using Stages = ShrinkStages<T, kRows, kTiles>;
   constexpr int kWarpsM = Stages::kWarpsM, kWarpsK = Stages::kWarpsK, kMine = Stages::kMine;
   const int lane = lane_index(), row0 = warp_index() % kWarpsM * 16, peer = warp_index() / kWarpsM;
   const int warp_k = kWarpsK == 1 ? 0 : peer, warp_tile = kWarpsK == 1 ? peer * kMine : 0;
-  const uint64_t seed = p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
+  constexpr bool kOwn = kMasks == Masks::kOwn;
+  [[maybe_unused]] const uint64_t seed = !kOwn && p.dropout ? static_cast<uint64_t>(load(p.seed)) : 0;
   const int tile0 = first_tile + warp_tile, tiles = p.expert_tiles + p.router_tiles - tile0;  // that exist
 
   const auto x_tile = [](int stage) { return shared_array<T>(stage * Stages::kBytes, kRows * kDepth<T>); };
   const auto weight_tile = [](int stage) {
     return shared_array<T>(stage * Stages::kBytes + Stages::kTileBytes, 8 * kTiles * kDepth<T>);
   };
-  const auto mask_of = [&](int tile) {
-    return shared_array<uint16_t>(mask_at + tile % 2 * kMaskBytes, kMaskBytes / 2);
+  // kOwn: this block's tiles see `masks` masks, from mask `first_mask` on; of this warp's tiles each sees one of them.
+  [[maybe_unused]] int first_mask = 0, masks = 1;
+  [[maybe_unused]] uint32_t own_masks = 0;
+  if constexpr (kOwn) {
+    const int end = first_tile + kTiles < p.expert_tiles ? first_tile + kTiles : p.expert_tiles;
+    first_mask = first_tile < end ? p.expert[8 * first_tile] : 0;
+    masks = first_tile < end ? p.expert[8 * (end - 1)] - first_mask + 1 : 0;
+    own_masks = masks_of<kMine>(p, tile0, 8, p.expert_tiles, first_mask);
+  }
+  const auto mask_of = [&](int tile, int mask = 0) {
+    return shared_array<uint16_t>(mask_at + (tile % 2 * masks + mask) * kMaskBytes, kMaskBytes / 2);
   };
   const auto x_row = [&](int row) { return Row<T>{p.x + offset(m0 + row, p.ld_x), m0 + row < p.M}; };
   const auto weight_at = [&](int row) { return weight_row(p, 8 * first_tile + row, 8 * p.expert_tiles); };
@@ -67,12 +77,22 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
       ldmatrix<4>(bits, (x_tile(stage) + of_lane / static_cast<int>(sizeof(T))) ^ flip);
       const FragmentA<T> a = fragment_a<T>(bits, p.fast);
       FragmentA<T> kept = a;  // the experts' x
-      if constexpr (kDrop) {
+      if constexpr (kDrop && !kOwn) {
         drop<T>(bits, mask_of(tile), row0, step);
         kept = fragment_a<T>(bits, p.fast);
       }
+      [[maybe_unused]] int seen = kNoMask;  // the mask that `kept` has gone through
       const auto add = [&](int j, uint32_t b0, uint32_t b1) {
-        if (!kDrop || kWhole || (kExpertTiles < 0 ? tile0 + j < p.expert_tiles : j < kExpertTiles)) {
+        if constexpr (kOwn) {
+          const int own = static_cast<int>(own_masks >> 4 * j & 15u);
+          if (own != seen) {
+            uint32_t left[4] = {bits[0], bits[1], bits[2], bits[3]};
+            if (own != kNoMask) drop<T>(left, mask_of(tile, own), row0, step);
+            kept = fragment_a<T>(left, p.fast);
+            seen = own;
+          }
+          multiply(c[j], kept, b0, b1, p.fast);
+        } else if (!kDrop || kWhole || (kExpertTiles < 0 ? tile0 + j < p.expert_tiles : j < kExpertTiles)) {
           multiply(c[j], kept, b0, b1, p.fast);
         } else {
           multiply(c[j], a, b0, b1, p.fast);
@@ -98,7 +118,13 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     }
   };
   const auto mask = [&](int tile) {
-    if (p.dropout && tile < count)
+    if constexpr (kOwn) {
+#pragma unroll 1
+      for (int i = 0; i < (tile < count ? masks : 0); ++i)
+        fill_mask<kRows, kDepth<T>, kBlock<kRows>, kAligned>(mask_of(tile, i), m0, (first + tile) * kDepth<T>, p.K,
+                                                             static_cast<uint64_t>(load(p.seed + (first_mask + i))), p.threshold,
+                                                             p.drop_all);
+    } else if (p.dropout && tile < count)
       fill_mask<kRows, kDepth<T>, kBlock<kRows>, kAligned>(mask_of(tile), m0, (first + tile) * kDepth<T>, p.K, seed, p.threshold,
                                                            p.drop_all);
   };
@@ -116,11 +142,11 @@ RODE_DEVICE void shrink(const ForwardParams<T>& p, int m0, int first_tile, int f
     cp_async_commit();
     mask(tile + 1);  // beside the products
     accumulate<T>(sums, [&](float (&c)[kMine][4]) {
-      if (p.dropout) return compute.template operator()<false, true>(stage, tile, c);
-      if constexpr (kTiles == 16) {
+      if (kOwn || p.dropout) return compute.template operator()<false, true>(stage, tile, c);
+      if constexpr (kTiles == 16 && !kOwn) {
         if (whole) return compute.template operator()<true, false>(stage, tile, c);
       }
-      compute.template operator()<false, false>(stage, tile, c);
+      if constexpr (!kOwn) compute.template operator()<false, false>(stage, tile, c);
     });
     stage = stage + 1 == Stages::kCount ? 0 : stage + 1;
     free = free + 1 == Stages::kCount ? 0 : free + 1;

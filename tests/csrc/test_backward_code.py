@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from mixture_oracle import random_problem
 from rode_kernels import backends, rectified_mixture
-from rode_kernels.backends.cuda.emulated import native
+from rode_kernels.backends.cuda.emulated import machine, native
 from sass import LONG_CASES, NVCC, ROOT, SHARED_KIB, compile_kernels, cuobjdump
+from sibling_problems import random_siblings, run, with_dropout
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 THREADS = {"grad_output_pass": 256}
@@ -21,7 +23,7 @@ THREADS = {"grad_output_pass": 256}
 def claims() -> dict[str, tuple[int, int]]:
     """From the comment in backward_params.cuh, as forward's."""
     text = (ROOT / "csrc/cuda/backward_params.cuh").read_text()
-    lines = re.findall(r"^//   (\w+(?: \d+)*): (\d+), (\d+)$", text, re.MULTILINE)
+    lines = re.findall(r"^//   (\w+(?: \d+)*(?: own)?): (\d+), (\d+)$", text, re.MULTILINE)
     return {name: (int(large), int(small)) for name, large, small in lines}
 
 
@@ -46,6 +48,12 @@ def shared_bytes(kind: str) -> dict[str, int]:
             assert name.startswith(launch["kernel"])
             assert launch["threads"] == THREADS.get(launch["kernel"], 128)
             found[name] = launch["shared_bytes"]
+    for ranks, name in (((8,), "grad_input_pass 5 own"), ((2, 4, 8, 16), "grad_input_pass 4 own")):
+        problems = with_dropout(random_siblings((5,), ranks=(ranks, ranks), dtype=dtype), 0.1, [1, 2])
+        with patch.multiple(machine, together=True, architecture=90):
+            run(problems, "cuda-emulated")
+        (launch,) = (one for one in native.launches() if one["kernel"] == "grad_input_pass")
+        found[name] = launch["shared_bytes"]
     return found
 
 
@@ -60,7 +68,10 @@ def check(kind: str, arch: int, folder, shared: dict[str, int]) -> None:
         assert kernel.spills == 0, where
         assert kernel.stack == 0, where
         if name in shared:
-            assert shared[name] <= 99 * 1024, f"{where}: more shared memory than every device gives a block"
+            if name != "grad_input_pass 5 own":  # which has another one in its place where it does not fit
+                assert shared[name] <= 99 * 1024, (
+                    f"{where}: more shared memory than every device gives a block"
+                )
             blocks = kernel.blocks(arch, shared[name], THREADS.get(name.split()[0], 128))
             assert blocks >= claimed[name][0 if SHARED_KIB[arch] > 100 else 1], (
                 f"{where}: {blocks} blocks at once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from mixture_oracle import random_problem
 from rode_kernels import backends, rectified_mixture
 from rode_kernels.backends.cuda.emulated import machine, native
 from rode_kernels.backends.gpu.plans import Plan
+from rode_kernels.siblings import mixtures_forward
 from sass import LONG_CASES, NVCC, ROOT, SHARED_KIB, compile_kernels, cuobjdump
+from sibling_problems import random_siblings, siblings_of, with_dropout
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 KERNELS = {
     *("forward_fused 4 1", "forward_fused 8 2", "forward_shrink 16 5", "forward_shrink 64 5"),
-    *("forward_shrink 64 16", "forward_expand 16 one"),
+    *("forward_shrink 64 16", "forward_shrink 64 5 own", "forward_shrink 64 16 own", "forward_expand 16 one"),
     *("forward_expand 64 one", "forward_expand 64 kept", "forward_expand 64 again"),
 }
 
@@ -64,6 +67,13 @@ def shared_bytes(kind: str) -> dict[str, int]:
         for name, launch in zip(names, native.launches(), strict=True):
             assert name.startswith(launch["kernel"])
             found[name] = launch["shared_bytes"]
+    for ranks, name in (((8,), "forward_shrink 64 5 own"), ((2, 4, 8, 16), "forward_shrink 64 16 own")):
+        problems = with_dropout(random_siblings((5,), ranks=(ranks, ranks), dtype=dtype), 0.1, [1, 2])
+        siblings = siblings_of(problems)
+        with patch.object(machine, "together", True):
+            mixtures_forward(problems[0].x, siblings, [None, None], dropout_p=0.1, backend="cuda-emulated")
+        (launch,) = (one for one in native.launches() if one["kernel"] == "forward_shrink")
+        found[name] = launch["shared_bytes"]
     assert set(found) == KERNELS
     return found
 

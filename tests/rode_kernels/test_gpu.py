@@ -82,7 +82,7 @@ def test_values(backend, dtype, shape, dropout):
 def test_siblings(backend, dtype, shape, dropout):
     problems = sibling_problems.random_siblings(dtype=dtype, **shape)
     if dropout:
-        problems = sibling_problems.with_dropout(problems, 0.1, [5] * len(problems))
+        problems = sibling_problems.with_dropout(problems, 0.1, list(range(5, 5 + len(problems))))
     x = problems[0].x.cuda()
     sibling_problems.check([replace(on_device(p), x=x) for p in problems], backend)
 

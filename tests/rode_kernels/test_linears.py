@@ -101,6 +101,19 @@ def test_values_and_gradients(backend, dtype, parameter_dtype, dropout_p):
             assert_as_accurate_as_eager(have, *pieces, f"gradient of {name} of {j}", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_layer_draws_its_own_mask(backend, dtype):
+    """As single layers do, one after the other."""
+    ps = leaves_of(problems((2, 36), dtype=dtype))
+    found = []
+    for f in (together, apart):
+        torch.manual_seed(1)
+        ys = f(ps, dropout_p=0.4, backend=backend)
+        found.append([*ys, *gradients(ys, ps)])
+    for have, want in zip(*found, strict=True):
+        assert (have.double() - want.double()).norm() <= 2**-7 * want.double().norm()
+
+
 def test_one_layer_and_no_bias(backend):
     ps = leaves_of(problems(widths=(7,), ranks=((2, 1),), bias=False))
     for have, want in zip(

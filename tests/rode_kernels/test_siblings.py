@@ -10,10 +10,12 @@ import torch
 from mixture_oracle import MIXED, threads
 from rode_kernels import backends
 from rode_kernels.backends.cuda import emulated as cuda_emulated
+from rode_kernels.backends.gpu import gemm_path
+from rode_kernels.backends.reference import dropout_keep
 from rode_kernels.backends.registry import select_backend
 from rode_kernels.backends.triton import backend as triton
 from rode_kernels.mixture import make_mixture
-from rode_kernels.siblings import SiblingNeeds, mixtures_forward
+from rode_kernels.siblings import Sibling, SiblingNeeds, mixtures_backward, mixtures_forward
 from sibling_problems import PARAMETERS, check, random_siblings, run, siblings_of, with_dropout
 
 ONE_PASS = ("reference", "cpu", "cuda-emulated", "triton")  # backends that take siblings together
@@ -45,10 +47,91 @@ def test_dropout(backend, dtype, seeds):
     check(with_dropout(problems, 0.3, seeds), backend)
 
 
-def test_dropout_of_wide_mixtures(backend):
+@pytest.mark.parametrize("seeds", [[7, 7], [7, 8]], ids=["one mask", "own masks"])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED[1:], ids=str)
+def test_dropout_of_wide_mixtures(backend, dtype, parameter_dtype, seeds):
     """For which PyTorch's products serve single calls."""
-    problems = random_siblings((70,), K=40, widths=(24, 16), ranks=((30, 20), (40,)), dtype=torch.float32)
-    check(with_dropout(problems, 0.3, [7, 7]), backend)
+    ranks = ((70, 20), (40,))
+    problems = random_siblings(
+        (70,), K=40, widths=(24, 16), ranks=ranks, dtype=dtype, parameter_dtype=parameter_dtype
+    )
+    check(with_dropout(problems, 0.3, seeds), backend)
+
+
+def found_masks(backend: str, dtype: torch.dtype, R: int, seeds: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    """What each sibling keeps of x, at probability 0.5: by u, by dx and by dA, from products that are exact in every dtype."""
+    parts, ones = 4, torch.ones(R, R, dtype=dtype)
+    identity, M = torch.eye(R, dtype=dtype), parts * R
+    own = {seed: torch.tensor([seed]) for seed in seeds}
+    routers = torch.zeros(1, R, dtype=dtype), torch.ones(1, dtype=dtype)  # every gate is 1
+    first, then = (
+        [
+            Sibling(A, identity, *routers, make_mixture((R,), (0.5 * 2**j,)), own[seed])
+            for j, seed in enumerate(seeds)
+        ]
+        for A in (identity, ones)
+    )
+    outputs = mixtures_forward(
+        torch.ones(M, R, dtype=dtype), first, [None] * len(seeds), dropout_p=0.5, backend=backend
+    )
+    # tokens m, m + R, .. count in row m of dA, each with its own power of two
+    x = torch.tensor([2.0**i for i in range(parts)]).repeat_interleave(R)[:, None].expand(M, R).to(dtype)
+    dx, grads = mixtures_backward(
+        x.contiguous(),
+        then,
+        [(u, g) for _, u, g in outputs],
+        [identity.repeat(parts, 1)] * len(seeds),
+        dropout_p=0.5,
+        backend=backend,
+    )
+    found = []
+    for j, ((_, u, _), grad) in enumerate(zip(outputs, grads, strict=True)):
+        of_A = (grad.A / 2**j).long()
+        bits = torch.cat([of_A >> i & 1 for i in range(parts)])
+        found.append((u.bool(), (dx.long() >> j & 1).bool(), bits.bool()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("seeds", [[7, 8], [8, 7, 9]], ids=["q and v, small", "q, k and v, small"])
+@pytest.mark.parametrize("R", [24, 66], ids=["kernels", "products"])
+def test_each_sibling_drops_what_it_drops_alone(backend, dtype, seeds, R):
+    """To the bit, forward and backward."""
+    for seed, masks in zip(seeds, found_masks(backend, dtype, R, seeds), strict=True):
+        keep = dropout_keep(torch.tensor([seed]), 0.5, 4 * R, R)
+        for mask, where in zip(masks, ("u", "dx", "dA"), strict=True):
+            assert torch.equal(mask, keep), f"{where} of the sibling with seed {seed}"
+
+
+@pytest.mark.parametrize("mistake", ["exchanged", "one for all"])
+@pytest.mark.parametrize("R", [24, 66], ids=["kernels", "products"])
+@pytest.mark.parametrize("name", ["cuda-emulated", "triton"])
+def test_seeds_of_other_siblings_are_noticed(name, R, mistake, monkeypatch):
+    """By the test of masks above, and by values."""
+    status = backends()[name]
+    if not status.available:
+        pytest.skip(f"backend {name}: {status.reason}")
+    module = select_backend(name, torch.zeros(1, 1), 1, make_mixture((1,), (1.0,)))
+    plain = {pass_: getattr(module, f"{pass_}_siblings") for pass_ in ("forward", "backward")}
+
+    def wrong(pass_: str):
+        def run_wrong(operands, *rest):
+            seeds = [o.seed for o in operands]
+            seeds = seeds[::-1] if mistake == "exchanged" else [seeds[0]] * len(seeds)
+            given = [o._replace(seed=seed) for o, seed in zip(operands, seeds, strict=True)]
+            return plain[pass_](given, *rest)
+
+        return run_wrong
+
+    for pass_, places in (("forward", (0,)), ("backward", (1, 2))):
+        with monkeypatch.context() as planted:
+            planted.setattr(module, f"{pass_}_siblings", wrong(pass_))
+            found = found_masks(name, torch.bfloat16, R, [7, 8])
+            problems = with_dropout(random_siblings((133,), K=72, dtype=torch.bfloat16), 0.3, [7, 8])
+            with pytest.raises(AssertionError):
+                check(problems, name)
+        keep = dropout_keep(torch.tensor([8]), 0.5, 4 * R, R)
+        assert not any(torch.equal(found[1][place], keep) for place in places)
 
 
 def test_closed_and_open_experts_side_by_side(backend):
@@ -149,14 +232,17 @@ def test_the_same_bits_for_every_number_of_threads(dtype):
             assert all(torch.equal(a[n], b[n]) for n in PARAMETERS)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_one_pass_runs_where_a_backend_has_it(name, monkeypatch):
+def test_one_pass_runs_where_a_backend_has_it(name, dropout_p, monkeypatch):
     """And gives what single calls give, which do not run."""
     status = backends()[name]
     if not status.available:
         pytest.skip(f"backend {name}: {status.reason}")
     module = select_backend(name, torch.zeros(1, 1), 1, make_mixture((1,), (1.0,)))
     problems = random_siblings((150,), K=72, dtype=torch.bfloat16)
+    if dropout_p:
+        problems = with_dropout(problems, dropout_p, [7, 8])
     with monkeypatch.context() as alone:
         alone.setattr(module, "forward_siblings", lambda *_: None)
         alone.setattr(module, "backward_siblings", lambda *_: None)
@@ -183,6 +269,10 @@ def test_products_by_pytorch(name, dtype, parameter_dtype, monkeypatch):
         (66,), K=24, widths=(20, 12), ranks=((2, 3), (5,)), dtype=dtype, parameter_dtype=parameter_dtype
     )
     check(problems, name)
+    if name == "cuda-emulated":  # Triton's has no dropout
+        monkeypatch.setattr(gemm_path, "SCRATCH_BYTES", 1000)  # several parts of the tokens
+        check(with_dropout(problems, 0.3, [7, 8]), name)
+        assert cuda_emulated.native.launches()[-1]["kernel"] == "drop_rows"
     problems[0].dy = problems[0].dy[:, :1].expand(problems[0].dy.shape)
     check(problems, name, without_dy=(1,))
     only_B = [SiblingNeeds(False, True, False, False)] * 2

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCES = {
     "backward": ("backward_params.cuh", "grad_output_pass.cuh", "gate_backward.cuh", "grad_input_pass.cuh"),
     "forward": ("shrink.cuh", "expand.cuh", "forward.cuh"),
-    "siblings": ("forward.cuh", "gate_backward.cuh", "grad_input_pass.cuh", "gates.cuh"),
+    "siblings": ("shrink.cuh", "forward.cuh", "gate_backward.cuh", "grad_input_pass.cuh", "gates.cuh"),
 }
 # For siblings: code, and what stands there instead.
 PLACES = (
@@ -44,6 +44,20 @@ PLACES = (
     ("of_router ? p.first_router : p.first_row", "of_router ? p.first_router : 0"),
     ("of_router ? p.first_router : p.first_row", "of_router ? p.first_row : p.first_row"),
     ("from_row < (of_router ? p.N : p.R)", "true"),
+    # masks of their own: one for all, exchanged, and another one's
+    ("load(p.seed + (first_mask + i))", "load(p.seed)"),
+    ("load(p.seed + (first_mask + i))", "load(p.seed + (first_mask + masks - 1 - i))"),
+    ("mask_of(tile, i)", "mask_of(tile, masks - 1 - i)"),
+    ("mask_of(tile, own)", "mask_of(tile)"),
+    ("mask_of(tile, p.expert[16 * group])", "mask_of(tile)"),
+    ("if (own != seen) {", "if (seen == kNoMask) {"),
+    ("if (own != seen) {", "if (own != kNoMask) {"),
+    ("tile % 2 * masks + mask", "tile % 2 + mask"),
+    ("tile % 2 * masks + mask", "tile % 2 * masks"),
+    ("masks_of<kMine>(p, tile0, 8,", "masks_of<kMine>(p, first_tile, 8,"),
+    ("masks_of<kGroups>(p, group0, 16,", "masks_of<kGroups>(p, 0, 16,"),
+    ("p.expert[8 * (end - 1)] - first_mask + 1", "1"),
+    ("p.expert[16 * (end - 1)] - first_mask + 1", "1"),
 )
 TESTS = {
     "backward": ("tests/rode_kernels/backends/cuda/test_backward.py",),
@@ -52,6 +66,7 @@ TESTS = {
 }
 # The translation unit of csrc/emulator that has a source, where it is not the kernels' that are asked for.
 UNITS = {
+    "shrink.cuh": "forward",
     "forward.cuh": "forward",
     "gates.cuh": "gates",
     "gate_backward.cuh": "backward",

@@ -71,12 +71,14 @@ class Kernel:
 
 
 def _short(mangled: str) -> str:
-    """forward_fused 4 1, from a mangled name; " any" after it where rows need not be aligned (the last of its flags is false)."""
+    """forward_fused 4 1, from a mangled name; after it " own" for mixtures with masks of their own, and " any" where rows need not
+    be aligned (the last of its flags is false)."""
     name = re.search(r"gpu\d+([a-z_]+)I", mangled).group(1)
     passes = [("one", "kept", "again")[int(i)] for i in re.findall(r"PassesE(\d)E", mangled)]
+    own = ["own"] if "MasksE1E" in mangled else []
     flags = re.findall(r"Lb([01])E", mangled)
     return " ".join(
-        [name, *re.findall(r"Li(\d+)E", mangled), *passes, *(["any"] if flags[-1:] == ["0"] else [])]
+        [name, *re.findall(r"Li(\d+)E", mangled), *passes, *own, *(["any"] if flags[-1:] == ["0"] else [])]
     )
 
 

@@ -120,6 +120,11 @@ CALLS = {
     },
     "dropout on ragged rows": dict(tokens=8192, K=4098, dropout_p=0.05),
     "dropout on few tokens": dict(tokens=64, dropout_p=0.05),
+    "siblings": dict(tokens=8192, siblings=2),
+    "siblings with masks": dict(tokens=8192, siblings=2, dropout_p=0.05),
+    "three siblings with masks and many columns": dict(
+        tokens=512, ranks=(40, 40), siblings=3, dropout_p=0.05
+    ),
     "gates alone": dict(tokens=8192, without_dy=True),
     "1": dict(tokens=1),  # what is 1 becomes a constant
     "ones": dict(tokens=1, K=1, O=1),

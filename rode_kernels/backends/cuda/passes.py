@@ -66,23 +66,23 @@ class Passes:
         return not layout.shape.dropout
 
     def plan_siblings_forward(
-        self, layouts: tuple[Layout, ...], columns: Columns, device: int
+        self, layouts: tuple[Layout, ...], columns: Columns, masks: int, device: int
     ) -> ForwardPlans | None:
-        """Plans of mixtures that read the same x; None where calls one by one are faster."""
+        """Plans of mixtures that read the same x; None where calls one by one are faster, or the only way."""
         shapes = tuple(layout.shape for layout in layouts)
         packs = not any(any(layout.params_fp32) for layout in layouts)
         return plan_siblings_forward(
-            shapes, columns.shape(shapes), *self.limits(device), packs, self.always_together()
+            shapes, columns.shape(shapes, masks), *self.limits(device), packs, self.always_together()
         )
 
     def plan_siblings_backward(
-        self, layouts: tuple[Layout, ...], columns: Columns, device: int
+        self, layouts: tuple[Layout, ...], columns: Columns, masks: int, device: int
     ) -> BackwardPlans | None:
         """As `plan_siblings_forward`."""
         shapes = tuple(layout.shape for layout in layouts)
         packs = not any(any(layout.params_fp32) for layout in layouts)
         return plan_siblings_backward(
-            shapes, columns.shape(shapes), *self.limits(device), packs, self.always_together()
+            shapes, columns.shape(shapes, masks), *self.limits(device), packs, self.always_together()
         )
 
     def always_together(self) -> bool:

@@ -280,10 +280,10 @@ class PreparedBackward:
 
 
 class DropKernel:
-    """`rode_kernels.backends.gpu.gemm_path.DropKernel` by these kernels."""
+    """`rode_kernels.backends.gpu.gemm_path.DropKernel` by these kernels, for one mask or several."""
 
-    def __init__(self, kernels: Kernels, layout: Layout, device: int):
-        self.run = kernels.native.Drop(**kernels.problem(layout), device=device)
+    def __init__(self, kernels: Kernels, layout: Layout, device: int, masks: int = 1):
+        self.run = kernels.native.Drop(**kernels.problem(layout), device=device, masks=masks)
 
     def __call__(self, source: Tensor, to: Tensor, seed: Tensor, first: int, stream: int) -> None:
         rows, ld_from = source.shape[0], source.stride(0)

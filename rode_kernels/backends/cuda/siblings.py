@@ -16,10 +16,18 @@ from torch import Tensor
 from rode_kernels.backends.cuda.passes import Passes, row_distance, with_contiguous_parameters
 from rode_kernels.backends.cuda.prepared import GateKernel, Kernels, address
 from rode_kernels.backends.gpu import gemm_siblings
-from rode_kernels.backends.gpu.gemm_path import product
+from rode_kernels.backends.gpu.gemm_path import Dropout, product
 from rode_kernels.backends.gpu.layout import Layout, tf32_allowed, with_neighbouring_columns
 from rode_kernels.backends.gpu.plans import divide_up
-from rode_kernels.backends.gpu.siblings import BackwardPlans, Columns, ForwardPlans, apart, say_one_by_one
+from rode_kernels.backends.gpu.siblings import (
+    BackwardPlans,
+    Columns,
+    ForwardPlans,
+    apart,
+    count_masks,
+    say_one_by_one,
+    seeds_of,
+)
 from rode_kernels.backends.native import problem_arguments
 from rode_kernels.operands import AnyOperands, BackwardOperands, ForwardOperands, Gradients, Settings
 from rode_kernels.passes import Needs, Outputs
@@ -96,7 +104,7 @@ class SiblingsForward(_Siblings):
     """The forward pass of all mixtures.
 
     Args:
-        plans: as the planner gives them. by_product: x W^T is PyTorch's.
+        plans: as the planner gives them. by_product: x W^T is PyTorch's. masks: see `count_masks`.
         ld_x, lds: elements from row to row of x; of each base (0: none) and y.
     """
 
@@ -106,6 +114,7 @@ class SiblingsForward(_Siblings):
         layouts: tuple[Layout, ...],
         plans: ForwardPlans,
         by_product: bool,
+        masks: int,
         device: int,
         ld_x: int,
         lds: tuple[tuple[int, int], ...],
@@ -118,6 +127,7 @@ class SiblingsForward(_Siblings):
             **self.joint,
             **dict(ld_x=ld_x, ld_base=0, ld_y=0, ld_A=self.pitch_K, ld_B=0, device=device),
             **first,
+            **dict(columns=columns.total, first_column=0, router_gap=0, masks=masks),
         ).shrink
         self.expands = []
         for j, (layout, plan) in enumerate(zip(layouts, plans.each, strict=True)):
@@ -130,11 +140,12 @@ class SiblingsForward(_Siblings):
                 columns=columns.total,
                 first_column=columns.experts[j],
                 router_gap=(columns.routers[j] - after) // 8,
+                masks=1,
             )
             self.expands.append(launch.expand)
 
     def __call__(
-        self, operands: Sequence[ForwardOperands], ys: Sequence[Tensor], stream: int
+        self, operands: Sequence[ForwardOperands], ys: Sequence[Tensor], seeds: Tensor | None, stream: int
     ) -> list[Outputs]:
         """Writes each y; gives it with u and g."""
         empty, floats, x = self.kernels.empty, torch.float32, operands[0].x
@@ -146,7 +157,7 @@ class SiblingsForward(_Siblings):
         else:
             partial = empty(self.splits, self.tokens, self.columns.total, like=x, dtype=floats)
             weights = (W.data_ptr(), self.router_of(W))
-            sums = (address(partial), address(operands[0].seed))
+            sums = (address(partial), address(seeds))
             self.shrink(x.data_ptr(), 0, 0, *weights, *(0,) * 5, *sums, fast, stream)
         outputs = []
         for o, y, B, layout, expand in zip(operands, ys, Bs, self.layouts, self.expands, strict=True):
@@ -163,7 +174,7 @@ class SiblingsBackward(_Siblings):
     """The backward pass of all mixtures, called like `PreparedBackward`.
 
     Args:
-        plans: as the planner gives them. by_products: D^T x and D W are PyTorch's.
+        plans: as the planner gives them. by_products: D^T x and D W are PyTorch's. masks: as above.
         ld_x, ld_dys: elements from row to row of x; of each dy also from column to column, None where there is none.
         needs: the wanted gradients of each.
     """
@@ -174,6 +185,7 @@ class SiblingsBackward(_Siblings):
         layouts: tuple[Layout, ...],
         plans: BackwardPlans,
         by_products: bool,
+        masks: int,
         device: int,
         ld_x: int,
         ld_dys: tuple[tuple[int, int] | None, ...],
@@ -216,7 +228,7 @@ class SiblingsBackward(_Siblings):
             **common,
             **asdict(plans.shared),
             **dict(ld_dy=(0, 0), ld_B=0, params_fp32=(False,) * 3, open_part=0),
-            **dict(D_pitch=columns.total, D_first=0, D_router=columns.total_rank),
+            **dict(D_pitch=columns.total, D_first=0, D_router=columns.total_rank, masks=masks),
         ).grad_input
         self.each = []
         for j, (layout, plan) in enumerate(zip(layouts, plans.each, strict=True)):
@@ -227,11 +239,13 @@ class SiblingsBackward(_Siblings):
                 **asdict(plan),
                 **dict(ld_dy=ld_dys[j] or (0, 0), ld_B=self.pitches_R[j], params_fp32=layout.params_fp32),
                 **dict(D_pitch=columns.total, D_first=columns.experts[j], D_router=columns.routers[j]),
-                open_part=j,
+                **dict(open_part=j, masks=1),
             )
             self.each.append(launch)
 
-    def __call__(self, operands: Sequence[BackwardOperands], stream: int) -> list[Gradients]:
+    def __call__(
+        self, operands: Sequence[BackwardOperands], seeds: Tensor | None, stream: int
+    ) -> list[Gradients]:
         """The gradients, each in its parameter's dtype; x's stands in the first ones."""
         empty, x, M = self.kernels.empty, operands[0].x, self.tokens
         fast = self.fp32 and tf32_allowed()
@@ -268,7 +282,7 @@ class SiblingsBackward(_Siblings):
             weights = (0, at("open")) if W is None else (W.data_ptr(), self.router_of(W))
             # of dA and dWr it only asks whether they are wanted
             results = (address(dx), self.need_A * at("D"), self.need_router * at("D"), 0, 0, 0)
-            inputs = (0, x.data_ptr(), *weights, 0, 0, 0, 0, address(operands[0].seed))
+            inputs = (0, x.data_ptr(), *weights, 0, 0, 0, 0, address(seeds))
             sums = (at("D"), at("open"), 0, 0, at("weights_partial"), 0)
             self.grad_input(*inputs, *results, *sums, fast, stream)
         for launch, call in zip(self.each, calls, strict=True):
@@ -317,9 +331,16 @@ class SiblingPasses:
             return None
         return layouts, by_gemm
 
-    def _gate_kernels(self, layouts: tuple[Layout, ...], device: int) -> list[GateKernel]:
+    def _gemm_kernels(
+        self, layouts: tuple[Layout, ...], operands: Sequence[AnyOperands], masks: int, device: int
+    ) -> tuple[list[GateKernel], gemm_siblings.SiblingDropout | None]:
         self.passes.limits(device)  # prepares it
-        return [self.passes.gate_kernel(self.passes.kernels, layout, device) for layout in layouts]
+        kernels, seeds = self.passes.kernels, seeds_of(operands, masks)
+        gates = [self.passes.gate_kernel(kernels, layout, device) for layout in layouts]
+        if seeds is None or not layouts[0].shape.dropout:
+            return gates, None
+        each, alone = (self.passes.drop_kernel(kernels, layouts[0], device, n) for n in (masks, 1))
+        return gates, gemm_siblings.SiblingDropout(Dropout(each, gates[0], masks), alone, seeds)
 
     def forward(
         self, operands: Sequence[ForwardOperands], settings: Sequence[Settings], device: int, stream: int
@@ -329,8 +350,8 @@ class SiblingPasses:
         if found is None:
             return None
         layouts, by_gemm = found
-        columns = Columns.of([s.mixture for s in settings], 8)
-        plans = None if by_gemm else self.passes.plan_siblings_forward(layouts, columns, device)
+        columns, masks = Columns.of([s.mixture for s in settings], 8), count_masks(operands, settings)
+        plans = None if by_gemm else self.passes.plan_siblings_forward(layouts, columns, masks, device)
         if plans is None and not by_gemm:
             return None
         x = with_neighbouring_columns(operands[0].x)
@@ -341,12 +362,13 @@ class SiblingPasses:
             y = o.base
             ys.append(self.passes.kernels.empty(x.shape[0], o.B.shape[0], like=x) if y is None else y)
         if plans is None:
-            return gemm_siblings.forward(self._gate_kernels(layouts, device), layouts, ready, ys, stream)
+            way = self._gemm_kernels(layouts, operands, masks, device)
+            return gemm_siblings.forward(*way, layouts, ready, ys, stream)
         by_product = columns.total > _COLUMNS_OF_SHRINK and self.passes.may_multiply(layouts[0])
         lds = tuple((row_distance(o.base), row_distance(y)) for o, y in zip(ready, ys, strict=True))
         kernels = self.passes.kernels
-        run = self.forward_of(kernels, layouts, plans, by_product, device, row_distance(x), lds)
-        return run(ready, ys, stream)
+        run = self.forward_of(kernels, layouts, plans, by_product, masks, device, row_distance(x), lds)
+        return run(ready, ys, seeds_of(operands, masks), stream)
 
     def backward(
         self,
@@ -361,8 +383,8 @@ class SiblingPasses:
         if found is None:
             return None
         layouts, by_gemm = found
-        columns = Columns.of([s.mixture for s in settings], 16)
-        plans = None if by_gemm else self.passes.plan_siblings_backward(layouts, columns, device)
+        columns, masks = Columns.of([s.mixture for s in settings], 16), count_masks(operands, settings)
+        plans = None if by_gemm else self.passes.plan_siblings_backward(layouts, columns, masks, device)
         if plans is None and not by_gemm:
             return None
         joint = layouts[0]._replace(shape=columns.shape([layout.shape for layout in layouts]))
@@ -375,8 +397,11 @@ class SiblingPasses:
                 dy = dy[:1].contiguous().expand(dy.shape)
             ready.append(with_contiguous_parameters(o)._replace(dy=dy, x=x))
         if plans is None:
-            return gemm_siblings.backward(self._gate_kernels(layouts, device), layouts, ready, needs, stream)
+            way = self._gemm_kernels(layouts, operands, masks, device)
+            return gemm_siblings.backward(*way, layouts, ready, needs, stream)
         ld_dys = tuple(None if o.dy is None else (o.dy.stride(0), o.dy.stride(1)) for o in ready)
         kernels, wanted = self.passes.kernels, tuple(tuple(n) for n in needs)
-        run = self.backward_of(kernels, layouts, plans, by_products, device, row_distance(x), ld_dys, wanted)
-        return run(ready, stream)
+        run = self.backward_of(
+            kernels, layouts, plans, by_products, masks, device, row_distance(x), ld_dys, wanted
+        )
+        return run(ready, seeds_of(operands, masks), stream)

@@ -42,6 +42,16 @@ def add_product(y: Tensor, base: Tensor | None, v: Tensor, B: Tensor) -> None:
         torch.addmm(base, v, B.t(), out=y)
 
 
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in their dtype."""
+    return torch.mm(a, b) if a.is_cuda else product(a, b).to(a.dtype)
+
+
+def add_to_gradient(dx: Tensor, D: Tensor, W: Tensor) -> Tensor:
+    """dx += D W, rounded once."""
+    return dx.addmm_(D, W) if dx.is_cuda else dx.add_(product(D, W))
+
+
 def _rows(t: MaybeTensor) -> MaybeTensor:
     return t if t is None or t.dim() == 2 else t.view(-1, t.shape[-1])
 
@@ -104,29 +114,37 @@ class DropKernel(Protocol):
     """Dropout on one backend, for one layout."""
 
     def __call__(self, source: Tensor, to: Tensor, seed: Tensor, first: int, stream: int) -> None:
-        """Writes rows to `to`, zeros for what is dropped. The first one is row `first` of x; `to` may be `source`."""
+        """Writes rows to `to`, zeros for what is dropped. The first one is row `first` of x; `to` may be `source`. With several
+        masks `seed` has one seed for each, and `to` a copy of the rows."""
 
 
-def tokens_of_a_part(x: Tensor) -> int:
+def tokens_of_a_part(x: Tensor, copies: int = 1) -> int:
     """Rows of x that are copied at a time: as many as `SCRATCH_BYTES` hold, in whole tiles of 64 if there are so many."""
-    most = max(1, SCRATCH_BYTES // (x.shape[1] * x.element_size()))
+    most = max(1, SCRATCH_BYTES // (copies * x.shape[1] * x.element_size()))
     return most // 64 * 64 or most
 
 
-class _Dropout:
-    """Copies of x without what is dropped, one part of the tokens after the other in the same memory."""
+def parts_of(x: Tensor, copies: int = 1) -> Iterator[slice]:
+    """The rows of each part."""
+    M, most = x.shape[0], tokens_of_a_part(x, copies)
+    return (slice(first, min(first + most, M)) for first in range(0, M, most))
 
-    def __init__(self, kernel: DropKernel, gate_kernel: GateKernel):
-        self.kernel, self.gate_kernel = kernel, gate_kernel
+
+class Dropout:
+    """Copies of x without what is dropped, one for each mask, one part of the tokens after the other in the same memory."""
+
+    def __init__(self, kernel: DropKernel, gate_kernel: GateKernel, masks: int = 1):
+        self.kernel, self.gate_kernel, self.masks = kernel, gate_kernel, masks
 
     def parts(self, x: Tensor, seed: Tensor, stream: int) -> Iterator[tuple[slice, Tensor]]:
-        (M, K), most = x.shape, tokens_of_a_part(x)
-        scratch = self.gate_kernel.empty(min(most, M), K, like=x)
-        for first in range(0, M, most):
-            tokens = slice(first, min(first + most, M))
-            copy = scratch[: tokens.stop - first]
-            self.kernel(x[tokens], copy, seed, first, stream)
-            yield tokens, copy
+        """The tokens of each part, and its copies (masks, tokens, K)."""
+        (M, K), masks = x.shape, self.masks
+        scratch = self.gate_kernel.empty(masks * min(tokens_of_a_part(x, masks), M), K, like=x)
+        for tokens in parts_of(x, masks):
+            rows = tokens.stop - tokens.start
+            copies = scratch[: masks * rows].view(masks, rows, K)
+            self.kernel(x[tokens], copies, seed, tokens.start, stream)
+            yield tokens, copies
 
 
 class GemmForward:
@@ -134,7 +152,7 @@ class GemmForward:
 
     def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout):
         self.gate_kernel, self.shape = gate_kernel, layout.shape
-        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
+        self.dropout = None if drop_kernel is None else Dropout(drop_kernel, gate_kernel)
         self.columns, self.pitch = widths(layout)
 
     def _sums(self, x: Tensor, W: Tensor, seed: Tensor | None, stream: int) -> Tensor:
@@ -144,8 +162,8 @@ class GemmForward:
         sums = x.new_empty(x.shape[0], self.columns, dtype=torch.float32)
         if self.columns > R:  # the router sees all of x
             sums[:, R:] = product(x, W[R:].t())
-        for tokens, copy in self.dropout.parts(x, seed, stream):
-            sums[tokens, :R] = product(copy, W[:R].t())
+        for tokens, copies in self.dropout.parts(x, seed, stream):
+            sums[tokens, :R] = product(copies[0], W[:R].t())
         return sums
 
     def __call__(self, operands: ForwardOperands, y: Tensor, stream: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +187,7 @@ class GemmBackward:
 
     def __init__(self, gate_kernel: GateKernel, drop_kernel: DropKernel | None, layout: Layout, needs: Needs):
         self.gate_kernel, self.shape, self.needs = gate_kernel, layout.shape, needs
-        self.dropout = None if drop_kernel is None else _Dropout(drop_kernel, gate_kernel)
+        self.dropout = None if drop_kernel is None else Dropout(drop_kernel, gate_kernel)
         self.columns, self.pitch = widths(layout)
 
     def _weight_sums(self, x: Tensor, D: Tensor, seed: Tensor | None, stream: int) -> Tensor:
@@ -180,24 +198,21 @@ class GemmBackward:
         if self.dropout is None or seed is None or not need_A:
             return product(D[:, first:last].t(), x)
         sums = torch.zeros(last, x.shape[1], dtype=torch.float32, device=x.device)
-        for tokens, copy in self.dropout.parts(x, seed, stream):
-            sums[:R] += product(D[tokens, :R].t(), copy)
+        for tokens, copies in self.dropout.parts(x, seed, stream):
+            sums[:R] += product(D[tokens, :R].t(), copies[0])
         if need_router:
             sums[R:] = product(D[:, R:last].t(), x)
         return sums
 
     def _input_gradient(self, D: Tensor, W: Tensor, x: Tensor, seed: Tensor | None, stream: int) -> Tensor:
-        def multiplied(D: Tensor, W: Tensor) -> Tensor:
-            return torch.mm(D, W) if x.is_cuda else product(D, W).to(x.dtype)
-
         if self.dropout is None or seed is None:
-            return multiplied(D, W)
+            return rounded_product(D, W)
         R = self.shape.total_rank
-        dx = multiplied(D[:, :R], W[:R])
+        dx = rounded_product(D[:, :R], W[:R])
         self.dropout.kernel(dx, dx, seed, 0, stream)
         if not self.shape.routed:
             return dx
-        return dx.addmm_(D[:, R:], W[R:]) if x.is_cuda else dx.add_(product(D[:, R:], W[R:]))
+        return add_to_gradient(dx, D[:, R:], W[R:])
 
     def __call__(self, operands: BackwardOperands, stream: int) -> Gradients:
         """The gradients, each in its parameter's dtype."""

@@ -41,6 +41,10 @@ def typical_device(multiprocessors: int) -> cost.Device:
 _AnyPlan = TypeVar("_AnyPlan", Plan, BackwardPlan)
 
 
+class NothingFits(RuntimeError):
+    """No plan's launches fit the shared memory of a device."""
+
+
 def _that_fit(plans: list[_AnyPlan], shape: ProblemShape, memory: SharedMemory | None) -> list[_AnyPlan]:
     """The plans whose launches fit a device's shared memory; all of them where `memory` is None."""
     if memory is None:
@@ -48,7 +52,7 @@ def _that_fit(plans: list[_AnyPlan], shape: ProblemShape, memory: SharedMemory |
     found = [plan for plan in plans if memory.fits(shape, plan)]
     if not found:
         least = min(memory.asked(shape, plan) for plan in plans)
-        raise RuntimeError(
+        raise NothingFits(
             f"rode_kernels: the CUDA kernels need at least {least} bytes of shared memory in a block for "
             f"R = {shape.total_rank} and {shape.experts} experts, this device gives {memory.limit}; "
             "name backend='triton' or 'reference'"
@@ -93,7 +97,7 @@ def plan_forward(shape: ProblemShape, multiprocessors: int, memory: SharedMemory
         memory: what a block may have and what the CUDA kernels ask for. None does not look at it: for other kernels than these.
 
     Raises:
-        RuntimeError: no variant fits.
+        NothingFits: no variant does.
     """
     device = typical_device(multiprocessors)
     plans = variants_forward(shape, multiprocessors, memory)
@@ -126,10 +130,17 @@ def variants_backward(
 ) -> list[BackwardPlan]:
     """The plans that `plan_backward` chooses from: O in as few tiles as blocks can hold, or more; ranges of tokens such that every
     multiprocessor has as many blocks as it holds, or fewer. None that asks for more than `memory` has."""
+    groups = divide_up(shape.total_rank, 16) + divide_up(shape.routed_experts, 16)
+    held = 3 if groups <= 3 else 5 if groups <= 5 else 4
+    plans = _plans_backward(shape, multiprocessors, groups, held)
+    if held == 5 and memory is not None and not any(memory.fits(shape, plan) for plan in plans):
+        plans = _plans_backward(shape, multiprocessors, groups, 4)  # there is then more room for masks
+    return _that_fit(plans, shape, memory)
+
+
+def _plans_backward(shape: ProblemShape, multiprocessors: int, groups: int, held: int) -> list[BackwardPlan]:
     depth, tokens, R = ROW_BYTES // shape.element_size, max(shape.tokens, 1), shape.total_rank
     many_columns = R > 32
-    groups = divide_up(R, 16) + divide_up(shape.routed_experts, 16)
-    held = 3 if groups <= 3 else 5 if groups <= 5 else 4
     k_tiles = divide_up(shape.in_features, 2 * depth)
     columns = k_tiles * (divide_up(groups, 4) if held == 4 else 1)
     fewest, plans = divide_up(shape.out_features, MOST_O_TILE_COLUMNS[many_columns, shape.element_size]), {}
@@ -149,7 +160,7 @@ def variants_backward(
                 tokens_per_split_x=_tokens_per_split(tokens, 64, splits_x),
                 tokens_per_split_dx=_tokens_per_split(tokens, 64, divide_up(2 * multiprocessors, k_tiles)),
             )
-    return _that_fit(list(plans.values()), shape, memory)
+    return list(plans.values())
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ class ProblemShape:
         tokens, in_features, out_features: M, K, O. experts: N. total_rank: R.
         element_size: bytes of x's type. routed: gates come from a router.
         base: y is added to something; in_place: there. open_share: of tiles of tokens, those with anything open.
-        dropout: there is dropout.
+        dropout: there is dropout. masks: of dropout, more than one for mixtures side by side that have masks of their own.
     """
 
     tokens: int
@@ -36,6 +36,7 @@ class ProblemShape:
     in_place: bool = False
     open_share: float = 1.0
     dropout: bool = False
+    masks: int = 1
 
     @property
     def routed_experts(self) -> int:

@@ -38,6 +38,7 @@ class SharedMemory:
             experts=shape.experts,
             routed=shape.routed,
             dropout=shape.dropout,
+            masks=shape.masks,
             **asdict(plan),
         )
         return asked

@@ -10,12 +10,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
 
 from rode_kernels.backends.gpu import cost
 from rode_kernels.backends.gpu.cost import Cost, Step
-from rode_kernels.backends.gpu.planner import plan_backward, plan_forward, typical_device, variants_forward
+from rode_kernels.backends.gpu.planner import (
+    NothingFits,
+    plan_backward,
+    plan_forward,
+    typical_device,
+    variants_forward,
+)
 from rode_kernels.backends.gpu.plans import (
     MAX_EXPERTS,
     MAX_RANK,
@@ -56,15 +65,17 @@ class Columns(NamedTuple):
         return self.total_rank + self.total_experts
 
     def settings(self, dropout_p: float) -> Settings:
-        """The settings of one mixture with so many columns. Of its ranks only their sum and their number count."""
+        """The settings of one mixture with so many columns. Its first experts have the columns of one mixture each, by which
+        kernels find the mask of a column; the others have none."""
         N = self.total_experts
-        ranks = (self.total_rank - N + 1, *(1,) * (N - 1))
-        return Settings(Mixture(ranks, (1.0,) * N), dropout_p, False)
+        ranks = [end - first for first, end in pairwise((*self.experts, self.total_rank))]
+        return Settings(Mixture((*ranks, *(0,) * (N - len(ranks))), (1.0,) * N), dropout_p, False)
 
-    def shape(self, shapes: Sequence[ProblemShape]) -> ProblemShape:
-        """The shape of that mixture, as wide as the widest."""
+    def shape(self, shapes: Sequence[ProblemShape], masks: int = 1) -> ProblemShape:
+        """The shape of that mixture, as wide as the widest, with so many masks of dropout."""
         widest = max(shape.out_features for shape in shapes)
-        return replace(shapes[0], out_features=widest, total_rank=self.total_rank, experts=self.total_experts)
+        R, N = self.total_rank, self.total_experts
+        return replace(shapes[0], out_features=widest, total_rank=R, experts=N, masks=masks)
 
 
 @lru_cache
@@ -79,10 +90,6 @@ def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings], by_gemm
     """Why siblings cannot run together, by the kernels or on the GEMM path; empty where they can."""
     if any(s.dropout_p != settings[0].dropout_p for s in settings):
         return "siblings with different probabilities of dropout"
-    if settings[0].dropout_p > 0 and len({o.seed.data_ptr() for o in operands if o.seed is not None}) > 1:
-        return "siblings whose dropout has different seeds"
-    if by_gemm and settings[0].dropout_p > 0:
-        return "siblings of wide mixtures with dropout"  # gemm_siblings multiplies x itself
     if any(s.dense for s in settings) or any(o.router_weight is None for o in operands):
         return "siblings without a router"
     columns = Columns.of([s.mixture for s in settings], 16)
@@ -92,6 +99,19 @@ def apart(operands: Sequence[AnyOperands], settings: Sequence[Settings], by_gemm
             "(each mixture's in multiples of 16)"
         )
     return ""
+
+
+def count_masks(operands: Sequence[AnyOperands], settings: Sequence[Settings]) -> int:
+    """Masks of dropout that a joint pass makes: one for each sibling, or one if all have the same seed tensor, or no dropout."""
+    if settings[0].dropout_p == 0 or len({o.seed.data_ptr() for o in operands if o.seed is not None}) < 2:
+        return 1
+    return len(operands)
+
+
+def seeds_of(operands: Sequence[AnyOperands], masks: int) -> Tensor | None:
+    """The seeds of so many masks side by side; None without dropout."""
+    seeds = [o.seed for o in operands if o.seed is not None]
+    return torch.cat(seeds) if masks > 1 else seeds[0] if seeds else None
 
 
 class ForwardPlans(NamedTuple):
@@ -182,9 +202,13 @@ def plan_siblings_backward(
     packs: bool,
     always: bool = False,
 ) -> BackwardPlans | None:
-    """As `plan_siblings_forward`."""
+    """As `plan_siblings_forward`; None also where the masks of `joint` do not fit a device's shared memory."""
     device = typical_device(multiprocessors)
-    shared = plan_backward(joint, multiprocessors, memory)
+    try:
+        shared = plan_backward(joint, multiprocessors, memory)
+    except NothingFits:
+        say_one_by_one("siblings whose masks of dropout do not fit the shared memory of the device")
+        return None
     alone = [plan_backward(shape, multiprocessors, memory) for shape in shapes]
     each = tuple(
         replace(

@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rode_kernels.backends.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
+from rode_kernels.backends.triton.common import (
+    block_of_columns,
+    experts_of,
+    gates_of,
+    keep,
+    load_tile,
+    product,
+    store_tile,
+)
 
 # Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
 _SIZES = ["threshold", "M", "parts", "count_y", "count_x", "count_b"]
@@ -170,37 +178,35 @@ def gate_backward(
 def grad_input_pass(
     x, du, dh, A, W, dx, weights_partial, seed, threshold, M, K, ld_x, tokens_per_split, stride, at_W, parts, part,
     N: tl.constexpr, R: tl.constexpr, NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, ROUTED: tl.constexpr,
-    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, MASKS: tl.constexpr, FIRSTS: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Programs of two kinds: the first read x for the weights' gradients, the others write dx."""
-    A_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R if NEED_A else 0
+    """Programs of two kinds: the first read x for the weights' gradients, the others write dx. BLOCKS has the blocks of all
+    experts' columns as its last entry, see `block_of_columns`."""
+    A_blocks: tl.constexpr = BLOCKS[MASKS] if NEED_A else 0
     blocks: tl.constexpr = A_blocks + ((N + BLOCK_R - 1) // BLOCK_R if NEED_W else 0)
     weight_programs = (K + BLOCK_K - 1) // BLOCK_K * ((M + tokens_per_split - 1) // tokens_per_split) * blocks
-    key = 0
-    if DROPOUT:
-        key = tl.load(seed)
     if tl.program_id(0) < weight_programs:
         if blocks > 0:
             _weight_gradients(
-                x, du, dh, weights_partial, key, threshold, M, K, ld_x, tokens_per_split, stride, at_W, tl.program_id(0) // blocks,
-                tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, A_blocks, DROPOUT, ALIGNED, BLOCK_M, BLOCK_R, BLOCK_K,
-                PRECISION, INTERPRETED,
+                x, du, dh, weights_partial, seed, threshold, M, K, ld_x, tokens_per_split, stride, at_W, tl.program_id(0) // blocks,
+                tl.program_id(0) % blocks, N, R, NEED_A, NEED_W, A_blocks, DROPOUT, ALIGNED, MASKS, FIRSTS, BLOCKS, BLOCK_M,
+                BLOCK_R, BLOCK_K, PRECISION, INTERPRETED,
             )  # fmt: skip
     elif NEED_X:
         _dx(
-            du, dh, A, W, dx, key, threshold, M, K, parts, part, tl.program_id(0) - weight_programs, N, R, ROUTED, HAS_DY, DROPOUT,
-            ALIGNED, BLOCK_N, BLOCK_R, ROWS, STEP, PRECISION, INTERPRETED,
+            du, dh, A, W, dx, seed, threshold, M, K, parts, part, tl.program_id(0) - weight_programs, N, R, ROUTED, HAS_DY, DROPOUT,
+            ALIGNED, MASKS, FIRSTS, BLOCK_N, BLOCK_R, ROWS, STEP, PRECISION, INTERPRETED,
         )  # fmt: skip
 
 
 @triton.jit
 def _weight_gradients(
-    x, du, dh, weights_partial, key, threshold, M, K, ld_x, tokens_per_split, stride, at_W, at, block, N: tl.constexpr,
+    x, du, dh, weights_partial, seed, threshold, M, K, ld_x, tokens_per_split, stride, at_W, at, block, N: tl.constexpr,
     R: tl.constexpr, NEED_A: tl.constexpr, NEED_W: tl.constexpr, A_BLOCKS: tl.constexpr, DROPOUT: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKS: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Sums over `tokens_per_split` tokens of BLOCK_R columns of du or, from block A_BLOCKS on, of dh with BLOCK_K columns of x.
     They stand in a row of `stride` values: dA (R, K), and from at_W on dWr (N, K)."""
@@ -208,15 +214,18 @@ def _weight_gradients(
     k0 = at % k_blocks * BLOCK_K
     k = k0 + tl.arange(0, BLOCK_K)
     of_experts = block < A_BLOCKS
-    columns = R if of_experts else N
-    column = (block if of_experts else block - A_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    of_one, end, mixture = block_of_columns(block, MASKS, FIRSTS, BLOCKS, BLOCK_R)
+    columns = end if of_experts else N
+    column = (of_one if of_experts else (block - A_BLOCKS) * BLOCK_R) + tl.arange(0, BLOCK_R)
     sums = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    if DROPOUT:
+        key = tl.load(seed + mixture)
     first = at // k_blocks * tokens_per_split
     last = tl.minimum(first + tokens_per_split, M)
     for m0 in range(first, last, BLOCK_M):
         row = m0 + tl.arange(0, BLOCK_M)
         if of_experts:
-            left = load_tile(du, row, last, R, column, R, 1)  # (BLOCK_M, BLOCK_R)
+            left = load_tile(du, row, last, R, column, columns, 1)  # (BLOCK_M, BLOCK_R)
         else:
             left = load_tile(dh, row, last, N, column, N, 1).to(x.dtype.element_ty)
         tile = load_tile(x, row, last, ld_x, k, K, 1)
@@ -235,29 +244,43 @@ def _weight_gradients(
 
 @triton.jit
 def _dx(
-    du, dh, A, W, dx, key, threshold, M, K, parts, part, at, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr,
-    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    du, dh, A, W, dx, seed, threshold, M, K, parts, part, at, N: tl.constexpr, R: tl.constexpr, ROUTED: tl.constexpr,
+    HAS_DY: tl.constexpr, DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, MASKS: tl.constexpr, FIRSTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """dx of ROWS tokens and a part of K of `part` columns, STEP at a time."""
+    """dx of ROWS tokens and a part of K of `part` columns, STEP at a time. Each of several MASKS goes through the part of its own
+    mixture, whose du is loaded again for every step."""
     row = at // parts * ROWS + tl.arange(0, ROWS)
     first = at % parts * part
     last = tl.minimum(first + part, K)
     column, n = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
-    if HAS_DY:
+    if HAS_DY and MASKS == 1:
         left = load_tile(du, row, M, R, column, R, 1)  # (ROWS, BLOCK_R): all of du where R <= BLOCK_R
+    if DROPOUT and MASKS == 1:
+        key = tl.load(seed)
     if ROUTED:
         dl = load_tile(dh, row, M, N, n, N, 1).to(dx.dtype.element_ty)  # (ROWS, BLOCK_N)
     for k0 in range(first, last, STEP):
         k = k0 + tl.arange(0, STEP)
         total = tl.zeros((ROWS, STEP), tl.float32)
-        if HAS_DY:
+        if HAS_DY and MASKS > 1:
+            for j in tl.static_range(MASKS):
+                of_one = tl.zeros((ROWS, STEP), tl.float32)
+                for c0 in range(FIRSTS[j], FIRSTS[j + 1], BLOCK_R):
+                    c = c0 + column
+                    some = load_tile(du, row, M, R, c, FIRSTS[j + 1], 1)
+                    weight = load_tile(A, c, FIRSTS[j + 1], K, k, K, 1)
+                    of_one = product(some, weight, of_one, PRECISION, INTERPRETED)
+                own = keep(tl.load(seed + j), threshold, row, k0, K, STEP, ALIGNED)
+                total += tl.where(own, of_one, 0.0)
+        elif HAS_DY:
             total = product(left, load_tile(A, column, R, K, k, K, 1), total, PRECISION, INTERPRETED)
             for c0 in range(BLOCK_R, R, BLOCK_R):
                 c = c0 + column
                 more = load_tile(du, row, M, R, c, R, 1)
                 total = product(more, load_tile(A, c, R, K, k, K, 1), total, PRECISION, INTERPRETED)
-        if DROPOUT:
+        if DROPOUT and MASKS == 1:
             total = tl.where(keep(key, threshold, row, k0, K, STEP, ALIGNED), total, 0.0)
         if ROUTED:
             total = product(dl, load_tile(W, n, N, K, k, K, 1), total, PRECISION, INTERPRETED)

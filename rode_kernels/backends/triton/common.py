@@ -41,6 +41,22 @@ def keep(seed, threshold, row, first, K, BLOCK_K: tl.constexpr, ALIGNED: tl.cons
 
 
 @triton.jit
+def block_of_columns(
+    block, MASKS: tl.constexpr, FIRSTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """A block of the experts' columns: its first one, where the columns of its mixture end, and the mixture. Where MASKS is more
+    than 1, mixtures have blocks of their own, from BLOCKS[j] on, and their columns begin at FIRSTS[j]. Otherwise all are one."""
+    first = block * BLOCK_R
+    end = FIRSTS[1]
+    mixture = 0
+    for j in tl.static_range(1, MASKS):
+        first = FIRSTS[j] + (block - BLOCKS[j]) * BLOCK_R if block >= BLOCKS[j] else first
+        end = FIRSTS[j + 1] if block >= BLOCKS[j] else end
+        mixture = j if block >= BLOCKS[j] else mixture
+    return first, end, mixture
+
+
+@triton.jit
 def product(a, b, total, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """total + a b, summed in float32. The interpreter multiplies bfloat16 as 16-bit integers, so there operands are float32."""
     tl.static_assert(a.shape[1] >= 16)  # the interpreter multiplies less, no GPU does

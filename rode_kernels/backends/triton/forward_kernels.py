@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rode_kernels.backends.triton.common import experts_of, gates_of, keep, load_tile, product, store_tile
+from rode_kernels.backends.triton.common import (
+    block_of_columns,
+    experts_of,
+    gates_of,
+    keep,
+    load_tile,
+    product,
+    store_tile,
+)
 
 # Sizes that change from call to call: no variant of a kernel for those that 16 divides, nor for 1.
 _SIZES = ["threshold", "M", "parts"]
@@ -91,20 +99,22 @@ def fused(
 @triton.jit(do_not_specialize=_SIZES)
 def shrink(
     x, A, W, partial, seed, threshold, M, K, ld_x, per_split, N: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
-    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, A_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, A_BLOCKS: tl.constexpr, MASKS: tl.constexpr, FIRSTS: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """partial (parts, M, WIDTH): sums over `per_split` values of K, for the experts' columns and then, if routed, for the logits.
-    Programs: column blocks (A_BLOCKS of experts, then the router's), tiles of tokens, parts of K."""
+    Programs: column blocks (A_BLOCKS of experts, see `block_of_columns`, then the router's), tiles of tokens, parts of K."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part, block = tl.program_id(2), tl.program_id(0)
     of_experts = block < A_BLOCKS
     weight = A if of_experts else W
-    columns = R if of_experts else N
-    column = (block if of_experts else block - A_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    of_one, end, mixture = block_of_columns(block, MASKS, FIRSTS, BLOCKS, BLOCK_R)
+    columns = end if of_experts else N
+    column = (of_one if of_experts else (block - A_BLOCKS) * BLOCK_R) + tl.arange(0, BLOCK_R)
     sums = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if DROPOUT:
-        key = tl.load(seed)
+        key = tl.load(seed + mixture)
     first = part * per_split
     last = tl.minimum(first + per_split, K)
     for k0 in range(first, last, BLOCK_K):

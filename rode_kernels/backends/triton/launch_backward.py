@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 from rode_kernels.backends.gpu.layout import no_gradients, with_neighbouring_columns
 from rode_kernels.backends.gpu.plans import divide_up
 from rode_kernels.backends.triton import backward_kernels, device, tune
-from rode_kernels.backends.triton.tiles import blocks, columns, dropout, like, split_evenly, static
+from rode_kernels.backends.triton.tiles import (
+    blocks,
+    blocks_of_columns,
+    columns,
+    dropout,
+    like,
+    split_evenly,
+    static,
+)
 from rode_kernels.operands import BackwardOperands, Gradients, Settings
 from rode_kernels.passes import Needs
 
@@ -158,20 +167,25 @@ def grad_input(
     settings: Settings,
     wanted: tuple[bool, bool, bool],
     of_y: tuple[bool, int],
+    own: tuple[int, ...] = (),
 ) -> InputSums:
     """The launch over x.
 
     Args:
         A, W: in x's dtype. wanted: dx, and sums for dA and dWr. of_y: whether there is any dy, and out_features.
+        own: as `launch_forward.shrink` takes it.
     """
     need_x, need_A, need_router = wanted
     mixture, dropout_p, _ = settings
     (M, K), R, N = x.shape, mixture.total_rank, mixture.num_experts
     has_dy, O = of_y
-    size, fills = blocks(M, R, N, x.element_size()), device.multiprocessors(x)
+    firsts = own or (0, R)
+    widest = max(end - first for first, end in pairwise(firsts))
+    size, fills = blocks(M, widest, N, x.element_size()), device.multiprocessors(x)
     threshold, drops = dropout(x, dropout_p)
     k_blocks, row_tiles = divide_up(K, size.x), divide_up(M, size.rows)
-    A_blocks = divide_up(R, size.r) if need_A else 0
+    of_columns = blocks_of_columns(firsts, size.r)
+    A_blocks = of_columns["BLOCKS"][-1] if need_A else 0
     W_blocks = divide_up(N, size.r) if need_router else 0
     at_W = _room(need_A, R * K)
     size_x = at_W + _room(need_router, N * K)
@@ -187,6 +201,7 @@ def grad_input(
     constants = {
         **static(x, mixture),
         **drops,
+        **of_columns,
         **dict(NEED_X=need_x, NEED_A=need_A, NEED_W=need_router, ROUTED=W is not None, HAS_DY=has_dy),
         **dict(BLOCK_M=size.tokens, BLOCK_N=size.n, BLOCK_R=size.r, BLOCK_K=size.x),
         **dict(ROWS=size.rows, STEP=size.k),

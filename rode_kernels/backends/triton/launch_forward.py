@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,7 @@ from rode_kernels.backends.gpu.plans import Plan, ProblemShape, divide_up
 from rode_kernels.backends.triton import device, forward_kernels, tune
 from rode_kernels.backends.triton.tiles import (
     blocks,
+    blocks_of_columns,
     columns,
     columns_of_expand,
     dropout,
@@ -81,18 +84,27 @@ def shrink(
     settings: Settings,
     splits: int,
     out_features: int,
+    own: tuple[int, ...] = (),
 ) -> tuple[Tensor, int]:
-    """The first of two launches: sums over parts of K (parts, M, columns), those of A, then those of W; and how many parts."""
+    """The first of two launches: sums over parts of K (parts, M, columns), those of A, then those of W; and how many parts.
+
+    Args:
+        own: the first columns of mixtures side by side that have masks of their own, and where the last one's end; seed has one
+            for each of them.
+    """
     mixture, dropout_p, _ = settings
     (M, K), R, N = x.shape, mixture.total_rank, mixture.num_experts
-    most, size = triton.next_power_of_2(M), blocks(M, R, N, x.element_size())
+    firsts = own or (0, R)
+    widest = max(end - first for first, end in pairwise(firsts))
+    most, size = triton.next_power_of_2(M), blocks(M, widest, N, x.element_size())
     threshold, drops = dropout(x, dropout_p)
     parts, per_split = split_evenly(K, size.k, splits)
     width = R + (N if W is not None else 0)
     partial = x.new_empty(parts, M, width, dtype=torch.float32)
-    A_blocks, W_blocks = divide_up(R, size.r), divide_up(N, size.r) if W is not None else 0
+    of_columns = blocks_of_columns(firsts, size.r)
+    A_blocks, W_blocks = of_columns["BLOCKS"][-1], divide_up(N, size.r) if W is not None else 0
     constants = {**static(x, mixture), **drops}
-    constants |= dict(WIDTH=width, A_BLOCKS=A_blocks, BLOCK_R=size.r, BLOCK_K=size.k)
+    constants |= dict(WIDTH=width, A_BLOCKS=A_blocks, **of_columns, BLOCK_R=size.r, BLOCK_K=size.k)
 
     def grid(sizes: dict[str, int]) -> tuple[int, ...]:
         return A_blocks + W_blocks, divide_up(M, sizes["BLOCK_M"]), parts

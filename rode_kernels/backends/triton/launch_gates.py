@@ -81,15 +81,16 @@ def backward(operands: BackwardOperands, settings: Settings, needs: Needs) -> Gr
 
 
 def forward_siblings(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -> list[Outputs]:
-    """The forward passes of mixtures that read the same x, in place where there is a base."""
+    """The forward passes of mixtures that read the same x, without dropout, in place where there is a base."""
     layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
     ys = [o.x.new_empty(o.x.shape[0], o.B.shape[0]) if o.base is None else o.base for o in operands]
-    return gemm_siblings.forward([GateKernel(layout) for layout in layouts], layouts, operands, ys, 0)
+    return gemm_siblings.forward([GateKernel(layout) for layout in layouts], None, layouts, operands, ys, 0)
 
 
 def backward_siblings(
     operands: Sequence[BackwardOperands], settings: Sequence[Settings], needs: Sequence[Needs]
 ) -> list[Gradients]:
-    """The backward passes; the first one has the sum of the gradients of x."""
+    """The backward passes, without dropout; the first one has the sum of the gradients of x."""
     layouts = [Layout.of(o, s) for o, s in zip(operands, settings, strict=True)]
-    return gemm_siblings.backward([GateKernel(layout) for layout in layouts], layouts, operands, needs, 0)
+    gate_kernels = [GateKernel(layout) for layout in layouts]
+    return gemm_siblings.backward(gate_kernels, None, layouts, operands, needs, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rode_kernels.backends.gpu.layout import with_neighbouring_columns
 from rode_kernels.backends.gpu.planner import plan_forward
 from rode_kernels.backends.gpu.plans import ProblemShape
-from rode_kernels.backends.gpu.siblings import Columns
+from rode_kernels.backends.gpu.siblings import Columns, count_masks, seeds_of
 from rode_kernels.backends.triton import device
 from rode_kernels.backends.triton.launch_backward import (
     InputSums,
@@ -39,6 +39,14 @@ def _side_by_side(operands: Sequence[AnyOperands]) -> tuple[Tensor, Tensor]:
     return torch.cat([o.A.to(x.dtype) for o in operands]), torch.cat(routers)
 
 
+def _own_masks(
+    operands: Sequence[AnyOperands], settings: Sequence[Settings], columns: Columns
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The seeds, and the columns of mixtures that have masks of their own, as `shrink` takes them."""
+    masks = count_masks(operands, settings)
+    return seeds_of(operands, masks), (*columns.experts, columns.total_rank) if masks > 1 else ()
+
+
 def forward(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -> list[Outputs]:
     """The forward passes, in place where there is a base."""
     x = with_neighbouring_columns(operands[0].x)
@@ -53,7 +61,9 @@ def forward(operands: Sequence[ForwardOperands], settings: Sequence[Settings]) -
 
     widest = max(o.B.shape[0] for o in operands)
     plan = plan_forward(shape(widest, columns.total_rank, columns.total_experts), device.multiprocessors(x))
-    partial, parts = shrink(x, A, W, operands[0].seed, together, 1 if plan.fused else plan.splits, widest)
+    seeds, own = _own_masks(operands, settings, columns)
+    splits = 1 if plan.fused else plan.splits
+    partial, parts = shrink(x, A, W, seeds, together, splits, widest, own)
     outputs = []
     for j, (o, s) in enumerate(zip(operands, settings, strict=True)):
         base, B, mixture = with_neighbouring_columns(o.base), like(x, o.B), s.mixture
@@ -98,8 +108,8 @@ def backward(
         return grads
     has_dy, widest = any(o.dy is not None for o in operands), max(o.B.shape[0] for o in operands)
     A, W = _side_by_side(operands)
-    wanted, seed = (need_x, need_A, need_router), operands[0].seed
-    of_x = grad_input(x, du, dh, A, W, seed, together, wanted, (has_dy, widest))
+    wanted, (seeds, own) = (need_x, need_A, need_router), _own_masks(operands, settings, columns)
+    of_x = grad_input(x, du, dh, A, W, seeds, together, wanted, (has_dy, widest), own)
     dA = result(x, need_A, True, torch.float32, R, K)
     drouter = result(x, need_router, True, torch.float32, N, K)
     reduce(x, N, OutputSums(None, 1, of_x.weights, 1, 0), of_x, None, (None, dA, drouter, None))

@@ -22,6 +22,7 @@ from rode_kernels.backends.triton import (
     launch_backward,
     launch_forward,
     launch_gates,
+    launch_siblings,
     tune,
 )
 from rode_kernels.mixture import make_mixture
@@ -84,11 +85,13 @@ def record(
     amd: bool = False,
     choice: int = 0,
     gemm_path: bool = False,
+    siblings: int = 1,
     device_type: str = "meta",
     recorder: type[Recorder] = Recorder,
 ) -> list[Launch]:
     """The launches of one forward and one backward call, from tensors without memory (or where `device_type` says); `choice` among
-    configurations, 0 by rule. `gemm_path`: matrix products by PyTorch, with these kernels between them."""
+    configurations, 0 by rule. `gemm_path`: matrix products by PyTorch, with these kernels between them. `siblings`: so many such
+    mixtures read the same x, each with a mask of its own if there is dropout."""
     launches: list[Launch] = []
     kernels = [(forward_kernels, n) for n in ("fused", "shrink", "expand")]
     kernels += [
@@ -116,6 +119,17 @@ def record(
         seed = tensor(1, dtype=torch.int64)
         settings = Settings(mixture, dropout_p, gated)
         needs = needs or (True, True, True, not gated, not gated, gated)
+        if siblings > 1:
+            # that masks differ is seen by addresses, which only tensors with memory have
+            seeds = [torch.zeros(1, dtype=torch.int64) for _ in range(siblings)]
+            given = [ForwardOperands(x, A, B, W, b, None, base, seed) for seed in seeds]
+            outputs = launch_siblings.forward(given, [settings] * siblings)
+            sent = [
+                BackwardOperands(y, g, x, u, g, A, B, W, seed)
+                for (y, u, g), seed in zip(outputs, seeds, strict=True)
+            ]
+            launch_siblings.backward(sent, [settings] * siblings, [needs] * siblings)
+            return launches
         forward = launch_gates.forward if gemm_path else launch_forward.forward
         backward = launch_gates.backward if gemm_path else launch_backward.backward
         y, u, g = forward(ForwardOperands(x, A, B, W, b, gates, base, seed), settings, inplace)
@@ -166,7 +180,7 @@ def _of_expand(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     tiles, splits = grid
     passes = 1 if a["BLOCK_R"] >= R else -(-O // a["BLOCK_O"]) / splits
     # distinct; what programs read of it are u, and each column's own logit
-    yield (parts * M * a["WIDTH"] * 4, 0)
+    yield (parts * M * (R + (N if a["ROUTED"] else 0)) * 4, 0)
     yield from ((O * R * e, tiles), ((1 + a["HAS_BASE"]) * M * O * e, 1), (M * (R + N) * 4, 1))
     of_gates = parts * R if a["ROUTED"] else R
     yield from _only_l2(splits * passes * M * (parts * R + of_gates) * 4)
@@ -202,11 +216,12 @@ def _of_gate_backward(a: _Arguments, grid: _Grid, e: int) -> _Moved:
 def _of_grad_input_pass(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     M, K, R, N = (a[n] for n in "MKRN")
     ranges, k_blocks, tiles = -(-M // a["tokens_per_split"]), -(-K // a["BLOCK_K"]), -(-M // a["ROWS"])
-    A_blocks = -(-R // a["BLOCK_R"]) if a["NEED_A"] else 0
+    A_blocks = a["BLOCKS"][-1] if a["NEED_A"] else 0
     W_blocks = -(-N // a["BLOCK_R"]) if a["NEED_W"] else 0
     by_dx, part = a["NEED_X"], a["parts"]
     yield from ((M * K * e, A_blocks + W_blocks) if A_blocks + W_blocks else (0, 0), (M * K * e * by_dx, 1))
-    held = min(R, a["BLOCK_R"])  # of du, by a program of dx; the rest it reads for every STEP columns
+    # of du, by a program of dx; the rest it reads for every STEP columns
+    held = min(R, a["BLOCK_R"]) if a["MASKS"] == 1 else 0
     of_dx = part * held / R + -(-K // a["STEP"]) * (R - held) / R
     if a["HAS_DY"]:
         yield from ((M * R * e, k_blocks * (A_blocks > 0) + of_dx * by_dx), (R * K * e * by_dx, tiles))
@@ -219,7 +234,8 @@ def _of_reduce_partials(a: _Arguments, grid: _Grid, e: int) -> _Moved:
     size_y, size_x, N = a["size_y"], a["size_x"], a["N"]
     bias = grid[0] - (size_y + size_x) // a["BLOCK"]  # whether dbr, float32, is wanted
     yield ((size_y * a["count_y"] + size_x * a["count_x"] + bias * N * a["count_b"]) * 4, 1)
-    yield ((size_y + size_x) * e + bias * N * 4, 1)
+    of_B, of_A, of_router = (a[name].element_size() for name in ("dB", "dA", "drouter_weight"))
+    yield (size_y * of_B + a["at_W"] * of_A + (size_x - a["at_W"]) * of_router + bias * N * 4, 1)
 
 
 def _only_l2(bytes_moved: float) -> _Moved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import triton
@@ -78,6 +79,16 @@ def columns(mixture: Mixture, dropout_p: float) -> dict[str, Any]:
 def dropout(x: Tensor, dropout_p: float) -> tuple[int, dict[str, bool]]:
     """The threshold that words are compared with, and constants."""
     return int(dropout_p * 2.0**32), dict(DROPOUT=dropout_p > 0.0, ALIGNED=x.shape[1] % 4 == 0)
+
+
+def blocks_of_columns(firsts: tuple[int, ...], block: int) -> dict[str, Any]:
+    """Constants that say which columns of all experts a block of so many has: see `common.block_of_columns`.
+
+    Args:
+        firsts: the first column of each mixture that has a mask of its own, and where the last one's end.
+    """
+    counts = (divide_up(end - first, block) for first, end in pairwise(firsts))
+    return dict(MASKS=len(firsts) - 1, FIRSTS=firsts, BLOCKS=tuple(accumulate(counts, initial=0)))
 
 
 def like(x: Tensor, weight: MaybeTensor) -> MaybeTensor:

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from rode.tuner import GateStatistics, RodeConfig
 from rode.tuner import siblings as module
 from rode.tuner.siblings import learned_groups, restore_groups, siblings_of
+from rode_kernels import backends
+from rode_kernels.backends.cuda import emulated
 from tiny_llama import adapted_llama
 
 IDS = torch.arange(32).view(2, 16) * 7 % 61
@@ -96,6 +98,31 @@ def test_checkpointing(reentrant, dropout):
         assert_same(gradients(model, seed=seed), want)
         assert_same(gradients(plain, seed=seed), want)
     assert names(model) == {"self_attn": QKV, "mlp": GATE_UP}
+
+
+def test_with_dropout_the_kernels_of_gpus_run_groups_together(monkeypatch):
+    """The emulated ones: the same gradients as of single layers, which drop the same elements."""
+    if not backends()["cuda-emulated"].available:
+        pytest.skip(backends()["cuda-emulated"].reason)
+    monkeypatch.setenv("RODE_BACKEND", "cuda-emulated")
+    monkeypatch.setattr(emulated.machine, "together", True)
+    monkeypatch.setattr(emulated.machine, "architecture", 90)
+    model, single, ran = llama(torch.float32, dropout=0.3), alone(llama(torch.float32, dropout=0.3)), []
+    for name in ("forward_siblings", "backward_siblings"):
+        run = getattr(emulated, name)
+
+        def noted(*args, name=name, run=run):
+            found = run(*args)
+            ran.append((name, len(args[0]), found is not None))
+            return found
+
+        monkeypatch.setattr(emulated, name, noted)
+    for seed in range(2):
+        have, want = gradients(model, seed=seed), gradients(single, seed=seed)
+        for a, b in zip(have, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    both = [(name, size, True) for size in (3, 2) for name in ("forward_siblings", "backward_siblings")]
+    assert sorted(ran) == sorted(both * 2)  # of two blocks, in the second pass
 
 
 def test_two_passes_wait_for_one_backward_under_checkpointing():

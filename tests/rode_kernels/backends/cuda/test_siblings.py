@@ -13,6 +13,7 @@ import torch
 from rode_kernels import backends
 from rode_kernels.backends.cuda import emulated as cuda_emulated
 from rode_kernels.backends.cuda.emulated import machine
+from rode_kernels.backends.gpu import gemm_path
 from rode_kernels.backends.gpu.plans import ProblemShape
 from rode_kernels.backends.gpu.siblings import (
     Columns,
@@ -40,6 +41,7 @@ def as_found() -> Iterator[None]:
     machine.together, machine.gemm_path = True, False
     yield
     machine.seed, machine.multiprocessors, machine.gemm_path, machine.together = 0, 2, None, False
+    machine.architecture = 86
 
 
 def kernels() -> list[str]:
@@ -59,7 +61,7 @@ def sweep(
     """Few and many parts of K, O and tokens."""
     problems = random_siblings((M,), K=K, widths=widths, ranks=ranks, dtype=dtype, seed=seed)
     if dropout:
-        problems = with_dropout(problems, 0.3, [7] * len(problems))
+        problems = with_dropout(problems, 0.3, list(range(7, 7 + len(problems))))
     for machine.seed, machine.multiprocessors in ((seed, 1), (seed + 1, 7)):
         check(problems, NAME)
 
@@ -72,8 +74,9 @@ def sweep(
         (65, 33, (200, 19), ((3,), (9, 2, 1))),
         (33, 264, (129, 64, 8), ((2, 4, 8, 16), (8,), (17, 7))),
         (80, 72, (40, 392), ((40, 24), (1,) * 18)),
+        (129, 136, (72, 16), ((8,), (16,))),
     ],
-    ids=["one token", "odd", "three", "more columns"],
+    ids=["one token", "odd", "three", "more columns", "few columns"],
 )
 def test_edges(dtype, M, K, widths, ranks):
     sweep(dtype, M=M, K=K, widths=widths, ranks=ranks, dropout=M % 2 == 1, seed=M)
@@ -110,7 +113,7 @@ def test_sweep(dtype, dropout):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_whatever_the_order_of_warps_and_blocks(dtype):
-    problems = with_dropout(random_siblings((150,), K=200, widths=(160, 72), dtype=dtype), 0.2, [3, 3])
+    problems = with_dropout(random_siblings((150,), K=200, widths=(160, 72), dtype=dtype), 0.2, [3, 4])
     machine.multiprocessors = 6
     results = []
     for machine.seed in range(3):
@@ -136,9 +139,9 @@ def test_products_by_pytorch_stand_in_for_the_launches_over_x(dtype, monkeypatch
     assert kernels() == [*["pack_parameters"] * 3, *of_y, *["reduce_partials"] * 3]
     mixtures_forward(many[0].x, siblings_of(many), [None] * 3, backend=NAME)
     assert kernels() == [*["pack_parameters"] * 3, *["forward_expand"] * 3]
-    with_masks = with_dropout(many, 0.3, [5, 5, 5])  # of which products know nothing
-    check(with_masks, NAME)
-    assert "grad_input_pass" in kernels()
+    for seeds in ([5, 5, 5], [5, 6, 7]):  # of which products know nothing
+        check(with_dropout(many, 0.3, seeds), NAME)
+        assert "grad_input_pass" in kernels()
 
 
 def test_launches():
@@ -201,26 +204,98 @@ def test_x_is_read_once_and_only_where_something_is_open_for_any():
     assert open_ == [70, 131]
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_no_bank_conflicts(dropout_p):
+@pytest.mark.parametrize("seeds", [None, [1, 1], [1, 2]], ids=["no dropout", "one mask", "own masks"])
+def test_no_bank_conflicts(seeds):
     problems = random_siblings(
         (64,), K=512, widths=(832, 64), ranks=((2, 4, 8, 16), (40, 24)), dtype=torch.bfloat16
     )
-    run(with_dropout(problems, dropout_p, [1, 1]) if dropout_p else problems, NAME)
+    run(with_dropout(problems, 0.2, seeds) if seeds else problems, NAME)
     loaded, stored = emulator.shared_traffic()
     assert (loaded["conflicts"], stored["conflicts"]) == (0, 0)
 
 
-def test_different_seeds_run_one_by_one_and_it_is_said_once():
+@pytest.mark.parametrize("dtype", LONG_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        ((8,), (16,)),
+        ((2, 4, 8, 16), (3, 9)),
+        ((30, 30), (17,), (40, 1)),
+        ((40,), (9,), (16,), (5,)),
+    ],
+    ids=["few columns", "q and v", "three", "four"],
+)
+def test_masks_of_their_own_run_together(dtype, ranks):
+    """In every kernel that makes them: few columns and many, blocks that have some of the mixtures, those that write dx and those
+    that sum up. What is asked for alone has the same bits."""
+    machine.architecture = 90
+    problems = random_siblings((150,), K=136, widths=(72, 40, 24, 8)[: len(ranks)], ranks=ranks, dtype=dtype)
+    problems = with_dropout(problems, 0.3, list(range(5, 5 + len(ranks))))
+    found = check(problems, NAME)
+    assert kernels().count("grad_input_pass") == 1
+    only_x = run(problems, NAME, needs=[SiblingNeeds(*[False] * 4)] * len(ranks))
+    assert torch.equal(only_x.dx, found.dx)
+    without_x = run(problems, NAME, need_x=False)
+    for some, all_ in zip(without_x.grads, found.grads, strict=True):
+        assert all(torch.equal(some[n], all_[n]) for n in PARAMETERS)
+    mixtures_forward(problems[0].x, siblings_of(problems), [None] * len(ranks), dropout_p=0.3, backend=NAME)
+    assert kernels().count("forward_shrink") == 1
+
+
+@pytest.mark.parametrize(("seeds", "copies"), [([5, 6, 7], 3), ([5, 5, 5], 1)], ids=["own masks", "one mask"])
+def test_the_copies_of_the_gemm_path_are_made_from_one_reading_of_x(seeds, copies, monkeypatch):
+    """In several parts of the tokens. (PyTorch's product for the routers is not counted.)"""
+    machine.gemm_path = True
+    monkeypatch.setattr(gemm_path, "SCRATCH_BYTES", 64 * 72 * 2 * copies)
+    problems = random_siblings(
+        (150,), K=72, widths=(24,) * 3, ranks=((40,), (3, 9), (16,)), dtype=torch.bfloat16
+    )
+    x = problems[0].x.clone()
+    problems = with_dropout([replace(p, x=x) for p in problems], 0.3, seeds)
+    check(problems, NAME)
+    # of dA, then each mixture's part of dx, for each part of the tokens
+    assert kernels().count("drop_rows") == 3 * 1 + -(-150 // (64 * copies)) * 3
+    assert sum(loads(x[first:]) for first in range(0, 150, 64)) == x.nbytes
+    mixtures_forward(x, siblings_of(problems), [None] * 3, dropout_p=0.3, backend=NAME)
+    assert kernels().count("drop_rows") == 3
+    assert sum(loads(x[first:]) for first in range(0, 150, 64)) == x.nbytes
+
+
+@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "groups"),
+    [
+        (torch.bfloat16, ((8,), (16,)), {86: 4, 90: 5}),
+        (torch.float32, ((8,), (16,)), {86: 5, 90: 5}),
+        (torch.float32, ((30,), (17,)), {86: 4, 90: 4}),
+        (torch.float32, ((8,), (16,), (4,)), {86: None, 90: 4}),
+    ],
+    ids=["5 groups", "5 groups of float32", "4 groups", "three masks"],
+)
+def test_where_masks_do_not_fit_another_plan_runs(architecture, dtype, ranks, groups):
+    """4 groups at a time instead of 5, or one by one, which is said once."""
     say_one_by_one.cache_clear()
-    problems = random_siblings((70,), K=40, dtype=torch.bfloat16)
+    plan_siblings_backward.cache_clear()
+    machine.architecture = architecture
+    problems = random_siblings((130,), K=72, widths=(24, 16, 8)[: len(ranks)], ranks=ranks, dtype=dtype)
+    problems = with_dropout(problems, 0.3, list(range(3, 3 + len(ranks))))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        check(with_dropout(problems, 0.3, [1, 2]), NAME)
-        check(with_dropout(problems, 0.3, [2, 2]), NAME)
-    assert [str(w.message) for w in said if "one by one" in str(w.message)] == [
-        "rode_kernels: siblings whose dropout has different seeds run one by one, which reads x once for each of them and is slower"
-    ]
+        for _ in range(2):
+            check(problems, NAME)
+    messages = [str(w.message) for w in said if "one by one" in str(w.message)]
+    if groups[architecture] is None:
+        assert messages == [
+            "rode_kernels: siblings whose masks of dropout do not fit the shared memory of the device run one by one, "
+            "which reads x once for each of them and is slower"
+        ]
+        assert "pack_parameters" not in kernels()  # of a single call, the last one
+        return
+    assert messages == []
+    (launch,) = (one for one in emulator.launches() if one["kernel"] == "grad_input_pass")
+    assert launch["shared_bytes"] <= emulator.max_shared(architecture)
+    blocks = launch["grid"][2]  # with 4 groups, blocks of their own write dx
+    assert (blocks == 1) is (groups[architecture] == 5)
 
 
 def test_more_experts_than_the_kernels_take_run_one_by_one():
@@ -245,32 +320,36 @@ def moved() -> int:
     return sum(direction["launch_used"] for direction in emulator.all_traffic())
 
 
-def traffic(tokens: int, K: int, together: bool) -> tuple[int, int]:
+def traffic(tokens: int, K: int, dropout_p: float, together: bool) -> tuple[int, int]:
     """Bytes of the forward and the backward pass of q and v, each tensor's distinct bytes once a launch."""
     problems = random_siblings(
         (tokens,), K=K, widths=(K, K), ranks=((2, 4, 8, 16),) * 2, dtype=torch.bfloat16
     )
+    if dropout_p:
+        problems = with_dropout(problems, dropout_p, [1, 2])
     x, siblings, total = problems[0].x, siblings_of(problems), [0, 0]
     groups = [problems] if together else [problems[:1], problems[1:]]
     for group in groups:
         of = siblings_of(group)
-        outputs = mixtures_forward(x, of, [p.base for p in group], backend=NAME)
+        how = dict(dropout_p=dropout_p, backend=NAME)
+        outputs = mixtures_forward(x, of, [p.base for p in group], **how)
         total[0] += moved()
-        mixtures_backward(x, of, [(u, g) for _, u, g in outputs], [p.dy for p in group], backend=NAME)
+        mixtures_backward(x, of, [(u, g) for _, u, g in outputs], [p.dy for p in group], **how)
         total[1] += moved()
     assert len(siblings) == 2
     return total[0], total[1]
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
 @pytest.mark.parametrize("K", [1024, pytest.param(4096, marks=pytest.mark.slow)])
-def test_traffic_of_q_and_v_against_two_calls(K):
+def test_traffic_of_q_and_v_against_two_calls(K, dropout_p):
     """Of many tokens, for weights count once: what 64 tokens more add to the bytes."""
     machine.multiprocessors = 1
     ratios = []
     for together in (True, False):
-        one, two = traffic(64, K, together), traffic(128, K, together)
+        one, two = (traffic(tokens, K, dropout_p, together) for tokens in (64, 128))
         ratios.append([b - a for a, b in zip(one, two, strict=True)])
     forward, backward = (a / b for a, b in zip(*ratios, strict=True))
-    print(f"K = O = {K}: forward {forward:.3f}, backward {backward:.3f}")
+    print(f"K = O = {K}, dropout {dropout_p}: forward {forward:.3f}, backward {backward:.3f}")
     assert forward <= (0.85 if K == 4096 else 0.90)
     assert backward <= 0.75

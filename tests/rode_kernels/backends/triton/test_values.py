@@ -55,6 +55,9 @@ def test_launches(tokens, ranks, forward):
         dict(tokens=300, gated=True),
         dict(tokens=200, without_dy=True),
         dict(tokens=200, needs=(False, False, True, False, True, False)),
+        dict(tokens=200, siblings=2),
+        dict(tokens=200, siblings=2, dropout_p=0.3),
+        dict(tokens=130, siblings=3, dropout_p=0.3, ranks=(40, 40)),
     ],
     ids=str,
 )
@@ -92,6 +95,24 @@ def test_what_programs_move_is_what_the_traffic_table_says(monkeypatch, call):
     for launch, moved in zip(launches, counted, strict=True):
         said = triton_launches.cost_of([launch], 2).l2
         assert said == pytest.approx(moved, rel=0.015), launch.kernel.fn.__name__
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.05])
+def test_traffic_of_q_and_v_against_two_calls(dropout_p):
+    """DRAM, by the formulas."""
+    call = dict(tokens=8192, dropout_p=dropout_p)
+    alone = triton_launches.record(torch.bfloat16, **call)
+    together = triton_launches.record(torch.bfloat16, **call, siblings=2)
+    ratios = []
+    for kernels in (("fused", "shrink", "expand"), ("grad_output_pass", "gate_backward", "grad_input_pass")):
+        of_two, of_one = (
+            triton_launches.cost_of([one for one in launches if one.kernel.fn.__name__ in kernels], 2).dram
+            for launches in (together, alone)
+        )
+        ratios.append(of_two / (2 * of_one))
+    print(f"dropout {dropout_p}: forward {ratios[0]:.3f}, backward {ratios[1]:.3f}")
+    assert ratios[0] <= 0.86
+    assert ratios[1] <= 0.75
 
 
 @interpreter
