@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     examples, skipped = drop_unusable(examples, on_bad_record=on_bad_record)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
-    model, processor, prompt, source = load(args, experiment)
+    model, processor, prompt, source = load(args, experiment, stored=True)
     default_out = (
         experiment.run_dir / ("untrained" if args.untrained else "evaluation")
         if experiment

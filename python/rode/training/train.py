@@ -146,7 +146,12 @@ def image_source(
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
     trained = experiment.stage == "projector" or experiment.training.projector_learning_rate is not None
     source = feature_source(
-        model, processor, directory, experiment.model.picture_shape, projector_trained=trained
+        model,
+        processor,
+        directory,
+        experiment.model.picture_shape,
+        projector_trained=trained,
+        pool=experiment.model.picture_pool,
     )
     source.precompute([path for example in examples for path in example.images], progress)
     return source

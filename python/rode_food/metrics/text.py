@@ -54,3 +54,23 @@ def rouge_l(predicted: Sequence[str], true: Sequence[str]) -> float:
     pairs = zip(_one_line(predicted), _one_line(true), strict=True)
     total: float = sum(scorer.score(truth, text)["rougeL"].fmeasure for text, truth in pairs)
     return 100 * total / len(true)
+
+
+def bleu_counts(predicted: str, true: str) -> tuple[float, ...]:
+    """What one text adds to corpus BLEU: its length, the reference's, then n-grams found and n-grams in all, n = 1 to 4.
+
+    Raises:
+        ImportError: without the package; names the pip command.
+    """
+    found = (
+        _package("sacrebleu", "SacreBLEU").BLEU().corpus_score(_one_line([predicted]), [_one_line([true])])
+    )
+    return (found.sys_len, found.ref_len, *found.counts, *found.totals)
+
+
+def bleu_of_counts(counts: Sequence[float]) -> float:
+    """Corpus BLEU in percent from the sums of `bleu_counts`."""
+    found, total = [int(n) for n in counts[2:6]], [int(n) for n in counts[6:10]]
+    compute = _package("sacrebleu", "SacreBLEU").BLEU.compute_bleu
+    result = compute(found, total, sys_len=int(counts[0]), ref_len=int(counts[1]), smooth_method="exp")
+    return float(result.score)
