@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rode.paper.answers import answers_path, keep_answers
 from rode.paper.results import (
     adapter_differences,
     collect,
@@ -238,6 +239,8 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
                 f"{run}: training ended without {folder / 'training.json'}: does the launcher wait for its processes?"
             )
     _succeed(run, "evaluation", attempts.make([*python, "evaluate", str(config_file), *options], call))
+    if run.experiment.evaluation.keep_answers:  # before the result, which says that the run is finished
+        keep_answers(folder / "evaluation" / "predictions.jsonl", answers_path(run.result))
     write_json(run.result, collect(run.experiment, run.base, run.data, attempts.entries))
 
 
