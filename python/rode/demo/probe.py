@@ -58,7 +58,8 @@ class Split:
 def splits(file: Path, task: str, source: FeatureSource) -> tuple[Split, Split, Split]:
     """For training, validation and test."""
     train = Split(file, task, "train", source)
-    return train, *(Split(file, task, split, source, train.scale) for split in ("val", "test"))
+    val, test = (Split(file, task, split, source, train.scale) for split in ("val", "test"))
+    return train, val, test
 
 
 def probe_ingredients(file: Path, source: FeatureSource) -> float | None:

@@ -202,9 +202,9 @@ def compare(
             means = [as_found[side].mean(0) for side in sides]
             by_seed = means[0] - means[1]
             differences = drawn[sides[0]].mean(0) - drawn[sides[1]].mean(0)  # (seeds, rounds)
-            error = float((differences * seed_weights.T).sum(0).std(ddof=1))
+            deviation = float((differences * seed_weights.T).sum(0).std(ddof=1))
             mean, spread = float(by_seed.mean()), float(by_seed.std(ddof=1))
-            ratio = mean / error if error else (0.0 if mean == 0 else np.inf)
+            ratio = mean / deviation if deviation else (0.0 if mean == 0 else np.inf)
             found.append(
                 {
                     "comparison": name,
@@ -212,13 +212,15 @@ def compare(
                     "first": float(means[0].mean()),
                     "second": float(means[1].mean()),
                     "by_seed": tuple(by_seed.tolist()),
-                    "error": error,
-                    "low": mean - quantile * error,
-                    "high": mean + quantile * error,
+                    "error": deviation,
+                    "low": mean - quantile * deviation,
+                    "high": mean + quantile * deviation,
                     "p": float(2 * t.sf(abs(ratio), freedom)),
                     "effect": mean / spread if spread else None,
-                    "detectable": detectable(error, freedom),
-                    "detectable_holm": detectable(error, freedom, LEVEL / (len(metrics) * len(comparisons))),
+                    "detectable": detectable(deviation, freedom),
+                    "detectable_holm": detectable(
+                        deviation, freedom, LEVEL / (len(metrics) * len(comparisons))
+                    ),
                     "groups": groups,
                 }
             )

@@ -114,7 +114,7 @@ def draw_forest(found: Sequence[Difference]) -> Figure:
 
 
 def show(
-    tables: Tables, what: str, results: Mapping[str, Sequence[Result]], folder: Path, base: str
+    tables: Tables, what: str, results: Mapping[str, list[Result]], folder: Path, base: str
 ) -> tuple[str, list[Path]]:
     """The comparisons of an item: the text, and the files that were written.
 

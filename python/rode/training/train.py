@@ -253,7 +253,8 @@ def _train(
         processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
     )
     may_fail = training.max_length is not None or family.no_picture is not None
-    checks = [encodable(encoder, experiment.model.picture_shape)] if may_fail else []
+    m = experiment.model
+    checks = [encodable(encoder, m.picture_shape, m.picture_pool)] if may_fail else []
     mixture, skipped = usable(mixture, experiment.data.on_bad_record, checks)
     examples = mixture.examples
     if not len(mixture):
@@ -270,7 +271,6 @@ def _train(
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     with whole_while_loaded(arguments):
         if model is None:
-            m = experiment.model
             model, _ = load_vlm(
                 m.path,
                 dtype=m.dtype,

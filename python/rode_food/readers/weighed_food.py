@@ -194,7 +194,8 @@ def _nutrition(part: Weighed, foods: Mapping[str, Food]) -> Nutrition:
     if food is None:
         return Nutrition(mass=part.grams)
     of_100_g = {"energy": food.energy, "fat": food.fat, "protein": food.protein, "carb": food.carb}
-    return Nutrition(mass=part.grams, **{name: part.grams * x / 100 for name, x in of_100_g.items()})
+    values = {name: part.grams * x / 100 for name, x in of_100_g.items()}
+    return Nutrition(mass=part.grams, **values, micronutrients={})
 
 
 def _sum(ingredients: tuple[Ingredient, ...]) -> Nutrition:
@@ -203,4 +204,4 @@ def _sum(ingredients: tuple[Ingredient, ...]) -> Nutrition:
     for name in NUTRITION_FIELDS:
         values = [getattr(i.nutrition, name) for i in ingredients]
         totals[name] = None if None in values else sum(values)
-    return Nutrition(**totals)
+    return Nutrition(**totals, micronutrients={})
