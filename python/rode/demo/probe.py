@@ -21,6 +21,7 @@ from rode_food.data_mixture import load_examples
 from rode_food.metrics import category_accuracy, ingredient_iou, mean_baseline, pmae
 from rode_food.records import NUTRITION_FIELDS
 from rode_food.source import Source
+from rode_food.text_table import text_table
 
 STRENGTHS = tuple(10.0**power for power in range(-1, 6))
 THRESHOLDS = tuple(n / 20 for n in range(4, 15))
@@ -62,8 +63,8 @@ def splits(file: Path, task: str, source: FeatureSource) -> tuple[Split, Split, 
     return train, val, test
 
 
-def probe_ingredients(file: Path, source: FeatureSource) -> float | None:
-    """Global IoU on the test split, in percent."""
+def probe_ingredients(file: Path, source: FeatureSource) -> tuple[float | None, float | None]:
+    """Global IoU on the validation and the test split, in percent."""
     train, val, test = splits(file, "ingredients", source)
     names = sorted({name for reference in train.references for name in reference})
     y = torch.tensor([[float(n in r) for n in names] for r in train.references], dtype=torch.float64)
@@ -79,13 +80,14 @@ def probe_ingredients(file: Path, source: FeatureSource) -> float | None:
     best = max(
         ((s, t) for s in STRENGTHS for t in THRESHOLDS), key=lambda st: iou(val, tried[st[0]], st[1]) or 0
     )
-    return iou(test, tried[best[0]], best[1])
+    return iou(val, tried[best[0]], best[1]), iou(test, tried[best[0]], best[1])
 
 
-def probe_nutrition(
-    file: Path, source: FeatureSource
-) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """pMAE of the five on the test split: of the probe, and of always the training split's mean."""
+Errors = dict[str, float | None]
+
+
+def probe_nutrition(file: Path, source: FeatureSource) -> tuple[Errors, Errors, Errors]:
+    """pMAE of the five: of the probe on the validation and the test split, and there of always the training split's mean."""
     train, val, test = splits(file, "nutrition", source)
     y = torch.tensor([[r[n] for n in NUTRITION_FIELDS] for r in train.references], dtype=torch.float64)
 
@@ -94,13 +96,14 @@ def probe_nutrition(
         return [dict(zip(NUTRITION_FIELDS, row, strict=True)) for row in values]
 
     best = min(STRENGTHS, key=lambda s: pmae(predicted(val, s), val.references).mean or 0)
-    found = pmae(predicted(test, best), test.references)
-    mean = mean_baseline(train.references, test.references)
-    return {**found.fields, "mean of the five": found.mean}, {**mean.fields, "mean of the five": mean.mean}
+    found = [pmae(predicted(part, best), part.references) for part in (val, test)]
+    found.append(mean_baseline(train.references, test.references))
+    first, second, third = ({**one.fields, "mean of the five": one.mean} for one in found)
+    return first, second, third
 
 
-def probe_category(file: Path, source: FeatureSource) -> float:
-    """Accuracy on the test split, in percent."""
+def probe_category(file: Path, source: FeatureSource) -> tuple[float, float]:
+    """Accuracy on the validation and the test split, in percent."""
     train, val, test = splits(file, "category", source)
     kinds = sorted(set(train.references))
     y = torch.tensor([[float(kind == r) for kind in kinds] for r in train.references], dtype=torch.float64)
@@ -109,7 +112,8 @@ def probe_category(file: Path, source: FeatureSource) -> float:
         best = (part.x @ ridge(train.x, y, strength)).argmax(1).tolist()
         return category_accuracy([kinds[i] for i in best], part.references)
 
-    return accuracy(test, max(STRENGTHS, key=lambda strength: accuracy(val, strength)))
+    best = max(STRENGTHS, key=lambda strength: accuracy(val, strength))
+    return accuracy(val, best), accuracy(test, best)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,12 +130,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, processor = load_vlm(place_of(args.folder, args.layer, args.size, args.pool) / "model")
     source = FeatureSource(model, processor, args.folder / "features", pool=args.pool)
     weighed = args.folder / "weighed-food.jsonl"
-    print(f"ingredient IoU {probe_ingredients(weighed, source):.1f}")
-    found, mean = probe_nutrition(weighed, source)
-    for name, value in found.items():
-        print(f"pMAE {name}: {value:.1f}; always the mean {mean[name]:.1f}")
-    print(f"category accuracy {probe_category(args.folder / 'grocery-store.jsonl', source):.1f}")
+    rows = [["", "validation", "held out", "always the mean"]]
+    rows.append(["ingredient IoU", *_shown(*probe_ingredients(weighed, source)), ""])
+    val, test, mean = probe_nutrition(weighed, source)
+    rows += [[f"pMAE {name}", *_shown(val[name], test[name], mean[name])] for name in val]
+    groceries = args.folder / "grocery-store.jsonl"
+    rows.append(["category accuracy", *_shown(*probe_category(groceries, source)), ""])
+    print(text_table(rows))
     return 0
+
+
+def _shown(*values: float | None) -> list[str]:
+    return ["" if value is None else f"{value:.1f}" for value in values]
 
 
 if __name__ == "__main__":
