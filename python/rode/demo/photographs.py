@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rode.demo import parts
 from rode_food import Example
@@ -23,6 +24,9 @@ from rode_food.records import FoodRecord, with_images, write_records
 from rode_food.source import Source
 from rode_food.tasks import stable_hash
 
+if TYPE_CHECKING:
+    from rode.training.config import Experiment
+
 SOURCES = {
     "weighed-food": ("weighed_food", ("ingredients", "nutrition")),
     "grocery-store": ("grocery_store", ("category",)),
@@ -31,11 +35,12 @@ SOURCES = {
 """Kind of reader -> its folder in DATA, and the questions that are asked."""
 DISHES = {"test": 30, "val": 10}
 """Dishes held out, and for validation; the others are for training."""
-PER_OBJECT = 12
-"""The most photographs of one weighed object that are asked about, held out or for validation."""
+MOST = {"weighed-food": 8, "grocery-store": 4}
+"""The most photographs of one object, or product, that are asked about, held out or for validation: more of them cost time
+and say little that is new."""
 SIZE, POOL, LAYER = 224, 4, 11
 """Side of a picture in pixels, patches on a side of a square that is averaged, layer of the tower."""
-ALIGN_STEPS = 1500
+ALIGN_STEPS, STAGE_1_STEPS = 1500, 150
 
 
 def make_records(data: Path, out: Path) -> dict[str, Path]:
@@ -52,8 +57,8 @@ def make_records(data: Path, out: Path) -> dict[str, Path]:
         records: Iterable[FoodRecord] = read_source(kind, data / folder, ReadLog(strict=True))
         if kind == "food-photos":
             records = split_dishes(records)
-        if kind == "weighed-food":
-            records = fewer_photographs(records)
+        if kind in MOST:
+            records = fewer_photographs(records, MOST[kind])
         files[kind] = out / f"{kind}.jsonl"
         write_records(files[kind], (_linked(record, data) for record in records))
     return files
@@ -76,15 +81,15 @@ def split_dishes(records: Iterable[FoodRecord]) -> Iterator[FoodRecord]:
         yield dataclasses.replace(record, split=split)
 
 
-def fewer_photographs(records: Iterable[FoodRecord]) -> list[FoodRecord]:
-    """All records for training, and of each other object the first `PER_OBJECT` in the order of a hash of their ids."""
-    kept, seen = list(records), Counter[str]()
+def fewer_photographs(records: Iterable[FoodRecord], most: int) -> list[FoodRecord]:
+    """All records for training, and of each object in each other split the first `most` in the order of a hash of their ids."""
+    kept, seen = list(records), Counter[tuple[str | None, str]]()
     wanted = set()
     for record in sorted(kept, key=lambda record: stable_hash("photographs", record.id)):
-        portion = record.id.partition("/")[0]
-        if record.split == "train" or seen[portion] < PER_OBJECT:
+        group = record.split, record.id.partition("/")[0]
+        if record.split == "train" or seen[group] < most:
             wanted.add(record.id)
-            seen[portion] += 1
+            seen[group] += 1
     return [record for record in kept if record.id in wanted]
 
 
@@ -126,6 +131,7 @@ def prepare(
         progress: show bars.
     """
     from rode.demo.align import align_words
+    from rode.training.train import train
     from rode.vlm import FeatureSource, load_vlm
     from rode.vlm.load import PROJECTOR_FILE, save_projector
 
@@ -144,7 +150,50 @@ def prepare(
         found = align_words(model, processor, named, source, steps=ALIGN_STEPS, seed=seed, progress=progress)
         save_projector(model, words)
         write_text(words / "loss.txt", "".join(f"{loss:.5f}\n" for loss in found.losses))
-    return words
+    projector = place / "projector"
+    if not (projector / PROJECTOR_FILE).is_file():
+        del model
+        train(_stage_1(files, place, out, words, pool=pool, seed=seed), resume="auto", progress=progress)
+    return projector
+
+
+def _stage_1(
+    files: dict[str, Path], place: Path, out: Path, words: Path, *, pool: int, seed: int
+) -> Experiment:
+    """LLaVA's stage 1 on the questions with short answers: the projector alone learns, through the language model."""
+    from rode.training.config import experiment_from_dict
+
+    tasks = {"weighed-food": ["ingredients"], "grocery-store": ["category"]}
+    return experiment_from_dict(
+        {
+            "name": "projector",
+            "stage": "projector",
+            "output_dir": str(place / "projector"),
+            "model": {
+                "path": str(place / "model"),
+                "projector": str(words),
+                "vision_features": "disk",
+                "features_dir": str(out / "features"),
+                "picture_pool": pool,
+                "attention": "eager",
+            },
+            "data": {
+                "sources": [{"path": str(files[kind]), "tasks": asked} for kind, asked in tasks.items()],
+                "wording": "first",
+            },
+            "training": {
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "warmup_steps": 5,
+                "batch_size": 16,
+                "gradient_accumulation": 1,
+                "max_steps": STAGE_1_STEPS,
+                "seed": seed,
+                "logging_steps": 10,
+                "save_steps": STAGE_1_STEPS,
+            },
+        }
+    )
 
 
 def _pictures(files: dict[str, Path]) -> list[str]:
