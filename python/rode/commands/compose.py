@@ -73,16 +73,14 @@ def run(args: argparse.Namespace) -> int:
     examples = _draw_examples(args, experiment)
 
     from rode.baselines.lorahub import compose, few_shot_loss
-    from rode.vlm import load_adapter
-    from rode.vlm.collator import PictureSource
+    from rode.vlm import PixelSource, load_adapter
     from rode.vlm.families import family_of
     from rode.vlm.image_features import feature_source
 
-    model, processor, prompt, pictures = load(args, experiment)
+    model, processor, prompt, source = load(args, experiment)
     # a picture goes through the frozen tower once, not once for each evaluation
-    source: PictureSource = pictures
-    if family_of(model).stored_features is None:
-        source = feature_source(model, processor, shape=pictures.shape)
+    if isinstance(source, PixelSource) and family_of(model).stored_features is None:
+        source = feature_source(model, processor, shape=source.shape)
     names = [f"source{i}" for i in range(len(args.adapters))]
     for name, adapter in zip(names, args.adapters, strict=True):
         model = load_adapter(model, adapter, name)

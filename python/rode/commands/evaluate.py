@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = args.tokenizer or settings.tokenizer
     if any(example.task in ("recipe", "question") for example in examples):
         choose_tokenizer((), tokenizer)  # what is missing is missed before the answers are generated
-    model, processor, prompt, source = load(args, experiment)
+    model, processor, prompt, source = load(args, experiment, stored=True)
     default_out = (
         experiment.run_dir / ("untrained" if args.untrained else "evaluation")
         if experiment

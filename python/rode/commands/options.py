@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rode.training.config import Experiment
     from rode.training.side_inputs import Routes
-    from rode.vlm import PixelSource
+    from rode.vlm.collator import PictureSource
 
 
 def model_options(adapter: bool = True, answers: bool = True) -> argparse.ArgumentParser:
@@ -62,17 +62,23 @@ class Loaded(NamedTuple):
     model: Any
     processor: Any
     prompt: str
-    source: PixelSource
+    source: PictureSource
 
 
-def load(args: argparse.Namespace, experiment: Experiment | None = None) -> Loaded:
+def load(args: argparse.Namespace, experiment: Experiment | None = None, *, stored: bool = False) -> Loaded:
     """The model, with its adapter if one is named.
+
+    Args:
+        args: see `model_options`.
+        experiment: the config; None for the one beside the adapter.
+        stored: take pictures' features from the folder in which the config keeps them, if it keeps them.
 
     Raises:
         ValueError: nothing names a model, or with --strict the adapter was saved otherwise than it would be used here.
     """
     from rode.training.config import ModelConfig
     from rode.vlm import PixelSource, load_adapter, load_vlm
+    from rode.vlm.image_features import feature_source
 
     experiment = experiment or saved_experiment(args.adapter)
     if experiment is None and args.model is None:
@@ -87,9 +93,14 @@ def load(args: argparse.Namespace, experiment: Experiment | None = None) -> Load
     )
     with all_of_it_must_fit(getattr(args, "strict", False)):
         model = load_adapter(base, args.adapter) if args.adapter else base
-    return Loaded(
-        model, processor, args.prompt or config.prompt, PixelSource(processor, config.picture_shape)
-    )
+    stored = stored and config.vision_features == "disk"
+    source: PictureSource
+    if stored or config.picture_pool != 1:
+        directory = config.features_dir if stored else None
+        source = feature_source(model, processor, directory, config.picture_shape, pool=config.picture_pool)
+    else:
+        source = PixelSource(processor, config.picture_shape)
+    return Loaded(model, processor, args.prompt or config.prompt, source)
 
 
 @contextmanager

@@ -174,6 +174,13 @@ def _show(args: argparse.Namespace, tables: Tables, seeds: Sequence[int] | None,
 
     item, folder = tables.item(args.what), Path(args.results) / base_name
     results = read_results(Path(args.results), base_name, item.variants, seeds)
+    if item.kind == "comparisons":
+        from rode.paper.forest import show
+
+        text, paths = show(tables, args.what, results, Path(args.results), base_name)
+        print(f"\n{text}\n")
+        print("\n".join(map(str, paths)))
+        return
     papers_data = base_name == _base_name(tables.base(item))
     report = make_report(tables, args.what, results, base_name, papers_data=papers_data)
     print(f"\n{format_report(report)}\n")

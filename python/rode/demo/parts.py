@@ -160,12 +160,12 @@ def vision_tower() -> Any:
     return model.eval()
 
 
-def image_processor() -> Any:
-    """84 x 84 px, normalised with ImageNet's mean and deviation, as DINOv2 was trained."""
+def image_processor(size: int = PICTURE) -> Any:
+    """Pictures of size x size pixels, normalised with ImageNet's mean and deviation, as DINOv2 was trained."""
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(
-        size={"height": PICTURE, "width": PICTURE},
+        size={"height": size, "width": size},
         do_center_crop=False,
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
@@ -181,7 +181,7 @@ def init_projector(projector: Any, features: torch.Tensor, embedding_std: float,
 
     Args:
         projector: `LlavaMultiModalProjector` in float32; changed in place.
-        features: (tokens, 384) float32 hidden states of the tower at `TOWER_LAYER`.
+        features: (tokens, 384) float32 hidden states of the tower at the layer that is read.
         embedding_std: deviation of the language model's token embeddings.
         seed: of the random weights.
     """
@@ -199,13 +199,22 @@ def init_projector(projector: Any, features: torch.Tensor, embedding_std: float,
         second.weight *= embedding_std / projector(features).std()
 
 
-def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int = 0) -> Path:
+def build(
+    directory: str | os.PathLike[str],
+    pictures: Sequence[str],
+    seed: int = 0,
+    *,
+    size: int = PICTURE,
+    layer: int = TOWER_LAYER,
+) -> Path:
     """Write the joined model, a `LlavaForConditionalGeneration` in bfloat16 with its processor, to `directory`.
 
     Args:
         directory: replaced if it exists.
         pictures: paths of some pictures, whose features scale the projector's start (`init_projector`).
         seed: of the projector's random weights.
+        size: side of a picture in pixels, a multiple of 14.
+        layer: of the tower, whose hidden states the projector reads.
 
     Returns:
         The directory; `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` read it.
@@ -238,19 +247,19 @@ def build(directory: str | os.PathLike[str], pictures: Sequence[str], seed: int 
         text_config=text_config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         vision_feature_select_strategy="default",
-        vision_feature_layer=TOWER_LAYER,
+        vision_feature_layer=layer,
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()
-    images = image_processor()
+    images = image_processor(size)
     pixels = images(images=[Image.open(p).convert("RGB") for p in pictures], return_tensors="pt")[
         "pixel_values"
     ]
     with torch.no_grad():
-        features = tower(pixels, output_hidden_states=True).hidden_states[TOWER_LAYER][:, 1:].flatten(0, 1)
+        features = tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:].flatten(0, 1)
     init_projector(model.model.multi_modal_projector, features, embedding_std, seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -146,10 +146,9 @@ def _grid(report: Report) -> list[list[str]]:
     return lines
 
 
-def format_report(report: Report) -> str:
-    """Markdown, padded so that a terminal shows it as a table too."""
-    grid = _grid(report)
-    widths = [max(3, *(len(row[i]) for row in grid)) for i in range(len(grid[0]))]
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, padded so that a terminal shows it as a table too; the first row is the heading."""
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -159,10 +158,14 @@ def format_report(report: Report) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [*map(line, (rows[0], rule, *rows[1:]))]
+
+
+def format_report(report: Report) -> str:
+    """The report as Markdown."""
     title = f"{report.title}; ours: {report.base}"
-    return "\n".join(
-        [title, "", *map(line, (grid[0], rule, *grid[1:])), "", *(f"- {note}" for note in report.notes)]
-    ).rstrip()
+    table = markdown_table(_grid(report))
+    return "\n".join([title, "", *table, "", *(f"- {note}" for note in report.notes)]).rstrip()
 
 
 def to_dict(report: Report, results: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

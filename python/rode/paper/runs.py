@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rode.evaluation import PARTIAL
+from rode.paper.answers import answers_path, keep_answers
 from rode.paper.results import (
     adapter_differences,
     collect,
@@ -241,6 +242,8 @@ def carry_out(run: Run, *, call: Call, launcher: Sequence[str] = (), quiet: bool
     go_on = ["--resume"] if (folder / "evaluation" / PARTIAL).exists() else []
     evaluation = [*python, "evaluate", str(config_file), *go_on, *options]
     _succeed(run, "evaluation", attempts.make(evaluation, call))
+    if run.experiment.evaluation.keep_answers:  # before the result, which says that the run is finished
+        keep_answers(folder / "evaluation" / "predictions.jsonl", answers_path(run.result))
     write_json(run.result, collect(run.experiment, run.base, run.data, attempts.entries))
 
 

@@ -79,15 +79,24 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Variants, and those that they are compared with; several on a side are averaged."""
+
+    first: list[str]
+    second: list[str]
+
+
+@dataclass(frozen=True)
 class Item:
-    """A table or figure: rows and columns by name."""
+    """A table or figure: rows and columns by name. `comparisons` are those of the kind of that name, by their titles."""
 
     title: str
     data: str
     variants: list[str]
     metrics: list[str]
     named_by: list[Literal["label", "ranks", "router"]]
-    kind: Literal["table", "heat_map", "bars", "parameters"] = "table"
+    kind: Literal["table", "heat_map", "bars", "parameters", "comparisons"] = "table"
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,8 @@ def read_tables(folder: Path) -> Tables:
         _known([item.data], tables.data, f"{where} data")
         _known(item.variants, tables.variants, f"{where} variant")
         _known(item.metrics, METRICS, f"{where} metric")
+        for title, comparison in item.comparisons.items():
+            _known([*comparison.first, *comparison.second], item.variants, f"{where} comparisons.{title}:")
     return tables
 
 

@@ -32,6 +32,7 @@ _POSITIVE = {
         "max_minutes",
         "max_nonfinite",
     ),
+    "model": ("picture_pool",),
     "evaluation": ("batch_size", "max_new_tokens", "limit"),
 }
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "seed", "save_total_limit", "workers")
@@ -48,6 +49,10 @@ def check(experiment: Experiment) -> None:
     for name in _NOT_NEGATIVE:
         if (value := getattr(training, name)) < 0:
             raise ConfigError(f"training.{name}: expected at least 0, got {value}")
+    if experiment.model.picture_pool > 1 and experiment.model.vision_features == "live":
+        raise ConfigError(
+            "model.picture_pool: expected 1 with vision_features live, whose pictures are not pooled; set memory or disk"
+        )
     for name in ("fsdp", "deepspeed"):
         refuse_not_finite(getattr(training, name), f"training.{name}")
     refuse_not_finite(experiment.adapter, "adapter")

@@ -40,6 +40,9 @@ class ModelConfig:
     then cuts off what is outside of the middle square."""
     features_dir: str = "runs/features"
     """Where "disk" keeps them."""
+    picture_pool: int = 1
+    """More than 1: the mean of each square of so many by so many patches stands in their place, before a LLaVA's projector, so
+    that 2 leaves a quarter of the picture's tokens. It needs `vision_features` "memory" or "disk"."""
     clusters: str | None = None
     """File of `rode fit-clusters`, for an adapter whose router reads the cluster of a question."""
 
@@ -159,6 +162,8 @@ class EvaluationConfig:
     tokenizer: TokenizerName = "auto"
     """Tokenizer of BLEU and ROUGE-L. "auto" goes by the script of the true answers, for each source; for Latin letters it is 13a
     ([records.md](records.md#languages))."""
+    keep_answers: bool = False
+    """`rode reproduce` keeps every answer beside the result, for statistics over records."""
 
 
 @dataclass

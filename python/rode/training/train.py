@@ -148,7 +148,12 @@ def image_source(
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
     trained = experiment.stage == "projector" or experiment.training.projector_learning_rate is not None
     source = feature_source(
-        model, processor, directory, experiment.model.picture_shape, projector_trained=trained
+        model,
+        processor,
+        directory,
+        experiment.model.picture_shape,
+        projector_trained=trained,
+        pool=experiment.model.picture_pool,
     )
     source.precompute([path for example in examples for path in example.images], progress)
     return source
@@ -252,7 +257,8 @@ def _train(
         processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
     )
     may_fail = training.max_length is not None or family.no_picture is not None
-    checks = [encodable(encoder, experiment.model.picture_shape)] if may_fail else []
+    m = experiment.model
+    checks = [encodable(encoder, m.picture_shape, m.picture_pool)] if may_fail else []
     mixture, skipped = usable(mixture, experiment.data.on_bad_record, checks)
     examples = mixture.examples
     if not len(mixture):
@@ -269,7 +275,6 @@ def _train(
         return TrainResult(run_dir, None, None, metrics, history, False, start, skipped, was_done=True)
     with whole_while_loaded(arguments):
         if model is None:
-            m = experiment.model
             model, _ = load_vlm(
                 m.path,
                 dtype=m.dtype,

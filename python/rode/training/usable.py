@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from PIL import Image
 
 from rode.vlm.features import PictureShape
 from rode.vlm.images import image_problems
-from rode.vlm.prompts import PromptEncoder
+from rode.vlm.prompts import Features, Picture, PromptEncoder
 from rode_food import Example
 from rode_food.data_mixture import DataMixture
 from rode_food.images import picture_size
@@ -42,18 +43,27 @@ def unreadable_pictures(examples: Iterable[Example]) -> Check:
     return check
 
 
-def encodable(encoder: PromptEncoder, shape: PictureShape = "processor") -> Check:
+def encodable(encoder: PromptEncoder, shape: PictureShape = "processor", pool: int = 1) -> Check:
     """A check that an example becomes a row: its prompt and pictures fit `max_length`, and the family takes it as it is.
 
-    Pictures are looked at by their size alone: how many tokens they take depends on nothing else.
+    Pictures are looked at by their size alone: how many tokens they take depends on nothing else. With `pool` they are
+    stored features of which each stands for so many by so many patches (`rode.vlm.features.FeatureSource`).
     """
+
+    def stand_in(size: tuple[int, int]) -> Picture:
+        blank = Image.new("RGB", size)
+        if pool == 1:
+            return blank
+        ids = encoder.encode_prompt("?", [blank]).input_ids
+        return Features(torch.zeros(1, 1), ids.count(encoder.image_token_id or -1) // pool**2)
+
     expansions: dict[tuple[int, int], int] = {}
 
     def taken(size: tuple[int, int]) -> int:
         """Tokens that a picture of this size adds to a prompt."""
         if size not in expansions:
-            blank = Image.new("RGB", size)
-            expansions[size] = encoder.encode_prompt("?", [blank]).prompt_length - encoder.text_length("?")
+            prompt = encoder.encode_prompt("?", [stand_in(size)])
+            expansions[size] = prompt.prompt_length - encoder.text_length("?")
         return expansions[size]
 
     def check(example: Example) -> str | None:
@@ -66,7 +76,7 @@ def encodable(encoder: PromptEncoder, shape: PictureShape = "processor") -> Chec
             text = encoder.text_length(example.question) + len(encoder.tokenizer(example.answer).input_ids)
             if sizes and text + sum(map(taken, sizes)) + _MARGIN < (encoder.max_length or 0):
                 return None
-            encoder.encode(example.question, example.answer, [Image.new("RGB", size) for size in sizes])
+            encoder.encode(example.question, example.answer, [stand_in(size) for size in sizes])
         except (OSError, ValueError) as error:
             return f"task {example.task}: {error}"
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -169,6 +170,30 @@ class FeatureStore(ABC):
         return self._picture(load_file(self.directory / f"{key}.safetensors"))
 
 
+def pooled(states: torch.Tensor, size: int, skipped: int) -> torch.Tensor:
+    """The means of squares of size x size patches.
+
+    Args:
+        states: (tower tokens, hidden) of a square picture, patches row by row.
+        size: 1 leaves the states as they are.
+        skipped: so many tokens in front (CLS) are no patches, and stay.
+
+    Raises:
+        ValueError: the patches cannot be cut into such squares.
+    """
+    if size == 1:
+        return states
+    front, patches = states[:skipped], states[skipped:]
+    side = math.isqrt(len(patches))
+    if side * side != len(patches) or side % size:
+        raise ValueError(
+            f"model.picture_pool: expected a divisor of the patches on a side of a square picture, got {size} for "
+            f"{len(patches)} patches"
+        )
+    squares = patches.reshape(side // size, size, side // size, size, -1)
+    return torch.cat([front, squares.float().mean((1, 3)).to(states.dtype).flatten(0, 1)])
+
+
 class FeatureSource(FeatureStore):
     """Hidden states of a LLaVA's frozen tower: `source(path)` gives `Features` with (tower tokens, hidden x layers).
 
@@ -179,6 +204,10 @@ class FeatureSource(FeatureStore):
         processor: its processor.
         directory: see `FeatureStore`.
         shape: of pictures, see `PixelSource`.
+        pool: squares of so many by so many patches are replaced by their mean, before the projector.
+
+    Raises:
+        ValueError: the patches of a picture cannot be cut into such squares.
     """
 
     def __init__(
@@ -187,10 +216,12 @@ class FeatureSource(FeatureStore):
         processor: ProcessorMixin,
         directory: str | Path | None = None,
         shape: PictureShape = "processor",
+        pool: int = 1,
     ) -> None:
         accept_features(model)
         self.llava: Any = base_model(model)
         self.crop_cls = self.llava.config.vision_feature_select_strategy == "default"
+        self.pool = pool
         super().__init__(PixelSource(processor, shape), directory)
 
     def __getstate__(self) -> dict[str, Any]:  # a data-loader worker reads what is there, it runs no tower
@@ -209,6 +240,8 @@ class FeatureSource(FeatureStore):
         ]
         if self.pictures.shape != "processor":
             facts.append(self.pictures.shape)
+        if self.pool != 1:
+            facts.append({"pool": self.pool})
         return digest_of(facts, tower.state_dict())
 
     @torch.inference_mode()
@@ -221,7 +254,8 @@ class FeatureSource(FeatureStore):
         states = tower(pixels, output_hidden_states=True).hidden_states
         tower.train(training)
         picked = states[layers] if isinstance(layers, int) else torch.cat([states[i] for i in layers], dim=-1)
-        return {"states": picked[0].cpu().clone()}  # (tower tokens, hidden x layers)
+        # (tower tokens, hidden x layers)
+        return {"states": pooled(picked[0], self.pool, int(self.crop_cls)).cpu().clone()}
 
     def _picture(self, stored: dict[str, torch.Tensor]) -> Features:
         # those of the tower, less CLS if that is dropped

@@ -168,19 +168,25 @@ def feature_source(
     shape: PictureShape = "processor",
     *,
     projector_trained: bool = False,
+    pool: int = 1,
 ) -> FeatureStore:
     """The store for a model's family.
 
     Args:
         model, processor, directory, shape: see `FeatureStore` and `PixelSource`.
         projector_trained: whether the projector is, behind which most families' features are taken.
+        pool: see `rode.vlm.features.FeatureSource`.
 
     Raises:
         ValueError: the model's features cannot be stored, and why.
     """
     base = base_model(model)
     if base.config.model_type == "llava":
-        return FeatureSource(model, processor, directory, shape)
+        return FeatureSource(model, processor, directory, shape, pool)
+    if pool != 1:
+        raise ValueError(
+            f"model.picture_pool: expected 1 for {base.config.model_type!r}, got {pool}: only LLaVA's features are pooled"
+        )
     if projector_trained:
         raise ValueError(
             f"model.vision_features: expected live for {base.config.model_type!r} with a trained projector: its features are "

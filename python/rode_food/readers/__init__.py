@@ -17,6 +17,7 @@ from rode_food.readers import (
     food101,
     food_dialogues,
     food_photos,
+    grocery_store,
     llava_instruct,
     messages,
     nutrition5k,
@@ -25,8 +26,10 @@ from rode_food.readers import (
     recipe1m_plus,
     records_file,
     vireo,
+    weighed_food,
 )
 from rode_food.readers.file_kind import file_kind
+from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord
 
@@ -47,6 +50,7 @@ class Reader:
         read: the function.
         about: a line.
         signs: files and folders by which the layout is known: of each tuple one is there, below the source.
+        keys: of the first entry of `photos.json`, by which layouts with that file are told apart.
         options: names of `OPTIONS` that it takes.
         takes: the source is a file, a folder, or either.
         embeds: pictures may stand in the source itself; the reader is given a folder for them.
@@ -55,6 +59,7 @@ class Reader:
     read: Callable[..., Iterator[FoodRecord]]
     about: str
     signs: tuple[tuple[str, ...], ...]
+    keys: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     takes: str = "folder"
     embeds: bool = False
@@ -67,6 +72,7 @@ OPTIONS = {
     ),
     "image_folder": Option("", "folder to which pictures' paths are relative; else the data's own"),
     "foodlmm": Option(False, "select dishes and ingredients as FoodLMM does"),
+    "usda": Option("", "folder of USDA's tables, for nutrition; else usda/ beside the source"),
 }
 """Name, as a keyword of readers and, with dashes, a flag of `rode data`, -> what it is."""
 
@@ -85,16 +91,19 @@ READERS = {
             _below(recipe1m.FOLDERS, recipe1m_plus.FILE),
             _below(recipe1m.FOLDERS, "layer2+.json", "layer2.json"),
         ),
-        ("images_per_recipe", "derive_carb"),
+        options=("images_per_recipe", "derive_carb"),
     ),
     "recipe1m": Reader(
         recipe1m.read,
         "Recipe1M: layer1, layer2, det_ingrs and pictures",
         (_below(recipe1m.FOLDERS, "layer1.json"), _below(recipe1m.FOLDERS, "layer2+.json", "layer2.json")),
-        ("images_per_recipe",),
+        options=("images_per_recipe",),
     ),
     "nutrition5k": Reader(
-        nutrition5k_csv.read, "Nutrition5k's own CSV files, split and pictures", (_CAFES,), ("foodlmm",)
+        nutrition5k_csv.read,
+        "Nutrition5k's own CSV files, split and pictures",
+        (_CAFES,),
+        options=("foodlmm",),
     ),
     "nutrition5k-jsonl": Reader(
         nutrition5k.read_jsonl, "Nutrition5k as dishes.jsonl beside sample_images/", (("dishes.jsonl",),)
@@ -115,8 +124,24 @@ READERS = {
         "VireoFood-172: ready_chinese_food/ and SplitAndIngreLabel/",
         (vireo.IMAGES_172, _below(vireo.LABELS_172, "IngreLabel.txt")),
     ),
+    "weighed-food": Reader(
+        weighed_food.read,
+        "weighed portions, photographed many times: photos.json beside images/",
+        (("photos.json",),),
+        weighed_food.KEYS,
+        ("usda",),
+    ),
+    "grocery-store": Reader(
+        grocery_store.read,
+        "groceries in shops: photos.json beside images/",
+        (("photos.json",),),
+        grocery_store.KEYS,
+    ),
     "food-photos": Reader(
-        food_photos.read, "photographs with a recipe each: photos.json beside images/", (("photos.json",),)
+        food_photos.read,
+        "photographs with a recipe each: photos.json beside images/",
+        (("photos.json",),),
+        food_photos.KEYS,
     ),
     "food-dialogues": Reader(
         food_dialogues.read,
@@ -135,7 +160,7 @@ READERS = {
         llava_instruct.read,
         "a JSON array (or lines) of LLaVA-instruct conversations",
         (),
-        ("image_folder",),
+        options=("image_folder",),
         takes="file",
         embeds=True,
     ),
@@ -143,7 +168,7 @@ READERS = {
         messages.read,
         "rows with messages and images: JSON lines, Parquet, datasets",
         (("state.json", "dataset_dict.json"),),
-        ("image_folder",),
+        options=("image_folder",),
         takes="file or folder",
         embeds=True,
     ),
@@ -206,9 +231,20 @@ def guess_kind(source: str | os.PathLike[str]) -> str:
         return found.reader
     if not source.is_dir():
         raise ValueError(f"source: {source} is neither a folder nor a file")
-    known = {kind: reader.signs for kind, reader in READERS.items() if reader.signs}
-    for kind, signs in known.items():
-        if all(any((source / name).exists() for name in names) for names in signs):
-            return kind
-    wanted = "; ".join(f"{kind}: {' and '.join(n[0] for n in signs)}" for kind, signs in known.items())
+    known = {kind: reader for kind, reader in READERS.items() if reader.signs}
+    near = [
+        kind
+        for kind, reader in known.items()
+        if all(any((source / name).exists() for name in names) for names in reader.signs)
+    ]
+    if len(near) > 1 and any(known[kind].keys for kind in near):
+        first = next(read_json_array(source / "photos.json", ReadLog()), None)
+        keys = set() if first is None else first.value.keys()
+        # The last one, where none fits: its reader says what is missing.
+        near = [kind for kind in near if keys >= set(known[kind].keys)] or near[-1:]
+    if near:
+        return near[0]
+    wanted = "; ".join(
+        f"{kind}: {' and '.join(n[0] for n in reader.signs)}" for kind, reader in known.items()
+    )
     raise ValueError(f"source: {source} holds no layout that is known ({wanted}); name one with --kind")

@@ -21,6 +21,7 @@ from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 from rode_food.records import FoodRecord, Ingredient
 
+KEYS = ("id", "image", "title", "ingredients", "instructions")
 _NEEDED = {"id": str, "title": str, "image": str, "ingredients": list, "instructions": list}
 # some recipes list their tools among the ingredients; the last word tells ("hot pot base" is food)
 _TOOL_WORDS = (

@@ -137,7 +137,7 @@ def test_parameters_that_the_paper_plots(tables):
         (
             "    kind: bars",
             "    kind: pie",
-            "items.fig7.kind: expected one of table, heat_map, bars, parameters, got 'pie'",
+            "items.fig7.kind: expected one of table, heat_map, bars, parameters, comparisons, got 'pie'",
         ),
         ("  lora-8: {label", "  lora-9: {label", "variants.lora-9: expected its config in .*lora-9.yaml"),
     ],

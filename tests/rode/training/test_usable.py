@@ -19,6 +19,7 @@ from rode.vlm.families import family_of
 from rode.vlm.load import read_processor
 from rode_food import Example, Source, load_examples, write_records
 from rode_food.shards.write import write_shards
+from tiny_llava import tiny_processor
 from tiny_vlms import save_tiny_vlm
 
 
@@ -178,3 +179,13 @@ def test_the_estimate_of_a_rows_length_is_the_rows(tmp_path, limit):
         assert (problem is None) == (limit == 0)
         if problem is not None:
             assert f"{length} tokens do not fit max_length={length - 1}" in problem
+
+
+def test_pooled_pictures_take_fewer_tokens(food):
+    example = load_examples([Source(str(food / "records.jsonl"), tasks=["category"])], "train").examples[0]
+    processor = tiny_processor()
+    for pool, fits in ((1, False), (2, True)):  # 4 tokens and 1
+        length = PromptEncoder(processor, "vicuna").text_length(example.question)
+        encoder = PromptEncoder(processor, "vicuna", max_length=length + 2)
+        problem = encodable(encoder, pool=pool)(example)
+        assert (problem is None) == fits

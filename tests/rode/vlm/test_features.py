@@ -11,6 +11,7 @@ import torch
 
 from rode.vlm import FeatureSource, PixelSource, PromptEncoder, TrainingCollator, accept_features
 from rode.vlm.families.llava import fit_processor
+from rode.vlm.features import pooled
 from tiny_llava import draw, tiny_model, tiny_processor
 
 TOWERS = [("clip", -2), ("clip", [-3, -1]), ("dinov2", -1), ("dinov2", 2), ("siglip", -1)]
@@ -99,3 +100,29 @@ def test_a_worker_reads_and_does_not_compute(tmp_path):
     assert torch.equal(worker(known).states, source(known).states)
     with pytest.raises(KeyError, match="not computed before"):
         worker(unknown)
+
+
+def test_pooled_patches_are_the_means_of_squares():
+    states = torch.randn(1 + 36, 5)
+    found = pooled(states, 3, 1)
+    expected = torch.nn.functional.avg_pool2d(states[1:].T.reshape(5, 6, 6), 3).flatten(1).T
+    torch.testing.assert_close(found, torch.cat([states[:1], expected]))
+    assert pooled(states, 1, 1) is states
+    assert pooled(states.bfloat16(), 2, 1).dtype == torch.bfloat16
+    for size, tokens in ((4, 37), (2, 9)):
+        with pytest.raises(
+            ValueError, match=r"model\.picture_pool: expected a divisor of the patches on a side"
+        ):
+            pooled(states[:tokens], size, 1)
+
+
+def test_a_pooled_picture_takes_fewer_tokens(examples, tmp_path):
+    model, processor = tiny_model(), tiny_processor()
+    encoder = PromptEncoder(processor, "vicuna")
+    whole = FeatureSource(model, processor, tmp_path)
+    source = FeatureSource(model, processor, tmp_path, pool=2)
+    assert whole.directory != source.directory
+    assert (whole(examples[0].image).tokens, source(examples[0].image).tokens) == (4, 1)
+    batch = TrainingCollator(encoder, source)(examples[:2])
+    assert int((batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 2
+    assert logits(model, batch).isfinite().all()
