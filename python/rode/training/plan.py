@@ -291,7 +291,7 @@ def _notes(
             least, most = UTILISATION
             notes.append(
                 f"time: predicted from {accelerator.flops / 1e12:.0f} TFLOPS ({accelerator.source}), of which {least:.0%} to "
-                f"{most:.0%} are reached; every record has {mean_tokens or record.tokens} tokens; nothing was measured"
+                f"{most:.0%} are reached with records of {mean_tokens or record.tokens} tokens; nothing was measured"
             )
     if step.uncounted:
         notes.append(f"the vision tower's pass is not counted: {step.uncounted}")
