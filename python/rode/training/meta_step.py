@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PolyConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -96,7 +97,16 @@ def read_config(path: str) -> PretrainedConfig:
 
 
 def meta_model(config: PretrainedConfig, experiment: Experiment) -> Model:
-    """The model that `experiment` trains, on the meta device, in training mode."""
+    """The model that `experiment` trains, on the meta device, in training mode.
+
+    Raises:
+        ValueError: the experts of MoE-LLaVA in 16 bit, which run under autocast, and the meta device has none.
+    """
+    if experiment.adapter.get("method") == "moe-llava" and experiment.model.dtype != "float32":
+        raise ValueError(
+            f"adapter.method: a plan of moe-llava needs model.dtype float32, got {experiment.model.dtype}; its experts run "
+            "under autocast, which shapes alone cannot show"
+        )
     # one of flash attention needs a package that may not be here; `fused_attention` counts what it holds
     attention = experiment.model.attention
     options = {} if attention is None or "flash" in attention else {"attn_implementation": attention}
@@ -149,7 +159,7 @@ def count_step(
     hidden = input_embeddings(model).shape[1]
     counter = ByteCounter(selected=micro_batch * record.picture_tokens * hidden)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with _labelled(model, counter), counter, fused_attention(on_gpu), torch.device("meta"):
+    with _unchecked(), _labelled(model, counter), counter, fused_attention(on_gpu), torch.device("meta"):
         _add_weights(model, counter)
         optimizer = _optimizer(model, experiment, counter, on_gpu)
         if training.gradient_accumulation == 1:
@@ -230,8 +240,12 @@ def _inputs(
     config = getattr(model, "active_peft_config", None)
     if getattr(config, "router_input", None) == "sequence":
         inputs["rode_prompt_mask"] = torch.empty(shape, dtype=torch.bool)
-    if (ids := getattr(config, "id_input", None)) is not None:
-        inputs[ids] = integers(micro_batch)
+    names = [getattr(config, "id_input", None)]
+    if getattr(config, "aux_groups", None) is not None:
+        names.append("rode_task_ids")
+    if isinstance(config, PolyConfig):
+        names.append("task_ids")
+    inputs.update({name: integers(micro_batch) for name in names if name is not None})
     vision = {}
     for name, value in record.vision.items():
         sizes = micro_batch * value.shape[0], *value.shape[1:]
@@ -285,6 +299,18 @@ def _features(model: Model, experiment: Experiment, vision: dict[str, Tensor]) -
     if isinstance(out, (list, tuple)):
         out = torch.cat([one.flatten(0, -2) for one in out])
     return out, ""
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Within this context distributions (PEFT's Poly draws from one) do not look at the values of their parameters."""
+    cls = torch.distributions.Distribution
+    before = cls._validate_args
+    cls.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        cls.set_default_validate_args(before)
 
 
 @contextmanager

@@ -298,6 +298,31 @@ def test_operations_are_those_that_torch_counts(folders, batch_of):
     assert planned.floating_point == counter.get_total_flops()
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"preset": "moelora"},
+        {"preset": "mixlora"},
+        {"preset": "expert-choice"},
+        {"preset": "dual-lora"},
+        {"ranks": [2, 4], "router_input": "task", "num_ids": 4},
+        {"ranks": [2, 4], "router_input": "sequence", "aux_loss": "l1"},
+        {"method": "peft", "peft_type": "POLY"},
+    ],
+    ids=str,
+)
+def test_other_adapters(adapter, folders):
+    folder = folders("llava")
+    # PEFT's Poly forgets the tasks before checkpointing computes again
+    experiment = experiment_of(folder, gradient_checkpointing="peft_type" not in adapter)
+    experiment.adapter = adapter
+    model = meta_model(read_config(str(folder)), experiment)
+    record = record_to_plan(experiment, model.config, from_files=True, tokens=60)
+    step = count_step(model, experiment, record, 2)
+    assert step.uncounted == ""
+    assert step.saved[ADAPTER] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 1000), st.integers(1, 50), st.integers(0, 400), st.integers(0, 80), st.integers(0, 5000)
