@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import TypeVar, TypeVarTuple
 
@@ -20,6 +21,11 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):  # asking for "meta" is an error
         return None
     return torch.get_autocast_dtype(device)
+
+
+def autocast_off(device: str) -> AbstractContextManager[object]:
+    """A context without autocast on a type of device."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def cast_operands(operands: ForwardOperands, inplace: bool) -> ForwardOperands:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rode.commands import analyze, compose, evaluate, fit_clusters, generate, reproduce, train
+from rode.commands import analyze, compose, evaluate, fit_clusters, generate, plan, reproduce, train
 from rode.processes import tells
 from rode_food.commands import data
 
@@ -25,6 +25,7 @@ Fine-tune and run vision-language models for food with RoDE: rectified mixtures 
   rode data inspect DIR                                    what a source holds, and what is broken in it
   rode data convert food-photos PHOTOS_DIR records.jsonl   records from a published data set
   rode data build-unifood configs/build/unifood.yaml OUT   a labelled data set from sources of your own
+  rode plan configs/own-records.yaml --device 24GB         what training will take, before it starts
   rode train configs/own-records.yaml model.path=DIR       train an adapter
   rode evaluate configs/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
@@ -33,7 +34,7 @@ Fine-tune and run vision-language models for food with RoDE: rectified mixtures 
 """
 
 
-MODULES = (train, evaluate, generate, analyze, reproduce, compose, fit_clusters, data)
+MODULES = (plan, train, evaluate, generate, analyze, reproduce, compose, fit_clusters, data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from rode.tuner.context import ForwardContext
 from rode.tuner.recorder import GateRecorder
 from rode.tuner.rounding import RoundedParameters, operand
 from rode.tuner.routers import Routed, compute_gates, router_logits, with_universal
+from rode_kernels.autocast import autocast_off
 
 if TYPE_CHECKING:
     from rode.tuner.config import RodeConfig
@@ -183,7 +184,7 @@ class Gated:
                 "token of it; pass rode_prompt_mask"
             )
         weights = weights / tokens.clamp(min=1)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             pooled = torch.bmm(weights[:, None], x.to(acc_dtype))
         logits = router_logits(pooled, router, bias)
         context.sequence_logits[key] = logits.detach()

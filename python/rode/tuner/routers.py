@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rode_kernels.autocast import autocast_off
 from rode_kernels.formula import needs_formula
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def init_table_(table: Tensor, embeds: bool, how: str) -> None:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device.type):
         return F.linear(x.to(acc_dtype), weight.to(acc_dtype), None if bias is None else bias.to(acc_dtype))
 
 
@@ -69,7 +70,7 @@ class _Logits(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = dh.flatten(0, -2)  # (M, N)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             dx = (dh @ weight.to(dh.dtype)).to(x.dtype) if need_x else None
             dweight = rows.T @ x.flatten(0, -2).to(dh.dtype) if need_weight else None
         return (
