@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rode_food.readers.common import Broken, look_up, safe_path, split_of, text_of, unique
+from rode_food.look_up import look_up
+from rode_food.readers.common import Broken, safe_path, split_of, text_of, unique
 from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 from rode_food.records import SPLITS, FoodRecord

@@ -14,7 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rode_food.readers.common import Broken, look_up, number_of, safe_path, shown, text_of, unique
+from rode_food.look_up import look_up
+from rode_food.readers.common import Broken, number_of, safe_path, shown, text_of, unique
 from rode_food.readers.json_array import read_json_array
 from rode_food.readers.log import ReadLog
 from rode_food.records import NUTRITION_FIELDS, FoodRecord, Ingredient, Nutrition
