@@ -114,9 +114,8 @@ class RodeConfig(RodeFields):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves as PEFT does, with what the adapter belongs to (see `rode.tuner.fingerprint`); a model card beside it says that
         `import rode` must come before loading."""
-        with_tensors = (
-            "auto_mapping_dict" in kwargs
-        )  # from PEFT's model, which has just written them; others write them later
+        # PEFT's model names a mapping, and has just written the tensors; others write them later
+        with_tensors = "auto_mapping_dict" in kwargs
         super().save_pretrained(save_directory, **kwargs)
         file, tensors = Path(save_directory, CONFIG_NAME), Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 _LAYERS, _VALUES = 8, 16  # of the adapted layers, and of each one's weight
 _TOLERANCE, _SMALLEST = 2.0**-7, 2.0**-16
 """Of a value, and of the largest one: a weight that was rounded to bfloat16 or float16 on the way is the same weight."""
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Formats of weights; one of 8 bits means nothing without its scale."""
 _NOT_HASHED = {
     "belongs_to",
     "base_model_name_or_path",
@@ -61,7 +63,8 @@ def _weight(layer: nn.Module) -> Tensor | None:
     weight = layer._parameters.get("weight")
     if weight is None or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
         return None
-    return weight.detach() if weight.is_floating_point() and weight.dim() == 2 and weight.numel() else None
+    readable = weight.dtype in _NUMBERS and weight.dim() == 2 and weight.numel() > 0
+    return weight.detach() if readable else None
 
 
 def _some(weight: Tensor) -> list[float]:

@@ -164,3 +164,13 @@ def test_weights_that_cannot_be_read_are_passed_over(saved):
         if hasattr(module, "rode_adapters"):
             module.base_layer.to("meta")
     assert weights_of_base(model, "default") is None
+
+
+def test_weights_of_eight_bits_are_passed_over(saved):
+    folder, base = saved
+    model = loads_silently(base, folder)
+    for module in model.modules():
+        if hasattr(module, "rode_adapters"):
+            weight = module.base_layer.weight
+            weight.data = weight.data.to(torch.float8_e4m3fn)
+    assert weights_of_base(model, "default") is None
