@@ -63,8 +63,11 @@ def refuses(x: Tensor, out_features: int, mixture: Mixture) -> str:
 
 
 def warn_of_two_openmp_runtimes() -> None:
-    """Warns if this process has loaded a second OpenMP runtime; to be asked again when all libraries are there."""
-    if not sys.platform.startswith("linux"):
+    """Warns if this process has loaded a second OpenMP runtime; to be asked again when all libraries are there.
+
+    Two runtimes harm each other by threads that spin while they wait, so nothing is said where threads sleep.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return
     with open("/proc/self/maps") as maps:
         files = {line.split()[-1] for line in maps if ".so" in line}
@@ -72,7 +75,8 @@ def warn_of_two_openmp_runtimes() -> None:
     if len(runtimes) > 1:
         warnings.warn(
             f"rode_kernels: {len(runtimes)} OpenMP runtimes in this process ({', '.join(runtimes)}); "
-            "import torch first, or threads may be oversubscribed",
+            "waiting threads of one take cores from the other. Set OMP_WAIT_POLICY=passive before the process starts, or import "
+            "torch first",
             RuntimeWarning,
             stacklevel=2,
         )
