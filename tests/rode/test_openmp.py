@@ -80,11 +80,12 @@ def test_a_shared_machine_is_named(monkeypatch, caplog, load, named):
 
 def test_a_runtime_that_is_loaded_later_is_noticed(monkeypatch, tmp_path, recwarn):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    maps = tmp_path / "maps"
+    monkeypatch.setattr("builtins.open", lambda *a, _open=open: _open(maps))
+    maps.write_text("7f 0 /a/libgomp-1234.so.1\n8f 0 /a/libgomp-1234.so.1\n")
     cpu.warn_of_two_openmp_runtimes()
     assert not recwarn.list
-    maps = tmp_path / "maps"
     maps.write_text("7f 0 /a/libgomp-1234.so.1\n7f 0 /b/libiomp5.so\n")
-    monkeypatch.setattr("builtins.open", lambda *a, _open=open: _open(maps))
     with pytest.warns(RuntimeWarning, match="2 OpenMP runtimes"):
         cpu.warn_of_two_openmp_runtimes()
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # two pools of sleeping threads do no harm

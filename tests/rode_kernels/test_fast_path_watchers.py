@@ -181,7 +181,9 @@ def test_what_hooks_bring_back_in_other_strides_is_read_by_them(moved_first):
     assert knows(leading, options)
     for moved in (moved_first, not moved_first) * 2:
         for have, of in zip(gradients(moved), want, strict=True):
-            torch.testing.assert_close(have, of)
+            # as much as two orders of one sum may differ, on any processor
+            rounding = 32 * torch.finfo(of.dtype).eps * of.abs().max().item()
+            torch.testing.assert_close(have, of, rtol=0, atol=rounding)
 
 
 def test_subclasses_and_unusual_tensors_take_the_long_way():
