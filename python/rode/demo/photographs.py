@@ -35,9 +35,9 @@ SOURCES = {
 """Kind of reader -> its folder in DATA, and the questions that are asked."""
 DISHES = {"test": 30, "val": 10}
 """Dishes held out, and for validation; the others are for training."""
-MOST = {"weighed-food": 8, "grocery-store": 4}
-"""The most photographs of one object, or product, that are asked about, held out or for validation: more of them cost time
-and say little that is new."""
+MOST = {"weighed-food": 16}
+"""The most photographs of one object that are asked about, held out or for validation: more of them cost time and say little
+that is new."""
 SIZE, POOL, LAYER = 224, 4, 11
 """Side of a picture in pixels, patches on a side of a square that is averaged, layer of the tower."""
 ALIGN_STEPS, STAGE_1_STEPS = 1500, 150

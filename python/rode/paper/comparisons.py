@@ -10,7 +10,7 @@ more than once, so the errors err to the large side (Owen, "The pigeonhole boots
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rode.paper.answers import Answer
+from rode.paper.tables import Comparison
 from rode_food.metrics.sums import PMAE, metric_of
 
 Array = npt.NDArray[np.float64]
@@ -158,19 +159,23 @@ def _draws(count: int, rounds: int, rng: np.random.Generator) -> Array:
     return rng.multinomial(max(1, count - 1), np.full(count, 1 / count), size=rounds).astype(np.float64)
 
 
+def _variants_of(comparisons: Iterable[Comparison]) -> list[str]:
+    return list(dict.fromkeys(v for pair in comparisons for side in (pair.first, pair.second) for v in side))
+
+
 def compare(
-    comparisons: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+    comparisons: Mapping[str, Comparison],
     metrics: Sequence[str],
     answers: Answers,
     *,
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> list[Difference]:
-    """Every metric of every comparison, with Holm's correction over all of them.
+    """Every comparison in its metrics, with Holm's correction over all of them.
 
     Args:
-        comparisons: name -> (variants, the variants that they are compared with); several are averaged.
-        metrics: names.
+        comparisons: by name.
+        metrics: names; a comparison with metrics of its own is made in those alone.
         answers: variant -> seed -> answers, for all variants that are compared.
         rounds: of the bootstrap.
         seed: of the bootstrap.
@@ -183,22 +188,30 @@ def compare(
         from scipy.stats import t
     except ImportError as error:
         raise ImportError("intervals need scipy: pip install 'rode[statistics]'") from error
-    wanted = list(dict.fromkeys(v for pair in comparisons.values() for side in pair for v in side))
+    wanted = _variants_of(comparisons.values())
     seeds = sorted(set.intersection(*(set(answers[variant]) for variant in wanted)))
     if len(seeds) < 2:
         raise ValueError(f"expected two seeds or more that all of {', '.join(wanted)} have, got {len(seeds)}")
     freedom = len(seeds) - 1
     quantile = float(t.ppf(1 - LEVEL / 2, freedom))
     found: list[dict[str, Any]] = []
-    for metric in metrics:
+    made = {
+        metric: {n: c for n, c in comparisons.items() if metric in (c.metrics or metrics)}
+        for metric in metrics
+    }
+    number = sum(map(len, made.values()))
+    for metric, mine in made.items():
+        if not mine:
+            continue
+        wanted = _variants_of(mine.values())
         measured = Measured(metric, {variant: answers[variant] for variant in wanted}, seeds)
         rng = np.random.default_rng(seed)
         groups = len(measured.groups)
         as_found = measured.values(np.ones((1, groups)))[..., 0]  # (variants, seeds)
         drawn = measured.values(_draws(groups, rounds, rng))  # (variants, seeds, rounds)
         seed_weights = _draws(len(seeds), rounds, rng) / (len(seeds) - 1)
-        for name, (first, second) in comparisons.items():
-            sides = [[wanted.index(variant) for variant in side] for side in (first, second)]
+        for name, pair in mine.items():
+            sides = [[wanted.index(variant) for variant in side] for side in (pair.first, pair.second)]
             means = [as_found[side].mean(0) for side in sides]
             by_seed = means[0] - means[1]
             differences = drawn[sides[0]].mean(0) - drawn[sides[1]].mean(0)  # (seeds, rounds)
@@ -218,9 +231,7 @@ def compare(
                     "p": float(2 * t.sf(abs(ratio), freedom)),
                     "effect": mean / spread if spread else None,
                     "detectable": detectable(deviation, freedom),
-                    "detectable_holm": detectable(
-                        deviation, freedom, LEVEL / (len(metrics) * len(comparisons))
-                    ),
+                    "detectable_holm": detectable(deviation, freedom, LEVEL / number),
                     "groups": groups,
                 }
             )

@@ -43,9 +43,8 @@ def read_all(
 
 
 def differences_of(item: Item, answers: Mapping[str, Mapping[int, Sequence[Answer]]]) -> list[Difference]:
-    """The item's comparisons in all of its metrics."""
-    pairs = {title: (pair.first, pair.second) for title, pair in item.comparisons.items()}
-    return compare(pairs, item.metrics, answers)
+    """The item's comparisons in their metrics."""
+    return compare(item.comparisons, item.metrics, answers)
 
 
 def format_differences(title: str, found: Sequence[Difference], notes: Sequence[str] = ()) -> str:
@@ -126,7 +125,7 @@ def show(
     """
     item = tables.item(what)
     found = differences_of(item, read_all(folder, base, results))
-    text = format_differences(item.title, found, incomparable(results, tables.swept))
+    text = format_differences(item.title, found, incomparable(results, [*tables.swept, *item.differ]))
     paths = [folder / base / f"{what}{suffix}" for suffix in (".md", ".json", ".svg")]
     write_text(paths[0], text + "\n")
     write_json(paths[1], [asdict(one) | {"mean": one.mean} for one in found])

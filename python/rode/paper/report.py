@@ -110,7 +110,9 @@ def make_report(
         notes.append(
             f"ours is {base}, another model or other data than the paper's: compare our rows with each other"
         )
-    notes += incomparable({variant: list(results[variant]) for variant in item.variants}, tables.swept)
+    notes += incomparable(
+        {variant: list(results[variant]) for variant in item.variants}, [*tables.swept, *item.differ]
+    )
     headings = {metric: METRICS[metric].heading for metric in item.metrics}
     title = f"{item.title} (arXiv 2407.12730)" if printed else item.title
     return Report(what, title, base, headings, tuple(rows), tuple(notes))

@@ -80,15 +80,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Variants, and those that they are compared with; several on a side are averaged."""
+    """Variants, and those that they are compared with; several on a side are averaged. `metrics`: None for all of the item's."""
 
     first: list[str]
     second: list[str]
+    metrics: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Item:
-    """A table or figure: rows and columns by name. `comparisons` are those of the kind of that name, by their titles."""
+    """A table or figure: rows and columns by name. `comparisons` are those of the kind of that name, by their titles. `differ`:
+    keys of the config in which its variants are meant to differ, besides their adapters."""
 
     title: str
     data: str
@@ -97,6 +99,7 @@ class Item:
     named_by: list[Literal["label", "ranks", "router"]]
     kind: Literal["table", "heat_map", "bars", "parameters", "comparisons"] = "table"
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+    differ: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def read_tables(folder: Path) -> Tables:
         _known(item.metrics, METRICS, f"{where} metric")
         for title, comparison in item.comparisons.items():
             _known([*comparison.first, *comparison.second], item.variants, f"{where} comparisons.{title}:")
+            _known(comparison.metrics or [], item.metrics, f"{where} comparisons.{title}.metrics:")
     return tables
 
 

@@ -68,8 +68,8 @@ def test_records(data, tmp_path):
         split: {n for (s, _), n in per_object.items() if s == split} for split in ("train", "val", "test")
     } == {
         "train": {20},
-        "val": {8},
-        "test": {8},
+        "val": {16},
+        "test": {16},
     }
     assert all(r.nutrition.complete for r in records["weighed-food"])
     line = json.loads(files["weighed-food"].read_text().splitlines()[0])

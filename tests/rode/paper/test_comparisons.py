@@ -42,7 +42,7 @@ def made_up(rng, *, seeds=6, objects=40, photographs=3, shift=0.0, by_seed=0.0, 
     return found
 
 
-ONE = {"a - b": (["a"], ["b"])}
+ONE = {"a - b": Comparison(["a"], ["b"])}
 
 
 def test_means_and_differences_by_hand():
@@ -51,7 +51,7 @@ def test_means_and_differences_by_hand():
         "b": {0: answers_of([0, 0, 1]), 1: answers_of([1, 0, 0]), 7: answers_of([1, 1, 1])},
         "c": {0: answers_of([1, 1, 1]), 1: answers_of([0, 0, 0])},
     }
-    a_b, mixed = compare({**ONE, "a, c - b": (["a", "c"], ["b"])}, ["category_accuracy"], answers)
+    a_b, mixed = compare({**ONE, "a, c - b": Comparison(["a", "c"], ["b"])}, ["category_accuracy"], answers)
     assert a_b.by_seed == pytest.approx((100 / 3, 200 / 3))
     assert (a_b.first, a_b.second, a_b.mean) == pytest.approx((250 / 3, 100 / 3, 50))
     assert a_b.effect == pytest.approx(50 / np.std([100 / 3, 200 / 3], ddof=1))
@@ -158,6 +158,31 @@ def test_what_cannot_be_compared_is_refused():
         compare(ONE, ["category_accuracy"], {"a": {0: good, 1: good}, "b": {0: good, 1: other}})
     with pytest.raises(ValueError, match="got others from a seed 0"):
         compare(ONE, ["rouge_l"], {"a": {0: good, 1: good}, "b": {0: good, 1: good}})
+
+
+def test_a_comparison_in_metrics_of_its_own():
+    """A variant that learned one task has no answers of the others, and is compared in that task alone."""
+
+    def recipes(values):
+        return [
+            Answer(f"{i}", "s", "recipe", "", {"rouge_l": (value, 1.0)}) for i, value in enumerate(values)
+        ]
+
+    both = {0: [*answers_of([1, 0]), *recipes([1, 0])], 1: [*answers_of([1, 1]), *recipes([1, 1])]}
+    answers = {"a": both, "b": both, "alone": {0: recipes([0, 0]), 1: recipes([0, 1])}}
+    alone = Comparison(["a"], ["alone"], ["rouge_l"])
+    found = compare({**ONE, "a - alone": alone}, ["category_accuracy", "rouge_l"], answers, rounds=50)
+    assert [(one.comparison, one.metric) for one in found] == [
+        ("a - b", "category_accuracy"),
+        ("a - b", "rouge_l"),
+        ("a - alone", "rouge_l"),
+    ]
+    assert found[2].by_seed == pytest.approx((50, 50))
+    assert found[2].detectable_holm == pytest.approx(detectable(found[2].error, 1, 0.05 / 3))
+    with pytest.raises(
+        ValueError, match="category_accuracy: expected answers to the same questions from all runs"
+    ):
+        compare({**ONE, "a - alone": Comparison(["a"], ["alone"])}, ["category_accuracy"], answers, rounds=50)
 
 
 def test_sacrebleu_and_differences_that_do_not_vary():
