@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 
 import pytest
 import torch
 
+from rode.demo import cases
 from rode.demo.photographs import fewer_photographs, make_records, naming_examples, split_dishes
 from rode.demo.probe import ridge
 from rode_food.readers.weighed_food import choices
@@ -80,6 +82,36 @@ def test_records(data, tmp_path):
     named = naming_examples(files)
     assert {name for example in named for name in example.reference} == {"apple", "pear", "milk", "juice"}
     assert {(example.task, example.split) for example in named} == {("ingredients", "train")}
+
+
+def test_cases_are_chosen_by_their_names_and_shown_with_every_answer(data, tmp_path, capsys):
+    folder, results = tmp_path / "out", tmp_path / "results" / "photographs"
+    make_records(data, folder)
+    chosen = cases.chosen(folder)
+    assert Counter(e.task for e in chosen) == {"ingredients": 4, "nutrition": 2, "category": 2, "recipe": 2}
+    assert [e.record_id for e in cases.chosen(folder)] == [e.record_id for e in chosen]
+    groups = [e.record_id.partition("/")[0] for e in chosen]
+    assert len(set(groups)) == len(groups)
+    command = [str(folder), "--results", str(results), "--variants", "a", "b"]
+    with pytest.raises(
+        FileNotFoundError, match=r"seed-0\.answers\.jsonl\.gz: no such file; run `rode reproduce"
+    ):
+        cases.main(command)
+    for variant in ("a", "b"):
+        (results / variant).mkdir(parents=True)
+        rows = [[e.record_id, e.source, e.task, f"{variant} says <{e.task}>", {}] for e in chosen]
+        packed = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+        (results / variant / "seed-0.answers.jsonl.gz").write_bytes(packed)
+    assert cases.main(command) == 0
+    shown, page = capsys.readouterr().out, (folder / "report.html").read_text()
+    for example in chosen:
+        assert f"**{example.record_id}** ({example.source}): {example.question}" in shown
+        assert f"- b: b says <{example.task}>" in shown
+    assert page.count("data:image/jpeg") == len(chosen)
+    assert "a says &lt;recipe&gt;" in page
+    (results / "b" / "seed-0.answers.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows[0]).encode()))
+    with pytest.raises(ValueError, match="b seed 0: expected an answer about"):
+        cases.main(command)
 
 
 def test_splits_do_not_depend_on_the_order():
