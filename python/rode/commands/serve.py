@@ -81,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--host {args.host}: other machines may reach it, so that a key is needed: set {KEY}, or give --api-key"
         )
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(
+            "the key: expected printable ASCII without blanks, as it travels in a header of HTTP"
+        )
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port: expected 0 to 65535, got {args.port}")
 
@@ -98,23 +102,23 @@ def run(args: argparse.Namespace) -> int:
         max_bytes=args.max_body_mb * 1_000_000,
     )
     folders = adapters_in(Path(args.path).expanduser())
-    socket = bind(args.host, args.port)  # before the model, which takes longer
-    experiments = [saved_experiment(str(folder)) for folder in folders]
-    found = [
-        Found(folder, None if experiment is None else experiment.model)
-        for folder, experiment in zip(folders, experiments, strict=True)
-    ]
-    if not found and args.model is not None:
-        raise ValueError(f"PATH: expected adapters beside --model, got the model {args.path}")
-    with all_of_it_must_fit(args.strict):
-        models = load_models(
-            args.model if found else args.path,
-            found,
-            dtype=args.dtype,
-            device=args.device,
-            projector=args.projector,
-            prompt=args.prompt,
-        )
-    app = make_app(Server(models, limits), host_names(args.host, args.allowed_host), key)
-    listen(app, socket, limits, quiet=args.quiet, names=list(models))
+    with bind(args.host, args.port) as socket:  # before the model, which takes longer
+        experiments = [saved_experiment(str(folder)) for folder in folders]
+        found = [
+            Found(folder, None if experiment is None else experiment.model)
+            for folder, experiment in zip(folders, experiments, strict=True)
+        ]
+        if not found and args.model is not None:
+            raise ValueError(f"PATH: expected adapters beside --model, got the model {args.path}")
+        with all_of_it_must_fit(args.strict):
+            models = load_models(
+                args.model if found else args.path,
+                found,
+                dtype=args.dtype,
+                device=args.device,
+                projector=args.projector,
+                prompt=args.prompt,
+            )
+        app = make_app(Server(models, limits), host_names(args.host, args.allowed_host), key)
+        listen(app, socket, limits, quiet=args.quiet, names=list(models))
     return 0

@@ -9,8 +9,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import torch
-
 from rode.serving.batch import Failed, Job, run
 from rode.serving.errors import ApiError
 from rode.serving.limits import Limits
@@ -139,16 +137,22 @@ class Engine:
             del batch  # the pictures of a batch are not kept until the next one
 
     def _answer(self, jobs: Sequence[Job]) -> None:
+        failed = self._run(jobs)
+        if failed is None:
+            return
+        # outside of `except`: what the failed batch held is free by now
+        alone = len(jobs) > 1 and not any(job.tokens for job in jobs)
+        for job in jobs:
+            if alone:  # one request may be the reason, or their number
+                self._answer([job])
+            else:
+                job.emit(Failed(ApiError(500, f"the model failed ({failed}); the server's log says where")))
+
+    def _run(self, jobs: Sequence[Job]) -> str | None:
+        """Answer a batch; the name of the error that ended it, or None."""
         try:
             run(jobs)
         except Exception as error:  # whatever a model raises: the server goes on
             logger.exception("a batch of %d requests to %s failed", len(jobs), jobs[0].model.name)
-            alone = len(jobs) > 1 and not any(job.tokens for job in jobs)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            for job in jobs:
-                if alone:  # one request may be the reason, or their number
-                    self._answer([job])
-                else:
-                    kind = type(error).__name__
-                    job.emit(Failed(ApiError(500, f"the model failed ({kind}); the server's log says where")))
+            return type(error).__name__
+        return None

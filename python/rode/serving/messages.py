@@ -163,7 +163,7 @@ def _supported(values: dict[str, Any]) -> dict[str, Any]:
             # True == 1 in Python: types count too
             if not any(type(value) is type(only) and value == only for only in _numbers(_ONLY[name])):
                 named = " or ".join(repr(only) for only in _ONLY[name] if only is not None)
-                raise wrong(name, f"not supported here; leave it out (or {named}), got {str(value)[:80]!r}")
+                raise wrong(name, f"not supported here; leave it out (or {named}), got {_short(value)}")
         elif name in _Body.model_fields:
             kept[name] = value
         elif name not in _WITHOUT_EFFECT:
