@@ -1,7 +1,7 @@
 """`rode serve` under 1 to 16 clients, against `generate` called in a loop: requests and tokens a second, time to first token.
 
-The model is the demo's shape with random weights: alone, with PEFT's LoRA merged into it, and with RoDE. Each question has a picture.
-No token ends an answer, so that all are equally long. Clients are in a process of their own. Checked first: the logits as
+The model has the demo's shape and random weights: alone, with PEFT's LoRA merged into it, and with RoDE. Each question has a
+picture. No token ends an answer, so that all are equally long. Clients are in a process of their own. Checked first: the logits as
 `benchmarks generate` checks them, the logits of a padded batch against those of each row alone, and the number of tokens.
 """
 
