@@ -18,8 +18,10 @@ def adapters(llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from serving import save_adapter
 
     folder = tmp_path_factory.mktemp("adapters")
-    save_adapter(llava_dir, folder / "rode", RodeConfig(ranks=(2, 4), target_modules=TARGETS), 1)
-    lora = RodeConfig(ranks=(4,), gate="none", target_modules=TARGETS)
+    save_adapter(
+        llava_dir, folder / "rode", RodeConfig(ranks=(2, 4), target_modules=TARGETS, task_type="CAUSAL_LM"), 1
+    )
+    lora = RodeConfig(ranks=(4,), gate="none", target_modules=TARGETS, task_type="CAUSAL_LM")
     save_adapter(llava_dir, folder / "lora", lora, 2)
     return folder
 
