@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,6 +30,7 @@ from rode.serving.pictures import decode
 logger = logging.getLogger(__name__)
 
 _BODY_SECONDS = 30.0  # for a body to arrive
+_GRACE = 5.0  # seconds beyond a request's time for what was written to be read
 _READERS = 2  # threads that decode pictures
 
 
@@ -102,7 +104,7 @@ class Exchange:
         self.job = await loop.run_in_executor(self.server.readers, self._job, question, served, loop)
         engine.submit(self.job, self.slot)
         self._gone = asyncio.create_task(_disconnected(self.request))
-        return question
+        return replace(question, pictures=())  # megabytes, which are read by now
 
     def _job(self, question: Question, served: ServedModel, loop: asyncio.AbstractEventLoop) -> Job:
         images = [decode(data, where) for where, data in question.pictures]
@@ -128,12 +130,9 @@ class Exchange:
             ApiError: the answer failed, or its time is over. _Gone: the client went away.
         """
         assert self._gone is not None, "asked before"
-        left = self.arrived + self.server.limits.timeout - time.monotonic()
         coming = asyncio.ensure_future(self.events.get())
         try:
-            await asyncio.wait(
-                (coming, self._gone), timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait((coming, self._gone), timeout=self.left(), return_when=asyncio.FIRST_COMPLETED)
             if coming.done():
                 happened = coming.result()
             elif self._gone.done():
@@ -157,6 +156,10 @@ class Exchange:
             tokens.labels(name, "prompt").inc(happened.prompt_tokens)
             tokens.labels(name, "answer").inc(happened.tokens)
         return happened
+
+    def left(self) -> float:
+        """Seconds until the request's time is over."""
+        return max(0.0, self.arrived + self.server.limits.timeout - time.monotonic())
 
     async def text(self) -> tuple[str, Finished]:
         """The whole answer."""
@@ -204,7 +207,12 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # a client that does not read what it is sent holds its slot no longer than others
+            async with asyncio.timeout(self.exchange.left() + _GRACE):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            self.exchange.status = 499
+            logger.warning("a client did not read its answer in time")
         finally:
             self.exchange.close()
 

@@ -80,6 +80,32 @@ class Prepared:
     pixels: tuple[torch.Tensor, ...] = ()
 
 
+class Tokenizers:
+    """A model's tokenizer for several threads, of which each copy serves one at a time.
+
+    Args:
+        processor: of the model. vocabulary: entries of its logits.
+
+    Attributes:
+        lock: held while the processor's own tokenizer works.
+        text: a copy for the thread that decodes.
+    """
+
+    def __init__(self, processor: Any, vocabulary: int) -> None:
+        self.lock = threading.Lock()
+        self.text = copy.deepcopy(processor.tokenizer)
+        self._vocabulary = vocabulary
+        self._grammars: dict[frozenset[int], Grammars] = {}
+
+    def grammars(self, ends: frozenset[int]) -> Grammars:
+        """Schemas for answers that these tokens end."""
+        return self._grammars.setdefault(ends, Grammars(self.text, sorted(ends), self._vocabulary))
+
+
+def tokenizers(model: Any, processor: Any) -> Tokenizers:
+    return Tokenizers(processor, base_model(model).get_output_embeddings().weight.shape[0])
+
+
 class ServedModel:
     """One name that can be asked.
 
@@ -90,7 +116,7 @@ class ServedModel:
         prompt: see `rode.vlm.prompts.render_prompt`.
         source: `PixelSource`, or `FeatureSource` for features that are pooled.
         routes: what the adapter's router reads.
-        lock: held while a tokenizer works, which is not made for several threads.
+        shared: the tokenizer, which all adapters on a model share; None makes it.
     """
 
     def __init__(
@@ -102,18 +128,17 @@ class ServedModel:
         prompt: str = "auto",
         source: PixelSource | FeatureSource | None = None,
         routes: Routes | None = None,
-        lock: threading.Lock | None = None,
+        shared: Tokenizers | None = None,
     ) -> None:
         self.name, self.model, self.adapter = name, model, adapter
         self.source = source or PixelSource(processor)
         self.encoder = PromptEncoder(processor, prompt, family=family_of(base_model(model)))
         self.routes = routes or Routes(None)
-        self.lock = lock or threading.Lock()
+        shared = shared or tokenizers(model, processor)
+        self.lock, self.text_tokenizer = shared.lock, shared.text
         self.collate = GenerationCollator(self.encoder, self.source, self.routes)
-        self.text_tokenizer = copy.deepcopy(self.encoder.tokenizer)  # for the thread that decodes
         self.ends = frozenset(self.settings(1).eos_token_id or ())
-        vocabulary = base_model(model).get_output_embeddings().weight.shape[0]
-        self.grammars = Grammars(copy.deepcopy(self.encoder.tokenizer), sorted(self.ends), vocabulary)
+        self.grammars = shared.grammars(self.ends)
         positions = getattr(language_model(model).config, "max_position_embeddings", None)
         self.context = int(positions) if positions else None
         self.created = int(time.time())
@@ -249,17 +274,19 @@ def load_models(
         model = load_adapter(model, found.folder, f"adapter{index}")
     model.requires_grad_(False).eval()
     base_name, names = _names(path, adapters)
-    lock, served = threading.Lock(), {}
+    shared, served = tokenizers(model, processor), {}
     for index, (name, found) in enumerate(zip(names, adapters, strict=True)):
         of = found.config or config
         adapter = None if mixtures else f"adapter{index}"
         peft_config = None if adapter is None else model.peft_config[adapter]
         routes = make_routes(peft_config, model, processor, clusters_beside(found.folder))
         source = _source(model, processor, of)
-        served[name] = ServedModel(name, model, processor, adapter, prompt or of.prompt, source, routes, lock)
+        served[name] = ServedModel(
+            name, model, processor, adapter, prompt or of.prompt, source, routes, shared
+        )
     if not mixtures:
         source = _source(model, processor, config)
         served[base_name] = ServedModel(
-            base_name, model, processor, None, prompt or config.prompt, source, None, lock
+            base_name, model, processor, None, prompt or config.prompt, source, None, shared
         )
     return served

@@ -180,6 +180,27 @@ def test_time_is_limited(start, gate):
     until(lambda: not server.engine._slots)
 
 
+def test_a_client_that_does_not_read_holds_no_slot(monkeypatch):
+    import asyncio
+    from types import SimpleNamespace
+
+    from rode.serving import app
+
+    closed = []
+    exchange = SimpleNamespace(left=lambda: 0.05, close=lambda: closed.append(True), status=200)
+    monkeypatch.setattr(app, "_GRACE", 0.05)
+
+    async def pieces():
+        yield b"data: a"
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(app._Events(exchange, pieces())(scope, never, never))
+    assert (closed, exchange.status) == ([True], 499)
+
+
 def test_a_failure_is_told_and_harms_nobody_else(start, gate, monkeypatch):
     from rode.serving.models import ServedModel
 

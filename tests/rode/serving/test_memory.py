@@ -27,14 +27,17 @@ def resident() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no /proc/self/statm here")
 def test_memory_stays_flat_over_2000_requests(client):
-    """Pictures, questions and options are all different, some streams are left and some requests are wrong."""
+    """Pictures, questions and options are all different, some streams are left and some requests are wrong.
+
+    Lengths are few: kernels keep what they prepared for a shape, up to 4,096 of them, and that is not what is looked for.
+    """
     import openai
 
     def one(index):
         draw = random.Random(index)
         colour = tuple(draw.randrange(256) for _ in range(3))
         pictures = [data_url(plate(colour, 200 + index % 50))] * (index % 3)
-        question = f"What is it? {index} " + "x" * draw.randrange(200)
+        question = f"What is it? {index:05d} " + "x" * draw.choice((0, 50, 100))
         options = {"max_tokens": 1 + index % 7, "model": ("rode", "lora")[index % 2]}
         if index % 5 == 0:
             options |= {"temperature": 1.0, "stop": f"{index}"}
@@ -65,4 +68,4 @@ def test_memory_stays_flat_over_2000_requests(client):
         last = resident()
     print(f"resident: {half / MIB:.1f} MiB after 1,000 requests, {last / MIB:.1f} MiB after 2,000")
     # pictures alone were 250 MB of bytes in the second half
-    assert last - half < 12 * MIB
+    assert last - half < 8 * MIB
