@@ -71,7 +71,7 @@ def processor(model: Any, image_token_id: int) -> Any:
     """The demo's, with that tokenizer."""
     from transformers import LlavaProcessor
 
-    from rode.demo.parts import image_processor
+    from rode.demo.parts import CHAT_TEMPLATE, image_processor
 
     return LlavaProcessor(
         image_processor=image_processor(),
@@ -80,6 +80,7 @@ def processor(model: Any, image_token_id: int) -> Any:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -99,7 +100,7 @@ def served(dtype: torch.dtype, device: str) -> dict[str, Endless]:
     made = processor(base, base.config.image_token_id)
     names = {"base": "base", "lora-merged": "LoRA merged", "rode": "rode"}
     return {
-        name: Endless(name, models[of], made, "default" if of == "rode" else None, "vicuna")
+        name: Endless(name, models[of], made, "default" if of == "rode" else None, "chat_template")
         for name, of in names.items()
     }
 
