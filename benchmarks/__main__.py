@@ -73,6 +73,15 @@ def of_generate(command: Parser) -> None:
     add("--dtype", nargs="+", choices=DTYPES[:2], default=DTYPES[:2], help="of the model; default: both")
 
 
+def of_serve(command: Parser) -> None:
+    add = command.add_argument
+    add("--clients", nargs="+", type=count, default=[1, 4, 8, 16], metavar="N", help="default 1 4 8 16")
+    add("--requests", type=count, default=16, metavar="N", help="of each row; default 16")
+    add("--tokens", type=count, default=64, metavar="N", help="of each answer; default 64")
+    add("--batch-size", type=count, default=8, metavar="N", help="of the server; default 8")
+    add("--dtype", choices=DTYPES[:2], default="float32", help="of the model; default float32")
+
+
 def of_plot(command: Parser) -> None:
     command.add_argument("results", metavar="RESULTS.json", help="what `mixture --json` wrote")
     command.add_argument("--out", default=".", metavar="FOLDER", help="for the SVG files; default: here")
@@ -156,6 +165,12 @@ BENCHMARKS = {
         "tokens a second of greedy decoding: the model alone, with PEFT's LoRA merged and beside it, with RoDE",
         "generate",
         (of_generate, rounds(10), to_json),
+        lambda m, o: m.main(o),
+    ),
+    "serve": Benchmark(
+        "requests and tokens a second and time to first token of `rode serve`, against generate in a loop",
+        "serve",
+        (of_serve, to_json),
         lambda m, o: m.main(o),
     ),
     "plans": Benchmark(

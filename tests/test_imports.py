@@ -113,7 +113,7 @@ def test_records_need_no_torch():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["demo", "--help"], ["data", "--help"], ["data", "convert", "--help"]],
+    [["--help"], ["train", "--help"], ["serve", "--help"], ["demo", "--help"], ["data", "--help"], ["data", "convert", "--help"]],
     ids=" ".join,
 )  # fmt: skip
 def test_the_command_starts_without_torch(arguments):

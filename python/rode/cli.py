@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rode.commands import analyze, compose, evaluate, fit_clusters, generate, plan, reproduce, train
+from rode.commands import analyze, compose, evaluate, fit_clusters, generate, plan, reproduce, serve, train
 from rode.processes import tells
 from rode_food.commands import data
 
@@ -29,12 +29,13 @@ Fine-tune and run vision-language models for food with RoDE: rectified mixtures 
   rode train configs/own-records.yaml model.path=DIR       train an adapter
   rode evaluate configs/own-records.yaml                   answers and metrics on held-out records
   rode generate --adapter runs/own-records --image a.jpg --task nutrition
+  rode serve runs/own-records                              an OpenAI-compatible server
   rode analyze runs/own-records                            what its router does on held-out records
   rode reproduce table2                                    a table of the paper beside its numbers
 """
 
 
-MODULES = (plan, train, evaluate, generate, analyze, reproduce, compose, fit_clusters, data)
+MODULES = (plan, train, evaluate, generate, serve, analyze, reproduce, compose, fit_clusters, data)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -218,6 +218,36 @@ def open_image(path: str | os.PathLike[str]) -> PIL.Image.Image:
         raise OSError(f"{path}: not a readable picture ({error})") from error
 
 
+def picture_from_bytes(data: bytes, formats: tuple[str, ...]) -> PIL.Image.Image:
+    """The picture that these bytes hold, in RGB by `to_rgb`.
+
+    Args:
+        data: of a file that somebody else sent; nothing in them is believed.
+        formats: Pillow's names of those that are taken; decoders of others are not tried.
+
+    Raises:
+        ImageError: what is wrong with them, without a name.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_pixels(image)
+            # a JPEG has more than one picture where a telephone adds a preview
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise ImageError("expected one picture, got an animation")
+            with _decoding.holding(image.size):
+                return to_rgb(image)
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"expected a picture of the format {' or '.join(formats)}, got other bytes"
+        ) from None
+    except ImageError:
+        raise
+    except Exception as error:  # see `open_image`
+        raise ImageError(f"a damaged picture ({error})") from None
+
+
 def check_image(record: FoodRecord) -> None:
     """`decode_picture` of each of the record's pictures.
 

@@ -58,6 +58,7 @@ def fails(capsys, argv, message, code=1):
         ["train"],
         ["evaluate"],
         ["generate"],
+        ["serve"],
         ["analyze"],
         ["reproduce"],
         ["compose"],

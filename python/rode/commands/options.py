@@ -118,10 +118,9 @@ def all_of_it_must_fit(strict: bool) -> Iterator[None]:
 
 
 def routes(args: argparse.Namespace, model: Any, processor: ProcessorMixin) -> Routes:
-    """The side inputs of the adapter's router; clusters stand beside an adapter, or in its checkpoints' parent."""
-    from rode.training.clusters import FILE
+    """The side inputs of the adapter's router."""
+    from rode.training.clusters import clusters_beside
     from rode.training.side_inputs import make_routes
 
-    folders = [] if args.adapter is None else [Path(args.adapter), Path(args.adapter).parent]
-    clusters = next((folder for folder in folders if (folder / FILE).is_file()), None)
+    clusters = None if args.adapter is None else clusters_beside(args.adapter)
     return make_routes(getattr(model, "active_peft_config", None), model, processor, clusters)

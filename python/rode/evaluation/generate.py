@@ -26,6 +26,20 @@ def _end_tokens(model: Any, encoder: PromptEncoder) -> list[int]:
     return sorted({encoder.end_id, *named} | {encoder.tokenizer.eos_token_id} - {None})
 
 
+def greedy_settings(model: Any, encoder: PromptEncoder, max_new_tokens: int) -> GenerationConfig:
+    """What `generate` is called with for greedy answers of at most so many tokens; `eos_token_id` lists every end."""
+    ends = _end_tokens(model, encoder)
+    pad = encoder.tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=ends[0] if pad is None else pad,
+        use_cache=True,
+    )
+
+
 @torch.inference_mode()
 def answer(
     model: Any,
@@ -78,15 +92,7 @@ def answer(
     routes = routes or make_routes(getattr(model, "active_peft_config", None), model, processor)
     collate = GenerationCollator(encoder, source or PixelSource(processor), routes)
     tokenizer: Any = encoder.tokenizer
-    ends = _end_tokens(model, encoder)
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        use_cache=True,
-    )
+    settings = greedy_settings(model, encoder, max_new_tokens)
     model.eval()
     answers: list[str] = []
     bar = Progress(total=len(images), desc="answers", unit="answer", show=progress)

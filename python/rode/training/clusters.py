@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 FILE = "clusters.safetensors"
 
 
+def clusters_beside(adapter: str | Path) -> Path | None:
+    """The folder with the clusters of an adapter's questions: its own, or, for a checkpoint, the one above; None without any."""
+    folders = (Path(adapter), Path(adapter).parent)
+    return next((folder for folder in folders if (folder / FILE).is_file()), None)
+
+
 class Embedder:
     """Texts to unit vectors.
 

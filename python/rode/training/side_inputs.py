@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from rode.vlm.load import Model
 
+_MOST_KNOWN = 100_000  # questions whose clusters are remembered; a server is asked questions without end
+
 
 class Routes:
     """Makes side inputs; nothing for an adapter that needs none.
@@ -91,6 +93,8 @@ class Routes:
         if self.cluster_input is not None:
             assert self.clusters is not None, "checked when this was made"
             assert self.embed is not None, "checked when this was made"
+            if len(self._known) > _MOST_KNOWN:
+                self._known.clear()
             new = [q for q in dict.fromkeys(questions) if q not in self._known]
             if new:
                 self._known.update(zip(new, self.clusters.ids(self.embed(new)).tolist(), strict=True))

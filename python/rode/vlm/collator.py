@@ -165,6 +165,12 @@ class GenerationCollator:
             self.encoder.encode_prompt(question, [self.source(path) for path in paths])
             for question, paths in zip(questions, images, strict=True)
         ]
+        return self.join(rows, questions, tasks)
+
+    def join(
+        self, rows: Sequence[Encoded], questions: Sequence[str], tasks: Sequence[str | None] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The batch of rows that `PromptEncoder.encode_prompt` made of these questions."""
         batch = {
             "input_ids": _pad([row.input_ids for row in rows], _pad_id(self.encoder), "left"),
             "attention_mask": _pad([[1] * len(row.input_ids) for row in rows], 0, "left"),

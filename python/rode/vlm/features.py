@@ -85,12 +85,19 @@ class PixelSource:
         self.colour = tuple(int(255 * channel) for channel in mean)
 
     def __call__(self, path: str) -> Image:
-        image = open_image(path)
+        return self.shaped(open_image(path))
+
+    def shaped(self, image: Image) -> Image:
+        """The picture, a square if that is asked for."""
         return pad_to_square(image, self.colour) if self.shape == "pad" else image
 
     def pixels(self, path: str) -> torch.Tensor:
         """The picture as a tower of fixed size takes it: float32 (3, H, W)."""
-        made = self.processor.image_processor(images=self(path), return_tensors="pt")
+        return self.pixels_of(self(path))
+
+    def pixels_of(self, image: Image) -> torch.Tensor:
+        """The same of a picture in its shape."""
+        made = self.processor.image_processor(images=image, return_tensors="pt")
         pixels: torch.Tensor = made["pixel_values"][0]
         return pixels
 
@@ -244,19 +251,25 @@ class FeatureSource(FeatureStore):
             facts.append({"pool": self.pool})
         return digest_of(facts, tower.state_dict())
 
-    @torch.inference_mode()
     def _compute(self, path: str) -> dict[str, torch.Tensor]:
+        return {"states": self.states(self.pictures.pixels(path))}
+
+    @torch.inference_mode()
+    def states(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The tower's hidden states (tower tokens, hidden x layers) of one picture's (3, H, W)."""
         tower = self.llava.model.vision_tower
         layers = self.llava.config.vision_feature_layer
-        pixels = self.pictures.pixels(path).unsqueeze(0).to(next(tower.parameters()).device)
+        pixels = pixels.unsqueeze(0).to(next(tower.parameters()).device)
         training = tower.training
         tower.eval()  # a frozen tower drops nothing
         states = tower(pixels, output_hidden_states=True).hidden_states
         tower.train(training)
         picked = states[layers] if isinstance(layers, int) else torch.cat([states[i] for i in layers], dim=-1)
-        # (tower tokens, hidden x layers)
-        return {"states": pooled(picked[0], self.pool, int(self.crop_cls)).cpu().clone()}
+        return pooled(picked[0], self.pool, int(self.crop_cls)).cpu().clone()
+
+    def features(self, states: torch.Tensor) -> Features:
+        """The picture with these hidden states: it takes as many tokens as the tower gives, less CLS if that is dropped."""
+        return Features(states, len(states) - int(self.crop_cls))
 
     def _picture(self, stored: dict[str, torch.Tensor]) -> Features:
-        # those of the tower, less CLS if that is dropped
-        return Features(stored["states"], len(stored["states"]) - int(self.crop_cls))
+        return self.features(stored["states"])

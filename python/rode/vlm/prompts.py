@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,7 +176,7 @@ class PromptEncoder:
             found = self.tokenizer.convert_tokens_to_ids(token)
         self.image_token_id: int | None = found
         self._controls = _control_texts(processor)
-        self._prompt = lru_cache(maxsize=4096)(self._render)
+        self._template = lru_cache(maxsize=64)(self._render)
         self._blank = lru_cache(maxsize=4096)(self._blank_row)
         self.end_id = self._end()
 
@@ -196,8 +196,12 @@ class PromptEncoder:
             )
         return int(self.tokenizer.eos_token_id)
 
-    def _render(self, question: str, pictures: int) -> Prompt:
-        return render_prompt(self.processor, question, self.style, pictures, self.family)
+    def _render(self, pictures: int) -> Prompt:
+        return render_prompt(self.processor, "", self.style, pictures, self.family)
+
+    def _prompt(self, question: str, pictures: int) -> Prompt:
+        # the words around a question do not depend on it, and a server is asked questions without end
+        return replace(self._template(pictures), question=question)
 
     def _is_text(self, text: str) -> bool:
         """Whether no control token would be found in a record's text."""
