@@ -40,7 +40,7 @@ MOST = {"weighed-food": 16}
 that is new."""
 SIZE, POOL, LAYER = 224, 4, 11
 """Side of a picture in pixels, patches on a side of a square that is averaged, layer of the tower."""
-ALIGN_STEPS, STAGE_1_STEPS = 1500, 150
+ALIGN_STEPS, STAGE_1_STEPS = 1500, 300
 
 
 def make_records(data: Path, out: Path) -> dict[str, Path]:
@@ -160,10 +160,10 @@ def prepare(
 def _stage_1(
     files: dict[str, Path], place: Path, out: Path, words: Path, *, pool: int, seed: int
 ) -> Experiment:
-    """LLaVA's stage 1 on the questions with short answers: the projector alone learns, through the language model."""
+    """LLaVA's stage 1 on all questions but recipes: the projector alone learns, through the language model."""
     from rode.training.config import experiment_from_dict
 
-    tasks = {"weighed-food": ["ingredients"], "grocery-store": ["category"]}
+    tasks = {kind: list(asked) for kind, (_, asked) in SOURCES.items() if "recipe" not in asked}
     return experiment_from_dict(
         {
             "name": "projector",
@@ -190,7 +190,8 @@ def _stage_1(
                 "max_steps": STAGE_1_STEPS,
                 "seed": seed,
                 "logging_steps": 10,
-                "save_steps": STAGE_1_STEPS,
+                "save_steps": 50,
+                "save_total_limit": 1,
             },
         }
     )
