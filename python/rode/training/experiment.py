@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """How it is trained; reaches transformers' TrainingArguments through `rode.training.train.training_arguments`."""
+    """How it is trained; reaches transformers' TrainingArguments through `rode.training.arguments.training_arguments`."""
 
     learning_rate: float = 3e-4
     """The adapter's learning rate, at its highest."""

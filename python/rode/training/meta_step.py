@@ -14,9 +14,10 @@ from peft import PolyConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from rode.training.arguments import checkpointing_options
 from rode.training.memory import ELSEWHERE, ByteCounter, fused_attention
 from rode.training.train import make_trainable
-from rode.training.trainer import checkpointing_options, parameter_groups
+from rode.training.trainer import parameter_groups
 from rode.vlm.load import (
     base_model,
     get_projector,

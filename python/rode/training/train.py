@@ -16,13 +16,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.openmp import name_a_shared_machine
+from rode.training.arguments import total_steps, training_arguments
+from rode.training.batches import Batches
 from rode.training.board import Board, quiet_writer_threads
 from rode.training.changes import check_changes
 from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
 from rode.training.disk import names_full_disk, warn_about_space
-from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.lost import is_lost_process, lost_process
 from rode.training.ready import check_inputs
@@ -30,8 +31,8 @@ from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.start import agreed_start
 from rode.training.stopping import StopOnInterrupt
-from rode.training.trainer import AnswerTrainer, total_steps, training_arguments
-from rode.training.usable import encodable, usable
+from rode.training.trainer import AnswerTrainer
+from rode.training.usable import Encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.collator import PictureSource
@@ -41,6 +42,7 @@ from rode.vlm.load import (
     base_model,
     get_projector,
     match_projector_input,
+    positions_of,
     projector_name,
     read_processor,
 )
@@ -256,10 +258,9 @@ def _train(
     encoder = PromptEncoder(
         processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
     )
-    may_fail = training.max_length is not None or family.no_picture is not None
     m = experiment.model
-    checks = [encodable(encoder, m.picture_shape, m.picture_pool)] if may_fail else []
-    mixture, skipped = usable(mixture, experiment.data.on_bad_record, checks)
+    check = Encodable(encoder, m.picture_shape, m.picture_pool, positions_of(config_of_model))
+    mixture, skipped = usable(mixture, experiment.data.on_bad_record, [check])
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
@@ -320,8 +321,8 @@ def _train(
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=items.examples,
-        data_collator=TrainingCollator(encoder, source, routes, name_records=True),
+        train_dataset=range(len(items.examples)),
+        data_collator=Batches(items.examples, TrainingCollator(encoder, source, routes, name_records=True)),
         callbacks=callbacks,
         plan=items.plan,
         projector_rate=training.projector_learning_rate,
@@ -342,12 +343,10 @@ def _train(
                 else trainer.train(resume_from_checkpoint=None if start is None else str(start))
             )
             trainer.check_weights()
-    except NotFiniteError:  # the good steps before it are worth a look
-        if trainer.is_world_process_zero():
+    except Exception as error:
+        if trainer.is_world_process_zero():  # the good steps before it are worth a look
             write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
-        raise
-    except RuntimeError as error:
-        if arguments.world_size > 1 and is_lost_process(error):
+        if arguments.world_size > 1 and isinstance(error, RuntimeError) and is_lost_process(error):
             raise lost_process(run_dir, arguments.process_index) from error
         raise
     finally:

@@ -167,6 +167,12 @@ def get_projector(model: Model) -> torch.nn.Module:
     return found
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Tokens that the language model has positions for; None where its configuration does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def input_embeddings(model: Model) -> torch.Tensor:
     """The table of token embeddings: (vocabulary, hidden)."""
     table = model.get_input_embeddings().weight

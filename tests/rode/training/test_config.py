@@ -16,6 +16,7 @@ from transformers import (
     get_scheduler,
 )
 
+from rode.training.arguments import training_arguments
 from rode.training.config import (
     ConfigError,
     adapter_config,
@@ -25,7 +26,7 @@ from rode.training.config import (
     load_experiment,
     saved_config,
 )
-from rode.training.trainer import parameter_groups, training_arguments
+from rode.training.trainer import parameter_groups
 from rode.tuner import RodeLayer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
