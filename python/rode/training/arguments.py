@@ -71,7 +71,7 @@ def training_arguments(experiment: Experiment, progress: bool = True) -> Trainin
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=t.train_base == "all",  # a LLaVA does not read the tower's last layers
         report_to="none",  # TensorBoard is added as a callback, in a folder of its own
         disable_tqdm=not (progress and sys.stderr.isatty()),  # then a plain line for each log
         use_cpu=experiment.model.device == "cpu",

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.openmp import name_a_shared_machine
 from rode.training.arguments import total_steps, training_arguments
+from rode.training.base_weights import base_parameters, rates_of, trains_projector
 from rode.training.batches import Batches
 from rode.training.board import Board, quiet_writer_threads
 from rode.training.changes import check_changes
@@ -124,17 +125,23 @@ def make_trainable(model: Model, experiment: Experiment) -> Model:
     set_seed(experiment.training.seed)
     if isinstance(config, MoeConfig):
         convert_to_moe(model, config)
-        if experiment.training.projector_learning_rate is not None:
+        if trains_projector(experiment):
             get_projector(model).float().requires_grad_(True)
         return model
+    train_base = experiment.training.train_base
+    trained_too = base_parameters(model, train_base)
     saved = list(getattr(config, "modules_to_save", None) or [])
     last = (projector_name(model) or "").rpartition(".")[2]
-    if experiment.training.projector_learning_rate is not None:
+    if trains_projector(experiment) and (last or train_base != "all"):
         get_projector(model).float()  # says so, where there is none
         config.modules_to_save = [*saved, last]  # type: ignore[attr-defined]
     elif last in saved:
         get_projector(model).float()
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in trained_too:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return adapted
 
 
 def image_source(
@@ -148,13 +155,12 @@ def image_source(
     if experiment.model.vision_features == "live":
         return PixelSource(processor, experiment.model.picture_shape)
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
-    trained = experiment.stage == "projector" or experiment.training.projector_learning_rate is not None
     source = feature_source(
         model,
         processor,
         directory,
         experiment.model.picture_shape,
-        projector_trained=trained,
+        projector_trained=trains_projector(experiment),
         pool=experiment.model.picture_pool,
     )
     source.precompute([path for example in examples for path in example.images], progress)
@@ -325,7 +331,9 @@ def _train(
         data_collator=Batches(items.examples, TrainingCollator(encoder, source, routes, name_records=True)),
         callbacks=callbacks,
         plan=items.plan,
-        projector_rate=training.projector_learning_rate,
+        rates=rates_of(experiment),
+        projector_trained=trains_projector(experiment),
+        base_trained=training.train_base in ("language_model", "all"),
         lengths=_lengths(items) if training.group_by_length else None,
         projector_only=experiment.stage == "projector",
         statistics=statistics,

@@ -3,10 +3,10 @@ examples that depends on seed and epoch alone, small checkpoints, and a stop whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
+from rode.training.base_weights import Part, part_of, save_base, tell_of_base
 from rode.training.checkpoints import STATE
 from rode.training.closed import ClosedGates, ZeroGradients
 from rode.training.counts import RunCounts
@@ -25,24 +26,22 @@ from rode.training.order import EpochSampler, TellEpoch
 from rode.training.rescue import KeepsLastStep
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
-from rode.vlm.load import PROJECTOR_FILE, language_model, load_projector, projector_name, save_projector
+from rode.vlm.load import PROJECTOR_FILE, language_model, load_base, load_projector, save_projector
 from rode.vlm.loss import answer_loss
 from rode.vlm.packing import packed_attention
 
+if TYPE_CHECKING:
+    from rode.vlm.load import Model
 
-def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, projector_rate: float | None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """The trained parameters as an optimizer takes them: the projector's have a rate of their own, and of all of them
-    matrices decay while biases and norms do not."""
-    rates = {False: learning_rate, True: learning_rate if projector_rate is None else projector_rate}
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    own = projector_name(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            projector, decays = own is not None and f".{own}." in f".{name}", parameter.ndim > 1
-            options = {"lr": rates[projector], "weight_decay": weight_decay if decays else 0.0}
-            groups.setdefault((projector, decays), {"params": [], **options})["params"].append(parameter)
+
+def parameter_groups(model: Model, rates: Mapping[Part, float], weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer takes them: each part has a rate of its own, and of all of them matrices decay while
+    biases and norms do not."""
+    groups: dict[tuple[Part, bool], dict[str, Any]] = {}
+    for parameter, part in part_of(model).items():
+        decays = parameter.ndim > 1
+        options = {"lr": rates[part], "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((part, decays), {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -52,7 +51,9 @@ class AnswerTrainer(KeepsLastStep):
     Args:
         plan: order of the examples, see `rode.training.order.EpochSampler`.
         lengths: of the examples, to batch like with like; None for the plan's order.
-        projector_rate: learning rate of the projector's parameters; None for the common one.
+        rates: learning rate of each part.
+        projector_trained: the projector learns; a MoE-LLaVA's checkpoints hold it then.
+        base_trained: other parts of the base model learn; checkpoints hold them.
         projector_only: checkpoints hold the projector instead of an adapter. (A MoE-LLaVA's hold its mixtures.)
         statistics: gates counted between two log lines and logged with them.
         skips: steps in a row that may be left out as they are not finite.
@@ -65,7 +66,9 @@ class AnswerTrainer(KeepsLastStep):
         self,
         *args: Any,
         plan: Callable[[int], list[int]],
-        projector_rate: float | None = None,
+        rates: Mapping[Part, float],
+        projector_trained: bool = False,
+        base_trained: bool = False,
         lengths: Sequence[int] | None = None,
         projector_only: bool = False,
         statistics: GateStatistics | None = None,
@@ -77,7 +80,8 @@ class AnswerTrainer(KeepsLastStep):
         # compute_loss divides by the tokens of the whole accumulated batch: a mean over tokens, not over batches.
         self.model_accepts_loss_kwargs = True
         self.plan, self.lengths = plan, lengths
-        self.projector_rate, self.projector_only = projector_rate, projector_only
+        self.base_trained = base_trained
+        self.rates, self.projector_trained, self.projector_only = rates, projector_trained, projector_only
         self.statistics, self.resumed = statistics, resumed
         self.closed_gates, self.zero_gradients = ClosedGates(), ZeroGradients()
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # one process alone cannot run it again
@@ -203,9 +207,7 @@ class AnswerTrainer(KeepsLastStep):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(
-                model or self.model, self.args.learning_rate, self.projector_rate, self.args.weight_decay
-            )
+            groups = parameter_groups(cast("Model", model or self.model), self.rates, self.args.weight_decay)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
@@ -214,11 +216,15 @@ class AnswerTrainer(KeepsLastStep):
         assert directory is not None, "TrainingArguments give it a default"
         mixtures = moe_layers(model)
         if not self.projector_only and not mixtures:
+            if self.base_trained:
+                tell_of_base(model)
             super()._save(output_dir, state_dict)
+            if self.base_trained and self.args.should_save:
+                save_base(model, directory)
         elif self.args.should_save:
             if mixtures:
                 save_moe(model, directory)
-            if self.projector_only or self.projector_rate is not None:
+            if self.projector_trained:
                 save_projector(model, directory)
 
     def _load_from_checkpoint(
@@ -226,11 +232,12 @@ class AnswerTrainer(KeepsLastStep):
     ) -> None:
         mixtures = moe_layers(self.model)
         if not self.projector_only and not mixtures:
+            load_base(self.model, resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         if mixtures:
             load_moe_weights(self.model, resume_from_checkpoint)
-        if self.projector_only or self.projector_rate is not None:
+        if self.projector_trained:
             load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
 
     def finish(self, checkpoint: str) -> TrainOutput:

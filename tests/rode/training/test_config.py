@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from rode.training.arguments import training_arguments
+from rode.training.base_weights import rates_of
 from rode.training.config import (
     ConfigError,
     adapter_config,
@@ -264,7 +265,7 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
     # one device here: the config says that it means four
     assert "a global batch of 160; on 1 it is 40" in caplog.text
 
-    groups = parameter_groups(model, arguments.learning_rate, None, arguments.weight_decay)
+    groups = parameter_groups(model, rates_of(experiment), arguments.weight_decay)
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(3e-4, 0.0, 64 * 3)]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, 2500)
