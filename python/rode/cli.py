@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         # Errors of ours say what to do; anything else is named by its type, and --debug shows where it came from.
         ours = isinstance(error, (ValueError, OSError, ImportError, FloatingPointError))
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+        text = " ".join(text.split())
         print(
             f"rode: {text}" if ours else f"rode: {type(error).__name__}: {text} (--debug shows where)",
             file=sys.stderr,

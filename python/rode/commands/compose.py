@@ -76,7 +76,13 @@ def run(args: argparse.Namespace) -> int:
     from rode.vlm import PixelSource, load_adapter
     from rode.vlm.families import family_of
     from rode.vlm.image_features import feature_source
+    from rode.vlm.load import BASE_FILE
 
+    for adapter in args.adapters:
+        if (Path(adapter) / BASE_FILE).is_file():
+            raise ValueError(
+                f"{adapter}: expected adapters on one frozen base model, got one whose training changed it ({BASE_FILE})"
+            )
     model, processor, prompt, source = load(args, experiment)
     # a picture goes through the frozen tower once, not once for each evaluation
     if isinstance(source, PixelSource) and family_of(model).stored_features is None:

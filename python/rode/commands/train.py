@@ -11,6 +11,8 @@ from rode_food.commands.options import ParserOptions, Subparsers
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from rode.training.config import Experiment
+
 from rode.processes import is_main, leave_process_group
 
 DESCRIPTION = """\
@@ -44,11 +46,35 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         help="go on from a checkpoint; without a path from the latest; 'auto' begins anew where there is none",
     )
 
+    sub.add_argument(
+        "--check-space",
+        action="store_true",
+        help="print the space that checkpoints will need and what is free, and train nothing; exit code 1 where it is too little",
+    )
+
+
+def _check_space(experiment: Experiment) -> int:
+    """Print the space on disk that a run needs, without reading weights."""
+    from rode.training.disk import space_of
+    from rode.training.meta_step import meta_model
+    from rode.training.ready import check_inputs
+    from rode.vlm.load import read_processor
+
+    check_inputs(experiment, data=False)
+    _, config = read_processor(experiment.model.path)
+    model = meta_model(config, experiment)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    space = space_of(experiment.run_dir, trained, experiment.training.save_total_limit)
+    print(f"{experiment.run_dir}: {trained:,} trained weights; {space}")
+    return 0 if space.needed <= space.free else 1
+
 
 def run(args: argparse.Namespace) -> int:
     from rode.training.config import load_experiment
 
     experiment = load_experiment(args.config, args.overrides)
+    if args.check_space:
+        return _check_space(experiment)
     from rode.training.train import train
 
     result = train(experiment, resume=args.resume, progress=not args.quiet)

@@ -26,6 +26,8 @@ _POSITIVE = {
         "save_steps",
         "learning_rate",
         "projector_learning_rate",
+        "language_model_learning_rate",
+        "vision_learning_rate",
         "epsilon",
         "max_steps",
         "max_length",
@@ -57,6 +59,7 @@ def check(experiment: Experiment) -> None:
         refuse_not_finite(getattr(training, name), f"training.{name}")
     refuse_not_finite(experiment.adapter, "adapter")
     _check_sharding(experiment)
+    _check_base(experiment)
     if len(training.betas) != 2:
         raise ConfigError(f"training.betas: expected two numbers, got {training.betas}")
     for i, beta in enumerate(training.betas):
@@ -78,6 +81,41 @@ def check(experiment: Experiment) -> None:
             )
     else:
         _check_routing(experiment, adapter_config(experiment))
+
+
+def _check_base(experiment: Experiment) -> None:
+    """Checks that the part of the base model which is to be trained can be."""
+    training, base = experiment.training, experiment.training.train_base
+    for name, bases in (
+        ("language_model_learning_rate", ("language_model", "all")),
+        ("vision_learning_rate", ("all",)),
+    ):
+        if getattr(training, name) is not None and base not in bases:
+            raise ConfigError(
+                f"training.{name}: expected null with train_base {base}, which does not train that part; set "
+                f"training.train_base={bases[-1]}"
+            )
+    if base == "none":
+        return
+    if experiment.stage == "projector":
+        raise ConfigError(
+            "training.train_base: expected none in stage 'projector', which trains the projector alone"
+        )
+    if base == "projector":
+        return
+    if experiment.adapter.get("method") == "moe-llava":
+        raise ConfigError(f"training.train_base: expected none or projector with moe-llava, got {base}")
+    if training.fsdp is not None or training.deepspeed is not None:
+        name = "fsdp" if training.fsdp is not None else "deepspeed"
+        raise ConfigError(
+            f"training.train_base: expected none or projector with training.{name}, got {base}: the base model's weights are saved "
+            "whole by each process; leave the sharding out"
+        )
+    if base == "all" and experiment.model.vision_features != "live":
+        raise ConfigError(
+            f"model.vision_features: expected live with training.train_base all, got {experiment.model.vision_features}: features "
+            "of a tower that is trained change at every step"
+        )
 
 
 _SAID_ELSEWHERE = {

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rode.training.checkpoints import latest_checkpoint
@@ -55,23 +56,53 @@ def names_full_disk(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def warn_about_space(run_dir: Path, trained: int, kept: int) -> None:
-    """Say so where checkpoints will need more space than is free.
+@dataclass(frozen=True)
+class Space:
+    """Space that a run needs on disk, and what is free.
+
+    Attributes:
+        checkpoint: bytes of one checkpoint. needed: of those to come and of the weights at the end. free: where the run writes.
+    """
+
+    checkpoint: int
+    needed: int
+    free: int
+
+    def __str__(self) -> str:
+        return (
+            f"a checkpoint takes about {_size(self.checkpoint)}; checkpoints and adapter will need about {_size(self.needed)}, and "
+            f"{_size(self.free)} are free there"
+        )
+
+
+def space_of(run_dir: Path, trained: int, kept: int) -> Space:
+    """The space that checkpoints will need.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, which need not be there yet.
         trained: number of trained weights.
         kept: how many checkpoints the run keeps; one more is there while it is written.
     """
     there = sum(1 for path in run_dir.glob("checkpoint-*") if path.is_dir())
-    need = trained * _BYTES * max(1, kept + 1 - there) + trained * 4
-    if need > (free := _free(run_dir)):
+    needed = trained * _BYTES * max(1, kept + 1 - there) + trained * 4
+    exists = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
+    return Space(trained * _BYTES, needed, _free(exists))
+
+
+def warn_about_space(run_dir: Path, trained: int, kept: int) -> None:
+    """Say so where checkpoints will need more space than is free.
+
+    Args:
+        run_dir, trained, kept: see `space_of`.
+    """
+    space = space_of(run_dir, trained, kept)
+    if space.needed > space.free:
         logger.warning(
             "%s: checkpoints and adapter will need about %s, and %s are free there; make room, or lower training.save_total_limit "
             "(%d)",
             run_dir,
-            _size(need),
-            _size(free),
+            _size(space.needed),
+            _size(space.free),
             kept,
         )
 

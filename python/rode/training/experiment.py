@@ -81,12 +81,19 @@ class DataConfig:
 
 @dataclass
 class TrainingConfig:
-    """How it is trained; reaches transformers' TrainingArguments through `rode.training.train.training_arguments`."""
+    """How it is trained; reaches transformers' TrainingArguments through `rode.training.arguments.training_arguments`."""
 
     learning_rate: float = 3e-4
     """The adapter's learning rate, at its highest."""
+    train_base: Literal["none", "projector", "language_model", "all"] = "none"
+    """Stage "adapter": the part of the base model that is trained beside the adapter, in float32. "language_model" is the language
+    model with its embeddings and its head, "all" is vision tower, projector and language model."""
     projector_learning_rate: float | None = None
-    """Stage "adapter": train the projector too, at this rate. Null: it stays frozen."""
+    """The projector's learning rate; a rate trains it, whatever `train_base` says. Null: `learning_rate`, where it is trained."""
+    language_model_learning_rate: float | None = None
+    """The language model's own weights' learning rate; null for `learning_rate`."""
+    vision_learning_rate: float | None = None
+    """The vision tower's learning rate; null for `learning_rate`."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

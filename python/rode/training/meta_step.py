@@ -14,16 +14,17 @@ from peft import PolyConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from rode.training.arguments import checkpointing_options
+from rode.training.base_weights import part_of, rates_of
 from rode.training.memory import ELSEWHERE, ByteCounter, fused_attention
 from rode.training.train import make_trainable
-from rode.training.trainer import checkpointing_options, parameter_groups
+from rode.training.trainer import parameter_groups
 from rode.vlm.load import (
     base_model,
     get_projector,
     input_embeddings,
     language_model,
     pick_dtype,
-    projector_name,
 )
 from rode.vlm.loss import answer_loss
 from rode.vlm.pretrained import from_pretrained
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from rode.vlm.load import Model
 
 WEIGHTS, ADAPTER, PROJECTOR = "frozen weights", "adapter", "projector"
+BASE = "trained weights of the base model"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 INPUTS, FEATURES, LOGITS, WORK = "inputs", "picture features", "logits and loss", "backward pass"
 LAYER = "layer "
@@ -197,11 +199,11 @@ def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _add_weights(model: Model, counter: ByteCounter) -> None:
-    own = projector_name(model)
-    for name, parameter in model.named_parameters():
-        in_projector = own is not None and f".{own}." in f".{name}"
-        trained = PROJECTOR if in_projector else ADAPTER
-        counter.add(parameter, trained if parameter.requires_grad else WEIGHTS)
+    labels = {"adapter": ADAPTER, "projector": PROJECTOR}
+    parts = part_of(model)
+    for parameter in model.parameters():
+        part = parts.get(parameter)
+        counter.add(parameter, WEIGHTS if part is None else labels.get(part, BASE))
     for buffer in model.buffers():
         counter.add(buffer, WEIGHTS)
 
@@ -216,9 +218,7 @@ def _optimizer(
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
     counter.label = OPTIMIZER
-    groups = parameter_groups(
-        model, training.learning_rate, training.projector_learning_rate, training.weight_decay
-    )
+    groups = parameter_groups(model, rates_of(experiment), training.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, training.learning_rate, (training.betas[0], training.betas[1]), foreach=on_gpu
     )

@@ -11,6 +11,7 @@ from torch import nn
 from rode.training.accelerators import GIB
 from rode.training.meta_step import (
     ADAPTER,
+    BASE,
     ELSEWHERE,
     FEATURES,
     GRADIENTS,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 BUCKETS, GATHERED = "buckets of data parallelism", "gathered weights"
 _KINDS = (
-    WEIGHTS, GATHERED, ADAPTER, PROJECTOR, GRADIENTS, BUCKETS, OPTIMIZER, INPUTS, FEATURES, LAYER, ELSEWHERE, LOGITS, WORK,
+    WEIGHTS, GATHERED, BASE, ADAPTER, PROJECTOR, GRADIENTS, BUCKETS, OPTIMIZER, INPUTS, FEATURES, LAYER, ELSEWHERE, LOGITS, WORK,
 )  # fmt: skip
 _SAVED_BY_LAYERS, _SAVED_ELSEWHERE = "saved by layers", "embeddings, masks and norms"
 
@@ -84,12 +85,12 @@ def memory_of(step: StepCount, spread: Spread, model: Model) -> dict[str, int]:
     devices = spread.devices
     if spread.weights:
         kinds[GATHERED] = 2 * _largest_block(model)  # one in use, one fetched ahead
-        for kind in (WEIGHTS, ADAPTER, PROJECTOR):
+        for kind in (WEIGHTS, BASE, ADAPTER, PROJECTOR):
             kinds[kind] = -(-kinds[kind] // devices)
     if spread.gradients:
         kinds[GRADIENTS] = -(-kinds[GRADIENTS] // devices)
     elif devices > 1:
-        kinds[BUCKETS] = kinds[ADAPTER] + kinds[PROJECTOR]
+        kinds[BUCKETS] = kinds[BASE] + kinds[ADAPTER] + kinds[PROJECTOR]
     if spread.optimizer:
         kinds[OPTIMIZER] = -(-kinds[OPTIMIZER] // devices)
     names = {LAYER: _SAVED_BY_LAYERS, ELSEWHERE: _SAVED_ELSEWHERE}

@@ -16,13 +16,15 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 
 from rode.baselines.moe_llava import MoeConfig, convert_to_moe
 from rode.openmp import name_a_shared_machine
+from rode.training.arguments import total_steps, training_arguments
+from rode.training.base_weights import base_parameters, rates_of, trains_projector
+from rode.training.batches import Batches
 from rode.training.board import Board, quiet_writer_threads
 from rode.training.changes import check_changes
 from rode.training.checkpoints import Sharding, latest_checkpoint, read_state
 from rode.training.clusters import FILE as CLUSTERS
 from rode.training.config import Experiment, adapter_config, dump_experiment
 from rode.training.disk import names_full_disk, warn_about_space
-from rode.training.finite import NotFiniteError
 from rode.training.lock import one_run
 from rode.training.lost import is_lost_process, lost_process
 from rode.training.ready import check_inputs
@@ -30,8 +32,8 @@ from rode.training.sharding import shard_by_block, whole_while_loaded
 from rode.training.side_inputs import make_routes
 from rode.training.start import agreed_start
 from rode.training.stopping import StopOnInterrupt
-from rode.training.trainer import AnswerTrainer, total_steps, training_arguments
-from rode.training.usable import encodable, usable
+from rode.training.trainer import AnswerTrainer
+from rode.training.usable import Encodable, usable
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm import PixelSource, PromptEncoder, TrainingCollator, load_vlm
 from rode.vlm.collator import PictureSource
@@ -41,6 +43,7 @@ from rode.vlm.load import (
     base_model,
     get_projector,
     match_projector_input,
+    positions_of,
     projector_name,
     read_processor,
 )
@@ -122,17 +125,23 @@ def make_trainable(model: Model, experiment: Experiment) -> Model:
     set_seed(experiment.training.seed)
     if isinstance(config, MoeConfig):
         convert_to_moe(model, config)
-        if experiment.training.projector_learning_rate is not None:
+        if trains_projector(experiment):
             get_projector(model).float().requires_grad_(True)
         return model
+    train_base = experiment.training.train_base
+    trained_too = base_parameters(model, train_base)
     saved = list(getattr(config, "modules_to_save", None) or [])
     last = (projector_name(model) or "").rpartition(".")[2]
-    if experiment.training.projector_learning_rate is not None:
+    if trains_projector(experiment) and (last or train_base != "all"):
         get_projector(model).float()  # says so, where there is none
         config.modules_to_save = [*saved, last]  # type: ignore[attr-defined]
     elif last in saved:
         get_projector(model).float()
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in trained_too:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return adapted
 
 
 def image_source(
@@ -146,13 +155,12 @@ def image_source(
     if experiment.model.vision_features == "live":
         return PixelSource(processor, experiment.model.picture_shape)
     directory = experiment.model.features_dir if experiment.model.vision_features == "disk" else None
-    trained = experiment.stage == "projector" or experiment.training.projector_learning_rate is not None
     source = feature_source(
         model,
         processor,
         directory,
         experiment.model.picture_shape,
-        projector_trained=trained,
+        projector_trained=trains_projector(experiment),
         pool=experiment.model.picture_pool,
     )
     source.precompute([path for example in examples for path in example.images], progress)
@@ -256,10 +264,9 @@ def _train(
     encoder = PromptEncoder(
         processor, experiment.model.prompt, training.max_length, training.on_long_answer, family
     )
-    may_fail = training.max_length is not None or family.no_picture is not None
     m = experiment.model
-    checks = [encodable(encoder, m.picture_shape, m.picture_pool)] if may_fail else []
-    mixture, skipped = usable(mixture, experiment.data.on_bad_record, checks)
+    check = Encodable(encoder, m.picture_shape, m.picture_pool, positions_of(config_of_model))
+    mixture, skipped = usable(mixture, experiment.data.on_bad_record, [check])
     examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
@@ -320,11 +327,13 @@ def _train(
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=items.examples,
-        data_collator=TrainingCollator(encoder, source, routes, name_records=True),
+        train_dataset=range(len(items.examples)),
+        data_collator=Batches(items.examples, TrainingCollator(encoder, source, routes, name_records=True)),
         callbacks=callbacks,
         plan=items.plan,
-        projector_rate=training.projector_learning_rate,
+        rates=rates_of(experiment),
+        projector_trained=trains_projector(experiment),
+        base_trained=training.train_base in ("language_model", "all"),
         lengths=_lengths(items) if training.group_by_length else None,
         projector_only=experiment.stage == "projector",
         statistics=statistics,
@@ -342,12 +351,10 @@ def _train(
                 else trainer.train(resume_from_checkpoint=None if start is None else str(start))
             )
             trainer.check_weights()
-    except NotFiniteError:  # the good steps before it are worth a look
-        if trainer.is_world_process_zero():
+    except Exception as error:
+        if trainer.is_world_process_zero():  # the good steps before it are worth a look
             write_text(run_dir / "history.json", json.dumps(trainer.state.log_history, indent=1))
-        raise
-    except RuntimeError as error:
-        if arguments.world_size > 1 and is_lost_process(error):
+        if arguments.world_size > 1 and isinstance(error, RuntimeError) and is_lost_process(error):
             raise lost_process(run_dir, arguments.process_index) from error
         raise
     finally:

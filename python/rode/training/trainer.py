@@ -3,127 +3,57 @@ examples that depends on seed and epoch alone, small checkpoints, and a stop whe
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import random
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from rode.baselines.moe_llava import load_moe_weights, moe_layers, save_moe
-from rode.training.checkpoint_writer import WholeCheckpoints
+from rode.training.base_weights import Part, part_of, save_base, tell_of_base
 from rode.training.checkpoints import STATE
 from rode.training.closed import ClosedGates, ZeroGradients
-from rode.training.config import Experiment
 from rode.training.counts import RunCounts
 from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
 from rode.training.groups import LearnedGroups
-from rode.training.sharding import allow_fsdp_on_cpus
+from rode.training.order import EpochSampler, TellEpoch
+from rode.training.rescue import KeepsLastStep
 from rode.tuner import GateStatistics, HoldSparsity
 from rode.vlm.collator import IGNORE
-from rode.vlm.load import PROJECTOR_FILE, language_model, load_projector, projector_name, save_projector
+from rode.vlm.load import PROJECTOR_FILE, language_model, load_base, load_projector, save_projector
 from rode.vlm.loss import answer_loss
 from rode.vlm.packing import packed_attention
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rode.vlm.load import Model
 
 
-class EpochSampler(Sampler[int]):
-    """The order of items as a function of the epoch alone, so that a resumed run finds its place in any epoch.
-
-    Args:
-        plan: epoch -> indices (`rode_food.data_mixture.DataMixture.plan`); as many in every epoch.
-        lengths: of the items, to batch like with like: stretches of 50 batches are sorted and cut into batches, and
-            the batches of each stretch shuffled: the plan's stretches stay where they were. None keeps the plan's order.
-        batch_size: items of one batch of one device.
-        seed: of the batches' order.
-    """
-
-    def __init__(
-        self,
-        plan: Callable[[int], list[int]],
-        lengths: Sequence[int] | None = None,
-        batch_size: int = 1,
-        seed: int = 0,
-    ) -> None:
-        self.plan, self.lengths, self.batch_size, self.seed, self.epoch = plan, lengths, batch_size, seed, 0
-        self.size = len(plan(0))
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        order = self.plan(self.epoch)
-        if self.lengths is None:
-            return iter(order)
-        stretch, generator = 50 * self.batch_size, random.Random(f"{self.seed} {self.epoch}")
-        batches: list[list[int]] = []
-        for first in range(0, len(order), stretch):
-            part = sorted(order[first : first + stretch], key=self.lengths.__getitem__)
-            cut = [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-            # Sorted batches in a row would teach short answers first and long ones last. A batch cut short stays last,
-            # or those after it would straddle.
-            short = [cut.pop()] if len(cut[-1]) < self.batch_size else []
-            generator.shuffle(cut)
-            batches += [*cut, *short]
-        return iter([i for batch in batches for i in batch])
-
-
-def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, projector_rate: float | None, weight_decay: float
-) -> list[dict[str, Any]]:
-    """The trained parameters as an optimizer takes them: the projector's have a rate of their own, and of all of them
-    matrices decay while biases and norms do not."""
-    rates = {False: learning_rate, True: learning_rate if projector_rate is None else projector_rate}
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    own = projector_name(model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            projector, decays = own is not None and f".{own}." in f".{name}", parameter.ndim > 1
-            options = {"lr": rates[projector], "weight_decay": weight_decay if decays else 0.0}
-            groups.setdefault((projector, decays), {"params": [], **options})["params"].append(parameter)
+def parameter_groups(model: Model, rates: Mapping[Part, float], weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as an optimizer takes them: each part has a rate of its own, and of all of them matrices decay while
+    biases and norms do not."""
+    groups: dict[tuple[Part, bool], dict[str, Any]] = {}
+    for parameter, part in part_of(model).items():
+        decays = parameter.ndim > 1
+        options = {"lr": rates[part], "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((part, decays), {"params": [], **options})["params"].append(parameter)
     return list(groups.values())
 
 
-class _TellEpoch(TrainerCallback):
-    """Tells a sampler its epoch. Trainer and accelerate do so too, but do not reach it through the two wrappers that it has
-    on several devices when a run goes on in the middle of an epoch: that epoch would end in the order of the first."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class AnswerTrainer(WholeCheckpoints):
+class AnswerTrainer(KeepsLastStep):
     """Trains on answers.
 
     Args:
-        plan: order of the examples, see `EpochSampler`.
+        plan: order of the examples, see `rode.training.order.EpochSampler`.
         lengths: of the examples, to batch like with like; None for the plan's order.
-        projector_rate: learning rate of the projector's parameters; None for the common one.
+        rates: learning rate of each part.
+        projector_trained: the projector learns; a MoE-LLaVA's checkpoints hold it then.
+        base_trained: other parts of the base model learn; checkpoints hold them.
         projector_only: checkpoints hold the projector instead of an adapter. (A MoE-LLaVA's hold its mixtures.)
         statistics: gates counted between two log lines and logged with them.
         skips: steps in a row that may be left out as they are not finite.
@@ -136,7 +66,9 @@ class AnswerTrainer(WholeCheckpoints):
         self,
         *args: Any,
         plan: Callable[[int], list[int]],
-        projector_rate: float | None = None,
+        rates: Mapping[Part, float],
+        projector_trained: bool = False,
+        base_trained: bool = False,
         lengths: Sequence[int] | None = None,
         projector_only: bool = False,
         statistics: GateStatistics | None = None,
@@ -148,7 +80,8 @@ class AnswerTrainer(WholeCheckpoints):
         # compute_loss divides by the tokens of the whole accumulated batch: a mean over tokens, not over batches.
         self.model_accepts_loss_kwargs = True
         self.plan, self.lengths = plan, lengths
-        self.projector_rate, self.projector_only = projector_rate, projector_only
+        self.base_trained = base_trained
+        self.rates, self.projector_trained, self.projector_only = rates, projector_trained, projector_only
         self.statistics, self.resumed = statistics, resumed
         self.closed_gates, self.zero_gradients = ClosedGates(), ZeroGradients()
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled  # one process alone cannot run it again
@@ -186,13 +119,19 @@ class AnswerTrainer(WholeCheckpoints):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        ids = inputs.pop("record_ids")
+        self.ids = inputs.pop("record_ids")
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.guard.add(loss, ids, inputs)
+        self.guard.add(loss, self.ids, inputs)
         if self.guard.skips:  # a mean that is logged is over the steps that count
             loss = torch.where(loss.isfinite(), loss, 0.0)
         self.summed_loss += loss.detach()
         return loss
+
+    def counted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.summed_loss.clone(), self.truncated_answers.clone()
+
+    def recount(self, counted: Any) -> None:
+        self.summed_loss, self.truncated_answers = counted
 
     def _explain(self, inputs: dict[str, Any]) -> str | None:
         cut = self.truncated_answers.clone()
@@ -262,15 +201,13 @@ class AnswerTrainer(WholeCheckpoints):
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         sampler = EpochSampler(self.plan, self.lengths, self.args.train_batch_size, self.args.seed)
-        self.add_callback(_TellEpoch(sampler))
+        self.add_callback(TellEpoch(sampler))
         return sampler
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(
-                model or self.model, self.args.learning_rate, self.projector_rate, self.args.weight_decay
-            )
+            groups = parameter_groups(cast("Model", model or self.model), self.rates, self.args.weight_decay)
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
@@ -279,11 +216,15 @@ class AnswerTrainer(WholeCheckpoints):
         assert directory is not None, "TrainingArguments give it a default"
         mixtures = moe_layers(model)
         if not self.projector_only and not mixtures:
+            if self.base_trained:
+                tell_of_base(model)
             super()._save(output_dir, state_dict)
+            if self.base_trained and self.args.should_save:
+                save_base(model, directory)
         elif self.args.should_save:
             if mixtures:
                 save_moe(model, directory)
-            if self.projector_only or self.projector_rate is not None:
+            if self.projector_trained:
                 save_projector(model, directory)
 
     def _load_from_checkpoint(
@@ -291,11 +232,12 @@ class AnswerTrainer(WholeCheckpoints):
     ) -> None:
         mixtures = moe_layers(self.model)
         if not self.projector_only and not mixtures:
+            load_base(self.model, resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         if mixtures:
             load_moe_weights(self.model, resume_from_checkpoint)
-        if self.projector_only or self.projector_rate is not None:
+        if self.projector_trained:
             load_projector(self.model, Path(resume_from_checkpoint) / PROJECTOR_FILE)
 
     def finish(self, checkpoint: str) -> TrainOutput:
@@ -309,99 +251,3 @@ class AnswerTrainer(WholeCheckpoints):
                 total += entry["loss"] * (entry["step"] - last)
                 last = entry["step"]
         return TrainOutput(self.state.global_step, total / max(1, last), {"train_runtime": 0.0})
-
-
-def checkpointing_options(wanted: bool, known: Collection[str]) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments for gradient checkpointing, under the name that this transformers knows.
-
-    Args:
-        wanted: compute activations again in the backward pass.
-        known: names of its fields; transformers 5.23 renamed `gradient_checkpointing` to `activation_checkpointing`.
-    """
-    new = "activation_checkpointing"
-    name = new if new in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {name: False}
-
-
-def training_arguments(experiment: Experiment, progress: bool = True) -> TrainingArguments:
-    """transformers' TrainingArguments of a config."""
-    t = experiment.training
-    for key in ("fsdp", "deepspeed"):
-        if getattr(t, key) is not None and "RANK" not in os.environ:
-            raise ValueError(
-                f"training.{key}: expected the processes that torchrun starts, got one process started by itself; use "
-                "torchrun --nproc-per-node N -m rode train, or leave it out"
-            )
-    schedule = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}[t.schedule]
-    arguments = TrainingArguments(
-        output_dir=str(experiment.run_dir),
-        per_device_train_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation,
-        num_train_epochs=t.epochs,
-        max_steps=t.max_steps or -1,
-        learning_rate=t.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=t.warmup_steps,
-        optim="adamw_torch",
-        weight_decay=t.weight_decay,
-        adam_beta1=t.betas[0],
-        adam_beta2=t.betas[1],
-        adam_epsilon=t.epsilon,
-        max_grad_norm=t.max_grad_norm,
-        **checkpointing_options(t.gradient_checkpointing, TrainingArguments.__dataclass_fields__),
-        # Frozen weights are held in model.dtype and trained ones in float32: no autocast, which would cast the frozen
-        # ones again at every step.
-        bf16=False,
-        fp16=False,
-        seed=t.seed,
-        data_seed=t.seed,
-        logging_steps=t.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not finite is to be seen
-        save_steps=t.save_steps,
-        save_total_limit=t.save_total_limit,
-        dataloader_num_workers=t.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        ddp_find_unused_parameters=False,
-        report_to="none",  # TensorBoard is added as a callback, in a folder of its own
-        disable_tqdm=not (progress and sys.stderr.isatty()),  # then a plain line for each log
-        use_cpu=experiment.model.device == "cpu",
-        fsdp=True if t.fsdp is not None else None,  # type: ignore[arg-type]  # as its documentation says
-        fsdp_config=t.fsdp,
-        deepspeed=t.deepspeed,
-    )
-    if arguments.n_gpu > 1:
-        # Several visible GPUs and one process would make Trainer use DataParallel, which cannot share frozen weights.
-        arguments._n_gpu = 1
-    world = arguments.world_size
-    allow_fsdp_on_cpus(arguments)
-    if world != t.devices:
-        logger.warning(
-            "the config means %d device(s) and a global batch of %d; on %d it is %d",
-            t.devices,
-            t.batch_size * t.gradient_accumulation * t.devices,
-            world,
-            t.batch_size * t.gradient_accumulation * world,
-        )
-    if world == 1 and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        # It starts several processes for GPUs; for CPUs it leaves that to mpirun, and takes no notice of --num_processes.
-        logger.warning(
-            "accelerate launch starts one process on CPUs, whatever --num_processes says; for several use "
-            "torchrun --nproc-per-node N -m rode train"
-        )
-    return arguments
-
-
-def total_steps(items: int, arguments: TrainingArguments) -> int:
-    """Optimizer steps of a whole run, as Trainer counts them.
-
-    Args:
-        items: in one epoch, over all processes.
-        arguments: see `training_arguments`.
-    """
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(math.ceil(items / arguments.train_batch_size) / arguments.world_size)
-    return math.ceil(arguments.num_train_epochs * math.ceil(batches / arguments.gradient_accumulation_steps))

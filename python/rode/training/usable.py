@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from itertools import islice
 
 import torch
 from PIL import Image
 
 from rode.vlm.features import PictureShape
 from rode.vlm.images import image_problems
-from rode.vlm.prompts import Features, Picture, PromptEncoder
+from rode.vlm.prompts import Features, Picture, PromptEncoder, refuse_half_characters
 from rode_food import Example
 from rode_food.data_mixture import DataMixture
 from rode_food.images import picture_size
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 _MARGIN = (
     64  # tokens by which an estimate may be wrong: more than a prompt's words and what joins of texts change
 )
+_TOGETHER = 1024  # examples whose answers are encoded at once
 
 Check = Callable[[Example], str | None]
 """Takes an example and returns what makes it unusable, in words, or None."""
@@ -43,48 +46,92 @@ def unreadable_pictures(examples: Iterable[Example]) -> Check:
     return check
 
 
-def encodable(encoder: PromptEncoder, shape: PictureShape = "processor", pool: int = 1) -> Check:
-    """A check that an example becomes a row: its prompt and pictures fit `max_length`, and the family takes it as it is.
+class Encodable:
+    """A check that an example becomes a row: its texts can be encoded, its prompt and pictures fit `max_length`, the row fits the
+    model's positions, and the family takes it as it is.
 
-    Pictures are looked at by their size alone: how many tokens they take depends on nothing else. With `pool` they are
-    stored features of which each stands for so many by so many patches (`rode.vlm.features.FeatureSource`).
+    Pictures are looked at by their size alone: how many tokens they take depends on nothing else.
+
+    Args:
+        encoder: of the model.
+        shape: of pictures, see `rode.vlm.features.PixelSource`.
+        pool: stored features of which each stands for so many by so many patches (`rode.vlm.features.FeatureSource`).
+        positions: of the model (`rode.vlm.load.positions_of`); None for no limit.
     """
 
-    def stand_in(size: tuple[int, int]) -> Picture:
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        shape: PictureShape = "processor",
+        pool: int = 1,
+        positions: int | None = None,
+    ) -> None:
+        self.encoder, self.shape, self.pool, self.positions = encoder, shape, pool, positions
+        limits = [limit for limit in (encoder.max_length, positions) if limit is not None]
+        self.limit = min(limits, default=None)
+        self._taken = lru_cache(maxsize=4096)(self._tokens_of)
+        self._size = lru_cache(maxsize=4096)(picture_size)
+        self._answers: dict[str, int] = {}
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Encode the answers of examples that will be checked next, all at once."""
+        answers = [answer for answer in dict.fromkeys(e.answer for e in examples) if _is_whole(answer)]
+        rows = self.encoder.tokenizer(answers, return_attention_mask=False).input_ids if answers else []
+        self._answers = dict(zip(answers, map(len, rows), strict=True))
+
+    def _stand_in(self, size: tuple[int, int]) -> Picture:
         blank = Image.new("RGB", size)
-        if pool == 1:
+        if self.pool == 1:
             return blank
-        ids = encoder.encode_prompt("?", [blank]).input_ids
-        return Features(torch.zeros(1, 1), ids.count(encoder.image_token_id or -1) // pool**2)
+        ids = self.encoder.encode_prompt("?", [blank]).input_ids
+        return Features(torch.zeros(1, 1), ids.count(self.encoder.image_token_id or -1) // self.pool**2)
 
-    expansions: dict[tuple[int, int], int] = {}
-
-    def taken(size: tuple[int, int]) -> int:
+    def _tokens_of(self, size: tuple[int, int]) -> int:
         """Tokens that a picture of this size adds to a prompt."""
-        if size not in expansions:
-            prompt = encoder.encode_prompt("?", [stand_in(size)])
-            expansions[size] = prompt.prompt_length - encoder.text_length("?")
-        return expansions[size]
+        prompt = self.encoder.encode_prompt("?", [self._stand_in(size)])
+        return prompt.prompt_length - self.encoder.text_length("?")
 
-    def check(example: Example) -> str | None:
-        if encoder.max_length is None and (example.images or encoder.family.no_picture is None):
-            return None
+    def __call__(self, example: Example) -> str | None:
         try:
-            sizes = [picture_size(image) for image in example.images]
-            if shape == "pad":
-                sizes = [(max(size), max(size)) for size in sizes]
-            text = encoder.text_length(example.question) + len(encoder.tokenizer(example.answer).input_ids)
-            if sizes and text + sum(map(taken, sizes)) + _MARGIN < (encoder.max_length or 0):
-                return None
-            encoder.encode(example.question, example.answer, [stand_in(size) for size in sizes])
+            return self._problem(example)
         except (OSError, ValueError) as error:
             return f"task {example.task}: {error}"
+        except Exception as error:  # a tokenizer's own
+            return f"task {example.task}: it cannot be encoded ({type(error).__name__}: {error})"
+
+    def _problem(self, example: Example) -> str | None:
+        refuse_half_characters(example.question, "question")
+        refuse_half_characters(example.answer, "answer")
+        if example.answer not in self._answers:
+            self.prepare([example])
+        text = self.encoder.text_length(example.question) + self._answers[example.answer]
+        needs_picture = not example.images and self.encoder.family.no_picture is not None
+        if self.limit is None and not needs_picture:
+            return None
+        sizes = [self._size(image) for image in example.images]
+        if self.shape == "pad":
+            sizes = [(max(size), max(size)) for size in sizes]
+        estimate = text + sum(map(self._taken, sizes)) + _MARGIN
+        if self.limit is not None and estimate < self.limit and not needs_picture:
+            return None
+        row = self.encoder.encode(example.question, example.answer, [self._stand_in(s) for s in sizes])
+        if self.positions is not None and len(row.input_ids) > self.positions:
+            return (
+                f"task {example.task}: {len(row.input_ids)} tokens, and the model has positions for {self.positions}; set "
+                f"training.max_length to at most {self.positions}, which cuts answers"
+            )
         return None
 
-    return check
+
+def _is_whole(text: str) -> bool:
+    try:
+        refuse_half_characters(text, "text")
+    except ValueError:
+        return False
+    return True
 
 
-def split_unusable(examples: Sequence[Example], checks: Sequence[Check]) -> tuple[list[int], list[str]]:
+def split_unusable(examples: Iterable[Example], checks: Sequence[Check]) -> tuple[list[int], list[str]]:
     """Find the examples that a check objects to; the first that does is heard.
 
     Returns:
@@ -92,11 +139,18 @@ def split_unusable(examples: Sequence[Example], checks: Sequence[Check]) -> tupl
     """
     numbers: list[int] = []
     lines: dict[str, None] = {}
-    for number, example in enumerate(examples):
-        problem = next(filter(None, (check(example) for check in checks)), None)
-        if problem is not None:
-            numbers.append(number)
-            lines[f"record {example.record_id}: {problem}"] = None
+    number = 0
+    following = iter(examples)
+    while chunk := list(islice(following, _TOGETHER)):
+        for check in checks:
+            if isinstance(check, Encodable):
+                check.prepare(chunk)
+        for example in chunk:
+            problem = next(filter(None, (check(example) for check in checks)), None)
+            if problem is not None:
+                numbers.append(number)
+                lines[f"record {example.record_id}: {problem}"] = None
+            number += 1
     return numbers, list(lines)
 
 

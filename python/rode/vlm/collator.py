@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from rode.tuner.aux_losses import IGNORE
 from rode.vlm.packing import PADDING, pack
 from rode.vlm.prompts import Encoded, Picture, PromptEncoder
 from rode_food import Example
+from rode_food.retry import retried
 
 logger = logging.getLogger(__name__)
 Routes = Callable[[Sequence["str | None"], Sequence[str]], "dict[str, torch.Tensor]"]
@@ -98,7 +100,7 @@ class TrainingCollator:
         encoded, rows, cut = [], [], []
         for examples in packs:
             try:
-                pictures = [self.source(path) for path in examples[0].images]
+                pictures = [retried(partial(self.source, path)) for path in examples[0].images]
             except OSError as error:  # gone or spoiled since the check before the run
                 raise OSError(f"record {examples[0].record_id}: {error}") from error
             members = [self.encoder.encode(e.question, e.answer, pictures, e.record_id) for e in examples]

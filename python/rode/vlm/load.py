@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROJECTOR_FILE = "projector.safetensors"
+BASE_FILE = "base_model.safetensors"
+"""Weights of the base model that were trained with an adapter (`training.train_base`), beside it."""
 _PROJECTOR = re.compile(r"(multi_modal|mm)_projector|connector|aligner|merger")  # last part of its name
 
 
@@ -167,6 +169,12 @@ def get_projector(model: Model) -> torch.nn.Module:
     return found
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Tokens that the language model has positions for; None where its configuration does not say."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def input_embeddings(model: Model) -> torch.Tensor:
     """The table of token embeddings: (vocabulary, hidden)."""
     table = model.get_input_embeddings().weight
@@ -212,6 +220,36 @@ def load_projector(model: Model, path: str | Path) -> None:
     projector.to(next(iter(state.values())).dtype).load_state_dict(state)
 
 
+def plain_name(name: str) -> str:
+    """The name of a base model's parameter without what an adapter puts around its layer."""
+    return name.replace(".base_layer.", ".")
+
+
+def load_base(model: Model, directory: str | Path) -> None:
+    """Give a base model the weights that were trained with an adapter, where the adapter's folder holds some; each takes the
+    precision that the model has.
+
+    Raises:
+        ValueError: they are another model's, or not finite.
+    """
+    file = Path(directory) / BASE_FILE
+    if not file.is_file():
+        return
+    state = load_file(file)
+    refuse_not_finite(state, str(file))
+    own = {plain_name(name): parameter for name, parameter in base_model(model).named_parameters()}
+    for name, tensor in state.items():
+        if name not in own or own[name].shape != tensor.shape or not own[name].is_floating_point():
+            there = "no such weight" if name not in own else f"{tuple(own[name].shape)}, {own[name].dtype}"
+            raise ValueError(
+                f"{file}: expected weights of this model, got {name} of the shape {tuple(tensor.shape)} (the model has {there}); "
+                "load it on the model that it was trained on"
+            )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
 def read_adapter_config(file: Path) -> dict[str, Any]:
     """The plain values of an adapter_config.json, of a method that PEFT knows.
 
@@ -247,7 +285,8 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
 def load_adapter(model: Model, directory: str | Path, name: str = "default") -> Model:
     """Put a saved adapter on a model, for inference: a PeftModel in eval mode. A PeftModel gets one more, which is not active.
 
-    An adapter that was trained with the projector carries it and gets it back in float32. A folder of MoE-LLaVA turns the model
+    An adapter that was trained with the projector carries it and gets it back in float32. One that was trained with the base model
+    gives the model its weights. A folder of MoE-LLaVA turns the model
     itself into the mixture.
 
     Raises:
@@ -270,6 +309,12 @@ def load_adapter(model: Model, directory: str | Path, name: str = "default") -> 
     if (weights := Path(directory) / "adapter_model.safetensors").is_file():
         refuse_not_finite(load_file(weights), str(weights))  # of any method of PEFT
     values = read_adapter_config(file)
+    if isinstance(model, PeftModel) and (Path(directory) / BASE_FILE).is_file():
+        raise ValueError(
+            f"{directory}: its training changed the base model ({BASE_FILE}), under which other adapters would change too; load it "
+            "alone"
+        )
+    load_base(model, directory)
     last = (projector_name(model) or "").rpartition(".")[2]
     if last in (values.get("modules_to_save") or []):
         get_projector(model).float()  # so that PEFT's copy takes the saved float32 values unrounded

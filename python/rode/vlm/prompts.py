@@ -178,6 +178,7 @@ class PromptEncoder:
         self._controls = _control_texts(processor)
         self._template = lru_cache(maxsize=64)(self._render)
         self._blank = lru_cache(maxsize=4096)(self._blank_row)
+        self._length = lru_cache(maxsize=4096)(self._length_of)
         self.end_id = self._end()
 
     def __reduce__(self) -> tuple[type[PromptEncoder], tuple[Any, ...]]:
@@ -299,6 +300,9 @@ class PromptEncoder:
 
     def text_length(self, question: str) -> int:
         """Tokens of a prompt with one picture whose placeholder counts as it stands in the text."""
+        return self._length(question)
+
+    def _length_of(self, question: str) -> int:
         return len(self._ids(self._prompt(question, 1).prefix))
 
     def encode_prompt(self, question: str, pictures: Sequence[Picture]) -> Encoded:
@@ -324,6 +328,8 @@ class PromptEncoder:
         """
         where = f"record {record_id}: " if record_id else ""
         try:
+            refuse_half_characters(question, "question")
+            refuse_half_characters(answer, "answer")
             row = self._prompt_row(question, pictures)
         except ValueError as error:
             raise ValueError(f"{where}{error}") from error
@@ -350,6 +356,17 @@ class PromptEncoder:
             for name, values in row.by_token.items()
         }
         return Encoded([*row.input_ids, *answer_ids], row.prompt_length, truncated, by_token, row.vision)
+
+
+def refuse_half_characters(text: str, what: str) -> None:
+    """Raise ValueError for a text with half of a surrogate pair, as JSON's `"\\ud83c"` makes one: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the {what} cannot be encoded: character {error.start + 1} is {text[error.start]!r}, half of a surrogate pair; "
+            "write the whole character"
+        ) from None
 
 
 def _extended(values: torch.Tensor, count: int, value: int) -> torch.Tensor:

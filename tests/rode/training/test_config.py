@@ -16,6 +16,8 @@ from transformers import (
     get_scheduler,
 )
 
+from rode.training.arguments import training_arguments
+from rode.training.base_weights import rates_of
 from rode.training.config import (
     ConfigError,
     adapter_config,
@@ -25,7 +27,7 @@ from rode.training.config import (
     load_experiment,
     saved_config,
 )
-from rode.training.trainer import parameter_groups, training_arguments
+from rode.training.trainer import parameter_groups
 from rode.tuner import RodeLayer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -263,7 +265,7 @@ def test_the_papers_run(llava_7b, tmp_path, caplog):
     # one device here: the config says that it means four
     assert "a global batch of 160; on 1 it is 40" in caplog.text
 
-    groups = parameter_groups(model, arguments.learning_rate, None, arguments.weight_decay)
+    groups = parameter_groups(model, rates_of(experiment), arguments.weight_decay)
     assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(3e-4, 0.0, 64 * 3)]
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.warmup_steps, 2500)

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rode.training.arguments import training_arguments
 from rode.training.checkpoints import starting_point
 from rode.training.config import ConfigError, load_experiment
 from rode.training.finite import NotFiniteError, StepGuard
 from rode.training.lost import LostProcessError, is_lost_process, lost_process
 from rode.training.train import train
-from rode.training.trainer import training_arguments
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "distributed"
 SUPPORT = Path(__file__).parents[2] / "support"

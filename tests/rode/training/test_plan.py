@@ -16,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rode.cli import main
 from rode.training.accelerators import GIB, find_accelerator
+from rode.training.base_weights import rates_of, trained_base
 from rode.training.config import dump_experiment, experiment_from_dict
 from rode.training.meta_step import (
     ADAPTER,
+    BASE,
     FEATURES,
     GRADIENTS,
     LAYER,
@@ -111,8 +113,7 @@ def real_peak(experiment, model, batch, checkpointing):
     model.config.use_cache = False  # as Trainer does
     set_checkpointing(model, checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
-    t = experiment.training
-    optimizer = torch.optim.AdamW(parameter_groups(model, t.learning_rate, t.projector_learning_rate, 0.0))
+    optimizer = torch.optim.AdamW(parameter_groups(model, rates_of(experiment), 0.0))
 
     def step():
         inputs = dict(batch)
@@ -270,6 +271,18 @@ def test_a_trained_projector_is_counted(folders):
     step = count_step(model, experiment, record, 2)
     assert step.at_peak[PROJECTOR] > 0
     assert step.saved[FEATURES] > other.saved[FEATURES]
+
+
+@pytest.mark.parametrize("base", ["language_model", "all"])
+def test_a_trained_base_is_counted(base, folders):
+    folder = folders("llava")
+    experiment = experiment_of(folder, dtype="bfloat16", train_base=base)
+    model = meta_model(read_config(str(folder)), experiment)
+    record = record_to_plan(experiment, model.config, from_files=True, tokens=60)
+    step = count_step(model, experiment, record, 2)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert step.at_peak[BASE] == sum(4 * p.numel() for p in trained_base(model).values())
+    assert step.at_peak[OPTIMIZER] >= 8 * trained
 
 
 def test_the_projector_alone(folders):

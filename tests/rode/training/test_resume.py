@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from rode.cli import main
+from rode.training.arguments import total_steps, training_arguments
 from rode.training.checkpoints import starting_point
 from rode.training.config import dump_experiment
 from rode.training.train import train
-from rode.training.trainer import total_steps, training_arguments
 
 
 def weights(directory):

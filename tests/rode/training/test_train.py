@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rode.training.arguments import checkpointing_options, training_arguments
 from rode.training.checkpoints import latest_checkpoint
 from rode.training.config import load_experiment
+from rode.training.order import EpochSampler
 from rode.training.train import train
-from rode.training.trainer import EpochSampler, checkpointing_options, training_arguments
 from rode.vlm import FeatureSource, load_vlm
 from rode_food.data_mixture import DataMixture
 

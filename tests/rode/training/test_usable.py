@@ -13,7 +13,7 @@ from PIL import Image
 from odd_dishes import dishes
 from rode.training.config import _warn_once, load_experiment
 from rode.training.train import train
-from rode.training.usable import drop_unusable, encodable, split_unusable, usable
+from rode.training.usable import Encodable, drop_unusable, split_unusable, usable
 from rode.vlm import PromptEncoder
 from rode.vlm.families import family_of
 from rode.vlm.load import read_processor
@@ -175,7 +175,7 @@ def test_the_estimate_of_a_rows_length_is_the_rows(tmp_path, limit):
             .input_ids
         )
         encoder = PromptEncoder(processor, "auto", length - limit, "error", family)
-        problem = encodable(encoder)(example)
+        problem = Encodable(encoder)(example)
         assert (problem is None) == (limit == 0)
         if problem is not None:
             assert f"{length} tokens do not fit max_length={length - 1}" in problem
@@ -187,5 +187,51 @@ def test_pooled_pictures_take_fewer_tokens(food):
     for pool, fits in ((1, False), (2, True)):  # 4 tokens and 1
         length = PromptEncoder(processor, "vicuna").text_length(example.question)
         encoder = PromptEncoder(processor, "vicuna", max_length=length + 2)
-        problem = encodable(encoder, pool=pool)(example)
+        problem = Encodable(encoder, pool=pool)(example)
         assert (problem is None) == fits
+
+
+def test_texts_that_cannot_be_encoded_and_rows_beyond_the_models_positions(
+    make_experiment, examples, tmp_path, caplog
+):
+    """They are named before the first step, although training.max_length sets no limit."""
+    mixed = [
+        dataclasses.replace(examples[0], answer="half \ud83c of it"),
+        dataclasses.replace(examples[1], question="\udf55?"),
+        dataclasses.replace(
+            examples[2], answer="long " * 400
+        ),  # 2,000 tokens; the model has positions for 1,024
+        *examples[3:],
+    ]
+    with pytest.raises(
+        ValueError, match=r"record dish0: task category: the answer cannot be encoded: .*\(and 2 more\)"
+    ):
+        train(make_experiment(), examples=mixed, progress=False)
+    result = train(
+        make_experiment(data={"on_bad_record": "skip"}, training={"max_steps": 1}),
+        examples=mixed,
+        progress=False,
+    )
+    assert result.metrics["examples"] == 9
+    first, second, third = result.skipped
+    assert first == (
+        "record dish0: task category: the answer cannot be encoded: character 6 is '\\ud83c', half of a surrogate pair; "
+        "write the whole character"
+    )
+    assert second.startswith("record dish1: task category: the question cannot be encoded: character 1 is")
+    assert "tokens, and the model has positions for 1024; set training.max_length to at most 1024" in third
+    experiment = make_experiment(
+        training={"max_length": 1024, "max_steps": 1},
+        output_dir=str(tmp_path / "cut"),
+        data={"on_bad_record": "skip"},
+    )
+    assert train(experiment, examples=mixed, progress=False).metrics["examples"] == 10
+
+
+def test_a_row_as_long_as_the_models_positions(examples):
+    processor = tiny_processor()
+    encoder = PromptEncoder(processor, "vicuna")
+    example = examples[0]
+    length = len(encoder.encode(example.question, example.answer, [Image.open(example.image)]).input_ids)
+    assert Encodable(encoder, positions=length)(example) is None
+    assert f"{length} tokens" in Encodable(encoder, positions=length - 1)(example)

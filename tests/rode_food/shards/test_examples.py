@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from odd_dishes import dishes
 from rode.evaluation.evaluate import evaluation_examples
-from rode.training.trainer import EpochSampler
+from rode.training.order import EpochSampler
 from rode.vlm.packing import pack_by_picture
 from rode_food import Source, load_examples, write_records
 from rode_food.data_mixture import Joined
