@@ -1,31 +1,12 @@
-// Random problems for the CPU core without Python, each compared with the formula in float64. test_sanitizers.py builds it.
-//
-//   random_problems FIRST COUNT ISA...
-//
-// Problems FIRST to FIRST + COUNT - 1, on each of these instruction sets that this processor has, with one thread and with two.
-// Arrays are blocks of memory of just their size, freed after each problem: AddressSanitizer sees what is read beyond them, or
-// later.
+// A random problem for random_problems.cpp, and what the formula in float64 says of it.
+#pragma once
+
 #include <cstdio>
 #include <cstdlib>
 #include <optional>
-#include <stdexcept>
 #include <string>
 
-#include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/scratch.h"
 #include "arrays.h"
-
-// csrc/cpu/scratch.cpp is compiled with these names. Where threads keep no scratch each block of it is malloc's, and its end is
-// watched too.
-namespace rode {
-bool keeps_scratch = true;
-void* take_kept_scratch(std::size_t bytes);
-void give_back_kept_scratch(std::size_t bytes, bool kept);
-void* take_scratch(std::size_t bytes) { return keeps_scratch ? take_kept_scratch(bytes) : nullptr; }
-void give_back_scratch(std::size_t bytes, bool kept) {
-  if (keeps_scratch) give_back_kept_scratch(bytes, kept);
-}
-}  // namespace rode
 
 namespace {
 
@@ -44,23 +25,78 @@ bool keeps(const rode::Dropout& dropout, uint64_t e) {
 
 class Trial {
  public:
-  explicit Trial(int64_t number) : number_(number), random{std::mt19937_64(static_cast<uint64_t>(number))} {
+  // With `first`: a sibling of it, which reads the same x.
+  explicit Trial(int64_t number, const Trial* first = nullptr)
+      : number_(number), random{std::mt19937_64(static_cast<uint64_t>(number))} {
     choose_sizes();
     choose_options();
-    draw();
+    if (first != nullptr) join(*first);
+    draw(first == nullptr);
     expect_forward();
     expect_backward();
   }
 
-  void run(const std::string& isa, int threads, bool keeps_scratch) {
-    run_ = isa + ", " + std::to_string(threads) + (keeps_scratch ? " threads" : " threads, no kept scratch");
-    rode::set_isa(isa);
-    rode::keeps_scratch = keeps_scratch;
-    p.threads = threads;
-    Table u(C, M, R), g(C, M, N);
-    forward(u, g);
-    backward(u, g);
+  // Results of one pass, and the arrays to hand to the core.
+  struct Forward {
+    Table y, u, g;
+    rode::ForwardArrays arrays;
+  };
+  struct Backward {
+    Table v, du, dh, dA, dB, drouter, dbias;
+    rode::BackwardArrays arrays;
+  };
+
+  rode::Problem problem(int threads) const {
+    rode::Problem of_threads = p;
+    of_threads.threads = threads;
+    return of_threads;
   }
+  Table empty_dx() const { return Table(T, M, K); }
+
+  Forward start_forward() const {
+    Forward f{in_place ? base->like() : y_strides->like(), Table(C, M, R), Table(C, M, N), {}};
+    for (int64_t i = 0; in_place && i < M * O; ++i) f.y.set(i / O, i % O, base->get(i / O, i % O));
+    for (int64_t i = 0; !has_router && i < M * N; ++i) f.g.set(i / N, i % N, gates.of[i].value);
+    rode::ForwardArrays& a = f.arrays;
+    a.x = x->matrix(), a.y = f.y.matrix();
+    if (has_base) a.base = in_place ? a.y : base->matrix();
+    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
+    a.router_bias = has_bias ? bias->data() : nullptr;
+    a.u = f.u.data(), a.g = f.g.data();
+    return f;
+  }
+  void check(const Forward& f, const std::string& run) const {
+    check("g", f.g, gates, C, run);
+    check("u", f.u, u, C, run);
+    check("y", f.y, y, T, run);
+  }
+
+  Backward start_backward(const Forward& f, const Table& into_dx) const {
+    Backward b{Table(C, M, R),          Table(C, M, R),          Table(C, M, N), Table(A->dtype(), R, K),
+               Table(B->dtype(), O, R), Table(router_type, N, K), Table(C, 1, N), {}};
+    rode::BackwardArrays& a = b.arrays;
+    if (has_dy) a.dy = dy->matrix();
+    a.x = x->matrix(), a.dx = {wants_dx ? into_dx.data() : nullptr, K, 1};
+    a.dgates = has_dgates ? dgates->data() : nullptr;
+    a.u = f.u.data(), a.g = f.g.data();
+    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
+    a.v = wants_dB ? b.v.data() : nullptr, a.du = b.du.data(), a.dh = b.dh.data();
+    a.dA = wants_dA ? b.dA.data() : nullptr, a.dB = wants_dB ? b.dB.data() : nullptr;
+    a.drouter_weight = wants_drouter ? b.drouter.data() : nullptr, a.dbias = wants_dbias ? b.dbias.data() : nullptr;
+    return b;
+  }
+  void check(const Backward& b, const std::string& run) const {
+    check("dh", b.dh, dh, C, run);
+    if (wants_dA) check("dA", b.dA, dA, T, run);
+    if (wants_dB) check("dB", b.dB, dB, T, run);
+    if (wants_drouter) check("drouter", b.drouter, drouter, router_type, run);
+    if (wants_dbias) check("dbias", b.dbias, dbias, C, run);
+  }
+  // dx is the sum of the siblings', one after the other.
+  void check_dx(const Table& out, const Numbers& expected, const std::string& run) const {
+    if (wants_dx) check("dx", out, expected, T, run);
+  }
+  const Numbers& expected_dx() const { return dx; }
 
  private:
   void choose_sizes() {
@@ -94,6 +130,12 @@ class Trial {
     p.dropout = {random.one_in(3), random.engine(), uint64_t{1} << random.below(33)};
   }
 
+  // What siblings have in common. Seeds, ranks, weights, and whether there is dropout, stay its own.
+  void join(const Trial& first) {
+    M = first.M, K = first.K, T = first.T, C = first.C, x = first.x, wants_dx = first.wants_dx;
+    p.tokens = M, p.in_features = K, p.dtype = T;
+  }
+
   Table matrix(int64_t rows, int64_t columns, bool repeats) {
     Table table = Table::at_some_strides(random, T, rows, columns, repeats);
     table.fill(random);
@@ -113,25 +155,37 @@ class Trial {
     return w;
   }
 
-  void draw() {
-    x = matrix(M, K, true), A = weight(R, K), B = weight(O, R);
+  void draw(bool with_x) {
+    if (with_x) x = std::make_shared<Table>(matrix(M, K, true));
+    A = weight(R, K), B = weight(O, R);
     base = matrix(M, O, false), y_strides = matrix(M, O, false), dy = matrix(M, O, true);
-    if (has_router) router = weight(N, K);
     bias = Table(C, 1, N), dgates = Table(C, M, N);
     bias->fill(random), dgates->fill(random);
     gates = Numbers(M, N);
-    for (int64_t m = 0; m < M; ++m) {
-      if (!has_router)
-        for (int64_t e = 0; e < N; ++e) gates(m, e) = random.one_in(2) ? rounded(C, random.value()) : 0;
-      else if (m > 0 && x->repeats())
-        for (int64_t e = 0; e < N; ++e) gates(m, e) = gates(0, e);
-      else
+    if (has_router) router = weight(N, K);
+    if (has_router && with_x)
+      for (int64_t m = 0; m < M; ++m)
         while (!decides(m)) x->fill_row(random, m);
-    }
+    for (int tries = 0; has_router && !with_x && !decides_all(); router = weight(N, K))
+      if (++tries == 20) has_router = has_bias = has_dgates = wants_drouter = wants_dbias = false;
+    if (has_router) router_type = router->dtype();
+    if (has_router) return;
+    router.reset();
+    for (int64_t i = 0; i < M * N; ++i) gates.of[i] = random.one_in(2) ? rounded(C, random.value()) : 0;
+  }
+
+  bool decides_all() {
+    for (int64_t m = 0; m < M; ++m)
+      if (!decides(m)) return false;
+    return true;
   }
 
   // Computes the gates of token m; false where whether one is open hangs on a rounding.
   bool decides(int64_t m) {
+    if (m > 0 && x->repeats()) {
+      for (int64_t e = 0; e < N; ++e) gates(m, e) = gates(0, e);
+      return true;
+    }
     for (int64_t e = 0; e < N; ++e) {
       Number h = has_bias ? bias->get(0, e) : 0;
       for (int64_t k = 0; k < K; ++k) h += Number(x->get(m, k)) * read(router, e, k);
@@ -199,63 +253,26 @@ class Trial {
     }
   }
 
-  void forward(Table& out_u, Table& out_g) {
-    Table out = in_place ? base->like() : y_strides->like();
-    for (int64_t i = 0; in_place && i < M * O; ++i) out.set(i / O, i % O, base->get(i / O, i % O));
-    for (int64_t i = 0; !has_router && i < M * N; ++i) out_g.set(i / N, i % N, gates.of[i].value);
-    rode::ForwardArrays a{};
-    a.x = x->matrix(), a.y = out.matrix();
-    if (has_base) a.base = in_place ? a.y : base->matrix();
-    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
-    a.router_bias = has_bias ? bias->data() : nullptr;
-    a.u = out_u.data(), a.g = out_g.data();
-    rode::forward(p, a);
-    check("g", out_g, gates, C);
-    check("u", out_u, u, C);
-    check("y", out, y, T);
-  }
-
-  void backward(const Table& forward_u, const Table& forward_g) {
-    Table out_dx(T, M, K), out_v(C, M, R), out_du(C, M, R), out_dh(C, M, N), out_dbias(C, 1, N);
-    Table out_dA(A->dtype(), R, K), out_dB(B->dtype(), O, R), out_drouter(router ? router->dtype() : T, N, K);
-    rode::BackwardArrays a{};
-    if (has_dy) a.dy = dy->matrix();
-    a.x = x->matrix(), a.dx = {wants_dx ? out_dx.data() : nullptr, K, 1};
-    a.dgates = has_dgates ? dgates->data() : nullptr;
-    a.u = forward_u.data(), a.g = forward_g.data();
-    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
-    a.v = wants_dB ? out_v.data() : nullptr, a.du = out_du.data(), a.dh = out_dh.data();
-    a.dA = wants_dA ? out_dA.data() : nullptr, a.dB = wants_dB ? out_dB.data() : nullptr;
-    a.drouter_weight = wants_drouter ? out_drouter.data() : nullptr, a.dbias = wants_dbias ? out_dbias.data() : nullptr;
-    rode::backward(p, a);
-    check("dh", out_dh, dh, C);
-    if (wants_dx) check("dx", out_dx, dx, T);
-    if (wants_dA) check("dA", out_dA, dA, T);
-    if (wants_dB) check("dB", out_dB, dB, T);
-    if (wants_drouter) check("drouter", out_drouter, drouter, out_drouter.dtype());
-    if (wants_dbias) check("dbias", out_dbias, dbias, C);
-  }
-
   // `precision`: the least precise type on the way.
-  void check(const char* name, const Table& out, const Numbers& expected, DType precision) const {
+  void check(const char* name, const Table& out, const Numbers& expected, DType precision, const std::string& run) const {
     const double below_normal = precision == DType::float16 ? 1e-5 : 0;  // steps of small halves do not get smaller
     for (int64_t r = 0; r < out.rows(); ++r)
       for (int64_t c = 0; c < out.columns(); ++c) {
         const Number& n = expected(r, c);
         const double got = out.get(r, c), tolerance = n.size > 0 ? type_of(precision).tolerance * n.size + below_normal : 0;
         if (std::fabs(got - n.value) <= tolerance) continue;
-        std::printf("%s: %s[%lld, %lld] is %.17g, expected %.17g within %.3g\n", description().c_str(), name,
+        std::printf("%s: %s[%lld, %lld] is %.17g, expected %.17g within %.3g\n", description(run).c_str(), name,
                     static_cast<long long>(r), static_cast<long long>(c), got, n.value, tolerance);
         std::exit(1);
       }
     if (out.numbers() == out.rows() * out.columns()) return;
-    std::printf("%s: %s was written between its rows\n", description().c_str(), name);
+    std::printf("%s: %s was written between its rows\n", description(run).c_str(), name);
     std::exit(1);
   }
 
-  std::string description() const {
+  std::string description(const std::string& run) const {
     const char* names[] = {"float64", "float32", "float16", "bfloat16"};
-    std::string text = "problem " + std::to_string(number_) + " (" + run_ + ", " + names[static_cast<int>(T)];
+    std::string text = "problem " + std::to_string(number_) + " (" + run + ", " + names[static_cast<int>(T)];
     for (int64_t size : {M, K, O, N, R}) text += ' ' + std::to_string(size);
     const std::pair<const char*, bool> options[] = {{"router", has_router},    {"bias", has_bias}, {"base", has_base},
                                                     {"in place", in_place},    {"dy", has_dy},     {"dgates", has_dgates},
@@ -266,41 +283,16 @@ class Trial {
 
   int64_t number_;
   Random random;
-  std::string run_;
   int64_t M, K, O, N, R;
-  DType T, C;
+  DType T, C, router_type = DType::float32;
   std::vector<int64_t> offsets = {0};
   std::vector<double> scaling;
   rode::Problem p;
   bool has_router, has_bias, has_base, in_place, has_dy, has_dgates;
   bool wants_dx, wants_dA, wants_dB, wants_drouter, wants_dbias;
-  std::optional<Table> x, A, B, router, bias, base, y_strides, dy, dgates;
+  std::shared_ptr<Table> x;  // siblings share it
+  std::optional<Table> A, B, router, bias, base, y_strides, dy, dgates;
   Numbers gates, dropped, u, v, y, du, dh, dx, dA, dB, drouter, dbias;
 };
 
-bool has(const std::string& isa) {
-  try {
-    rode::set_isa(isa);
-    return true;
-  } catch (const std::invalid_argument&) {  // not built, or not in this processor
-    return false;
-  }
-}
-
 }  // namespace
-
-int main(int argc, char** argv) {
-  if (argc < 4) return std::puts("expected the first problem's number, how many problems to run, and on which instruction sets"), 2;
-  const int64_t first = std::atoll(argv[1]), count = std::atoll(argv[2]);
-  std::vector<std::string> isas;
-  for (int i = 3; i < argc; ++i)
-    if (has(argv[i])) isas.push_back(argv[i]);
-  for (int64_t number = first; number < first + count; ++number) {
-    Trial trial(number);
-    for (const std::string& isa : isas)
-      for (int threads : {1, 2}) trial.run(isa, threads, (number + threads) % 2 == 0);
-  }
-  std::printf("%lld problems are right on", static_cast<long long>(count));
-  for (const std::string& isa : isas) std::printf(" %s", isa.c_str());
-  std::puts("");
-}
