@@ -82,6 +82,10 @@ def needs(compiler: str, sanitizers: str) -> str:
 def test_random_problems_are_right_and_nothing_is_read_out_of_bounds_or_too_late(compiler, tmp_path):
     path = needs(compiler, "address,undefined")
     trial = build(tmp_path, path, "-DRODE_DRIVER=ON", "-DRODE_SANITIZE=address,undefined") / "random_problems"
+    suppressions = tmp_path / "leaks"
+    suppressions.write_text(
+        "leak:libomp.so\n"
+    )  # Clang's runtime keeps what it made for a caller that has ended
     # GCC misplaces vectors of 64 bytes on the stack that is kept to see who reads it after a return.
     large = [isa for isa in ISAS if isa.startswith("avx512") and compiler == "g++"]
     others = [isa for isa in ISAS if isa not in large]
@@ -90,6 +94,7 @@ def test_random_problems_are_right_and_nothing_is_read_out_of_bounds_or_too_late
         # what malloc gives is NaN until it is written
         options = f"detect_stack_use_after_return={int(isas is others)}:malloc_fill_byte=255:max_malloc_fill_size={1 << 30}"
         env = {"ASAN_OPTIONS": options, "UBSAN_OPTIONS": "print_stacktrace=1"}
+        env["LSAN_OPTIONS"] = f"suppressions={suppressions}:print_suppressions=0"
         return check_call([str(trial), "0", "100", *isas], **env)
 
     with ThreadPoolExecutor(2) as pool:
@@ -104,7 +109,7 @@ def test_threads_race_for_nothing(tmp_path):
     # Archer tells ThreadSanitizer which accesses OpenMP orders. The runtime itself is not instrumented.
     env = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1", "ARCHER_OPTIONS": "verbose=1"}
     archer = "Archer detected OpenMP application with TSan"
-    if archer not in check_call([str(trial), "0", "0", "generic"], **env):
+    if archer not in check_call([str(trial), "0", "1", "generic"], **env):
         pytest.skip("needs Archer beside Clang's OpenMP runtime (Debian: libomp-15-dev)")
     assert "100 problems are right on generic" in check_call([str(trial), "0", "100", *ISAS], **env)
 
@@ -127,7 +132,11 @@ def test_random_problems_are_right_on_aarch64(tmp_path):
         "-DCMAKE_EXE_LINKER_FLAGS=-static",
     ]
     trial = build(tmp_path, CROSS, "-DRODE_DRIVER=ON", *target) / "random_problems"
-    assert check_call([QEMU, str(trial), "0", "100", "generic"]) == "100 problems are right on generic\n"
+    libraries = "/usr/aarch64-linux-gnu"  # where Debian has them
+    assert (
+        check_call([QEMU, "-L", libraries, str(trial), "0", "100", "generic"])
+        == "100 problems are right on generic\n"
+    )
 
 
 @pytest.mark.slow
