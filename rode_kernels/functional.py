@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +59,57 @@ def _run(
     return y, g
 
 
+@overload
+def rectified_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    base: Tensor | None = None,
+    inplace: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rectified_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    base: Tensor | None = None,
+    inplace: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rectified_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    base: Tensor | None = None,
+    inplace: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rectified_mixture(
     x: Tensor,
     A: Tensor,

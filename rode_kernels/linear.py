@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -112,6 +112,57 @@ def _flat(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
+@overload
+def rectified_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rectified_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rectified_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None = None,
+    *,
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rectified_linear(
     x: Tensor,
     weight: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -161,6 +161,36 @@ def _not_run(static: Any) -> Call:
     return Call(run, static)
 
 
+@overload
+def rectified_linears(
+    x: Tensor,
+    linears: Sequence[AdaptedLinear],
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[False] = False,
+    backend: str | None = None,
+) -> list[Tensor]: ...
+@overload
+def rectified_linears(
+    x: Tensor,
+    linears: Sequence[AdaptedLinear],
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: Literal[True],
+    backend: str | None = None,
+) -> list[tuple[Tensor, Tensor]]: ...
+@overload
+def rectified_linears(
+    x: Tensor,
+    linears: Sequence[AdaptedLinear],
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_gates: bool,
+    backend: str | None = None,
+) -> list[Tensor] | list[tuple[Tensor, Tensor]]: ...
 def rectified_linears(
     x: Tensor,
     linears: Sequence[AdaptedLinear],
@@ -225,7 +255,7 @@ def rectified_linears(
             )
             for layer, mixture, own_seed in zip(layers, mixtures, seeds, strict=True)
         ]
-        return results if return_gates else [y for y, _ in results]  # type: ignore[return-value]  # with gates: pairs
+        return results if return_gates else [y for y, _ in results]
     settings = _Settings(tuple(mixtures), float(dropout_p), backend or "")
     flat = [t for layer in layers for t in layer]
     outputs = SiblingsFunction.apply(x, settings, *seeds, *flat)  # type: ignore[no-untyped-call]

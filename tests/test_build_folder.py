@@ -17,6 +17,10 @@ CMAKE = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["ASKED"], "a") as file:
     file.write(json.dumps(sys.argv[1:]) + "\\n")
+for what, why in json.loads(os.environ.get("FAILS", "{{}}")).items():
+    if what in sys.argv:
+        print("[1/9] Building\\n" + why)
+        sys.exit(1)
 build = next((a for a in sys.argv if a.startswith("-DCMAKE_INSTALL_PREFIX=")), None)
 if build:
     os.makedirs(build.split("=")[1], exist_ok=True)
@@ -44,18 +48,19 @@ def configure(tmp_path):
         (programs / name).write_text(f"#!/bin/sh\necho {name} 12.0\n")
         (programs / name).chmod(0o755)
 
-    def run(**settings: str) -> list[str]:
+    def run(check: bool = True, **settings: str) -> list[str]:
         asked = tmp_path / "asked"
         asked.unlink(missing_ok=True)
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RODE_") and k != "CXX"}
         path = f"{programs}:{os.environ['PATH']}"
         env = {**kept, "PATH": path, "PYTHONPATH": str(programs), "ASKED": str(asked), **settings}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(asked.read_text().splitlines()[0])
+        run.done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+        if check:
+            assert run.done.returncode == 0, run.done.stderr
+        return json.loads(asked.read_text().splitlines()[0]) if asked.is_file() else []
 
-    run.programs = programs
+    run.programs, run.package = programs, tree / "rode_kernels"
     return run
 
 
@@ -91,3 +96,37 @@ def test_without_the_setting_setuptools_chooses_the_folder(configure, tmp_path):
 
 def test_a_relative_folder_is_within_the_tree(configure, tmp_path):
     assert build_folder(configure(RODE_BUILD_DIR="build/kept")) == str(tmp_path / "tree/build/kept")
+
+
+ERROR = "core.cpp:7:1: error: '_Float16' does not name a type"
+
+
+def test_a_compiler_that_fails_gives_the_pure_python_install_and_the_reason(configure):
+    stale = configure.package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.touch()
+    configure(FAILS=json.dumps({"--build": ERROR}))
+    assert f"rode: cmake failed: {ERROR}\nrode: no native code" in configure.done.stderr
+    assert not stale.exists()  # of other sources
+
+
+def test_a_compiler_that_fails_stops_an_install_that_insists(configure):
+    for insists in ({"RODE_NATIVE": "on"}, {"RODE_CUDA": "on"}):
+        configure(check=False, FAILS=json.dumps({"--build": ERROR}), RODE_BUILD_DIR="kept", **insists)
+        assert configure.done.returncode != 0
+        assert configure.done.stderr.strip().endswith(f"cmake failed: {ERROR}")
+
+
+def test_cuda_kernels_that_fail_leave_the_cpu_core(configure):
+    message = "CMake Error at CMakeLists.txt:9 (message):\n  rode: CMake 3.25.1 does not know\n  that nvcc has C++20"
+    configure(FAILS=json.dumps({"-DRODE_CUDA=ON": message}))
+    assert "CMake 3.25.1 does not know that nvcc has C++20" in configure.done.stderr
+    assert "trying again without the CUDA kernels" in configure.done.stderr
+    assert [p.name.split(".")[0] for p in configure.package.glob("*.so")] == ["_native"]
+
+
+def test_a_missing_tool_is_one_sentence(configure):
+    (configure.programs / "ninja").unlink()
+    others = [folder for folder in os.environ["PATH"].split(":") if not (Path(folder) / "ninja").exists()]
+    configure(check=False, PATH=":".join([str(configure.programs), *others]))
+    said = configure.done.stderr.strip().splitlines()[-1]
+    assert said.startswith("native code cannot be built without ninja: run pip install ninja")

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <stdexcept>
 
 #ifdef RODE_X86
@@ -49,11 +50,11 @@ bool has_generic() { return true; }
 #define RODE_ROW(NAME) \
   {#NAME, has_##NAME, NAME::forward, NAME::backward, NAME::forward_siblings, NAME::backward_siblings, NAME::keep_mask},
 const Isa kIsas[] = {RODE_FOR_EACH_ISA(RODE_ROW)};  // best first
-const Isa* chosen = nullptr;
+std::atomic<const Isa*> chosen{nullptr};  // callers hold no lock
 
 const Isa& current() {
-  if (chosen == nullptr) set_isa("");
-  return *chosen;
+  if (chosen.load(std::memory_order_relaxed) == nullptr) set_isa("");
+  return *chosen.load(std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -64,7 +65,7 @@ void set_isa(const std::string& name) {
     names += std::string(names.empty() ? "" : ", ") + isa.name;
     if (!name.empty() && name != isa.name) continue;
     if (isa.supported()) {
-      chosen = &isa;
+      chosen.store(&isa, std::memory_order_relaxed);
       return;
     }
     if (!name.empty()) throw std::invalid_argument("this processor does not support '" + name + "'");

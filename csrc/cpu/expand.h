@@ -132,7 +132,8 @@ class Expansion {
   }
 
   // Columns [c, c + n) from a chunk of weights (terms, width). `epilogue.add<TM, V>(tokens, c, n, sums)` gets sums of tokens
-  // tokens[0 .. TM), n columns of V vectors; `epilogue.prefetch(i, c, prefetcher)` adds what it will touch for a token.
+  // tokens[0 .. TM), n columns of V vectors, and may change them; `epilogue.prefetch(i, c, prefetcher)` adds what it will touch for
+  // a token.
   template <class Epilogue>
   void chunk(const Column* B, int64_t width, int64_t c, int64_t n, Epilogue& epilogue) {
     if (by_expert_) return chunk_by_expert(B, width, c, n, epilogue);
@@ -284,9 +285,10 @@ class Expansion {
       for (int64_t k = 0; k < sizes_[i]; ++k) {
         const int64_t at = starts_[i] + k;
         if (experts_of_[at] != 0) continue;
-        Vector<C> none[1][kTileVectors] = {};
-        for (int64_t j = 0; j < n; j += kTile)
+        for (int64_t j = 0; j < n; j += kTile) {
+          Vector<C> none[1][kTileVectors] = {};  // each tile's own: the epilogue adds to what it is given
           epilogue.template add<1, kTileVectors>(order_ + at, c + j, n - j < kTile ? n - j : kTile, none);
+        }
       }
   }
 

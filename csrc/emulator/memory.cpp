@@ -202,8 +202,8 @@ void Machine::wait(uint32_t pending) {
         if (source[i].written > copy->issued)
           fail("overwritten while this copy was on its way, by " + by(source[i].writer & kThread, source[i].written_line), copy->at);
       check(global_cells(copy->from), copy->valid, false, static_cast<uint16_t>(thread()), Space::global, copy->at);
+      std::memcpy(shared_bytes(copy->to), reinterpret_cast<const void*>(copy->from), static_cast<size_t>(copy->valid));
     }
-    std::memcpy(shared_bytes(copy->to), reinterpret_cast<const void*>(copy->from), static_cast<size_t>(copy->valid));
     std::memset(shared_bytes(copy->to) + copy->valid, 0, static_cast<size_t>(copy->bytes - copy->valid));
     for (int i = 0; i < copy->bytes / kGrain; ++i) {
       shared_cells(copy->to)[i].writer = static_cast<uint16_t>(thread());

@@ -2,18 +2,15 @@
 //
 //   random_problems FIRST COUNT ISA...
 //
-// Problems FIRST to FIRST + COUNT - 1, on each of these instruction sets that this processor has, with one thread and with two.
-// Arrays are blocks of memory of just their size, freed after each problem: AddressSanitizer sees what is read beyond them, or
-// later.
-#include <cstdio>
-#include <cstdlib>
-#include <optional>
+// Problems FIRST to FIRST + COUNT - 1, on each of these instruction sets that this processor has, with one thread and with several;
+// some of them with siblings, and some from two callers at once. Arrays are blocks of memory of just their size, freed after each
+// problem: AddressSanitizer sees what is read beyond them, or later.
 #include <stdexcept>
-#include <string>
+#include <thread>
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/scratch.h"
-#include "arrays.h"
+#include "trial.h"
 
 // csrc/cpu/scratch.cpp is compiled with these names. Where threads keep no scratch each block of it is malloc's, and its end is
 // watched too.
@@ -29,254 +26,66 @@ void give_back_scratch(std::size_t bytes, bool kept) {
 
 namespace {
 
-// Whether dropout keeps element e of x: Philox4x32-10, one word at a time.
-bool keeps(const rode::Dropout& dropout, uint64_t e) {
-  uint32_t c[4] = {static_cast<uint32_t>(e >> 2), static_cast<uint32_t>(e >> 34), 0, 0};
-  uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint64_t p = 0xD2511F53ull * c[0], q = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(q >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(q),
-                              static_cast<uint32_t>(p >> 32) ^ c[3] ^ k1, static_cast<uint32_t>(p)};
-    std::memcpy(c, next, sizeof c);
-  }
-  return c[e & 3] >= dropout.threshold;
+void run_alone(const Trial& trial, int threads, const std::string& how) {
+  const rode::Problem p = trial.problem(threads);
+  const Trial::Forward f = trial.start_forward();
+  rode::forward(p, f.arrays);
+  trial.check(f, how);
+  const Table dx = trial.empty_dx();
+  const Trial::Backward b = trial.start_backward(f, dx);
+  rode::backward(p, b.arrays);
+  trial.check(b, how);
+  trial.check_dx(dx, trial.expected_dx(), how);
 }
 
-class Trial {
- public:
-  explicit Trial(int64_t number) : number_(number), random{std::mt19937_64(static_cast<uint64_t>(number))} {
-    choose_sizes();
-    choose_options();
-    draw();
-    expect_forward();
-    expect_backward();
+void run_siblings(const std::vector<Trial>& trials, int threads, const std::string& how) {
+  const int64_t count = static_cast<int64_t>(trials.size());
+  std::vector<rode::Problem> problems;
+  std::vector<Trial::Forward> forward;
+  std::vector<Trial::Backward> backward;
+  std::vector<rode::ForwardArrays> forward_arrays;
+  std::vector<rode::BackwardArrays> backward_arrays;
+  for (const Trial& trial : trials) {
+    problems.push_back(trial.problem(threads));
+    forward.push_back(trial.start_forward());
+    forward_arrays.push_back(forward.back().arrays);
   }
-
-  void run(const std::string& isa, int threads, bool keeps_scratch) {
-    run_ = isa + ", " + std::to_string(threads) + (keeps_scratch ? " threads" : " threads, no kept scratch");
-    rode::set_isa(isa);
-    rode::keeps_scratch = keeps_scratch;
-    p.threads = threads;
-    Table u(C, M, R), g(C, M, N);
-    forward(u, g);
-    backward(u, g);
+  rode::forward_siblings(problems.data(), forward_arrays.data(), count);
+  const Table dx = trials[0].empty_dx();
+  Numbers expected_dx = trials[0].expected_dx();
+  for (int64_t j = 0; j < count; ++j) {
+    trials[j].check(forward[j], how);
+    backward.push_back(trials[j].start_backward(forward[j], dx));
+    backward_arrays.push_back(backward.back().arrays);
+    for (size_t i = 0; j > 0 && i < expected_dx.of.size(); ++i) expected_dx.of[i] += trials[j].expected_dx().of[i];
   }
+  rode::backward_siblings(problems.data(), backward_arrays.data(), count);
+  for (int64_t j = 0; j < count; ++j) trials[j].check(backward[j], how);
+  trials[0].check_dx(dx, expected_dx, how);
+}
 
- private:
-  void choose_sizes() {
-    M = random.one_of({0, 1, 1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 40, 64, 100, 128, 129, 130, 200, 257, 300});
-    for (int64_t* columns : {&K, &O})
-      *columns = random.one_of({1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 64, 66, 100, 127, 129, 160, 257});
-    N = 1 + random.below(6);
-    int64_t most = random.one_of({1, 4, 9, 20});
-    if (random.one_in(6)) K = random.one_of({520, 700, 1050});   // a row takes more than one step
-    if (random.one_in(8)) N = 8, most = 24, K += 200, O += 300;  // threads share the weights
-    const bool even = random.one_in(2);                          // ranks of bfloat16 are read in pairs
-    for (int64_t e = 0; e < N; ++e) {
-      const int64_t rank = random.one_in(3) ? most : 1 + random.below(most);
-      offsets.push_back(offsets.back() + (even ? rank + rank % 2 : rank));
+template <class Run>
+void twice_at_once(const Run& run) {
+  std::thread other(run);
+  run();
+  other.join();
+}
+
+void run(int64_t number, const std::vector<std::string>& isas) {
+  std::vector<Trial> trials;
+  trials.emplace_back(number);
+  for (int64_t j = 1; number % 4 == 1 && j < 3; ++j) trials.push_back(Trial(number + j * 1000003, &trials[0]));
+  for (const std::string& isa : isas)
+    for (int threads : {1, 2, 3 + static_cast<int>(number % 3)}) {
+      rode::set_isa(isa);
+      rode::keeps_scratch = (number + threads) % 2 == 0;
+      const std::string how = isa + ", " + std::to_string(threads) + " threads" + (rode::keeps_scratch ? "" : ", no kept scratch");
+      const auto alone = [&] { run_alone(trials[0], threads, how); };
+      const auto siblings = [&] { run_siblings(trials, threads, how + ", siblings"); };
+      number % 4 == 3 && threads == 2 ? twice_at_once(alone) : alone();
+      if (trials.size() > 1) number % 8 == 5 && threads == 2 ? twice_at_once(siblings) : siblings();
     }
-    R = offsets.back();
-    while (M > 2 && M * R * (K + O) > 2000000) M /= 2;
-  }
-
-  void choose_options() {
-    T = static_cast<DType>(random.one_of({0, 1, 1, 2, 2, 3, 3, 3}));
-    C = T == DType::float64 ? T : DType::float32;
-    has_router = !random.one_in(4), has_bias = has_router && random.one_in(2);
-    has_base = !random.one_in(3), in_place = has_base && random.one_in(2);
-    has_dy = !random.one_in(6), has_dgates = has_router && random.one_in(2);
-    for (bool* wanted : {&wants_dx, &wants_dA, &wants_dB}) *wanted = !random.one_in(4);
-    wants_drouter = has_router && !random.one_in(4), wants_dbias = has_bias && !random.one_in(4);
-    for (int64_t e = 0; e < N; ++e) scaling.push_back(0.5 * static_cast<double>(1 + random.below(4)));
-    p.dtype = T, p.tokens = M, p.in_features = K, p.out_features = O, p.experts = N, p.total_rank = R;
-    p.offsets = offsets.data(), p.scaling = scaling.data(), p.dense = random.one_in(4);
-    p.dropout = {random.one_in(3), random.engine(), uint64_t{1} << random.below(33)};
-  }
-
-  Table matrix(int64_t rows, int64_t columns, bool repeats) {
-    Table table = Table::at_some_strides(random, T, rows, columns, repeats);
-    table.fill(random);
-    return table;
-  }
-  // A weight is of x's type, or of the type of sums.
-  Table weight(int64_t rows, int64_t columns) {
-    Table table = Table::at_some_strides(random, random.one_in(3) ? C : T, rows, columns, false);
-    table.fill(random);
-    return table;
-  }
-  rode::Weight weight_of(const std::optional<Table>& table) const {
-    rode::Weight w;
-    if (!table) return w;
-    static_cast<rode::Matrix&>(w) = table->matrix();
-    w.in_acc_dtype = table->dtype() != T;
-    return w;
-  }
-
-  void draw() {
-    x = matrix(M, K, true), A = weight(R, K), B = weight(O, R);
-    base = matrix(M, O, false), y_strides = matrix(M, O, false), dy = matrix(M, O, true);
-    if (has_router) router = weight(N, K);
-    bias = Table(C, 1, N), dgates = Table(C, M, N);
-    bias->fill(random), dgates->fill(random);
-    gates = Numbers(M, N);
-    for (int64_t m = 0; m < M; ++m) {
-      if (!has_router)
-        for (int64_t e = 0; e < N; ++e) gates(m, e) = random.one_in(2) ? rounded(C, random.value()) : 0;
-      else if (m > 0 && x->repeats())
-        for (int64_t e = 0; e < N; ++e) gates(m, e) = gates(0, e);
-      else
-        while (!decides(m)) x->fill_row(random, m);
-    }
-  }
-
-  // Computes the gates of token m; false where whether one is open hangs on a rounding.
-  bool decides(int64_t m) {
-    for (int64_t e = 0; e < N; ++e) {
-      Number h = has_bias ? bias->get(0, e) : 0;
-      for (int64_t k = 0; k < K; ++k) h += Number(x->get(m, k)) * read(router, e, k);
-      if (std::fabs(h.value) <= type_of(C).tolerance * h.size) return false;
-      gates(m, e) = h.value > 0 ? h : 0;
-    }
-    return true;
-  }
-
-  // A weight is rounded to x's type.
-  Number read(const std::optional<Table>& w, int64_t r, int64_t c) const { return rounded(T, w->get(r, c)); }
-  bool kept(int64_t m, int64_t k) const { return !p.dropout.on || keeps(p.dropout, static_cast<uint64_t>(m * K + k)); }
-  bool open(int64_t m, int64_t e) const { return gates(m, e).value != 0; }
-
-  // For each expert that token m has open, or each of all: run(expert, rank).
-  template <class Run>
-  void each_rank(int64_t m, bool all, Run run) const {
-    for (int64_t e = 0; e < N; ++e)
-      for (int64_t r = offsets[e]; (all || open(m, e)) && r < offsets[e + 1]; ++r) run(e, r);
-  }
-
-  void expect_forward() {
-    u = Numbers(M, R), v = Numbers(M, R), y = Numbers(M, O), dropped = Numbers(M, K);
-    for (int64_t m = 0; m < M; ++m) {
-      for (int64_t k = 0; k < K; ++k) dropped(m, k) = kept(m, k) ? x->get(m, k) : 0;
-      each_rank(m, p.dense, [&](int64_t, int64_t r) {
-        for (int64_t k = 0; k < K; ++k) u(m, r) += dropped(m, k) * read(A, r, k);
-      });
-      each_rank(m, false, [&](int64_t e, int64_t r) { v(m, r) = scaling[e] * gates(m, e) * u(m, r); });
-      for (int64_t o = 0; o < O; ++o) {
-        y(m, o) = has_base ? base->get(m, o) : 0;
-        each_rank(m, false, [&](int64_t, int64_t r) { y(m, o) += v(m, r) * read(B, o, r); });
-      }
-    }
-  }
-
-  void expect_backward() {
-    du = Numbers(M, R), dh = Numbers(M, N), dx = Numbers(M, K), dA = Numbers(R, K), dB = Numbers(O, R);
-    drouter = Numbers(N, K), dbias = Numbers(1, N);
-    for (int64_t m = 0; m < M; ++m) {
-      each_rank(m, p.dense, [&](int64_t e, int64_t r) {
-        Number t;
-        for (int64_t o = 0; has_dy && o < O; ++o) t += Number(dy->get(m, o)) * read(B, o, r);
-        dh(m, e) += scaling[e] * t * u(m, r);
-        if (open(m, e)) du(m, r) = scaling[e] * gates(m, e) * t;
-      });
-      for (int64_t e = 0; has_router && e < N; ++e) {
-        if (has_dgates) dh(m, e) += dgates->get(m, e);
-        if (!open(m, e)) dh(m, e) = 0;
-        dbias(0, e) += dh(m, e);
-      }
-      for (int64_t k = 0; k < K; ++k) {
-        each_rank(m, false, [&](int64_t, int64_t r) {
-          dA(r, k) += du(m, r) * dropped(m, k);
-          if (kept(m, k)) dx(m, k) += du(m, r) * read(A, r, k);
-        });
-        for (int64_t e = 0; has_router && e < N; ++e) {
-          dx(m, k) += dh(m, e) * read(router, e, k);
-          drouter(e, k) += dh(m, e) * x->get(m, k);
-        }
-      }
-      each_rank(m, false, [&](int64_t, int64_t r) {
-        for (int64_t o = 0; has_dy && o < O; ++o) dB(o, r) += Number(dy->get(m, o)) * v(m, r);
-      });
-    }
-  }
-
-  void forward(Table& out_u, Table& out_g) {
-    Table out = in_place ? base->like() : y_strides->like();
-    for (int64_t i = 0; in_place && i < M * O; ++i) out.set(i / O, i % O, base->get(i / O, i % O));
-    for (int64_t i = 0; !has_router && i < M * N; ++i) out_g.set(i / N, i % N, gates.of[i].value);
-    rode::ForwardArrays a{};
-    a.x = x->matrix(), a.y = out.matrix();
-    if (has_base) a.base = in_place ? a.y : base->matrix();
-    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
-    a.router_bias = has_bias ? bias->data() : nullptr;
-    a.u = out_u.data(), a.g = out_g.data();
-    rode::forward(p, a);
-    check("g", out_g, gates, C);
-    check("u", out_u, u, C);
-    check("y", out, y, T);
-  }
-
-  void backward(const Table& forward_u, const Table& forward_g) {
-    Table out_dx(T, M, K), out_v(C, M, R), out_du(C, M, R), out_dh(C, M, N), out_dbias(C, 1, N);
-    Table out_dA(A->dtype(), R, K), out_dB(B->dtype(), O, R), out_drouter(router ? router->dtype() : T, N, K);
-    rode::BackwardArrays a{};
-    if (has_dy) a.dy = dy->matrix();
-    a.x = x->matrix(), a.dx = {wants_dx ? out_dx.data() : nullptr, K, 1};
-    a.dgates = has_dgates ? dgates->data() : nullptr;
-    a.u = forward_u.data(), a.g = forward_g.data();
-    a.A = weight_of(A), a.B = weight_of(B), a.router_weight = weight_of(router);
-    a.v = wants_dB ? out_v.data() : nullptr, a.du = out_du.data(), a.dh = out_dh.data();
-    a.dA = wants_dA ? out_dA.data() : nullptr, a.dB = wants_dB ? out_dB.data() : nullptr;
-    a.drouter_weight = wants_drouter ? out_drouter.data() : nullptr, a.dbias = wants_dbias ? out_dbias.data() : nullptr;
-    rode::backward(p, a);
-    check("dh", out_dh, dh, C);
-    if (wants_dx) check("dx", out_dx, dx, T);
-    if (wants_dA) check("dA", out_dA, dA, T);
-    if (wants_dB) check("dB", out_dB, dB, T);
-    if (wants_drouter) check("drouter", out_drouter, drouter, out_drouter.dtype());
-    if (wants_dbias) check("dbias", out_dbias, dbias, C);
-  }
-
-  // `precision`: the least precise type on the way.
-  void check(const char* name, const Table& out, const Numbers& expected, DType precision) const {
-    const double below_normal = precision == DType::float16 ? 1e-5 : 0;  // steps of small halves do not get smaller
-    for (int64_t r = 0; r < out.rows(); ++r)
-      for (int64_t c = 0; c < out.columns(); ++c) {
-        const Number& n = expected(r, c);
-        const double got = out.get(r, c), tolerance = n.size > 0 ? type_of(precision).tolerance * n.size + below_normal : 0;
-        if (std::fabs(got - n.value) <= tolerance) continue;
-        std::printf("%s: %s[%lld, %lld] is %.17g, expected %.17g within %.3g\n", description().c_str(), name,
-                    static_cast<long long>(r), static_cast<long long>(c), got, n.value, tolerance);
-        std::exit(1);
-      }
-    if (out.numbers() == out.rows() * out.columns()) return;
-    std::printf("%s: %s was written between its rows\n", description().c_str(), name);
-    std::exit(1);
-  }
-
-  std::string description() const {
-    const char* names[] = {"float64", "float32", "float16", "bfloat16"};
-    std::string text = "problem " + std::to_string(number_) + " (" + run_ + ", " + names[static_cast<int>(T)];
-    for (int64_t size : {M, K, O, N, R}) text += ' ' + std::to_string(size);
-    const std::pair<const char*, bool> options[] = {{"router", has_router},    {"bias", has_bias}, {"base", has_base},
-                                                    {"in place", in_place},    {"dy", has_dy},     {"dgates", has_dgates},
-                                                    {"dropout", p.dropout.on}, {"dense", p.dense}};
-    for (const auto& [name, on] : options) text += on ? std::string(", ") + name : "";
-    return text + ")";
-  }
-
-  int64_t number_;
-  Random random;
-  std::string run_;
-  int64_t M, K, O, N, R;
-  DType T, C;
-  std::vector<int64_t> offsets = {0};
-  std::vector<double> scaling;
-  rode::Problem p;
-  bool has_router, has_bias, has_base, in_place, has_dy, has_dgates;
-  bool wants_dx, wants_dA, wants_dB, wants_drouter, wants_dbias;
-  std::optional<Table> x, A, B, router, bias, base, y_strides, dy, dgates;
-  Numbers gates, dropped, u, v, y, du, dh, dx, dA, dB, drouter, dbias;
-};
+}
 
 bool has(const std::string& isa) {
   try {
@@ -291,15 +100,12 @@ bool has(const std::string& isa) {
 
 int main(int argc, char** argv) {
   if (argc < 4) return std::puts("expected the first problem's number, how many problems to run, and on which instruction sets"), 2;
+  twice_at_once(rode::isa);  // the first calls, which choose the best one
   const int64_t first = std::atoll(argv[1]), count = std::atoll(argv[2]);
   std::vector<std::string> isas;
   for (int i = 3; i < argc; ++i)
     if (has(argv[i])) isas.push_back(argv[i]);
-  for (int64_t number = first; number < first + count; ++number) {
-    Trial trial(number);
-    for (const std::string& isa : isas)
-      for (int threads : {1, 2}) trial.run(isa, threads, (number + threads) % 2 == 0);
-  }
+  for (int64_t number = first; number < first + count; ++number) run(number, isas);
   std::printf("%lld problems are right on", static_cast<long long>(count));
   for (const std::string& isa : isas) std::printf(" %s", isa.c_str());
   std::puts("");

@@ -12,6 +12,8 @@ import torch
 
 from mixture_oracle import DTYPES, MIXED, check, operation, random_problem, threads
 from rode_kernels import backends, gated_mixture
+from sibling_problems import check as check_siblings
+from sibling_problems import random_siblings
 
 TESTS = Path(__file__).parents[2]
 
@@ -193,6 +195,24 @@ def test_cpu_bits_of_a_token_are_its_own_where_experts_are_many(dtype):
     ):  # against sums of the same dtype in another order: a wrong one is far off
         scale = want.double().abs().max()
         assert (have.double() - want.double()).abs().max() <= 16 * torch.finfo(dtype).eps * scale
+
+
+@pytest.fixture
+def generic_code():
+    if not backends()["cpu"].available:
+        pytest.skip("no native code")
+    from rode_kernels import _native
+
+    before = _native.isa()
+    _native.set_isa("generic")
+    yield
+    _native.set_isa(before)
+
+
+def test_siblings_add_nothing_for_tokens_without_an_open_expert(generic_code):
+    """Generic code computes a chunk of dx in several tiles, many ranks an expert at a time: one tile's sums stayed in the next."""
+    problems = random_siblings((141,), K=72, widths=(20, 24), ranks=((2, 3), (20,) * 6), dtype=torch.float32)
+    check_siblings(problems, "cpu")
 
 
 @pytest.mark.parametrize(
