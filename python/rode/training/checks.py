@@ -134,6 +134,12 @@ def _check_sharding(experiment: Experiment) -> None:
         raise ConfigError("training.on_nonfinite: expected stop with DeepSpeed, which takes its steps itself")
     if fsdp is None and deepspeed is None:
         return
+    if experiment.model.dtype == "float16":
+        name = "deepspeed" if fsdp is None else "fsdp"
+        raise ConfigError(
+            f"model.dtype: expected bfloat16 or float32 with training.{name}, whose shares of a gradient overflow one by one; got "
+            "float16"
+        )
     if fsdp is not None and deepspeed is not None:
         raise ConfigError("training.fsdp: expected null beside training.deepspeed; set one of the two")
     if fsdp is not None and int(fsdp.get("version", 2)) != 2:

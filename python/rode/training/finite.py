@@ -39,7 +39,7 @@ class StepGuard:
         explain: Callable[[Any], str | None] | None = None,
     ) -> None:
         self.output_dir, self.skips, self.explain = output_dir, skips, explain
-        self.skipped = 0  # in all
+        self.skipped = self.overflows = 0  # in all
         self._in_a_row = 0
         self._batches: list[tuple[Tensor, list[str], Any]] = []
 
@@ -47,7 +47,7 @@ class StepGuard:
         """Take down one micro-batch: its loss, the ids of its records, and what `explain` takes."""
         self._batches.append((loss.detach(), list(ids), inputs))
 
-    def check(self, norm: Tensor | float, step: int, processes: int = 1) -> bool:
+    def check(self, norm: Tensor | float, step: int, processes: int = 1, *, scaled: bool = False) -> bool:
         """To be called between the last backward pass of a step and the optimizer, by every process.
 
         It waits for the device once.
@@ -56,6 +56,8 @@ class StepGuard:
             norm: of the gradients, after they were added up over processes.
             step: its number, for the message.
             processes: how many train.
+            scaled: the loss was multiplied before its backward pass. A norm that is not finite beside losses that are is an
+                overflow then, and the step is left out, however many there are: the factor is halved each time.
 
         Returns:
             Whether the optimizer may take the step; False leaves it out.
@@ -71,6 +73,10 @@ class StepGuard:
         if not _any_process(~(losses.isfinite().all() & norm.isfinite().all()), processes):
             self._in_a_row = 0
             return True
+        if scaled and not _any_process(~losses.isfinite().all(), processes):
+            self.overflows += 1
+            logger.info("step %d: the scaled loss's gradient overflows; this step is left out", step)
+            return False
         seen = [(float(loss), ids) for loss, (_, ids, _) in zip(losses, batches, strict=True)]
         stops = self._in_a_row >= self.skips
         blame = self._blame(seen, [inputs for *_, inputs in batches]) if stops else None

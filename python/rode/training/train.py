@@ -216,8 +216,6 @@ def train(
         NotFiniteError: a loss or a gradient norm is not finite; weights and files are as of the step before, and history.json too.
         KeyboardInterrupt: a second Ctrl-C.
     """
-    if experiment.model.dtype == "float16":
-        raise ValueError("model.dtype: float16 would need its loss scaled; train in bfloat16 or float32")
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except ImportError as error:
@@ -339,6 +337,7 @@ def _train(
         statistics=statistics,
         resumed=start is not None,
         skips=training.max_nonfinite if training.on_nonfinite == "skip" else 0,
+        scales_loss=any(parameter.dtype == torch.float16 for parameter in model.parameters()),
     )
     if not progress:
         trainer.remove_callback(PrinterCallback)  # history.json and TensorBoard have it

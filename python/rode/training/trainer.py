@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerState
@@ -22,6 +23,7 @@ from rode.training.counts import RunCounts
 from rode.training.diagnosis import first_not_finite
 from rode.training.finite import StepGuard
 from rode.training.groups import LearnedGroups
+from rode.training.loss_scale import LossScale
 from rode.training.order import EpochSampler, TellEpoch
 from rode.training.rescue import KeepsLastStep
 from rode.tuner import GateStatistics, HoldSparsity
@@ -58,6 +60,7 @@ class AnswerTrainer(KeepsLastStep):
         statistics: gates counted between two log lines and logged with them.
         skips: steps in a row that may be left out as they are not finite.
         resumed: the run goes on from a checkpoint.
+        scales_loss: the model computes in float16, whose small gradients would vanish.
     """
 
     model: PreTrainedModel  # never None here; or a PeftModel, which passes on what it lacks
@@ -74,9 +77,15 @@ class AnswerTrainer(KeepsLastStep):
         statistics: GateStatistics | None = None,
         skips: int = 0,
         resumed: bool = False,
+        scales_loss: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.loss_scale = LossScale(self.args.device.type) if scales_loss else None
+        if self.loss_scale is not None:
+            # accelerate scales by it, hands it to the optimizer and, through Trainer, keeps it with checkpoints. Its own setting
+            # for float16 would bring autocast, too.
+            self.accelerator.scaler = self.loss_scale
         # compute_loss divides by the tokens of the whole accumulated batch: a mean over tokens, not over batches.
         self.model_accepts_loss_kwargs = True
         self.plan, self.lengths = plan, lengths
@@ -142,10 +151,24 @@ class AnswerTrainer(KeepsLastStep):
         finally:
             self.truncated_answers = cut
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self._unscale()
+        return super()._clip_grad_norm(model)
+
+    def _unscale(self) -> None:
+        if self.loss_scale is not None:
+            optimizer = self.optimizer
+            while isinstance(optimizer, AcceleratedOptimizer):
+                optimizer = optimizer.optimizer
+            self.loss_scale.unscale_(optimizer)
+
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
         """Trainer asks for it once a step, right before the optimizer, whether it clips or not."""
+        if grad_norm is None:  # it was not clipped
+            self._unscale()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.guard.check(norm, self.state.global_step + 1, self.args.world_size):
+        scaled = self.loss_scale is not None and self.loss_scale.may_overflow
+        if not self.guard.check(norm, self.state.global_step + 1, self.args.world_size, scaled=scaled):
             for parameter in model.parameters():  # the optimizer passes over parameters without a gradient
                 parameter.grad = None
             return 0.0
@@ -157,6 +180,10 @@ class AnswerTrainer(KeepsLastStep):
         return int(self.accelerator.reduce(self.truncated_answers)) + int(
             self.counts.before.get("truncated", 0)
         )
+
+    def count_overflows(self) -> int:
+        """Steps left out since the run began because the scaled loss's gradient overflowed."""
+        return self.guard.overflows + int(self.counts.before.get("overflows", 0))
 
     def count_nonfinite(self) -> int:
         """Steps left out since the run began."""
@@ -178,6 +205,7 @@ class AnswerTrainer(KeepsLastStep):
                 "loss": self._total_loss(),
                 "truncated": self.count_truncated(),
                 "nonfinite": self.count_nonfinite(),
+                "overflows": self.count_overflows(),
             }
         super()._save_checkpoint(model, trial)
 
@@ -186,6 +214,8 @@ class AnswerTrainer(KeepsLastStep):
             logs["truncated_answers"] = cut
         if left_out := self.count_nonfinite():
             logs["nonfinite_steps"] = left_out
+        if self.loss_scale is not None and "loss" in logs:
+            logs["loss_scale"], logs["overflow_steps"] = self.loss_scale.get_scale(), self.count_overflows()
         if self.statistics is not None and "loss" in logs:
             report = self.statistics.report(all_processes=True)
             logs.update(report.scalars())

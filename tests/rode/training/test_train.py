@@ -354,11 +354,6 @@ def test_accelerates_one_process_on_cpus_is_said(make_experiment, monkeypatch, c
     assert "accelerate launch starts one process on CPUs" in caplog.text
 
 
-def test_float16_is_refused(make_experiment, examples):
-    with pytest.raises(ValueError, match=r"model.dtype: float16 .* train in bfloat16 or float32"):
-        train(make_experiment(model={"dtype": "float16"}), examples=examples)
-
-
 def test_without_tensorboard_it_says_what_to_install(make_experiment, examples, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'rode\[train\]'"):
