@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 
 import torch
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _MARGIN = (
     64  # tokens by which an estimate may be wrong: more than a prompt's words and what joins of texts change
 )
+_SIZES = ((64, 64), (1600, 320), (320, 1600), (2000, 2000))
+"""Of pictures; one that took different numbers of tokens for some sizes would for two of these."""
 _TOGETHER = 1024  # examples whose answers are encoded at once
 
 Check = Callable[[Example], str | None]
@@ -50,7 +52,8 @@ class Encodable:
     """A check that an example becomes a row: its texts can be encoded, its prompt and pictures fit `max_length`, the row fits the
     model's positions, and the family takes it as it is.
 
-    Pictures are looked at by their size alone: how many tokens they take depends on nothing else.
+    Pictures are looked at by their size alone: how many tokens they take depends on nothing else. Where it does not depend on
+    the size either, as LLaVA's, they are not opened.
 
     Args:
         encoder: of the model.
@@ -91,6 +94,12 @@ class Encodable:
         prompt = self.encoder.encode_prompt("?", [self._stand_in(size)])
         return prompt.prompt_length - self.encoder.text_length("?")
 
+    @cached_property
+    def _fixed(self) -> int | None:
+        """Tokens of a picture where all take as many; None where they depend on its size."""
+        found = {self._taken(size) for size in _SIZES}
+        return found.pop() if len(found) == 1 else None
+
     def __call__(self, example: Example) -> str | None:
         try:
             return self._problem(example)
@@ -108,6 +117,8 @@ class Encodable:
         needs_picture = not example.images and self.encoder.family.no_picture is not None
         if self.limit is None and not needs_picture:
             return None
+        if self._fits_by_text(example, text) and not needs_picture:
+            return None
         sizes = [self._size(image) for image in example.images]
         if self.shape == "pad":
             sizes = [(max(size), max(size)) for size in sizes]
@@ -121,6 +132,15 @@ class Encodable:
                 f"training.max_length to at most {self.positions}, which cuts answers"
             )
         return None
+
+    def _fits_by_text(self, example: Example, text: int) -> bool:
+        pictures = len(example.images)
+        taken = pictures * (self._fixed or 0)
+        return (
+            self.limit is not None
+            and (not pictures or self._fixed is not None)
+            and text + taken + _MARGIN < self.limit
+        )
 
 
 def _is_whole(text: str) -> bool:

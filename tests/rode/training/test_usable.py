@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from odd_dishes import dishes
+from rode.training import usable as usable_module
 from rode.training.config import _warn_once, load_experiment
 from rode.training.train import train
 from rode.training.usable import Encodable, drop_unusable, split_unusable, usable
@@ -235,3 +236,10 @@ def test_a_row_as_long_as_the_models_positions(examples):
     length = len(encoder.encode(example.question, example.answer, [Image.open(example.image)]).input_ids)
     assert Encodable(encoder, positions=length)(example) is None
     assert f"{length} tokens" in Encodable(encoder, positions=length - 1)(example)
+
+
+def test_pictures_that_all_take_as_many_tokens_are_not_opened(examples, monkeypatch):
+    """Where records lie in shards, opening their pictures would read all of the data before the first step."""
+    monkeypatch.setattr(usable_module, "picture_size", lambda image: pytest.fail(f"opened {image}"))
+    encoder = PromptEncoder(tiny_processor(), "vicuna")
+    assert Encodable(encoder, positions=1024)(examples[0]) is None
