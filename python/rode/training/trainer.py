@@ -158,8 +158,9 @@ class AnswerTrainer(KeepsLastStep):
     def _unscale(self) -> None:
         if self.loss_scale is not None:
             optimizer = self.optimizer
+            assert optimizer is not None, "made before the first step"
             while isinstance(optimizer, AcceleratedOptimizer):
-                optimizer = optimizer.optimizer
+                optimizer = optimizer.optimizer  # the one that it wraps
             self.loss_scale.unscale_(optimizer)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> float:
