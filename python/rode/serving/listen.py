@@ -43,6 +43,8 @@ def server(app: FastAPI, limits: Limits, *, quiet: bool = False) -> uvicorn.Serv
         http="h11",
         ws="none",
         lifespan="on",
+        # Its own configuration would close the handlers of all others, and absl's then closes the stream that it writes to.
+        log_config=None,
         log_level="warning" if quiet else "info",
         server_header=False,
         proxy_headers=False,
