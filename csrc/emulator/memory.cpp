@@ -62,7 +62,7 @@ Page& Machine::page(uintptr_t address) {
 }
 
 void Machine::undefined(void* data, size_t bytes) {
-  std::memset(data, 0xff, bytes);
+  if (bytes > 0) std::memset(data, 0xff, bytes);  // memory without bytes may have no address
   const auto first = reinterpret_cast<uintptr_t>(data);
   for (uintptr_t a = first; a < first + bytes; a += kGrain) *global_cells(a) = Cell{.writer = kUndefined};
 }
