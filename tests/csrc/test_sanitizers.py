@@ -155,7 +155,7 @@ def test_the_emulator_runs_its_tests_under_sanitizers(tmp_path):
     python = [sys.executable, "-P"]  # with no "." among the paths the copy is imported, not this checkout
     imported = check_call([*python, "-c", "import rode_kernels; print(rode_kernels.__file__)"], **env)
     assert imported.startswith(str(package))
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "pythonpath=tests/support"]
+    options = ["-q", "-x", "-s", "-p", "no:cacheprovider", "-o", "pythonpath=tests/support"]
     place = ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml")]
     said = check_call([*python, "-m", "pytest", *options, *place, *EMULATED], **env)
     assert re.search(r"[1-9]\d* passed", said), said
