@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rode.commands.options import all_of_it_must_fit, model_options, saved_experiment
+from rode.serving.limits import Limits
 from rode_food.commands.options import ParserOptions, Subparsers, positive
 
 if TYPE_CHECKING:
@@ -50,11 +51,41 @@ def add_parser(commands: Subparsers, **options: Unpack[ParserOptions]) -> None:
         metavar="NAME",
         help="a name under which clients reach the server; may be given several times",
     )
-    add("--queue", type=positive, default=64, metavar="N", help="requests that may wait (default 64)")
-    add("--timeout", type=positive, default=120, metavar="SECONDS", help="of a request (default 120)")
-    add("--max-new-tokens", type=positive, default=1024, metavar="N", help="longest answer (default 1024)")
-    add("--max-pictures", type=positive, default=4, metavar="N", help="of a request (default 4)")
-    add("--max-body-mb", type=positive, default=20, metavar="N", help="of a request's body (default 20)")
+    add(
+        "--queue",
+        type=positive,
+        default=Limits.queue,
+        metavar="N",
+        help="requests that may wait (default %(default)s)",
+    )
+    add(
+        "--timeout",
+        type=positive,
+        default=Limits.timeout,
+        metavar="SECONDS",
+        help="of a request (default %(default)g)",
+    )
+    add(
+        "--max-new-tokens",
+        type=positive,
+        default=Limits.max_new_tokens,
+        metavar="N",
+        help="longest answer (default %(default)s)",
+    )
+    add(
+        "--max-pictures",
+        type=positive,
+        default=Limits.max_pictures,
+        metavar="N",
+        help="of a request (default %(default)s)",
+    )
+    add(
+        "--max-body-mb",
+        type=positive,
+        default=Limits.max_bytes // 10**6,
+        metavar="N",
+        help="of a request's body (default %(default)s)",
+    )
     add(
         "--strict",
         action="store_true",
@@ -89,12 +120,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--port: expected 0 to 65535, got {args.port}")
 
     from rode.serving.app import Server, make_app
-    from rode.serving.limits import Limits
     from rode.serving.listen import bind, listen
     from rode.serving.models import Found, adapters_in, load_models
 
     limits = Limits(
-        batch_size=args.batch_size or 8,
+        batch_size=args.batch_size or Limits.batch_size,
         queue=args.queue,
         timeout=args.timeout,
         max_new_tokens=args.max_new_tokens,

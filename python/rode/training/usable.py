@@ -115,16 +115,11 @@ class Encodable:
             self.prepare([example])
         text = self.encoder.text_length(example.question) + self._answers[example.answer]
         needs_picture = not example.images and self.encoder.family.no_picture is not None
-        if self.limit is None and not needs_picture:
+        if not needs_picture and (
+            self.limit is None or text + self._picture_tokens(example) + _MARGIN < self.limit
+        ):
             return None
-        if self._fits_by_text(example, text) and not needs_picture:
-            return None
-        sizes = [self._size(image) for image in example.images]
-        if self.shape == "pad":
-            sizes = [(max(size), max(size)) for size in sizes]
-        estimate = text + sum(map(self._taken, sizes)) + _MARGIN
-        if self.limit is not None and estimate < self.limit and not needs_picture:
-            return None
+        sizes = self._sizes(example)
         row = self.encoder.encode(example.question, example.answer, [self._stand_in(s) for s in sizes])
         if self.positions is not None and len(row.input_ids) > self.positions:
             return (
@@ -133,14 +128,14 @@ class Encodable:
             )
         return None
 
-    def _fits_by_text(self, example: Example, text: int) -> bool:
-        pictures = len(example.images)
-        taken = pictures * (self._fixed or 0)
-        return (
-            self.limit is not None
-            and (not pictures or self._fixed is not None)
-            and text + taken + _MARGIN < self.limit
-        )
+    def _sizes(self, example: Example) -> list[tuple[int, int]]:
+        sizes = [self._size(image) for image in example.images]
+        return [(max(size), max(size)) for size in sizes] if self.shape == "pad" else sizes
+
+    def _picture_tokens(self, example: Example) -> int:
+        if self._fixed is not None:
+            return len(example.images) * self._fixed
+        return sum(map(self._taken, self._sizes(example)))
 
 
 def _is_whole(text: str) -> bool:
