@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ def sleep_while_waiting() -> None:
 def name_a_shared_machine(threads: int) -> None:
     """Logs one line if other processes leave fewer cores than `threads`.
 
-    The load is the average of the last minute, so this is to be called before the work begins.
+    The load is the average of the last minute, in which this process may have worked, too: its own share of it at most is left out.
     """
     if not hasattr(os, "getloadavg"):
         return
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    load = max(0.0, load - time.process_time() / 60)
     if load + threads > cores + 0.5:
         logger.info(
             "other processes kept %.1f of %d cores busy during the last minute; with %d threads beside them steps take longer",

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -70,8 +71,11 @@ def test_the_command_waits_passively():
 
 
 @pytest.mark.parametrize(("load", "named"), [(0.2, False), (1.0, True), (5.0, True)])
-def test_a_shared_machine_is_named(monkeypatch, caplog, load, named):
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_a_shared_machine_is_named(monkeypatch, caplog, load, named, own):
+    """`own` cores were this process's, as in a demo that has worked for a minute before it trains."""
+    monkeypatch.setattr(time, "process_time", lambda: 60 * own)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load + own, 0.0, 0.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with caplog.at_level(logging.INFO, logger="rode"):
         name_a_shared_machine(2)
