@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -12,10 +11,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar, overload, runtime_checkable
 
-from rode_food.records import SPLITS, FoodRecord, RecordError, read_records
-from rode_food.source import Source, hash_split, within_fraction
-from rode_food.tasks import Example, make_examples, stable_hash
+from rode_food.opening import GZIP
+from rode_food.records import SPLITS, read_records
+from rode_food.source import Source
+from rode_food.tasks import Example, stable_hash
 
+INDEXED_FROM = 64 * 2**20
+"""Bytes: the examples of a smaller file are held, those of one that is as large or larger are made when they are taken."""
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -62,7 +64,7 @@ class DataMixture(Generic[T_co]):
     """The examples of all sources and the plan by which an epoch draws from them.
 
     Attributes:
-        examples: source by source, each in its file's order; `Joined` where one of them is a folder of shards.
+        examples: source by source, each in its file's order; `Joined` where one of them makes its examples when asked.
         counts: how many of them each source has.
         weights: passes per epoch of each source.
         seed: of the plan.
@@ -101,9 +103,7 @@ class DataMixture(Generic[T_co]):
         (`rode_food.shards.order`); where a source has some, sources take turns at random and each keeps its own order.
         """
         drawn: list[list[int]] = []
-        parts: Sequence[Sequence[T_co] | None] = [None] * len(self.counts)
-        if isinstance(self.examples, Joined):
-            parts = self.examples.parts
+        parts = self.parts()
         first = 0
         for number, (part, count, draw) in enumerate(zip(parts, self.counts, self._draws(), strict=True)):
             indices: list[int] = []
@@ -118,7 +118,7 @@ class DataMixture(Generic[T_co]):
             drawn.append(indices)
             first += count
         generator = random.Random(stable_hash(self.seed, "epoch", epoch))
-        if isinstance(self.examples, Joined):
+        if any(isinstance(part, Shuffling) for part in parts):
             turns = [number for number, indices in enumerate(drawn) for _ in indices]
             generator.shuffle(turns)
             following = list(map(iter, drawn))
@@ -128,7 +128,7 @@ class DataMixture(Generic[T_co]):
         return indices
 
 
-def _pass(part: object, count: int, generator: random.Random) -> list[int]:
+def _pass(part: Sequence[object], count: int, generator: random.Random) -> list[int]:
     """All examples of a source once: in the order in which its shards like to be read, else in any."""
     if isinstance(part, Shuffling):
         return part.shuffled(generator)
@@ -146,7 +146,8 @@ def _join(parts: Sequence[Sequence[T]]) -> Sequence[T]:
 def load_examples(
     sources: Iterable[Source], split: str, *, wording: str = "first", seed: int = 0
 ) -> DataMixture[Example]:
-    """Reads the records of one split and asks each its questions; those in shards are read when their example is taken.
+    """Reads the records of one split and asks each its questions. Those in shards, and in a file of at least `INDEXED_FROM` bytes
+    that is not gzip'ed, are read again when their example is taken.
 
     Args:
         sources: see `Source`; one of weight 0 is not read.
@@ -185,28 +186,29 @@ def load_examples(
 
 
 def _examples(source: Source, split: str, wording: str, seed: int) -> Sequence[Example]:
+    # numpy is imported by who reads examples, not with this package
+    from rode_food.lazy_examples import examples_of
+    from rode_food.record_scan import Scan
+
     if Path(source.path).is_dir():
         from rode_food.shards.examples import ShardExamples
         from rode_food.shards.index import open_shards
 
         return ShardExamples(open_shards(source.path), source, split, wording=wording, seed=seed)
-    examples = []
-    for record in _records(source, split):
-        for example in make_examples(record, source.tasks, wording=wording, seed=seed):
-            if source.name is not None:
-                example = dataclasses.replace(example, source=source.name)
-            examples.append(example)
+    scan = Scan(source, split, wording, seed)
+    if _is_large(source.path):
+        from rode_food.file_examples import FileExamples
+
+        return FileExamples(scan)
+    examples: list[Example] = []
+    for record in read_records(source.path):
+        kept = scan.kept(record)
+        if kept is not None:
+            examples += examples_of(kept, source.tasks, wording, seed, source.name)
     return examples
 
 
-def _records(source: Source, split: str) -> Iterable[FoodRecord]:
-    for record in read_records(source.path):
-        if record.split is None:
-            if source.split_fractions is None:
-                raise RecordError(
-                    f"{os.fspath(source.path)}: record {record.id!r} has no split; "
-                    "write one, or give the source split_fractions"
-                )
-            record = dataclasses.replace(record, split=hash_split(record.id, source.split_fractions))
-        if record.split == split and (split != "train" or within_fraction(record.id, source.fraction)):
-            yield record
+def _is_large(path: str) -> bool:
+    """Whether a file is read at each record's place: one that is gzip'ed has no such places."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size >= INDEXED_FROM and file.read(2) != GZIP

@@ -1,4 +1,4 @@
-"""Files opened whether they are gzip'ed or not."""
+"""Files opened for reading: whether they are gzip'ed or not, and at any offset."""
 
 from __future__ import annotations
 
@@ -17,3 +17,24 @@ def open_data(path: str | os.PathLike[str]) -> IO[bytes]:
         return file
     file.close()
     return cast(IO[bytes], gzip.open(path, "rb"))
+
+
+class ReadHandle:
+    """A file open for reading at any offset. It is closed with the last reference: another thread may read from it still."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+    def read(self, offset: int, size: int) -> bytes:
+        # Reading at an offset moves no position, so that threads, and processes that inherited the handle, do not meet.
+        if hasattr(os, "pread"):
+            return os.pread(self.number, size, offset)
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)

@@ -246,11 +246,14 @@ _LEAD_IN = re.compile(
 _BULLET = re.compile(r"^\s*(?:[-*•·]+\s+|\(?\d{1,3}[.)]\s+|step\s+\d{1,3}\s*[:.)-]\s*)", re.IGNORECASE)
 
 
+_CONJUNCTION = re.compile(r"^(?:and|or)\s+", re.IGNORECASE)
+_WORD = re.compile(r"\w")
+
+
 def _clean_item(text: str) -> str:
-    text = _BULLET.sub("", " ".join(text.split()))
-    text = re.sub(r"^(?:and|or)\s+", "", text, flags=re.IGNORECASE)
+    text = _CONJUNCTION.sub("", _BULLET.sub("", " ".join(text.split())))
     text = text.strip(" .:*\"'")
-    return text if re.search(r"\w", text) else ""
+    return text if _WORD.search(text) else ""
 
 
 def _parse_ingredients(text: str) -> list[str]:
@@ -267,11 +270,13 @@ def _parse_ingredients(text: str) -> list[str]:
     return list(names.values())
 
 
+_STEP_END = re.compile(r"\n|(?<=[.!?])\s+(?=\d{1,2}[.)]\s)")
+"""Where a step of a recipe ends: some models number the steps within one line."""
+
+
 def _parse_recipe(text: str) -> list[str]:
-    # some models number the steps within one line
-    lines = re.split(r"\n|(?<=[.!?])\s+(?=\d{1,2}[.)]\s)", text)
-    steps = (" ".join(_BULLET.sub("", line).split()) for line in lines)
-    return [step for step in steps if re.search(r"\w", step)]
+    steps = (" ".join(_BULLET.sub("", line).split()) for line in _STEP_END.split(text))
+    return [step for step in steps if _WORD.search(step)]
 
 
 def _parse_category(text: str) -> str | None:

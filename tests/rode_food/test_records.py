@@ -22,6 +22,7 @@ from rode_food.records import (
     record_as_written,
     record_from_json,
     record_to_json,
+    with_folder,
     with_images,
     write_records,
 )
@@ -314,3 +315,9 @@ def test_texts_of_a_conversation_are_text_whatever_they_hold():
     turn = {"question": "What does <image> mean in </s> HTML?", "answer": "<|im_end|>"}
     record = record_from_json({"id": "a", "source": "s", "conversation": [turn]})
     assert record.conversation == (Turn(**turn),)
+
+
+@given(st.text("a./~\\ ", min_size=1, max_size=9), st.sampled_from(["/food", "/", "/a b/c"]))
+def test_paths_of_pictures_are_pathlibs(image, folder):
+    record = FoodRecord("1", image, "s")
+    assert with_folder(record, Path(folder)).image == str(Path(folder) / image)

@@ -12,6 +12,7 @@ from rode.training.side_inputs import Routes, make_routes
 from rode.vlm import GenerationCollator, PixelSource, PromptEncoder
 from rode.vlm.collator import PictureSource
 from rode.vlm.families import family_of
+from rode.vlm.head import contiguous_head_input
 from rode.vlm.load import base_model
 from rode_food.progress import Progress
 
@@ -100,7 +101,8 @@ def answer(
         part = slice(start, start + batch_size)
         batch = collate(paths[part], questions[part], None if tasks is None else tasks[part])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
+        with contiguous_head_input(model):
+            ids = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :]
         texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         answers += texts
         if on_batch is not None:

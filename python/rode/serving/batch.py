@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from rode.serving.choice import Choice, Row, Sampling
 from rode.serving.errors import ApiError
 from rode.serving.text import AnswerText
+from rode.vlm.head import contiguous_head_input
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -152,9 +153,10 @@ def run(jobs: Sequence[Job]) -> None:
         batch = served.batch([job.prepared for job, _ in ready], [row for _, row in ready])
         choice = Choice([answer.choice for answer in answers])
         longest = max(job.max_tokens for job, _ in ready)
-        model.generate(
-            **batch,
-            generation_config=served.settings(longest),
-            logits_processor=LogitsProcessorList([choice] if choice.is_needed else []),
-            stopping_criteria=StoppingCriteriaList([_Answers(answers)]),
-        )
+        with contiguous_head_input(model):
+            model.generate(
+                **batch,
+                generation_config=served.settings(longest),
+                logits_processor=LogitsProcessorList([choice] if choice.is_needed else []),
+                stopping_criteria=StoppingCriteriaList([_Answers(answers)]),
+            )

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +51,7 @@ from rode.vlm.packing import pack_by_picture
 from rode_food import Example
 from rode_food.atomic import write_text
 from rode_food.data_mixture import DataMixture, load_examples
+from rode_food.file_examples import FileExamples, FilePacks
 from rode_food.shards.examples import ShardExamples
 from rode_food.source import Source
 from rode_kernels.backends.cpu import warn_of_two_openmp_runtimes
@@ -102,7 +103,9 @@ def _packed(mixture: DataMixture[Example], most: int) -> DataMixture[tuple[Examp
     """The mixture with the questions about one picture in packs, source by source; weights count packs then."""
     return mixture.with_parts(
         [
-            part.packed(most) if isinstance(part, ShardExamples) else pack_by_picture(part, most)
+            part.packed(most)
+            if isinstance(part, (FileExamples, ShardExamples))
+            else pack_by_picture(part, most)
             for part in mixture.parts()
         ]
     )
@@ -148,7 +151,7 @@ def image_source(
     experiment: Experiment,
     model: Model,
     processor: ProcessorMixin,
-    examples: Sequence[Example],
+    pictures: Iterable[str],
     progress: bool,
 ) -> PictureSource:
     """Pictures as the config wants them: read at every step, or the tower's features computed now."""
@@ -163,8 +166,17 @@ def image_source(
         projector_trained=trains_projector(experiment),
         pool=experiment.model.picture_pool,
     )
-    source.precompute([path for example in examples for path in example.images], progress)
+    source.precompute(pictures, progress)
     return source
+
+
+def _pictures(mixture: DataMixture[Example]) -> Iterator[str]:
+    """The pictures of all examples."""
+    for part in mixture.parts():
+        if isinstance(part, FileExamples):
+            yield from part.pictures()
+        else:
+            yield from (path for example in part for path in example.images)
 
 
 def _length(item: Example | tuple[Example, ...]) -> int:
@@ -173,10 +185,13 @@ def _length(item: Example | tuple[Example, ...]) -> int:
 
 
 def _lengths(mixture: DataMixture[Example | tuple[Example, ...]]) -> list[int]:
-    """Lengths of all items; the index of shards knows those of its own."""
+    """Lengths of all items; the index of shards or of a large file knows those of its own."""
     lengths: list[int] = []
     for part in mixture.parts():
-        lengths += part.lengths.tolist() if isinstance(part, ShardExamples) else map(_length, part)
+        if isinstance(part, (FileExamples, FilePacks, ShardExamples)):
+            lengths += part.lengths.tolist()
+        else:
+            lengths += map(_length, part)
     return lengths
 
 
@@ -265,7 +280,6 @@ def _train(
     m = experiment.model
     check = Encodable(encoder, m.picture_shape, m.picture_pool, positions_of(config_of_model))
     mixture, skipped = usable(mixture, experiment.data.on_bad_record, [check])
-    examples = mixture.examples
     if not len(mixture):
         raise ValueError("no example to train on")
     items: DataMixture[Example | tuple[Example, ...]] = mixture
@@ -290,7 +304,7 @@ def _train(
             )
         if at_end:  # no picture is looked at any more
             source = PixelSource(processor, experiment.model.picture_shape)
-        source = source or image_source(experiment, model, processor, examples, progress)
+        source = source or image_source(experiment, model, processor, _pictures(mixture), progress)
         model = make_trainable(model, experiment)
     trained = sum(
         p.numel() for p in model.parameters() if p.requires_grad
@@ -366,7 +380,7 @@ def _train(
         "train_loss": output.training_loss if (mean := trainer.mean_loss()) is None else mean,
         "train_runtime": output.metrics["train_runtime"],
         "steps": trainer.state.global_step,
-        "examples": len(examples),
+        "examples": len(mixture.examples),
         "trainable_parameters": trained,
         "skipped_records": len(skipped),
         "truncated_answers": trainer.count_truncated(),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
 
+import numpy as np
 import torch
 from PIL import Image
 
 from rode.vlm.features import PictureShape
 from rode.vlm.images import image_problems
 from rode.vlm.prompts import Features, Picture, PromptEncoder, refuse_half_characters
+from rode.vlm.token_bound import tokens_per_byte
 from rode_food import Example
 from rode_food.data_mixture import DataMixture
+from rode_food.file_examples import FileExamples
 from rode_food.images import picture_size
 from rode_food.shards.examples import ShardExamples
 
@@ -40,8 +43,10 @@ def empty_texts(example: Example) -> str | None:
 
 def unreadable_pictures(examples: Iterable[Example]) -> Check:
     """A check that knows which pictures of these examples cannot be opened: each of them is decoded once, now."""
-    problems = image_problems(image for example in examples for image in example.images)
+    return _picture_check(image_problems(image for example in examples for image in example.images))
 
+
+def _picture_check(problems: Mapping[str, str]) -> Check:
     def check(example: Example) -> str | None:
         return next((problems[image] for image in example.images if image in problems), None)
 
@@ -128,6 +133,21 @@ class Encodable:
             )
         return None
 
+    def surely_fit(self, examples: FileExamples) -> np.ndarray:
+        """Whether each example passes by the size of its texts alone: no text has more tokens than its bytes can make. Of the
+        others nothing is known."""
+        factor = tokens_per_byte(self.encoder.tokenizer)
+        pictures = examples.n_pictures
+        fits = ~examples.doubtful_texts
+        if self.encoder.family.no_picture is not None:
+            fits &= pictures > 0
+        if self.limit is None:
+            return fits
+        if factor is None or (self._fixed is None and pictures.any()):
+            return np.zeros(len(examples), bool)
+        tokens = self.encoder.text_length("?") + factor * examples.bytes.astype(np.int64)
+        return np.asarray(fits & (tokens + pictures * (self._fixed or 0) + _MARGIN < self.limit))
+
     def _sizes(self, example: Example) -> list[tuple[int, int]]:
         sizes = [self._size(image) for image in example.images]
         return [(max(size), max(size)) for size in sizes] if self.shape == "pad" else sizes
@@ -205,7 +225,11 @@ def usable(
     parts: list[Sequence[Example]] = []
     skipped: list[str] = []
     for part in mixture.parts():
-        if not isinstance(part, ShardExamples):
+        if isinstance(part, FileExamples):
+            bad, lines = _unusable_in_file(part, checks)
+            _raise_for(lines, on_bad_record)
+            part = part.without(bad)
+        elif not isinstance(part, ShardExamples):
             part, lines = drop_unusable(part, checks, on_bad_record)
         elif checks:
             bad, lines = split_unusable(part, checks)
@@ -220,6 +244,18 @@ def usable(
     if skipped and not any(parts):
         raise ValueError(f"no example left to train on: {len(skipped)} problems left all of them out")
     return mixture.with_parts(parts), skipped
+
+
+def _unusable_in_file(examples: FileExamples, checks: Sequence[Check]) -> tuple[list[int], list[str]]:
+    """`split_unusable` for a large file: its pictures are decoded, each once, and the examples in doubt by their sizes are read."""
+    problems = image_problems(examples.pictures())
+    doubtful = examples.doubtful_texts | examples.show_any(problems)
+    for check in checks:
+        doubtful |= ~check.surely_fit(examples) if isinstance(check, Encodable) else True
+    numbers = np.flatnonzero(doubtful).tolist()
+    checks = [empty_texts, _picture_check(problems), *checks]
+    bad, lines = split_unusable((examples[number] for number in numbers), checks)
+    return [numbers[number] for number in bad], lines
 
 
 def _check_choice(on_bad_record: str) -> None:

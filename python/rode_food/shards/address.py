@@ -9,6 +9,8 @@ import os
 import re
 from functools import lru_cache
 
+from rode_food.opening import ReadHandle
+
 _ADDRESS = re.compile(r"(.+\.(?:tar|parquet))#(\d{1,19})\+(\d{1,19})", re.DOTALL)
 OPEN_FILES = 64
 """Shards that a process holds open at most."""
@@ -18,30 +20,9 @@ class ShardError(OSError):
     """A shard that is missing, cut short or damaged. One line that names it."""
 
 
-class _Handle:
-    """A file open for reading, closed with the last reference: another thread may still read what the cache dropped."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self) -> None:
-        number = getattr(self, "number", None)
-        if number is not None:
-            os.close(number)
-
-    def read(self, offset: int, size: int) -> bytes:
-        # Reading at an offset moves no position, so that threads, and processes that inherited the handle, do not meet.
-        if hasattr(os, "pread"):
-            return os.pread(self.number, size, offset)
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-
 @lru_cache(OPEN_FILES)
-def _handle(path: str) -> _Handle:
-    return _Handle(path)
+def _handle(path: str) -> ReadHandle:
+    return ReadHandle(path)
 
 
 def forget_open_files() -> None:

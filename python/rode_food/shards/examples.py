@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Iterator, Sequence
-from typing import TypeVar, cast, overload
+from collections.abc import Iterator
 
 import numpy as np
 
+from rode_food.lazy_examples import Item_co, LazyExamples
+from rode_food.records import FoodRecord
 from rode_food.shards.address import ShardError
 from rode_food.shards.index import Shards
 from rode_food.shards.order import shuffle_blocks
 from rode_food.source import Source
-from rode_food.tasks import FREE_QUESTION, QUESTIONS, TASKS, Example, make_examples
-
-Item_co = TypeVar("Item_co", bound="Example | tuple[Example, ...]", covariant=True)
-"""A question, or a pack of questions about one picture."""
+from rode_food.tasks import FREE_QUESTION, QUESTIONS, TASKS, Example
 
 
-class ShardExamples(Sequence[Item_co]):
+class ShardExamples(LazyExamples[Item_co]):
     """Examples of one split, the same ones in the same order as those of the records that were written; or packs of them.
 
     Held are 12 bytes for each; records are read when an example is taken, pictures only through its `image`.
@@ -38,8 +35,8 @@ class ShardExamples(Sequence[Item_co]):
     def __init__(
         self, shards: Shards, source: Source, split: str, *, wording: str = "first", seed: int = 0
     ) -> None:
-        self.shards, self.tasks, self.name = shards, tuple(source.tasks), source.name
-        self.wording, self.seed, self.window = wording, seed, source.shuffle_shards
+        super().__init__(source, wording, seed)
+        self.shards, self.window = shards, source.shuffle_shards
         parts = [
             np.arange(first, first + shard.records)
             for first, shard in zip(shards.first, shards.shards, strict=False)
@@ -52,13 +49,11 @@ class ShardExamples(Sequence[Item_co]):
         asked = np.stack([times for times, _ in columns] or [np.zeros(len(rows), np.int64)], axis=1)
         sizes = np.stack([size for _, size in columns] or [np.zeros(len(rows), np.int64)], axis=1)
         counts = asked.sum(axis=1)
-        self._sample = np.repeat(rows, counts).astype(np.uint32)
+        self._record = np.repeat(rows, counts).astype(np.uint32)
         before = np.repeat(np.cumsum(counts) - counts, counts)
-        self._first = (np.arange(len(self._sample)) - before).astype(np.uint16)
+        self._first = (np.arange(len(self._record)) - before).astype(np.uint16)
         self._stop = self._first + np.uint16(1)
         self.lengths = np.repeat(sizes.ravel(), asked.ravel()).astype(np.int32)
-        self.packs = False
-        self._latest: tuple[int, list[Example]] = (-1, [])
 
     def _asked(self, task: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each wording of a task, by sample: how many questions there are, and the characters of one and its answer."""
@@ -79,57 +74,27 @@ class ShardExamples(Sequence[Item_co]):
         packs.__dict__.update(self.__dict__)
         # a run of neighbours about one picture ends at another record, and where an example was left out
         fresh = np.ones(len(self), bool)
-        fresh[1:] = (np.diff(self._sample) != 0) | (self._first[1:] != self._stop[:-1])
+        fresh[1:] = (np.diff(self._record) != 0) | (self._first[1:] != self._stop[:-1])
         number = np.arange(len(self))
         begins = (number - np.maximum.accumulate(np.where(fresh, number, 0))) % most == 0
         starts = np.flatnonzero(begins)
-        packs._sample, packs._first = self._sample[starts], self._first[starts]
+        packs._record, packs._first = self._record[starts], self._first[starts]
         last = np.append(starts[1:], len(self)) - 1
         packs._stop = self._stop[last]
         packs.lengths = np.add.reduceat(self.lengths, starts) if len(starts) else self.lengths
         packs.packs = True
         return packs
 
-    def without(self, numbers: Sequence[int]) -> ShardExamples[Item_co]:
-        """All items but those with these numbers."""
-        fewer: ShardExamples[Item_co] = object.__new__(ShardExamples)
-        fewer.__dict__.update(self.__dict__)
-        for name in ("_sample", "_first", "_stop", "lengths"):
-            setattr(fewer, name, np.delete(getattr(self, name), np.asarray(numbers, np.int64)))
-        return fewer
+    def record(self, number: int) -> FoodRecord:
+        return self.shards.record(number)
 
-    def __len__(self) -> int:
-        return len(self._sample)
-
-    @overload
-    def __getitem__(self, index: int) -> Item_co: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item_co]: ...
-    def __getitem__(self, index: int | slice) -> Item_co | list[Item_co]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        examples = self._asked_of(int(self._sample[index]))
-        first, stop = int(self._first[index]), int(self._stop[index])
-        if stop > len(examples):
-            raise ShardError(
-                f"{self.shards.folder}: written by a version that asked other questions; write the shards anew"
-            )
-        item = tuple(examples[first:stop]) if self.packs else examples[first]
-        return cast(Item_co, item)  # `packs` says which of both this is a sequence of
-
-    def _asked_of(self, sample: int) -> list[Example]:
-        """All examples of a record, kept until another one is wanted: neighbours share it."""
-        latest, examples = self._latest
-        if latest != sample:
-            record = self.shards.record(sample)
-            examples = make_examples(record, self.tasks, wording=self.wording, seed=self.seed)
-            if self.name is not None:
-                examples = [dataclasses.replace(example, source=self.name) for example in examples]
-            self._latest = (sample, examples)
-        return examples
+    def _changed(self) -> ShardError:
+        return ShardError(
+            f"{self.shards.folder}: written by a version that asked other questions; write the shards anew"
+        )
 
     def shuffled(self, generator: random.Random) -> list[int]:
         """Indices of one pass, see `shuffle_blocks`."""
-        shard = np.searchsorted(self.shards.first, self._sample, side="right") - 1
+        shard = np.searchsorted(self.shards.first, self._record, side="right") - 1
         sizes = np.bincount(shard, minlength=len(self.shards.shards))
         return shuffle_blocks(sizes[sizes > 0].tolist(), self.window, generator)

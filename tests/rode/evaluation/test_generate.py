@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 
 from rode.evaluation.generate import answer
 from rode.vlm import FeatureSource, load_adapter, load_vlm
+from rode.vlm.load import base_model
 
 QUESTIONS = ["What is it?", "What is this dish made of, and how?", "Is it hot?"]
 
@@ -67,3 +69,18 @@ def test_errors(taught, examples):
     with pytest.raises(FileNotFoundError, match="no such picture"):
         answer(model, processor, ["gone.png"], ["a"])
     assert answer(model, processor, [], []) == []
+
+
+def test_the_heads_weight_is_not_copied_for_each_prompt(taught):
+    result, examples = taught
+    head = base_model(result.model).get_output_embeddings()
+    images, questions = [e.image for e in examples[:3]], ["What is it?"] * 3
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as operations:
+        answer(result.model, result.processor, images, questions, prompt="vicuna", max_new_tokens=3)
+    weight = list(reversed(head.weight.shape))
+    second = [
+        (event.name, event.input_shapes[1]) for event in operations.events() if event.name.endswith("mm")
+    ]
+    assert ("aten::mm", weight) in second
+    assert ("aten::bmm", [3, *weight]) not in second
+    assert not head._forward_pre_hooks

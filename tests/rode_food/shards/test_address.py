@@ -65,7 +65,7 @@ def test_an_address_beyond_the_end_is_one_error(files, offset, size):
 
 @pytest.mark.parametrize("open_files", [1, 64])
 def test_threads_read_while_files_are_closed_under_them(files, monkeypatch, open_files):
-    monkeypatch.setattr(address, "_handle", lru_cache(open_files)(address._Handle))
+    monkeypatch.setattr(address, "_handle", lru_cache(open_files)(address.ReadHandle))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda seed: read_at_random(files, seed), range(8)))
 
@@ -73,7 +73,7 @@ def test_threads_read_while_files_are_closed_under_them(files, monkeypatch, open
 def test_few_files_are_open(files, monkeypatch):
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("no /proc")
-    monkeypatch.setattr(address, "_handle", lru_cache(2)(address._Handle))
+    monkeypatch.setattr(address, "_handle", lru_cache(2)(address.ReadHandle))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         for path in files:

@@ -117,7 +117,7 @@ def test_a_folder_without_a_split_and_without_shards(food, tmp_path):
 
 def test_shards_of_a_program_that_asked_otherwise(food, monkeypatch):
     (shards,) = load_examples([Source(str(food / "tar"))], "train").parts()
-    monkeypatch.setattr("rode_food.shards.examples.make_examples", lambda *_, **__: [])
+    monkeypatch.setattr("rode_food.lazy_examples.make_examples", lambda *_, **__: [])
     with pytest.raises(ShardError, match="written by a version that asked other questions"):
         shards[0]
 
@@ -166,7 +166,7 @@ def test_an_epoch_s_order(food):
     assert plans(food, sources, 3)[1] == [first, second, third]
     assert plans(food, sources, 1, seed=1)[1][0] != first
     (shards,) = mixture.parts()
-    number = [shards.shards.shard_of(int(s)) for s in shards._sample]
+    number = [shards.shards.shard_of(int(s)) for s in shards._record]
     assert len({number[i] for i in first[: len(first) // 5]}) <= 3  # of 8 shards
     assert len({number[i] for i in plans(food, [("tar", {})], 1)[1][0][: len(first) // 5]}) > 5
 
