@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from rode.training.arguments import training_arguments
-from rode.training.checkpoints import starting_point
+from rode.training.checkpoints import read_state, starting_point
 from rode.training.config import ConfigError, load_experiment
 from rode.training.finite import NotFiniteError, StepGuard
 from rode.training.lost import LostProcessError, is_lost_process, lost_process
@@ -144,6 +145,65 @@ def test_two_processes_are_one_with_twice_the_batch(kind, tiny, environment, tmp
         assert json.loads((rest / "history.json").read_text())[2]["step"] == 3
         again = load_file(rest / "adapter_model.safetensors")
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.slow
+def test_the_base_model_is_trained_by_two_processes_as_by_one(tiny, environment, tmp_path):
+    tiny += ["model.dtype=float32", "training.train_base=all"]
+    alone = train(
+        load_experiment(
+            CONFIGS / "ddp.yaml",
+            [*tiny, "training.batch_size=4", "training.devices=1", f"output_dir={tmp_path / 'one'}"],
+        ),
+        progress=False,
+    )
+    two = tmp_path / "two"
+    run("ddp", [*tiny, "training.batch_size=2", f"output_dir={two}"], environment)
+    once, history = (json.loads((path / "history.json").read_text()) for path in (alone.output_dir, two))
+    for mine, want in zip(history[:-1], once[:-1], strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(want[name], rel=1e-4), name
+    files = sorted(path.name for path in alone.output_dir.glob("*.safetensors"))
+    assert "adapter_model.safetensors" in files
+    assert len(files) > 1
+    for file in files:
+        weights, expected = load_file(two / file), load_file(alone.output_dir / file)
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_made_ends_both_processes_with_a_checkpoint(tiny, food, environment, tmp_path):
+    """One process finds the picture gone; the other one hears of it, and both save the step before."""
+    shutil.copytree(food, tmp_path / "food")
+    overrides = [
+        *tiny,
+        f"data.sources=[{{path: {tmp_path / 'food' / 'records.jsonl'}}}]",
+        "training.max_steps=100000",
+        "training.save_steps=1000",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    command = [str(CONFIGS / "torchrun.sh"), str(CONFIGS / "ddp.yaml"), *overrides, "--quiet"]
+    torchrun = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list((tmp_path / "run" / "tensorboard").glob("*")):
+        assert time.monotonic() < until
+        assert torchrun.poll() is None, torchrun.communicate()[1]
+        time.sleep(0.2)
+    time.sleep(3)  # some steps
+    (tmp_path / "food" / "5.png").unlink()
+    _, errors = torchrun.communicate(timeout=120)
+    assert torchrun.returncode != 0
+    told = re.findall(
+        r"5\.png: no such picture; this was in step (\d+), on the records (.*); go on with --resume \((.*)\)",
+        errors,
+    )
+    assert len(told) == 1, errors[:3000]
+    step, records, checkpoint = told[0]
+    assert "dish5" in records
+    assert Path(checkpoint).name == f"checkpoint-{int(step) - 1}"
+    assert read_state(starting_point(tmp_path / "run", True, processes=2))["global_step"] == int(step) - 1
 
 
 @pytest.mark.slow

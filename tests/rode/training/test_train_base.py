@@ -170,7 +170,7 @@ def test_gradients_are_those_of_plain_pytorch(make_experiment, examples, llava_d
             assert (got.grad is None) == (expected.grad is None), name
             if expected.grad is not None:
                 error = (got.grad - expected.grad).norm() / expected.grad.norm().clamp(min=1e-12)
-                assert error < 1e-11, (name, float(error))
+                assert error < 6e-15, (name, float(error))  # some 30 units in the last place
     assert len(trained_base(model)) > 20
 
 
